@@ -1,0 +1,1 @@
+"""The fused LoRA linear: one function, four paths, one meaning."""

@@ -1,0 +1,1 @@
+"""What PEFT is: each method at its one site of the model."""

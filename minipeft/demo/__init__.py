@@ -1,0 +1,1 @@
+"""The embedded default: a small model and a data set of our own."""

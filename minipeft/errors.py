@@ -1,0 +1,16 @@
+"""The one exception that minipeft raises for what a caller's input did: `FILE: WHERE: PROBLEM. HINT`."""
+
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What the caller gave cannot be used; the text says which file or argument, where in it, why, and what to do.
+
+    The parts that are known are joined as `FILE: WHERE: PROBLEM. HINT`. The command line prints this text after
+    `error: ` and ends with status 2; nothing half-written is left behind.
+    """
+
+    def __init__(self, problem: str, *, file: str | Path | None = None, where: str | None = None, hint: str | None = None):
+        place = [str(part) for part in (file, where) if part is not None]
+        text = ": ".join([*place, problem])
+        super().__init__(text if hint is None else f"{text}. {hint}")

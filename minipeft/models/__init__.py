@@ -1,0 +1,1 @@
+"""From rows of ids to logits; knows no adapter."""
