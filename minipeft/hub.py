@@ -1,0 +1,173 @@
+"""Where a model, a tokenizer or a data set comes from: a local folder, or a hub id fetched by exact file names.
+
+The hub is that of Hugging Face, through its own client (imported only when a hub id is asked for).
+
+The hub is asked once what commit a revision is and which files it holds; every file then comes from that one commit, so
+that a push between two downloads cannot mix two versions. Only the names that the caller asks for are downloaded: no
+code, no pickle. The commit is the name of the folder in the cache (`.../snapshots/COMMIT`), read back by `commit_of`.
+
+With HF_HUB_OFFLINE=1 only the cache is used. Without it a hub that cannot be reached is an error, not a quiet fallback.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from minipeft.errors import InputError
+
+SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def fetch(
+    source: str | Path,
+    names: Sequence[str],
+    *,
+    revision: str | None = None,
+    repo_type: str = "model",
+    optional: Sequence[str] = (),
+) -> Path:
+    """Return the folder that holds all of `names`, and those of `optional` that `source` has.
+
+    A local folder is returned as it is (`revision` would mean nothing there and is refused); anything else that looks
+    like a hub id is downloaded into the hub client's cache.
+
+    Raises:
+        InputError: no such folder or hub id; a name is missing; the hub refuses, or cannot be reached.
+    """
+    for name in (*names, *optional):
+        check_name(name, source)
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"revision {revision!r} was given, but this is a local folder",
+                file=folder,
+                hint="Leave the revision out, or give a hub id",
+            )
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise InputError(f"no {missing[0]} in the folder (found: {listed(folder)})", file=folder)
+        return folder
+    if folder.exists():
+        raise InputError("is a file; the folder that holds it is wanted", file=folder)
+    if not HUB_ID.fullmatch(str(source)):
+        raise InputError("no such folder, and not a hub id (NAME or OWNER/NAME)", file=source)
+    return download(str(source), names, optional, revision, repo_type)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder returned by `fetch` was downloaded from; None for a folder that is not in the cache."""
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
+
+
+def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revision: str | None, repo_type: str) -> Path:
+    """Download `names`, and what there is of `optional`, from one commit; return their folder in the cache."""
+    from huggingface_hub import constants
+
+    wanted = [*names, *optional]
+    cached = in_cache(hub_id, wanted, revision, repo_type)
+    if constants.HF_HUB_OFFLINE:
+        absent = [name for name in names if name not in cached]
+        if absent or not cached:
+            raise InputError(
+                f"HF_HUB_OFFLINE is set, and the cache lacks {', '.join(absent or optional)} (revision {revision or 'main'})",
+                file=hub_id,
+                hint="Download it once with HF_HUB_OFFLINE unset, or give a local folder",
+            )
+        return folder_above(next(iter(cached)), next(iter(cached.values())))
+    if COMMIT.fullmatch(revision or "") and len(cached) == len(wanted):
+        return folder_above(wanted[0], cached[wanted[0]])  # a commit never changes: no need to ask
+    commit, held = ask(hub_id, revision, repo_type)
+    missing = [name for name in names if name not in held]
+    present = [*names, *(name for name in optional if name in held)]
+    if missing or not present:
+        lacks = missing[0] if missing else " and no ".join(optional)
+        raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shortened(sorted(held))})", file=hub_id)
+    paths = [get(hub_id, name, commit, repo_type) for name in present]
+    return folder_above(present[0], paths[0])
+
+
+def in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
+    """The paths of those of `names` that were downloaded before, at this revision (None: as main was last seen)."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        paths = {name: try_to_load_from_cache(hub_id, name, revision=revision, repo_type=repo_type) for name in names}
+    except errors.HFValidationError as failure:
+        raise InputError(f"no such folder, and not a hub id ({failure})", file=hub_id) from failure
+    return {name: path for name, path in paths.items() if isinstance(path, str)}
+
+
+def ask(hub_id: str, revision: str | None, repo_type: str) -> tuple[str, set[str]]:
+    """Ask the hub which commit `revision` is (None: the newest) and which files it holds."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        info = HfApi().repo_info(hub_id, revision=revision, repo_type=repo_type, timeout=SECONDS_TO_ANSWER)
+    except (OSError, errors.HTTPError) as failure:
+        raise hub_error(hub_id, revision, repo_type, failure) from failure
+    return str(info.sha), {file.rfilename for file in getattr(info, "siblings", None) or []}
+
+
+def get(hub_id: str, name: str, commit: str, repo_type: str) -> str:
+    """Download one file, unless the cache has it, and return its path."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return str(hf_hub_download(hub_id, name, revision=commit, repo_type=repo_type))
+    except (OSError, errors.HTTPError, errors.EntryNotFoundError) as failure:
+        raise hub_error(hub_id, commit, repo_type, failure, name) from failure
+
+
+def hub_error(
+    hub_id: str, revision: str | None, repo_type: str, failure: BaseException, name: str | None = None
+) -> InputError:
+    """Say in one line what the hub's refusal means and what to do about it."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(failure, "response", None), "status_code", None)
+    reason = " ".join(str(failure).split())[:200]
+    hint = None
+    if isinstance(failure, errors.GatedRepoError):
+        problem, hint = (
+            "gated: its owner asks you to accept conditions",
+            "Accept them on its page, then `hf auth login` or set HF_TOKEN",
+        )
+    elif isinstance(failure, errors.RevisionNotFoundError):
+        problem = f"the hub has no revision {revision!r} of it"
+    elif isinstance(failure, errors.RepositoryNotFoundError):
+        problem = f"no local folder and no public {repo_type} of this name on the hub (HTTP {status})"
+        hint = "If it is private, run `hf auth login`, or set HF_TOKEN"
+    elif status is not None:
+        problem = f"the hub refuses with HTTP {status}: {reason}"
+    elif isinstance(failure, (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        problem = f"no local folder of this name, and the hub cannot be reached ({reason})"
+        hint = "Give a local folder, or set HF_HUB_OFFLINE=1 to use only what was downloaded before"
+    else:  # the disk: cache folder not writable, no space left
+        problem, hint = f"cannot download ({reason})", "HF_HOME names the folder of the cache"
+    return InputError(problem, file=hub_id, where=name, hint=hint)
+
+
+def check_name(name: str, source: str | Path) -> None:
+    """Refuse a file name that could lead out of the folder: `../x`, `/x`, a drive, a NUL."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\\:\0"):
+        raise InputError(f"{name!r} is not a plain file name", file=source)
+
+
+def folder_above(name: str, path: str | Path) -> Path:
+    """The folder that `name`, which may hold slashes, is relative to, when its file is `path`."""
+    return Path(path).parents[len(PurePosixPath(name).parts) - 1]
+
+
+def listed(folder: Path) -> str:
+    """The first few names in a folder, for an error."""
+    return shortened(sorted(entry.name for entry in folder.iterdir()))
+
+
+def shortened(names: Iterable[str]) -> str:
+    """At most eight names, then how many more."""
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
