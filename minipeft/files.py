@@ -1,0 +1,221 @@
+"""Reading and writing files strictly: JSON, the headers of safetensors files, and writes that are whole or not there.
+
+A safetensors file is  N (8 bytes, little-endian) | N bytes of JSON, name -> dtype, shape, data_offsets | the data.
+Its header is read here before any tensor is allocated, so that what a file claims is checked against what it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from minipeft.errors import InputError
+
+LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known is 30 MB
+LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+         "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; `start` and `stop` are bytes of the data part."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: missing, a folder, not a plain file, too large, or not UTF-8 (with the byte).
+    """
+    check_plain(file)
+    if file.stat().st_size > LARGEST_JSON:
+        raise InputError(f"has {file.stat().st_size:,} bytes, more than {LARGEST_JSON:,}", file=file)
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", file=file) from error
+
+
+def check_plain(file: Path) -> None:
+    """Refuse what is missing, a folder, a device, or not to be read."""
+    if file.is_dir():
+        raise InputError("is a directory, not a file", file=file)
+    if not file.exists():
+        folder = file.parent
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else None
+        held = "its folder does not exist" if found is None else f"its folder holds: {', '.join(found) or 'nothing'}"
+        raise InputError(f"no such file ({held})", file=file)
+    if not file.is_file():
+        raise InputError("is not a plain file", file=file)
+    if not os.access(file, os.R_OK):
+        raise InputError("may not be read (permission denied)", file=file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, strictly: no key twice, no NaN, nothing after the object."""
+    value = parse_json(read_text(file), file)
+    if not isinstance(value, dict):
+        raise InputError(f"must hold a JSON object, but holds {kind_of(value)}", file=file)
+    return value
+
+
+def parse_json(text: str, file: Path | str, where: str | None = None) -> Any:
+    """The JSON value in `text`, which stands in `file` at `where`.
+
+    Raises:
+        InputError: not JSON (with line and column), a key given twice, NaN or Infinity, nested too deep.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"key {twice!r} given twice", file=file, where=where)
+        return found
+
+    def constant(name: str) -> None:
+        raise InputError(f"{name} is not JSON", file=file, where=where)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise InputError(f"not valid JSON: {place}: {error.msg}", file=file, where=where) from error
+    except RecursionError as error:
+        raise InputError("JSON nested too deep", file=file, where=where) from error
+    except InputError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"not usable JSON: {error}", file=file, where=where) from error
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's kind, as a user calls it."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file holds, checked against its size; no data is read.
+
+    Raises:
+        InputError: not a safetensors file (and what it looks like), truncated, overlapping or malformed.
+    """
+    check_plain(file)
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise InputError(looks_like(start + stream.read(248), size, length), file=file)
+        raw = stream.read(length)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"header is not UTF-8 at byte {8 + error.start}: not safetensors", file=file) from error
+    header = parse_json(text, file, "header")
+    if not isinstance(header, dict):
+        raise InputError(f"header must be an object, but is {kind_of(header)}", file=file)
+    header.pop("__metadata__", None)
+    tensors = {name: tensor_info(name, entry, file) for name, entry in header.items()}
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            fault = "overlap" if info.start < end else "leave a gap"
+            raise InputError(f"offsets {info.start}..{info.stop} {fault}", file=file, where=f"tensor {name!r}")
+        end = info.stop
+    if end != size - 8 - length:
+        fault = "data incomplete" if end > size - 8 - length else "trailing bytes"
+        raise InputError(f"{fault}: needs {8 + length + end} bytes, has {size} (download broken?)", file=file)
+    return tensors
+
+
+def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
+    """One entry of the header, checked by itself."""
+    where = f"tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InputError("header entry must have dtype, shape and data_offsets", file=file, where=where)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in BYTES:
+        raise InputError(f"unknown dtype {dtype!r}", file=file, where=where)
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise InputError(
+                f"shape and data_offsets must be lists of integers >= 0, not {numbers!r}", file=file, where=where
+            )
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * BYTES[dtype]:
+        raise InputError(f"offsets {offsets} do not fit {dtype} of shape {shape}", file=file, where=where)
+    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def looks_like(start: bytes, size: int, length: int) -> str:
+    """Say what a file that is no safetensors file seems to be."""
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights: run `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "looks like an HTML page, not safetensors (download broken?)"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "looks like a pickle (.bin), not safetensors; pickle is not read"
+    if size < 8:
+        return f"too short to be safetensors: {size} bytes"
+    return f"not safetensors, or truncated: its header says {length} bytes, the file has {size}"
+
+
+def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside its place and move it there when it is on disk: readers see the old one or the whole new one.
+
+    Never in place: a reader may have the old file mapped, and would crash or see its tensors change.
+
+    Raises:
+        InputError: the disk or the folder refuses; names the path and the reason.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                fill(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o666 & ~current_umask())
+            os.replace(name, file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write: {error.strerror}", file=file) from error
+
+
+def current_umask() -> int:
+    """The process's file mode mask (mkstemp ignores it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(file: Path, value: object) -> None:
+    """Write a JSON file, keys in the order given, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Write a safetensors file with Hugging Face's metadata, whole or not at all."""
+    from safetensors.torch import save  # not at the top: it costs half a second of import
+
+    data = save({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, metadata={"format": "pt"})
+    write_whole(file, lambda stream: stream.write(data))

@@ -1,0 +1,269 @@
+"""A Hugging Face folder or hub id <-> a decoder: sharded or single safetensors, strict both ways, no pickle by default.
+
+Loading goes   config.json -> names, shapes and dtypes in all files' headers -> compare with the decoder, built on the
+meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not finite is
+an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no map; GPT-2's
+linears are turned (gpt2.TRANSPOSED), and the variants found in the wild are known:
+
+    wte.weight ...                        GPT-2 files without `transformer.` before every name but the head's
+    h.0.attn.bias, h.0.attn.masked_bias   masks that old files carry as buffers, and rotary_emb.inv_freq: passed over
+    lm_head.weight beside a tied table    must be the table again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.files import TensorInfo, check_plain, read_header, read_object, write_json, write_tensors
+from minipeft.hub import fetch, listed
+from minipeft.models import FAMILIES, Decoder
+from minipeft.models.config import config_from
+from minipeft.models.gpt2 import TRANSPOSED
+
+SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+EMBEDDINGS = {
+    "gpt2": "transformer.wte.weight",
+    "llama": "model.embed_tokens.weight",
+    "mistral": "model.embed_tokens.weight",
+}
+
+Where = dict[str, tuple[Path, str, TensorInfo]]  # our name -> file, the file's name, what its header says
+
+
+def load_model(
+    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+    revision: str | None = None, legacy_bin: bool = False,
+) -> Decoder:  # fmt: skip
+    """Load a GPT-2, Llama or Mistral checkpoint from a folder or hub id, in eval mode.
+
+    `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no
+    safetensors file.
+
+    Raises:
+        InputError: anything missing, unexpected, wrongly shaped, not finite, or not supported; names file and tensor.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
+    folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
+    config = read_config(folder / "config.json")
+    tensors: dict[str, Tensor] = {}
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        found = find_tensors(folder, source, revision)
+    else:
+        tensors = read_legacy(folder, source, revision, legacy_bin)
+        found = plain_names({name: (folder / LEGACY, name, info_of(t)) for name, t in tensors.items()})
+    check_layers(found, config, folder)
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type][1](config)
+    wanted = compare(found, model, folder)
+    tensors = {name: tensors[raw] for name, (_, raw, _) in wanted.items()} if tensors else read_tensors(wanted)
+    return filled(model, tensors, wanted, dtype, torch.device(device))
+
+
+def read_config(file: Path) -> Any:
+    """The config dataclass of a family, from config.json."""
+    given = read_object(file)
+    kind = given.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"{kind!r} is not supported ({', '.join(FAMILIES)})", file=file, where="model_type")
+    try:
+        return config_from(FAMILIES[kind][0], given)
+    except InputError as error:
+        raise InputError(str(error), file=file) from error
+
+
+def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Where:
+    """Where each tensor lies, from the headers of the single file or of all shards that the index names."""
+    if (folder / SINGLE).exists():
+        check_inside(folder / SINGLE, folder)
+        return plain_names({name: (folder / SINGLE, name, info) for name, info in read_header(folder / SINGLE).items()})
+    index = read_object(folder / INDEX)
+    weight_map = index.get("weight_map")
+    texts = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not weight_map or not texts:
+        raise InputError("must map tensor names to file names", file=folder / INDEX, where="weight_map")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or "\0" in shard or not shard.endswith(".safetensors"):
+            raise InputError(f"shard name {shard!r} is not a plain .safetensors file name", file=folder / INDEX)
+    folder = fetch(source, ["config.json", INDEX, *shards], revision=revision)
+    found: Where = {}
+    for shard in shards:
+        check_inside(folder / shard, folder)
+        for name, info in read_header(folder / shard).items():
+            if weight_map.get(name) != shard:
+                raise InputError(f"not listed there in {INDEX}", file=folder / shard, where=f"tensor {name!r}")
+            found[name] = (folder / shard, name, info)
+    for name, shard in weight_map.items():
+        if name not in found:
+            raise InputError(f"not in shard {shard}, where {INDEX} puts it", file=folder, where=f"tensor {name!r}")
+    return plain_names(found)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse a link that leaves the model's folder (a hub cache's own `blobs` apart)."""
+    check_plain(file)
+    target = file.resolve()
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.resolve().parent.parent / "blobs")
+    if target.parent not in homes:
+        raise InputError(f"is a link that leaves the model folder, to {target}", file=file)
+
+
+def plain_names(found: Where) -> Where:
+    """The same under our names: buffers dropped, and GPT-2's `transformer.` put where a file lacks it."""
+    kept = {name: entry for name, entry in found.items() if not name.endswith(BUFFERS)}
+    if "wte.weight" in kept:
+        kept = {name if name.startswith("lm_head.") else f"transformer.{name}": e for name, e in kept.items()}
+    return kept
+
+
+def check_layers(found: Where, config: Any, folder: Path) -> None:
+    """Refuse a config whose layers are not the weights', before a decoder of that many layers is built."""
+    parts = [name.split(".") for name in found]
+    layers = {p[2] for p in parts if len(p) > 3 and p[2].isdigit()}
+    if layers and len(layers) != config.layers:
+        raise InputError(f"config.json has {config.layers} layers, but the weights hold {len(layers)}", file=folder)
+
+
+def compare(found: Where, model: Decoder, folder: Path) -> Where:
+    """Hold what the files claim against what the config asks for; returns what is to be read.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, of another shape, or not of a floating dtype.
+    """
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    table = EMBEDDINGS[model.config.model_type]
+    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing = [name for name in expected if name not in found and name not in optional]
+    if missing == ["lm_head.weight"]:
+        raise InputError("tie_word_embeddings is false, but lm_head.weight is missing", file=folder)
+    if missing:
+        raise InputError(f"missing tensors: {', '.join(missing[:5])} ({len(missing)} in all)", file=folder)
+    for name, (file, raw, info) in found.items():
+        where = f"tensor {raw!r}"
+        if name not in expected:
+            raise InputError("unexpected: this model has no such tensor", file=file, where=where)
+        want = tuple(expected[name].shape)
+        want = want[::-1] if turned(name, model) else want
+        if info.shape != want:
+            said = "vocab_size and width" if name == table else "config.json"
+            raise InputError(f"shape {list(info.shape)}, but {said} want {list(want)}", file=file, where=where)
+        if info.dtype not in FLOATS:
+            raise InputError(f"dtype {info.dtype}, want {'/'.join(FLOATS)}", file=file, where=where)
+    return found
+
+
+def turned(name: str, model: nn.Module) -> bool:
+    """Whether the file holds this weight transposed."""
+    return model.config.model_type == "gpt2" and name.endswith(TRANSPOSED)  # type: ignore[union-attr]
+
+
+def read_tensors(wanted: Where) -> dict[str, Tensor]:
+    """Read the tensors; they are mapped from the file, copied only where something has to change them."""
+    from safetensors import safe_open
+
+    tensors = {}
+    for file in sorted({file for file, _, _ in wanted.values()}):
+        with safe_open(file, framework="pt") as opened:
+            tensors.update({name: opened.get_tensor(raw) for name, (f, raw, _) in wanted.items() if f == file})
+    return tensors
+
+
+def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
+    """pytorch_model.bin: the one place where torch.load stands, and only with weights_only=True."""
+    if not allowed:
+        held = f"found: {listed(folder)}"
+        raise InputError(
+            f"no {SINGLE} and no {INDEX} ({held}); pickle is not read by default",
+            file=folder,
+            hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
+        )
+    folder = fetch(source, [LEGACY], revision=revision)
+    try:
+        return torch.load(folder / LEGACY, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise InputError(f"cannot be read as weights: {str(error).splitlines()[0]}", file=folder / LEGACY) from error
+
+
+def info_of(tensor: Tensor) -> TensorInfo:
+    """A loaded tensor as a header entry, so that both kinds of file pass the same checks."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    return TensorInfo(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
+
+
+def filled(
+    model: Decoder, tensors: dict[str, Tensor], wanted: Where, dtype: torch.dtype | None, device: torch.device
+) -> Decoder:
+    """Give the meta model its tensors: checked finite, turned, cast, tied again."""
+    if dtype is None:  # mixed files: the widest
+        dtype = torch.float32 if torch.float32 in (kinds := {t.dtype for t in tensors.values()}) else kinds.pop()
+    head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    table = tensors[EMBEDDINGS[model.config.model_type]]
+    if head is not None and not torch.equal(head, table):
+        file = wanted["lm_head.weight"][0]
+        raise InputError(
+            "differs from the embedding that config.json ties it to", file=file, where="tensor 'lm_head.weight'"
+        )
+    for name, tensor in tensors.items():
+        file, raw, _ = wanted[name]
+        if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"holds NaN or Inf ({bad} of {tensor.numel()} values)", file=file, where=f"tensor {raw!r}")
+        tensors[name] = (tensor.T.contiguous() if turned(name, model) else tensor).to(device, dtype)
+    if head is not None or model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors[EMBEDDINGS[model.config.model_type]]
+    model.load_state_dict(tensors, assign=True)
+    model.tie()
+    return model.eval()
+
+
+def save_model(model: Decoder, folder: str | Path) -> None:
+    """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
+
+    Raises:
+        InputError: an adapter is still in the model, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    config = model.config
+    with torch.device("meta"):
+        plain = set(FAMILIES[config.model_type][1](config).state_dict())
+    state = model.state_dict()
+    if extra := sorted(set(state) - plain):
+        raise InputError(
+            f"the model holds an adapter ({extra[0]}, ...)",
+            where="save_model",
+            hint="merge_adapter or remove_adapter first; save_adapter keeps it by itself",
+        )
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    tensors = {name: t.T if turned(name, model) else t for name, t in state.items()}
+    write_tensors(folder / SINGLE, tensors)
+    write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))
+
+
+def config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
+    """config.json of a decoder, its rotary settings as both transformers 4 and 5 read them."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if "rope_theta" in fields:
+        scaling = fields["rope_scaling"]
+        fields["rope_parameters"] = {"rope_theta": fields["rope_theta"], **(scaling or {"rope_type": "default"})}
+        fields["num_key_value_heads"], fields["head_dim"] = config.kv_heads, config.head_width
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "model_type": config.model_type,
+        "architectures": [config.architecture],
+        "dtype": name,
+        "torch_dtype": name,
+        **fields,
+    }
