@@ -1,0 +1,301 @@
+"""Text <-> ids, with the checkpoint's own tokenizer: tokenizer.json, or GPT-2's vocab.json + merges.txt.
+
+The splitting and merging is done by the `tokenizers` library; here stands what decides *which* ids a text gets:
+
+    file            tokenizer.json as it is; or byte-level BPE (Radford et al. 2019) from vocab.json, merges.txt and
+                    added_tokens.json (all that CodeGPT ships)
+    BOS             where the model's own tokenizer puts it: add_bos_token of tokenizer_config.json where that is given,
+                    else the post-processor of tokenizer.json; GPT-2 puts none
+    EOS, padding    by name in tokenizer_config.json, else special_tokens_map.json; else by id in config.json
+    `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token
+    padding, truncation, chat templates in the files    have no effect
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from minipeft.errors import InputError
+from minipeft.files import kind_of, read_object, read_text
+from minipeft.hub import fetch, listed
+
+WHOLE = "tokenizer.json"
+VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
+SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "config.json"]
+GPT2_SPECIAL = "<|endoftext|>"  # GPT-2's own BOS and EOS, where no file names others
+
+T = TypeVar("T")
+
+
+class Tokenizer:
+    """The ids of a text and the text of ids. Made by `load_tokenizer`.
+
+    `bos`, `eos` and `pad` are ids or None; `size` is the largest id + 1; `fingerprint` is the sha256 of the files and
+    ids that decide what `encode` gives.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, file: Path, definition: bytes, special: dict[str, int | None]):
+        self.backend = backend
+        self.file = file
+        self.definition = definition
+        self.bos, self.eos, self.pad = (special[name] for name in ("bos", "eos", "pad"))
+        backend.encode_special_tokens = True  # special tokens written in a text are text
+        probe = guarded(lambda: backend.encode("a"), file, "post_processor")
+        leading = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else len(probe.ids)
+        self.before: list[int] = probe.ids[:leading]  # [BOS], or nothing
+        self.size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def fingerprint(self) -> str:
+        ids = json.dumps([self.before, self.bos, self.eos, self.pad])
+        return hashlib.sha256(self.definition + ids.encode()).hexdigest()
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """The ids of a text, with BOS before them where the model's own tokenizer puts one and `bos` is true.
+
+        An EOS that some tokenizers put at the end (add_eos_token) is not added: a prompt must go on, and
+        `encode_pairs` ends each training text with one itself.
+
+        Raises:
+            InputError: the text holds a lone surrogate, or the tokenizer's rules fail on it.
+        """
+        return self.encode_all([text], bos=bos)[0]
+
+    def encode_all(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
+        """`encode` for each text, in parallel."""
+        sizes = [size_of(text, number) for number, text in enumerate(texts)]
+        run = self.backend.encode_batch_fast
+        try:
+            encodings = guarded(partial(run, list(texts), add_special_tokens=False), self.file)
+        except InputError:  # say which text it was
+            for number, text in enumerate(texts):
+                guarded(partial(run, [text], add_special_tokens=False), self.file, f"text {number + 1}")
+            raise
+        lists = [encoding.ids for encoding in encodings]
+        for number, (ids, size) in enumerate(zip(lists, sizes)):
+            if len(ids) > 4 * size + 64:
+                raise InputError(
+                    f"makes {len(ids):,} tokens of {size:,} bytes: its rules make the text grow",
+                    file=self.file,
+                    where=f"text {number + 1}",
+                )
+        return [self.before + ids for ids in lists] if bos else lists
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, ids that no token has become nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def with_eos(self, token: str) -> Tokenizer:
+        """The same tokenizer with another token, which its vocabulary holds, as end of sequence."""
+        changed = copy.copy(self)
+        changed.backend = copy.deepcopy(self.backend)
+        changed.backend.encode_special_tokens = True
+        changed.eos = named_id(changed.backend, token, self.file, "eos token")
+        return changed
+
+    def require_eos(self) -> int:
+        """The id of EOS, which training texts end with and generation stops at."""
+        if self.eos is None:
+            raise InputError(
+                "no end-of-sequence token is named in tokenizer_config.json, special_tokens_map.json or config.json",
+                file=self.file.parent,
+                hint="Name one of the vocabulary's tokens: --eos-token, or tokenizer.with_eos(TOKEN)",
+            )
+        return self.eos
+
+    def check_fits(self, vocab_size: int, file: str | Path | None = None) -> None:
+        """Refuse a tokenizer with ids for which a model (its `file`) of `vocab_size` rows has no embedding."""
+        if self.size > vocab_size:
+            last, model = self.size - 1, "the model" if file is None else f"the model in {file}"
+            raise InputError(
+                f"token {self.backend.id_to_token(last)!r} has id {last}, but {model} has {vocab_size} tokens",
+                file=self.file,
+                hint="This tokenizer belongs to another model",
+            )
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: no tokenizer there, or its files are damaged or contradict one another; names file and entry.
+    """
+    folder = fetch(source, [], revision=revision, optional=[WHOLE, VOCAB, MERGES, ADDED, *SETTINGS])
+    tokenizer_config, special_map, config = (
+        read_object(folder / name) if (folder / name).exists() else {} for name in SETTINGS
+    )
+    named = special_map | {name: value for name, value in tokenizer_config.items() if value is not None}
+    if (folder / WHOLE).exists():
+        file, backend = folder / WHOLE, read_whole(folder / WHOLE)
+    elif (folder / VOCAB).exists() and (folder / MERGES).exists():
+        file, backend = folder / VOCAB, read_byte_level(folder, bool(named.get("add_prefix_space")))
+        if backend.token_to_id(GPT2_SPECIAL) is not None:
+            named = {"bos_token": GPT2_SPECIAL, "eos_token": GPT2_SPECIAL} | named
+    else:
+        found = f"no {WHOLE}, and no {VOCAB} with {MERGES}, in the folder (found: {listed(folder)})"
+        raise InputError(found, file=folder)
+    special = {name: special_id(backend, name, folder, named, config) for name in ("bos", "eos", "pad")}
+    if "add_bos_token" in named or "add_eos_token" in named:
+        put_bos(backend, special["bos"] if named.get("add_bos_token") else None)
+    used = [folder / name for name in ([WHOLE] if file.name == WHOLE else [VOCAB, MERGES, ADDED])]
+    definition = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in used if path.exists())
+    return Tokenizer(backend, file, definition, special)
+
+
+def read_whole(file: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json, with its padding and truncation taken out and its ids checked."""
+    spec = read_object(file)
+    model, added = spec.get("model"), spec.get("added_tokens") or []
+    if not isinstance(model, dict) or not model.get("vocab"):
+        raise InputError("vocabulary is empty" if isinstance(model, dict) else "is missing", file=file, where="model")
+    ids = numbered(model["vocab"], file)
+    check_unique(ids, file)
+    spec["padding"] = spec["truncation"] = None
+    backend = guarded(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), file)
+    for token in added:  # the library numbers added tokens itself, whatever the file says
+        number, name = token["id"], token["content"]
+        if backend.token_to_id(name) != number:
+            owner = next((other for other, taken in ids.items() if taken == number), None)
+            place = f"which is that of {owner!r}" if owner else f"but its place is {backend.token_to_id(name)}"
+            raise InputError(f"token {name!r} has id {number}, {place}", file=file, where="added_tokens")
+    return backend
+
+
+def numbered(vocab: Any, file: Path) -> dict[str, int]:
+    """A vocabulary as token -> id: written as an object (BPE, WordLevel) or as a list of [token, score] (Unigram)."""
+    if isinstance(vocab, list) and all(isinstance(entry, list) and entry for entry in vocab):
+        return {str(entry[0]): number for number, entry in enumerate(vocab)}
+    if not isinstance(vocab, dict):
+        raise InputError(f"must be an object of token: id, is {kind_of(vocab)}", file=file, where="vocab")
+    for token, number in vocab.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
+            raise InputError(f"token {token!r} has id {number!r}, not a number from 0", file=file, where="vocab")
+    return vocab
+
+
+def check_unique(ids: dict[str, int], file: Path) -> None:
+    """Refuse two tokens with one id."""
+    owners: dict[int, str] = {}
+    for token, number in ids.items():
+        if owners.setdefault(number, token) is not token:
+            raise InputError(f"ids not unique: {owners[number]!r} and {token!r} both have {number}", file=file)
+
+
+def read_byte_level(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
+    """GPT-2's byte-level BPE from vocab.json and merges.txt, with added_tokens.json where there is one."""
+    vocab = numbered(read_object(folder / VOCAB), folder / VOCAB)
+    if not vocab:
+        raise InputError("vocabulary is empty", file=folder / VOCAB)
+    check_unique(vocab, folder / VOCAB)
+    merges = read_merges(folder / MERGES, vocab)
+    model = guarded(lambda: models.BPE(vocab, merges, fuse_unk=False), folder / VOCAB)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    added = numbered(read_object(folder / ADDED), folder / ADDED) if (folder / ADDED).exists() else {}
+    for token, number in sorted(added.items(), key=lambda entry: entry[1]):
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=True)])
+        if backend.token_to_id(token) != number:
+            raise InputError(
+                f"token {token!r} has id {number}, but {VOCAB} leaves it {backend.token_to_id(token)}",
+                file=folder / ADDED,
+            )
+    return backend
+
+
+def read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of merges.txt, in order; line 1 says `#version`, each other line holds two tokens of the vocabulary."""
+    lines = read_text(file).replace("\r\n", "\n").split("\n")
+    if not lines[0].startswith("#version"):
+        raise InputError(
+            f"line 1 is {lines[0][:40]!r}, not '#version: ...' (some readers would drop a first merge)",
+            file=file,
+            hint="Put the line `#version: 0.2` before it",
+        )
+    merges = []
+    for number, line in enumerate(lines[1:], start=2):
+        parts = line.split(" ")
+        if not line:
+            continue
+        if len(parts) != 2:
+            raise InputError(f"line {number}: {line[:40]!r} is not two tokens", file=file)
+        unknown = [token for token in (*parts, "".join(parts)) if token not in vocab]
+        if unknown:
+            raise InputError(f"line {number}: {unknown[0]!r} is not in {VOCAB}", file=file)
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def special_id(
+    backend: tokenizers.Tokenizer, name: str, folder: Path, named: dict[str, Any], config: dict[str, Any]
+) -> int | None:
+    """The id of the BOS, EOS or padding token: named in `named`, else numbered in `config`; None where neither is so.
+
+    A BOS or padding token that the vocabulary lacks is None as well (neither is needed); an EOS that it lacks is an
+    error, because a new id would have no embedding.
+    """
+    token = named.get(f"{name}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None:
+        if not isinstance(token, str):
+            raise InputError(f"must be text, is {kind_of(token)}", file=folder, where=f"{name}_token")
+        if name != "eos" and backend.token_to_id(token) is None:
+            return None
+        return named_id(backend, token, folder, f"{name}_token")
+    number = config.get(f"{name}_token_id")
+    number = number[0] if isinstance(number, list) and number else number  # Llama 3 lists several: EOS comes first
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
+        return None
+    token = backend.id_to_token(number)
+    return None if token is None else named_id(backend, token, folder, f"{name}_token_id")
+
+
+def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
+    """The id of a token, which is made special (left out when decoding); never a new one."""
+    number = backend.token_to_id(token)
+    if number is None:
+        raise InputError(f"{token!r} is not in the vocabulary", file=file, where=where)
+    backend.add_special_tokens([token])
+    assert backend.token_to_id(token) == number
+    return number
+
+
+def put_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
+    """Let the tokenizer put this id before each text, and nothing after it."""
+    token = None if bos is None else backend.id_to_token(bos)
+    single = "$A" if token is None else f"{token}:0 $A:0"
+    special = [] if token is None else [(token, bos)]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+
+
+def size_of(text: str, number: int) -> int:
+    """The UTF-8 bytes of a text."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"holds a lone surrogate, {text[error.start]!r}, which is no character", where=f"text {number + 1}"
+        ) from error
+
+
+def guarded(action: Callable[[], T], file: Path, where: str | None = None) -> T:
+    """Run one call of the Rust library; what it refuses, or panics on, becomes an InputError.
+
+    It raises plain `Exception` for the one, and for the other PanicException, a BaseException that cannot be imported.
+    """
+    try:
+        return action()
+    except BaseException as failure:
+        if type(failure) is not Exception and type(failure).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(failure).split())[:200]
+        raise InputError(f"the tokenizer fails: {reason}", file=file, where=where) from failure
