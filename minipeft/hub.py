@@ -72,7 +72,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
         absent = [name for name in names if name not in cached]
         if absent or not cached:
             raise InputError(
-                f"HF_HUB_OFFLINE is set, and {', '.join(absent or optional)} is not in the cache ({revision or 'main'})",
+                f"HF_HUB_OFFLINE is set, and {', '.join(absent or optional)} is not cached ({revision or 'main'})",
                 file=hub_id,
                 hint="Download it once with HF_HUB_OFFLINE unset, or give a local folder",
             )
