@@ -71,8 +71,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, file: Path | str, where: str | None = None) -> Any:
-    """The JSON value in `text`, which stands in `file` at `where`.
+def parse_json(text: str, file: Path | str, where: str | None = None, line: int = 1) -> Any:
+    """The JSON value in `text`, which stands in `file` at `where`, from line `line` on.
 
     Raises:
         InputError: not JSON (with line and column), a key given twice, NaN or Infinity, nested too deep.
@@ -92,7 +92,7 @@ def parse_json(text: str, file: Path | str, where: str | None = None) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
+        place = f"line {line + error.lineno - 1} column {error.colno}"
         raise InputError(f"not valid JSON: {place}: {error.msg}", file=file, where=where) from error
     except RecursionError as error:
         raise InputError("JSON nested too deep", file=file, where=where) from error
