@@ -1,0 +1,345 @@
+"""The LoRA linear's reference path against float64, HF PEFT, finite differences, and what it may cost."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from minipeft_kernels import Part, UnavailablePath, keep_mask, lora_linear, lora_linears, lora_rows, make_dropout
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+SHAPES = [(70, 96, 130, 1), (33, 64, 48, 8), (128, 256, 192, 16), (65, 130, 97, 64), (40, 200, 160, 128)]  # M, K, N, r
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> object:
+    """Fill uninitialised memory with NaN, so that an entry that nobody writes cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """Return x, W, b, A, B and dY of the size that training has: y, s and the update all near 1."""
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
+    x, W, b, A = draw(m, k), draw(n, k) / k**0.5, draw(n), draw(r, k) / k**0.5
+    return tuple(t.to(dtype) for t in (x, W, b, A, draw(n, r) / r**0.5, draw(m, n)))
+
+
+def with_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Return the call's output and its gradient with respect to each input."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = call(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
+    """Return HF PEFT's own LoRA linear with these weights, adapters in the dtype of W."""
+    base = torch.nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
+    base.load_state_dict({"weight": W, "bias": b})
+    config = peft.LoraConfig(r=len(A), lora_alpha=scale * len(A))
+    layer = peft.tuners.lora.Linear(base, "a", config, r=len(A), lora_alpha=scale * len(A)).to(W.dtype)
+    layer.lora_A["a"].weight.data, layer.lora_B["a"].weight.data = A.clone(), B.clone()
+    return layer
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_against_float64_is_no_larger_than_pefts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """1.2: both errors are sums of few random roundings; in float32 the order of a sum alone moves them by 15 %."""
+    x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
+    W64, b64, scale = W.double(), b.double(), 1.3
+    exact = lambda x, A, B: x @ W64.T + b64 + scale * (x @ A.T) @ B.T
+    want = with_gradients(exact, dy.double(), x.double(), A.double(), B.double())
+    ours = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, scale), dy, x, A.float(), B.float())
+    layer = peft_layer(W, b, A, B, scale)
+    weights = [layer.lora_A["a"].weight, layer.lora_B["a"].weight]
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    theirs = [y, *torch.autograd.grad(y, [leaf, *weights], dy)]
+    for name, got, peer, true in zip(("y", "dX", "dA", "dB"), ours, theirs, want):
+        assert relative_error(got, true) <= 1.2 * relative_error(peer, true), name
+    assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_derivative_against_finite_differences(dropout: float, bias: bool) -> None:
+    """Three projections of one x, of different widths, ranks and scales; every input trained, the base too."""
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    flat, scales = [], []
+    for n, r, scale in [(4, 2, 0.7), (3, 1, 2.0), (4, 3, -1.0)]:
+        _, W, b, A, B, _ = problem(1, 5, n, r, torch.float64, n + r)
+        flat += [t.requires_grad_() for t in (W, b, A, B)]
+        scales.append(scale)
+
+    def call(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        rows = [flat[4 * i : 4 * i + 4] for i in range(3)]
+        parts = [Part(W, b if bias else None, A, B, scale) for (W, b, A, B), scale in zip(rows, scales)]
+        return tuple(lora_linears(x, parts, dropout=dropout, seed=7))
+
+    assert torch.autograd.gradcheck(call, (x, *flat))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_projections_that_share_x_equal_one_call_each(dropout: float) -> None:
+    parts = [Part(*problem(9, 12, n, r, torch.float64, n)[1:5], 1.5) for n, r in [(8, 2), (6, 3)]]
+    x = problem(9, 12, 1, 1, torch.float64, 0)[0].view(3, 3, 12).requires_grad_()
+    together = lora_linears(x, parts, dropout=dropout, seed=3)
+    apart = [lora_linear(x, *part, dropout=dropout, seed=3) for part in parts]
+    for a, b in zip(together, apart):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(sum(y.sin().sum() for y in ys), x)[0] for ys in (together, apart)]
+    torch.testing.assert_close(*grads)
+
+
+def test_without_gradients_equals_with_them() -> None:
+    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    with torch.no_grad():
+        free = lora_linear(x, W, b, A, B, 0.5)
+    assert free.grad_fn is None
+    assert torch.equal(free, lora_linear(x.requires_grad_(), W, b, A, B, 0.5))
+    assert lora_linear(x[:0], W, b, A, B, 0.5).shape == (0, 6)
+
+
+def test_zero_b_changes_no_bit() -> None:
+    """A fresh adapter: y is the frozen linear's own."""
+    for dtype, dropout in itertools.product([torch.float32, torch.bfloat16], [0.0, 0.5]):
+        x, W, b, A, B, _ = problem(33, 64, 48, 8, dtype, 1)
+        assert torch.equal(lora_linear(x, W, b, A, torch.zeros_like(B), 2.0, dropout=dropout), F.linear(x, W, b))
+
+
+def test_autocast_casts_as_linear_does() -> None:
+    x, W, b, A, B, dy = problem(6, 8, 4, 2, torch.float32, 0)
+    low = torch.bfloat16
+    with torch.autocast("cpu", low):
+        got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0), dy.to(low), x, A, B)
+    cast = lambda x, A, B: lora_linear(x.to(low), W.to(low), b.to(low), A, B, 2.0)
+    for a, b_ in zip(got, with_gradients(cast, dy.to(low), x, A, B)):
+        assert torch.equal(a, b_)
+    assert got[0].dtype == low
+    assert got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", [None, 11])
+def test_checkpointing_changes_no_bit(seed: int | None) -> None:
+    """The recomputation meets the same mask, with a seed of its own or one drawn from torch's generator."""
+    x, W, b, A, B, dy = problem(40, 32, 24, 4, torch.float32, 0)
+    block = lambda x, A, B: lora_linear(x.sin(), W, b, A, B, 2.0, dropout=0.4, seed=seed).cos()
+    torch.manual_seed(5)
+    plain = with_gradients(block, dy, x, A, B)
+    torch.manual_seed(5)
+    again = with_gradients(lambda *leaves: checkpoint(block, *leaves, use_reentrant=False), dy, x, A, B)
+    for a, b_ in zip(plain, again):
+        assert torch.equal(a, b_)
+
+
+def test_two_runs_are_the_same_to_the_bit_and_a_deep_copy_too() -> None:
+    x, W, b, A, B, dy = problem(65, 130, 97, 8, torch.bfloat16, 0)
+    call = lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.1, seed=1)
+    first = with_gradients(call, dy, x, A, B)
+    for again in (with_gradients(call, dy, x, A, B), with_gradients(call, dy, *copy.deepcopy((x, A, B)))):
+        assert all(torch.equal(a, b_) for a, b_ in zip(first, again))
+
+
+# Dropout
+
+
+def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
+    """Return the mask by Python's own integers: what README publishes, written a second time."""
+    wrap = (1 << 32) - 1
+
+    def mix(h: int, key: int = 0) -> int:
+        h = ((h ^ h >> 16) * 0x7FEB352D + key) & wrap
+        h = ((h ^ h >> 15) * 0x846CA68B) & wrap
+        return h ^ h >> 16
+
+    z, m64 = (seed + 0x9E3779B97F4A7C15), (1 << 64) - 1
+    z = ((z & m64 ^ (z & m64) >> 30) * 0xBF58476D1CE4E5B9) & m64
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & m64
+    z ^= z >> 31
+    mask = torch.empty(rows, columns, dtype=torch.bool)
+    for i, j in itertools.product(range(rows), range(columns)):
+        key = mix((i * 0x9E3779B1 + (z & wrap)) & wrap)
+        h = mix((j // 2 * 0x9E3779B1 + key) & wrap, mix(key ^ z >> 32))
+        level = h >> 16 if j % 2 else h & 0xFFFF
+        mask[i, j] = (level ^ 0x8000) >= drops  # the sign bit turned over: signed order is unsigned order plus 2^15
+    return mask
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**61 + 12345, -3])
+def test_mask_is_the_published_hash(seed: int) -> None:
+    drop = make_dropout(0.3, seed)
+    assert torch.equal(keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
+    assert torch.equal(keep_mask(drop, 3, 11, first=4), keep_mask(drop, 7, 11)[4:])
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_mask_is_uniform_and_independent(dropout: float) -> None:
+    """10^6 decisions within 5 standard deviations: overall, by parity, row and column, between neighbours and seeds."""
+    rows, columns = 1000, 1000
+    drop = make_dropout(dropout, 0)
+    keep = drop.keep
+    mask = keep_mask(drop, rows, columns).double() - keep
+    deviation = (keep * (1 - keep)) ** 0.5
+    assert abs(mask.mean()) < 5 * deviation / mask.numel() ** 0.5
+    for half in (mask[:, ::2], mask[:, 1::2]):
+        assert abs(half.mean()) < 5 * deviation / half.numel() ** 0.5
+    assert mask.mean(0).abs().max() < 5 * deviation / rows**0.5
+    assert mask.mean(1).abs().max() < 5 * deviation / columns**0.5
+    neighbours = [(mask[:, :-d], mask[:, d:]) for d in (1, 2, 3, 8)] + [(mask[:-d], mask[d:]) for d in (1, 2, 8)]
+    others = [keep_mask(make_dropout(dropout, seed), rows, columns).double() - keep for seed in (1, 2, 2**32)]
+    neighbours += [(mask, other) for other in others]
+    for a, b in neighbours:
+        assert abs((a * b).mean()) < 5 * deviation**2 / a.numel() ** 0.5
+
+
+def test_dropout_keeps_the_mean_and_drops_only_the_adapters_input() -> None:
+    x, W, b, A, B, _ = problem(64, 96, 8, 4, torch.float64, 0)
+    base, full = F.linear(x, W, b), lora_linear(x, W, b, A, B, 2.0)
+    seeds = range(300)
+    runs = torch.stack([lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=seed) for seed in seeds])
+    assert (runs.mean(0) - full).norm() < 5 * (runs.std(0) / len(seeds) ** 0.5).norm()
+    drop = make_dropout(0.2, 9)
+    want = base + 2.0 / drop.keep * ((x * keep_mask(drop, 64, 96)) @ A.T) @ B.T
+    torch.testing.assert_close(lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=9), want)
+
+
+def test_blocks_of_the_mask_do_not_show() -> None:
+    """On a CPU the mask is made in blocks of rows; the largest shape here takes several."""
+    x, W, b, A, B, dy = problem(600, 1024, 16, 4, torch.float64, 0)
+    drop = make_dropout(0.5, 2)
+    mask = keep_mask(drop, 600, 1024)
+    plain = lambda x, A, B: F.linear(x, W, b) + 2.0 / drop.keep * ((x * mask) @ A.T) @ B.T
+    got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.5, seed=2), dy, x, A, B)
+    for a, b_ in zip(got, with_gradients(plain, dy, x, A, B)):
+        torch.testing.assert_close(a, b_)
+
+
+# The bank's rows
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_rows_equal_one_call_each(tokens: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
+    x, W, b, A, B = draw(6, tokens, 10), draw(7, 10), draw(7), draw(4, 3, 10), draw(4, 7, 3)
+    A[2, 1:], B[2, :, 1:] = 0, 0  # an adapter of rank 1 among those of rank 3
+    rows, scales = torch.tensor([2, -1, 0, 3, 0, -1]), torch.tensor([0.5, 9.0, 2.0, -1.0])
+    y = lora_rows(x, W, b, A, B, rows, scales)
+    for i, j in enumerate(rows.tolist()):
+        want = F.linear(x[i], W, b) if j < 0 else lora_linear(x[i], W, b, A[j], B[j], scales[j].item())
+        torch.testing.assert_close(y[i], want)
+    torch.testing.assert_close(lora_rows(x[:, 0], W, b, A, B, rows, scales), y[:, 0])
+
+
+# What it costs
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators, and the bytes of the tensors that they read and write; views are free."""
+
+    FREE = ("view", "t", "transpose", "slice", "split", "expand", "detach", "unsqueeze", "alias", "empty", "as_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict | None = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if name != "promote_types" and name.lstrip("_") not in self.FREE and not name.startswith(("split", "empty")):
+            outs = out if isinstance(out, tuple | list) else [out]
+            tensors = [t for t in (*args, *outs) if isinstance(t, Tensor)]
+            self.operators.append(name)
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def test_operators_and_bytes_of_forward_and_backward() -> None:
+    """The proof of the fusion that needs no GPU: what forward and backward do, in passes over one [M, K] matrix.
+
+    M = K = N, so W is one pass too. Forward: x, W and y for the base, x again for s, y read and written again for the
+    update: 6. Backward: dY and W and dX for the base, dY twice more (dS, dB), x once (dA), dX twice (its update): 8.
+    PEFT, counted in the same way, has 9 and 12, and more operators.
+    """
+    m = k = n = 512
+    x, W, b, A, B, dy = problem(m, k, n, 4, torch.float32, 0)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    layer = peft_layer(W, b, A.detach(), B.detach(), 2.0).requires_grad_(False)
+    weights = [layer.lora_A["a"].weight.requires_grad_(), layer.lora_B["a"].weight.requires_grad_()]
+    cost = {}
+    for who, call, wanted in (
+        ("ours", lambda: lora_linear(x, W, b, A, B, 2.0), leaves),
+        ("peft", lambda: layer(x), [x, *weights]),
+    ):
+        with Counter() as forward:
+            y = call()
+        with Counter() as backward:
+            torch.autograd.grad(y, wanted, dy)
+        cost[who] = [forward, backward]
+    passes = {who: [counter.bytes / (m * k * 4) for counter in counters] for who, counters in cost.items()}
+    forward, backward = cost["ours"]
+    assert forward.operators == ["mm", "addmm", "addmm_"]
+    assert sorted(backward.operators) == ["addmm_", "cat", "mm", "mm", "mm", "mm", "mul", "mul_"]
+    assert passes["ours"] == pytest.approx([6, 8], abs=0.3)
+    assert [len(c.operators) for c in cost["peft"]] > [3, 8]
+    assert passes["peft"][0] >= 8.9
+    assert passes["peft"][1] >= 11.9
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_backward_keeps_x_and_s_and_nothing_else(dropout: float) -> None:
+    """x is kept once however many projections read it; of new tensors there is only s, [M, R]."""
+    m, k = 256, 64
+    x = problem(m, k, 1, 1, torch.float32, 0)[0].requires_grad_()
+    parts = [Part(*problem(1, k, n, 4, torch.float32, n)[1:5], 2.0) for n in (64, 32, 32)]
+    own = {t.data_ptr() for part in parts for t in part[:4]}
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        lora_linears(x, parts, dropout=dropout, seed=0)
+    assert sorted(t.numel() for p, t in kept.items() if p not in own) == [m * 12, m * k]
+
+
+# Refusals
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    with pytest.raises(ValueError, match=r"shapes do not fit: x \(5, 7\)"):
+        lora_linear(x[:, :7], W, b, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"bias \(5,\) must be \[6\]"):
+        lora_linear(x, W, b[:5], A, B, 1.0)
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16 and the weight torch\.float32"):
+        lora_linear(x.bfloat16(), W, b, A, B, 1.0)
+    for dropout in (1.0, -0.1, 1e-6, float("nan")):
+        with pytest.raises(ValueError, match="cannot be honoured"):
+            lora_linear(x, W, b, A, B, 1.0, dropout=dropout)
+    with pytest.raises(ValueError, match="no path is named 'fast'"):
+        lora_linear(x, W, b, A, B, 1.0, path="fast")
+    with pytest.raises(UnavailablePath, match="path='fused': "):
+        lora_linear(x, W, b, A, B, 1.0, path="fused")
+    with pytest.raises(ValueError, match="one adapter for each row"):
+        lora_rows(x, W, b, A[None], B[None], torch.zeros(4, dtype=torch.int64), torch.ones(1))
+    with pytest.raises(ValueError, match=r"must be \[adapters"):
+        lora_rows(x, W, b, A[None], B[None, :3], torch.zeros(5, dtype=torch.int64), torch.ones(1))
+
+
+def test_importing_imports_no_triton() -> None:
+    code = "import sys, minipeft_kernels; print([m for m in ('triton', 'minipeft') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
