@@ -1,9 +1,9 @@
 """A Hugging Face folder or hub id <-> a decoder: sharded or single safetensors, strict both ways, no pickle by default.
 
 Loading goes   config.json -> names, shapes and dtypes in all files' headers -> compare with the decoder, built on the
-meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not finite is
-an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no map; GPT-2's
-linears are turned (gpt2.TRANSPOSED), and the variants found in the wild are known:
+meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not
+finite is an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no
+map; GPT-2's linears are turned (gpt2.TRANSPOSED), and the variants found in the wild are known:
 
     wte.weight ...                        GPT-2 files without `transformer.` before every name but the head's
     h.0.attn.bias, h.0.attn.masked_bias   masks that old files carry as buffers, and rotary_emb.inv_freq: passed over
@@ -66,6 +66,7 @@ def load_model(
         model = FAMILIES[config.model_type][1](config)
     wanted = compare(found, model, folder)
     tensors = {name: tensors[raw] for name, (_, raw, _) in wanted.items()} if tensors else read_tensors(wanted)
+    model.source = str(source)
     return filled(model, tensors, wanted, dtype, torch.device(device))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.prefix: nn.Module | None = None  # a slot for learned keys and values
+        self.prefix: Any = None  # a slot for learned keys and values
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(2, (3, self.heads, -1))  # [B, T, 3, H, D]
@@ -167,7 +168,9 @@ class GPT2(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.prompt: nn.Module | None = None
+        self.source: str | None = None  # the folder or hub id that it was loaded from
+        self.prompt: Any = None
+        self.adapter: Any = None  # the config of what fills the slots; kept here, never read here
         self.learned = 0  # columns that the prefix or the prompt takes
         self.windowed = False
         self.recompute = False  # activation checkpointing, one block at a time

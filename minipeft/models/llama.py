@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +199,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_width, bias=bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=bias)
-        self.prefix: nn.Module | None = None  # a slot for learned keys and values
+        self.prefix: Any = None  # a slot for learned keys and values
 
     def forward(self, x: Tensor, layout: Layout, rotary: Rotary, cache: Cache | None) -> Tensor:
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -257,7 +258,9 @@ class Llama(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.prompt: nn.Module | None = None
+        self.source: str | None = None  # the folder or hub id that it was loaded from
+        self.prompt: Any = None
+        self.adapter: Any = None  # the config of what fills the slots; kept here, never read here
         self.learned = 0  # columns that the prefix or the prompt takes
         self.windowed = False  # whether a sliding window hides them
         self.recompute = False  # activation checkpointing, one block at a time

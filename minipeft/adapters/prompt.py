@@ -1,0 +1,78 @@
+"""Prompt tuning: P learned input vectors in front of the text (Lester et al. 2021).
+
+    x = [prompt ; wte[ids]]          the prompt's columns are seen by every document of the row, and are cut off again
+
+Default start: the embeddings of a task line. Then step 0 is exactly that text, written before every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.lora import keep_float32
+from minipeft.adapters.prefix import TASK_LINE, Encoder, check_learned, text_ids
+from minipeft.models import Decoder
+
+INITS = ("text", "vocab", "normal")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How many vectors, and how they start.
+
+    init: "text" (embeddings of `text`, repeated or cut to `length` tokens), "vocab" (embeddings of random tokens),
+    "normal" (N(0, 1), HF PEFT's default).
+    """
+
+    length: int = 20
+    init: str = "text"
+    text: str = TASK_LINE
+    windowed: bool = False  # whether a sliding window hides the columns, as HF's does
+
+    def __post_init__(self) -> None:
+        check_learned(self.length, self.init, INITS)
+
+
+class Prompt(nn.Module):
+    """The learned vectors, put before a batch of embedded rows."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)  # [P, C]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.weight.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + T, C]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prompt:
+        """Stay float32 through casts of the model."""
+        keep_float32(self, ("weight",), lambda: super(Prompt, self)._apply(fn, recurse))
+        return self
+
+    def extra_repr(self) -> str:
+        return "columns={}, width={}".format(*self.weight.shape)
+
+
+def add_prompt(
+    model: Decoder, config: PromptConfig, tokenizer: Encoder | None, generator: torch.Generator
+) -> list[str]:
+    """Fill the model's prompt slot; returns the path of the module."""
+    table = model.embedding.weight
+    if table.is_meta or config.init == "normal":
+        weight = torch.randn(config.length, table.shape[1], generator=generator).to(table.device)  # [P, C]
+    else:
+        if config.init == "text":
+            ids = torch.tensor(text_ids(config.text, config.length, tokenizer, "prompt"))
+        else:
+            ids = torch.randint(table.shape[0], (config.length,), generator=generator)
+        weight = table[ids.to(table.device)].detach().float().clone()  # [P, C]
+    model.prompt, model.learned, model.windowed = Prompt(weight), config.length, config.windowed
+    return ["prompt"]
+
+
+def remove_prompt(model: Decoder) -> None:
+    """Empty the slot."""
+    model.prompt, model.learned, model.windowed = None, 0, False
