@@ -85,8 +85,13 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
     if missing or not present:
         lacks = missing[0] if missing else " and no ".join(optional)
         raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shortened(sorted(held))})", file=hub_id)
-    paths = [get(hub_id, name, commit, repo_type) for name in present]
-    return folder_above(present[0], paths[0])
+    # The first file is asked for under the revision's own name, which lets the cache find it again offline.
+    folder = folder_above(present[0], get(hub_id, present[0], revision, repo_type))
+    if commit_of(folder) != commit:
+        raise InputError(f"{revision or 'main'} changed while it was downloaded", file=hub_id, hint="Try again")
+    for name in present[1:]:
+        get(hub_id, name, commit, repo_type)
+    return folder
 
 
 def in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
@@ -111,14 +116,14 @@ def ask(hub_id: str, revision: str | None, repo_type: str) -> tuple[str, set[str
     return str(info.sha), {file.rfilename for file in getattr(info, "siblings", None) or []}
 
 
-def get(hub_id: str, name: str, commit: str, repo_type: str) -> str:
+def get(hub_id: str, name: str, revision: str | None, repo_type: str) -> str:
     """Download one file, unless the cache has it, and return its path."""
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return str(hf_hub_download(hub_id, name, revision=commit, repo_type=repo_type))
+        return str(hf_hub_download(hub_id, name, revision=revision, repo_type=repo_type))
     except (OSError, errors.HTTPError, errors.EntryNotFoundError) as failure:
-        raise hub_error(hub_id, commit, repo_type, failure, name) from failure
+        raise hub_error(hub_id, revision, repo_type, failure, name) from failure
 
 
 def hub_error(
