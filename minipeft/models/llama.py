@@ -126,7 +126,7 @@ def check_rope(scaling: dict | None) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise InputError(f"rope type {kind!r} is not supported ({', '.join(ROPE_FIELDS)})", where="rope_scaling")
     for name in ROPE_FIELDS[kind]:
         value = scaling.get(name)
