@@ -1,0 +1,192 @@
+"""BLEU-4 (Papineni et al. 2002), 0..1, from counts that are kept per sentence, and its bootstrap interval (Koehn 2004).
+
+    BLEU = min(1, exp(1 - r/c)) * exp(1/4 * sum over n=1..4 of log p_n),    p_n = matches_n / ngrams_n
+
+with c the tokens of all predictions, r those of their references, and matches clipped to the largest count in one
+reference. Counts are summed over the corpus before they are divided, so a corpus is the sum of its rows of counts:
+that makes a bootstrap over sentences cheap. A "BLEU" that does not tell its tokens and its smoothing says nothing: the
+same 500 answers score 0.154 in CoNaLa's tokens and 0.031 in words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, closest_length, count_ngrams, overlap
+
+# The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value: what stands in for
+# the log of a precision of 0. none: the score is 0; floor: value matches; add-k: k more of both from order 2 on;
+# exp: 1/2, 1/4, ... matches, for the first, second, ... order without a match.
+SMOOTHINGS: dict[str, float] = {"none": 0.0, "floor": 0.1, "add-k": 1.0, "exp": 0.0}
+
+# One sentence is a row of counts: c, r, matches of order 1..4, n-grams of order 1..4.
+LENGTH, REFERENCE_LENGTH, MATCHES, TOTALS = 0, 1, slice(2, 6), slice(6, 10)
+
+
+@dataclass(frozen=True)
+class BLEU:
+    """A BLEU score, 0..1, with the counts that it was made of."""
+
+    score: float
+    precisions: tuple[float, ...]  # p_1..p_4, smoothed
+    brevity_penalty: float
+    matches: tuple[int, ...]
+    totals: tuple[int, ...]
+    length: int
+    reference_length: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a percentile bootstrap says of a value: `low` <= value <= `high` in `confidence` of the resamples."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    resamples: int
+    p_value: float | None = None  # paired only: twice the smaller share of resamples on one side of 0
+
+
+def bleu(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    tokenize: str = "conala",
+    smooth: str | None = None,
+    smooth_value: float | None = None,
+) -> BLEU:
+    """Score a corpus. `tokenize="conala"` without smoothing is the official CoNaLa evaluation.
+
+    "13a" and "none" are sacrebleu's, which smooths with "exp"; these are the defaults of `smooth` for each.
+    Raises: InputError for an unknown tokenizer or smoothing, and for pairs that cannot be scored.
+    """
+    counts = count_pairs(predictions, references, tokenize=tokenize)
+    return _bleu(counts, tokenize, smooth, smooth_value, effective_order=False)
+
+
+def sentence_bleu(
+    prediction: str,
+    references: str | Sequence[str],
+    *,
+    tokenize: str = "conala",
+    smooth: str | None = None,
+    smooth_value: float | None = None,
+    effective_order: bool = True,
+) -> BLEU:
+    """Score one sentence; by default over the orders that it is long enough to have, as sacrebleu does."""
+    counts = count_pairs([prediction], [references], tokenize=tokenize)
+    return _bleu(counts, tokenize, smooth, smooth_value, effective_order)
+
+
+def count_pairs(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]], *, tokenize: str = "conala"
+) -> np.ndarray:
+    """The row of counts of each pair, int64 [N, 10]; a corpus is scored from the sum of its rows.
+
+    Of several references, "conala" takes the shortest length (as its evaluation does), the others the closest.
+    """
+    if tokenize not in TOKENIZERS:
+        raise InputError(f"no tokenizer is called {tokenize!r}; there are {sorted(TOKENIZERS)}", where="tokenize")
+    cut, rows = TOKENIZERS[tokenize], []
+    for prediction, texts in zip(*check_pairs(predictions, references)):
+        tokens, others = cut(prediction), [cut(text) for text in texts]
+        grams, allowed = count_ngrams(tokens), list(count_ngrams(others[0]))
+        for other in others[1:]:
+            allowed = [most | more for most, more in zip(allowed, count_ngrams(other))]
+        lengths = [len(other) for other in others]
+        shortest = min(lengths) if tokenize == "conala" else closest_length(len(tokens), lengths)
+        matches = [overlap(here, there) for here, there in zip(grams, allowed)]
+        rows.append([len(tokens), shortest, *matches, *(max(0, len(tokens) - order + 1) for order in ORDERS)])
+    return np.array(rows, dtype=np.int64)  # [N, 10]
+
+
+def score_counts(
+    counts: np.ndarray, *, smooth: str = "none", smooth_value: float | None = None, effective_order: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """BLEU of each row of (summed) counts [R, 10]: scores [R], precisions [R, 4], brevity penalties [R]."""
+    matches, totals = counts[:, MATCHES].astype(float), counts[:, TOTALS].astype(float)  # [R, 4] each
+    found = matches.any(axis=1)  # [R]
+    zero = np.asarray(matches == 0)  # [R, 4]
+    if smooth == "floor":
+        matches[zero] = _smooth_value(smooth, smooth_value)
+    elif smooth == "add-k":
+        matches[:, 1:] += _smooth_value(smooth, smooth_value)
+        totals[:, 1:] += _smooth_value(smooth, smooth_value)
+    elif smooth == "exp":
+        matches[zero] = 0.5 ** zero.cumsum(axis=1)[zero]
+    there = np.logical_and.accumulate(totals > 0, axis=1)  # [R, 4]: the orders that the texts are long enough for
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precisions = np.where(there & found[:, None], matches / totals, 0.0)  # [R, 4]
+        logs = np.log(precisions)  # [R, 4], -inf where a precision is 0
+        c, r = counts[:, LENGTH], counts[:, REFERENCE_LENGTH]  # [R] each
+        brevity = np.where(c >= r, 1.0, np.where(c > 0, np.exp(1 - r / c), 0.0))  # [R]
+    if effective_order:
+        logs, orders = np.where(there, logs, 0.0), np.maximum(1, there.sum(axis=1))  # [R, 4], [R]
+    else:
+        orders = np.full(len(counts), len(ORDERS))  # [R]
+    scores = np.where(found, brevity * np.exp(logs.sum(axis=1) / orders), 0.0)  # [R]
+    return scores, precisions, brevity
+
+
+def bootstrap_bleu(
+    counts: np.ndarray,
+    other: np.ndarray | None = None,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    smooth: str = "none",
+    smooth_value: float | None = None,
+) -> Interval:
+    """The percentile interval of a corpus' BLEU when its N sentences are drawn anew, with replacement (Koehn 2004).
+
+    With `other`, the counts of a second system on the same sentences, the interval is that of the difference
+    `BLEU(counts) - BLEU(other)` over the same draws. The same seed gives the same interval.
+    """
+    if other is not None and other.shape != counts.shape:
+        raise InputError(f"paired systems have {len(counts)} and {len(other)} sentences", where="other")
+    score = lambda sums: score_counts(sums, smooth=smooth, smooth_value=smooth_value)[0]
+    number = len(counts)
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)  # [R, N]
+    values, value = score(draws @ counts), score(counts.sum(axis=0, keepdims=True))  # [R], [1]
+    p_value = None
+    if other is not None:
+        values, value = values - score(draws @ other), value - score(other.sum(axis=0, keepdims=True))
+        p_value = min(1.0, 2 * min(float((values <= 0).mean()), float((values >= 0).mean())))
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(value[0]), float(low), float(high), confidence, resamples, p_value)
+
+
+def _bleu(
+    counts: np.ndarray, tokenize: str, smooth: str | None, smooth_value: float | None, effective_order: bool
+) -> BLEU:
+    """The score of the summed counts, with everything that a reader needs to know what was computed."""
+    smooth = smooth or ("none" if tokenize == "conala" else "exp")
+    if smooth not in SMOOTHINGS:
+        raise InputError(f"no smoothing is called {smooth!r}; there are {sorted(SMOOTHINGS)}", where="smooth")
+    sums = counts.sum(axis=0, keepdims=True)  # [1, 10]
+    scores, precisions, brevity = score_counts(
+        sums, smooth=smooth, smooth_value=smooth_value, effective_order=effective_order
+    )
+    numbers = [int(number) for number in sums[0]]
+    value = f"[{_smooth_value(smooth, smooth_value):g}]" if smooth in ("floor", "add-k") else ""
+    return BLEU(
+        score=float(scores[0]),
+        precisions=tuple(float(p) for p in precisions[0]),
+        brevity_penalty=float(brevity[0]),
+        matches=tuple(numbers[MATCHES]),
+        totals=tuple(numbers[TOTALS]),
+        length=numbers[LENGTH],
+        reference_length=numbers[REFERENCE_LENGTH],
+        signature=f"BLEU-4|scale:0-1|tokenize:{tokenize}|smooth:{smooth}{value}"
+        f"|effective_order:{'yes' if effective_order else 'no'}"
+        f"|reference_length:{'shortest' if tokenize == 'conala' else 'closest'}|case:kept",
+    )
+
+
+def _smooth_value(smooth: str, value: float | None) -> float:
+    return SMOOTHINGS[smooth] if value is None else value

@@ -1,0 +1,264 @@
+"""CodeBLEU (Ren et al. 2020, arXiv:2009.10297) of Python code, as the `codebleu` package 0.7.0 computes it, and mended.
+
+    CodeBLEU = w1 ngram + w2 weighted_ngram + w3 syntax + w4 dataflow,    w = 1/4 each
+
+    ngram           BLEU-4 of whitespace tokens, denominators of at least 1, an order without a match counts 0.1 matches
+    weighted_ngram  the same as *recall*, a keyword's unigram counting five times another's
+    syntax          the share of the reference's subtrees that occur in the prediction (syntax.py)
+    dataflow        the share of the reference's data-flow items that the prediction has (dataflow.py)
+
+The package adds `w4 * (dataflow or 1)`: a corpus that shares no data flow with its references, such as one of empty
+answers, gets the full fourth quarter, and scores 0.25. It also drops each string that begins a line (comments.py).
+`mode="compat"` does both, to be compared with published numbers; `mode="strict"`, the default, does neither.
+Both keep two repairs: sources of an item stand in the order of their first occurrence (the package's order changes with
+PYTHONHASHSEED), and tokens are cut by byte offsets (the package's are wrong after a non-ASCII character).
+"""
+
+import keyword
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from minipeft.errors import InputError
+from minipeft.metrics.comments import drop_as_package, drop_truly
+from minipeft.metrics.dataflow import count_flows
+from minipeft.metrics.grammar import Tree, grammar_versions, parse
+from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, closest_length, count_ngrams, overlap
+from minipeft.metrics.syntax import count_subtrees, match_subtrees
+
+KEYWORDS = frozenset({*keyword.kwlist, "match", "case", "type"})  # the 35 of Python since 3.7 and three soft ones
+PARTS = ("ngram", "weighted_ngram", "syntax", "dataflow")
+MODES = ("strict", "compat")
+AGGREGATES = ("corpus", "mean")
+LONGEST_SHORT = 5_000  # characters
+
+# One pair is a row of counts, and a corpus the sum of its rows.
+LENGTH, REFERENCE_LENGTH, PAIRS = 0, 1, 2
+MATCHES = {"ngram": slice(3, 7), "weighted_ngram": slice(7, 11), "syntax": slice(19, 20), "dataflow": slice(20, 21)}
+TOTALS = {"ngram": slice(11, 15), "weighted_ngram": slice(15, 19), "syntax": slice(21, 22), "dataflow": slice(22, 23)}
+
+Row = list[int]
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class CodeBLEU:
+    """A CodeBLEU score, 0..1, with its parts; `score` and the parts are those of the mode that was asked for."""
+
+    score: float
+    compat: float  # the total that the codebleu package would give to these texts
+    ngram: float
+    weighted_ngram: float
+    syntax: float
+    dataflow: float | None  # strict: None where no reference has data flow; the other parts then share its weight
+    weights: tuple[float, ...]  # as used
+    matches: dict[str, tuple[int, ...]]  # of each part, summed over the corpus; the unigrams of weighted_ngram count
+    totals: dict[str, tuple[int, ...]]  #   5 for a keyword, else 1
+    unparsed: int  # predictions in which tree-sitter finds an error
+    capped: int  # texts too deep or too large for a whole analysis
+    signature: str
+
+
+def codebleu(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    mode: str = "strict",
+    weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
+    aggregate: str = "corpus",
+) -> CodeBLEU:
+    """Score a corpus: from sums over its pairs, or as the mean of what each pair scores alone (`aggregate="mean"`).
+
+    `weights` are those of ngram, weighted_ngram, syntax and dataflow. Of several references the first two parts take
+    the best and the sum, the other two the sum.
+    Raises: InputError for an unknown mode or aggregate, weights that do not sum to 1, pairs that cannot be scored.
+    """
+    if mode not in MODES:
+        raise InputError(f"no mode is called {mode!r}; there are {list(MODES)}", where="mode")
+    if aggregate not in AGGREGATES:
+        raise InputError(f"no aggregate is called {aggregate!r}; there are {list(AGGREGATES)}", where="aggregate")
+    weights = _check_weights(weights)
+    pairs = list(zip(*check_pairs(predictions, references)))
+    words = [_count_words(prediction, texts) for prediction, texts in pairs]
+    seen = {name: [_count_trees(*pair, name) for pair in pairs] for name in dict.fromkeys((mode, "compat"))}
+    totals, parts = {}, {}
+    for name, trees in seen.items():
+        rows = [common + tree.row for common, tree in zip(words, trees)]
+        groups = rows if aggregate == "mean" else [_sum(rows)]
+        totals[name], parts[name] = _score(groups, name, weights)
+    sums = _sum([common + tree.row for common, tree in zip(words, seen[mode])])
+    return CodeBLEU(
+        score=totals[mode],
+        compat=totals["compat"],
+        ngram=parts[mode]["ngram"] or 0.0,
+        weighted_ngram=parts[mode]["weighted_ngram"] or 0.0,
+        syntax=parts[mode]["syntax"] or 0.0,
+        dataflow=parts[mode]["dataflow"],
+        weights=_share(weights, parts[mode]["dataflow"]),
+        matches={part: tuple(sums[MATCHES[part]]) for part in PARTS},
+        totals={part: tuple(sums[TOTALS[part]]) for part in PARTS},
+        unparsed=sum(tree.unparsed for tree in seen[mode]),
+        capped=sum(tree.capped for tree in seen[mode]),
+        signature=f"CodeBLEU|mode:{mode}|aggregate:{aggregate}|weights:{','.join(f'{weight:g}' for weight in weights)}"
+        f"|pairs:{len(pairs)}|tokenize:whitespace|smooth:floor[0.1]|keywords:{len(KEYWORDS)}|{grammar_versions()}"
+        f"|python:{'.'.join(platform.python_version_tuple()[:2])}",
+    )
+
+
+def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    if len(weights) != 4 or not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1):
+        raise InputError(f"expected four numbers, none below 0, that sum to 1, got {weights!r}", where="weights")
+    return tuple(weights)
+
+
+def _share(weights: tuple[float, ...], dataflow: float | None) -> tuple[float, ...]:
+    """The weights as they are, or with that of a part that does not exist shared out in proportion."""
+    rest = sum(weights[:3])
+    if dataflow is not None or not rest:
+        return weights
+    return (*(weight / rest for weight in weights[:3]), 0.0)
+
+
+def _score(groups: list[Row], mode: str, weights: tuple[float, ...]) -> tuple[float, dict[str, float | None]]:
+    """The total and the parts of summed rows; the means of both where there are several."""
+    scores: list[float] = []
+    parts: dict[str, list[float]] = {part: [] for part in PARTS}
+    for sums in groups:
+        values = _score_parts(sums, mode)
+        used = _share(weights, values["dataflow"])
+        terms = {part: value or 0.0 for part, value in values.items()}
+        if mode == "compat":
+            terms["dataflow"] = terms["dataflow"] or 1.0  # the line of the package that makes 0.25 of nothing
+        scores.append(math.fsum(weight * terms[part] for weight, part in zip(used, PARTS)))
+        for part, value in values.items():
+            if value is not None:
+                parts[part].append(value)
+    means = {part: math.fsum(values) / len(values) if values else None for part, values in parts.items()}
+    return math.fsum(scores) / len(scores), means
+
+
+def _score_parts(sums: Row, mode: str) -> dict[str, float | None]:
+    """The four parts of summed counts."""
+    (found,), (subtrees,) = sums[MATCHES["syntax"]], sums[TOTALS["syntax"]]
+    (matched,), (flows,) = sums[MATCHES["dataflow"]], sums[TOTALS["dataflow"]]
+    nothing = None if mode == "strict" else 0.0
+    return {
+        "ngram": _ngram_score(sums, "ngram", sums[REFERENCE_LENGTH]),
+        # The package takes the length of a pair (tokens, weights) for that of the tokens: 2, whatever the reference.
+        "weighted_ngram": _ngram_score(sums, "weighted_ngram", 2 * sums[PAIRS]),
+        "syntax": found / subtrees,
+        "dataflow": matched / flows if flows else nothing,
+    }
+
+
+def _ngram_score(sums: Row, part: str, reference_length: int) -> float:
+    """Brevity penalty times the geometric mean of matches / totals, 0.1 matches where there are none."""
+    matches, totals, length = sums[MATCHES[part]], sums[TOTALS[part]], sums[LENGTH]
+    if not matches[0]:
+        return 0.0
+    brevity = 1.0 if length > reference_length else math.exp(1 - reference_length / length)
+    return brevity * math.exp(math.fsum(math.log((found or 0.1) / total) for found, total in zip(matches, totals)) / 4)
+
+
+def _sum(rows: list[Row]) -> Row:
+    return [sum(column) for column in zip(*rows)]
+
+
+def _count_words(prediction: str, references: list[str]) -> Row:
+    """The part of a pair's row that n-grams fill: lengths, matches and totals of both n-gram parts."""
+    here, there = _count_tokens(prediction), [_count_tokens(text) for text in references]
+    best = list(there[0].ngrams)
+    for other in there[1:]:
+        best = [most | more for most, more in zip(best, other.ngrams)]
+    matches = [overlap(counts, allowed) for counts, allowed in zip(here.ngrams, best)]
+    totals = [max(1, here.length - order + 1) for order in ORDERS]
+    recalled = [sum(overlap(other.ngrams[order - 1], here.ngrams[order - 1]) for other in there) for order in ORDERS]
+    recalled[0] = sum(
+        min(count, here.ngrams[0][word]) * _weight(word) for other in there for word, count in other.ngrams[0].items()
+    )
+    wanted = [sum(max(1, other.length - order + 1) for other in there) for order in ORDERS]
+    # In fifths: the package's weights are 1 and 0.2, and its denominator is at least 1.
+    wanted[0] = sum(max(5, sum(count * _weight(word) for word, count in other.ngrams[0].items())) for other in there)
+    closest = closest_length(here.length, [other.length for other in there])
+    return [here.length, closest, 1, *matches, *recalled, *totals, *wanted]
+
+
+def _weight(word: tuple[str, ...]) -> int:
+    return 5 if word[0] in KEYWORDS else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """The part of a pair's row that trees fill: subtrees and flows matched, subtrees and flows of the references."""
+
+    row: Row
+    unparsed: bool
+    capped: int
+
+
+def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
+    row, here, capped = [0, 0, 0, 0], None, 0
+    for text in references:
+        if mode == "strict":
+            here, there = _analyse_truly(prediction.strip()), _analyse_truly(text.strip())
+        else:  # the package cleans the prediction anew, and on top, for each reference
+            prediction = drop_as_package(prediction.strip() if here is None else prediction)
+            here, there = _analyse(prediction), _analyse(drop_as_package(text.strip()))
+        row[0] += match_subtrees(there.subtrees, here.subtrees)
+        row[1] += sum(min(there.flows[item], here.flows[item]) for item in there.flows.keys() & here.flows.keys())
+        row[2] += there.subtrees.total()
+        row[3] += there.flows.total()
+        capped += there.capped
+    assert here is not None
+    return Trees(row, here.broken, capped + here.capped)
+
+
+def _keep(function: Callable[[str], Kept]) -> Callable[[str], Kept]:
+    """Remember what a function of a text returned: many short texts, and the last few long ones."""
+    short, long = lru_cache(maxsize=4096)(function), lru_cache(maxsize=8)(function)
+    return lambda text: short(text) if len(text) <= LONGEST_SHORT else long(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The n-grams of a text's whitespace tokens."""
+
+    length: int
+    ngrams: Counts
+
+
+@_keep
+def _count_tokens(text: str) -> Words:
+    tokens = text.split()
+    return Words(len(tokens), count_ngrams(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The subtrees and data-flow items of a text without comments."""
+
+    subtrees: Counter[str]
+    flows: Counter[str]
+    broken: bool
+    capped: bool
+
+
+@_keep
+def _analyse(code: str) -> Analysis:
+    return _count(parse(code))
+
+
+@_keep
+def _analyse_truly(text: str) -> Analysis:
+    tree = parse(text)
+    code = drop_truly(text, tree)
+    return _count(tree) if code == text else _analyse(code)
+
+
+def _count(tree: Tree) -> Analysis:
+    flows, capped = count_flows(tree)
+    return Analysis(count_subtrees(tree), flows, tree.broken, capped or (tree.broken and tree.expression is None))

@@ -1,0 +1,233 @@
+"""Code without its comments and docstrings: once as the `codebleu` package does it, once as it should be.
+
+The package (0.4.0 to 0.7.0) reads Python's own token stream and drops comments, but also *each* string that begins a
+line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines go,
+and a text that has no token stream (an open bracket, a wrong dedent) stays as it is. `drop_as_package` does all this.
+
+`drop_truly` removes comments and docstrings, found in the syntax tree, and nothing else.
+"""
+
+import io
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from minipeft.metrics.grammar import Node, Tree
+
+# The token stream is that of Python 3.11's tokenize.py (later versions read f-strings otherwise and refuse more), as
+# far as it matters here: plain text (names, numbers, operators, brackets) is one token as long as it lasts. A line
+# costs time in its length, where tokenize.py takes its square for a million blanks before a `$`.
+BREAKABLE = re.compile(r"[#'\"\\\t\f]")
+SPACE = re.compile(r"[ \f\t]*")
+PLAIN = re.compile(r"(?:[\w%&*+,\-./:;<=>@^|~()\[\]{}]|!=)+")
+PREFIXED = re.compile(r"(?:br|rb|fr|rf|[bfru])?('''|\"\"\"|'|\")", re.IGNORECASE | re.ASCII)
+COMMENT = re.compile(r"#[^\r\n]*")
+LINE_END = re.compile(r"\r?\n")
+CONTINUED = re.compile(r"\\\r?\n")
+ON_LINE = {  # the inside of a string, as far as this line goes
+    "'": re.compile(r"[^\n'\\]*(?:\\(?!\r?\n).[^\n'\\]*)*"),
+    '"': re.compile(r'[^\n"\\]*(?:\\(?!\r?\n).[^\n"\\]*)*'),
+}
+TO_END = {  # the inside of a string that may go on over lines, with its end
+    "'": re.compile(r"[^'\\]*(?:\\.[^'\\]*)*'"),
+    '"': re.compile(r'[^"\\]*(?:\\.[^"\\]*)*"'),
+    "'''": re.compile(r"[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"),
+    '"""': re.compile(r'[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'),
+}
+
+
+class NoTokens(Exception):
+    """Python's tokenizer refuses the text."""
+
+
+@dataclass(slots=True)
+class Token:
+    """A piece of code; `kind` is one of indent, dedent, plain, string, comment, break (inside brackets) and end."""
+
+    kind: str
+    text: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+def drop_as_package(code: str) -> str:
+    """Remove what `remove_comments_and_docstrings` of the codebleu package removes, and what it breaks with that."""
+    if not BREAKABLE.search(code) and all(map(str.strip, code.split("\n"))):
+        return code  # nothing to drop, nothing to break
+    pieces: list[str] = []
+    previous, line, column = "indent", 0, 0
+    try:
+        for token in _tokens(code):
+            if token.line > line:
+                column = 0
+            pieces.append(" " * (token.column - column))
+            at_start = previous in ("indent", "end") or token.column == 0
+            if token.kind != "comment" and not (token.kind == "string" and at_start):
+                pieces.append(token.text)
+            previous, line, column = token.kind, token.end_line, token.end_column
+    except NoTokens:
+        return code
+    return "\n".join(text for text in "".join(pieces).split("\n") if text.strip())
+
+
+def drop_truly(code: str, tree: Tree) -> str:
+    """Remove the comments, and the strings that are the docstring of the text, of a class or of a function."""
+    data = code.encode("utf-8", "replace")
+    pieces, place = [], 0
+    for start, end in sorted({*tree.comments, *_docstrings(tree)}):
+        pieces.append(data[place:start])
+        place = end
+    return b"".join([*pieces, data[place:]]).decode("utf-8", "replace")
+
+
+def _docstrings(tree: Tree) -> Iterator[tuple[int, int]]:
+    """Where the docstrings stand: a plain string that is all of the first statement of a body."""
+    bodies = [tree.nodes[0]]
+    bodies += [
+        child
+        for node in tree.nodes
+        if node.kind in ("function_definition", "class_definition")
+        for child in node.children
+        if child.field == "body"
+    ]
+    for body in bodies:
+        statements = [child for child in body.children if child.kind != "comment"]
+        if statements and statements[0].kind == "expression_statement" and len(statements[0].children) == 1:
+            followed = len(statements) > 1 and statements[1].kind == ";"
+            string = statements[0].children[0]
+            parts = string.children if string.kind == "concatenated_string" else [string]
+            if not followed and all(part.kind == "string" and _is_text(part) for part in parts):
+                assert string.span is not None
+                yield string.span
+
+
+def _is_text(string: Node) -> bool:
+    """Whether a string is neither bytes nor an f-string."""
+    return not set(string.token[: string.token.find(string.token[-1])].lower()) & {"b", "f"}
+
+
+def _tokens(code: str) -> Iterator[Token]:
+    """Read the token stream line by line, as tokenize.py does.
+
+    Raises: NoTokens for a dedent to where no block began, and for a text that ends inside a string or a bracket.
+    """
+    reader, indents, text = Reader(), [0], ""
+    for text in io.StringIO(code):  # lines end at a line feed only
+        reader.line += 1
+        place = 0
+        if reader.opened is not None:
+            place = yield from reader.go_on(text)
+        elif reader.level == 0 and not reader.continued:
+            place, column = _measure_indent(text)
+            if place < len(text) and text[place] in "#\r\n":
+                end = len(text.rstrip("\r\n")) if text[place] == "#" else place
+                if end > place:
+                    yield reader.token("comment", text, place, end)
+                yield reader.token("break", text, end, len(text))
+                continue
+            if column > indents[-1]:
+                indents.append(column)
+                yield reader.token("indent", text, 0, place)
+            while column < indents[-1]:
+                if column not in indents:
+                    raise NoTokens
+                indents.pop()
+                yield reader.token("dedent", text, place, place)
+        reader.continued = False
+        yield from reader.read(text, place)
+    if reader.opened is not None or reader.level != 0 or reader.continued:
+        raise NoTokens
+    if text and text[-1] not in "\r\n" and not text.strip().startswith("#"):
+        yield reader.token("end", text, len(text), len(text))
+
+
+def _measure_indent(text: str) -> tuple[int, int]:
+    """Where the line's first character stands: its index, and its column with tabs to multiples of 8."""
+    column = 0
+    for place, sign in enumerate(text):
+        if sign == " ":
+            column += 1
+        elif sign == "\t":
+            column = (column // 8 + 1) * 8
+        elif sign == "\f":
+            column = 0
+        else:
+            return place, column
+    return len(text), column
+
+
+@dataclass(slots=True)
+class Reader:
+    """What the token stream remembers from one line to the next."""
+
+    line: int = 0
+    level: int = 0  # of brackets; below 0 after a bracket too many
+    continued: bool = False  # the last line ended with a backslash
+    opened: Token | None = None  # a string that goes on
+    quote: str = ""  # that will end it
+
+    def token(self, kind: str, text: str, start: int, end: int) -> Token:
+        return Token(kind, text[start:end], self.line, start, self.line, end)
+
+    def read(self, text: str, place: int) -> Iterator[Token]:
+        """The tokens of one line from `place` on."""
+        endless: set[str] = set()  # quotes that no string of this line begins with: its end was searched for
+        while place < len(text):
+            start = SPACE.match(text, place).end()  # type: ignore[union-attr]
+            if found := PREFIXED.match(text, start):
+                quote = found[1]
+                if len(quote) == 3:
+                    end = TO_END[quote].match(text, found.end())
+                    if end is None:
+                        self._open(text, start, quote)
+                        return
+                    yield self.token("string", text, start, end.end())
+                    place = end.end()
+                    continue
+                if quote not in endless:
+                    end = ON_LINE[quote].match(text, found.end())
+                    assert end is not None
+                    if text.startswith(quote, end.end()):
+                        place = end.end() + 1
+                        yield self.token("string", text, start, place)
+                        continue
+                    if CONTINUED.match(text, end.end()):
+                        self._open(text, start, quote)
+                        return
+                    endless.add(quote)
+            if found := PLAIN.match(text, start):
+                self.level += sum(map(found[0].count, "([{")) - sum(map(found[0].count, ")]}"))
+                yield self.token("plain", text, start, found.end())
+            elif found := COMMENT.match(text, start):
+                yield self.token("comment", text, start, found.end())
+            elif found := LINE_END.match(text, start):
+                yield self.token("break" if self.level > 0 else "end", text, start, found.end())
+            elif found := CONTINUED.match(text, start):
+                self.continued = True
+            elif start < len(text):  # a character that cannot be: it is kept, with the blanks before it as they are
+                yield self.token("plain", text, place, start + 1)
+                place = start + 1
+                continue
+            place = found.end() if found else start
+
+    def go_on(self, text: str) -> Generator[Token, None, int]:
+        """Go on with the open string: the place of this line at which it ends."""
+        opened = self.opened
+        assert opened is not None
+        opened.text += text
+        opened.end_line, opened.end_column = self.line, len(text)
+        if end := TO_END[self.quote].match(text):
+            opened.text = opened.text[: len(opened.text) - len(text) + end.end()]
+            opened.end_column = end.end()
+        elif len(self.quote) == 3 or CONTINUED.search(text):
+            return len(text)
+        else:
+            opened.kind = "plain"  # its line ends without a backslash: no string after all
+        self.opened = None
+        yield opened
+        return opened.end_column
+
+    def _open(self, text: str, start: int, quote: str) -> None:
+        self.opened, self.quote = self.token("string", text, start, len(text)), quote

@@ -1,0 +1,80 @@
+"""Texts into tokens, tokens into n-gram counts: what BLEU (Papineni et al. 2002) and CodeBLEU's first two parts share.
+
+A metric is given `predictions`, one text each, and `references`, for each prediction one text or a list of texts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from minipeft.errors import InputError
+
+ORDERS = (1, 2, 3, 4)
+
+Tokens = list[str]
+Counts = tuple[Counter[tuple[str, ...]], ...]  # one counter for each order
+
+
+def conala_tokens(text: str) -> Tokens:
+    """Cut code as the official CoNaLa evaluation does (conala-baseline, eval/conala_eval.py; Ling et al. 2016).
+
+    Each character outside [A-Za-z0-9_] is a token of its own, camelCase is cut in two, and both quotes become `.
+    """
+    text = re.sub(r"([^A-Za-z0-9_])", r" \1 ", text)
+    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
+    return text.replace('"', "`").replace("'", "`").split()
+
+
+def mteval_tokens(text: str) -> Tokens:
+    """Cut text as NIST's mteval-v13a does, the rules that sacrebleu calls 13a."""
+    text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(entity, sign)
+    text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")  # punctuation, but not . , - '
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)  # . and , stay inside a number only
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
+
+
+TOKENIZERS: dict[str, Callable[[str], Tokens]] = {"conala": conala_tokens, "13a": mteval_tokens, "none": str.split}
+
+
+def count_ngrams(tokens: Tokens) -> Counts:
+    """Count the n-grams of each order: `("a", "b")` is the key of the 2-gram "a b"."""
+    return tuple(Counter(zip(*(tokens[start:] for start in range(order)))) for order in ORDERS)
+
+
+def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) -> int:
+    """The clipped matches: sum over n-grams of min(count here, count there)."""
+    return sum(min(counts[ngram], others[ngram]) for ngram in counts.keys() & others.keys())
+
+
+def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
+    """The reference length nearest to `length`, the shorter of two that are equally near."""
+    return min(reference_lengths, key=lambda other: (abs(other - length), other))
+
+
+def check_pairs(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the predictions, and for each one the list of its references.
+
+    Raises: InputError where there is nothing to score, the lengths differ, or an entry is not text.
+    """
+    for name, given in (("predictions", predictions), ("references", references)):
+        if isinstance(given, str):
+            raise InputError(f"one text was given where a list is expected: {given[:40]!r}", where=name)
+    if len(predictions) != len(references):
+        raise InputError(f"{len(predictions)} predictions but {len(references)} references")
+    if not len(predictions):
+        raise InputError("no pairs to score: predictions and references are empty")
+    lists = [[given] if isinstance(given, str) else list(given) for given in references]
+    for place, (prediction, texts) in enumerate(zip(predictions, lists)):
+        if not isinstance(prediction, str):
+            raise InputError(f"expected text, got {type(prediction).__name__}", where=f"predictions[{place}]")
+        if not texts:
+            raise InputError("no reference for this prediction", where=f"references[{place}]")
+        for text in texts:
+            if not isinstance(text, str):
+                raise InputError(f"expected text, got {type(text).__name__}", where=f"references[{place}]")
+    return list(predictions), lists
