@@ -99,17 +99,18 @@ def lay_out(documents: Tensor | None, ids: Tensor, cache: Cache | None, *, learn
     positions = positions_in(documents)  # [B, S]
     if cache is None and documents.device.type == "cpu":
         runs = runs_in(documents, learned, window, windowed, prompted)
-        if sum(map(len, runs)) > len(runs) * (2 if prompted and learned else 1):
+        if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and learned else 1):
             return Layout(positions[:, -queries:], None, runs, learned, prompted, first)
     mask = visible(documents, positions, queries, window, windowed)
     return Layout(positions[:, -queries:], mask, None, learned, prompted, first)
 
 
 def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool, prompted: bool
-            ) -> list[list[tuple[int, Tensor | None]]]:  # fmt: skip
+            ) -> list[list[tuple[int, Tensor | None]]] | None:  # fmt: skip
     """Each row's runs of one owner as (length, mask), the learned columns' own run only where they are queries.
 
     A mask is [n, P + n] over the learned columns and the run itself, or None where the run is plainly causal.
+    None for all where a run sees another one: a document's number comes back, or the caller has SHARED tokens of his own.
     """
     masks: dict[tuple[int, int], Tensor | None] = {}
 
@@ -124,9 +125,12 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
 
     rows = []
     for row in documents:
-        _, lengths = torch.unique_consecutive(row, return_counts=True)
+        owners, lengths = torch.unique_consecutive(row[learned:], return_counts=True)
+        real = [owner for owner in owners.tolist() if owner != PADDING]
+        if SHARED in real or len(set(real)) < len(real):
+            return None
         row_lengths: list[int] = lengths.tolist()
-        runs = [(n, mask_of(n, learned)) for n in row_lengths[1 if learned else 0 :]]
+        runs = [(n, mask_of(n, learned)) for n in row_lengths]
         if learned and prompted:
             alone = torch.full((1, learned), SHARED)
             runs.insert(0, (learned, visible(alone, positions_in(alone), learned, window, windowed)[0, 0]))

@@ -1,4 +1,4 @@
-"""Llama against transformers' on the same weights: grouped queries, rotary positions in both spellings, a real model."""
+"""Llama against transformers' on the same weights: grouped queries, rotary settings in both spellings, a real one."""
 
 import json
 
@@ -120,7 +120,7 @@ class TestRotary:
         assert says in str(error.value)
 
     def test_scores_depend_on_distance_alone(self):
-        """<rotate(q, m), rotate(k, n)> is a function of m - n (Su et al. 2021, eq. 11), here in float64 complex numbers."""
+        """<rotate(q, m), rotate(k, n)> is a function of m - n (Su et al. 2021, eq. 11), here in complex numbers."""
         generator = torch.Generator().manual_seed(0)
         q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
         turn = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)  # [D / 2]

@@ -1,0 +1,334 @@
+"""Who sees whom against a literal definition; documents, learned columns, padding, the cache and recomputation.
+
+The learned columns here are the smallest module that can stand in the model's slots: the adapters have their own tests.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.models import attention
+from minipeft.models.attention import PADDING, SHARED, Cache, lay_out, positions_in, visible
+
+P = 5
+
+
+class Columns(nn.Module):
+    """A prefix: P learned keys and values before the row's own."""
+
+    def __init__(self, heads: int, width: int, generator: torch.Generator):
+        super().__init__()
+        self.k, self.v = (nn.Parameter(torch.randn(heads, P, width, generator=generator)) for _ in "kv")
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(torch.cat([own.expand(len(x), -1, -1, -1), x], dim=2) for own, x in ((self.k, k), (self.v, v)))
+
+
+class Rows(nn.Module):
+    """A prompt: P learned rows before the row's own embeddings."""
+
+    def __init__(self, width: int, generator: torch.Generator):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(P, width, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.weight.expand(len(x), -1, -1), x], dim=1)
+
+
+def fill(model: nn.Module, kind: str) -> nn.Module:
+    """Put learned columns into the model's slots: none, prefix, prompt, or either under the window (windowed)."""
+    generator = torch.Generator().manual_seed(2)
+    if "prefix" in kind:
+        for block in model.blocks:
+            getattr(block, "attn" if hasattr(block, "attn") else "self_attn").prefix = Columns(
+                model.config.kv_heads, model.config.head_width, generator
+            )
+    elif "prompt" in kind:
+        model.prompt = Rows(model.config.width, generator)
+    model.learned = 0 if kind == "none" else P
+    model.windowed = "windowed" in kind
+    return model
+
+
+KINDS = ["none", "prefix", "prompt"]
+CASES = [(family, kind) for family in ("gpt2", "llama", "mistral") for kind in KINDS]
+CASES += [("mistral", "prefix windowed"), ("mistral", "prompt windowed")]
+
+
+@pytest.fixture(params=CASES, ids=" ".join)
+def model(request, twins) -> nn.Module:
+    family, kind = request.param
+    return fill(twins(family)[0], kind)
+
+
+PACKED = torch.tensor(
+    [
+        [0] * 9 + [1] * 1 + [2] * 14 + [PADDING] * 6,
+        [PADDING] * 4 + [7] * 3 + [3] * 8 + [PADDING] * 2 + [0] * 13,
+    ]
+)  # [2, 30]
+
+
+def random_row(generator: torch.Generator, length: int) -> list[int]:
+    """Owners of a row: runs of documents in any order of numbers, some twice, with padding anywhere between."""
+    row: list[int] = []
+    while len(row) < length:
+        owner = int(torch.randint(-1, 4, (), generator=generator))
+        row += [owner] * int(torch.randint(1, 7, (), generator=generator))
+    return row[:length]
+
+
+def literal_positions(row: list[int]) -> list[int]:
+    """Each column's position, straight from the definition."""
+    found = []
+    for column, owner in enumerate(row):
+        start = column
+        while start > 0 and row[start - 1] == owner:
+            start -= 1
+        place = column - start
+        found.append(0 if owner == PADDING else place if owner == SHARED else place + row.count(SHARED))
+    return found
+
+
+def literal_mask(row: list[int], queries: int, window: int | None, windowed: bool) -> list[list[bool]]:
+    """Who sees whom, straight from the definition."""
+    positions = literal_positions(row)
+    table = []
+    for q in range(len(row) - queries, len(row)):
+        line = []
+        for k, owner in enumerate(row):
+            near = window is None or positions[q] - positions[k] < window
+            shared = owner == SHARED and (near or not windowed)
+            line.append(k <= q and ((owner == row[q] and near) or shared))
+        table.append(line)
+    return table
+
+
+def draw(generator: torch.Generator, most: int) -> int:
+    return int(torch.randint(0, most + 1, (), generator=generator))
+
+
+def test_the_rule_on_300_random_rows():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        learned, length = draw(generator, 4), 1 + draw(generator, 20)
+        row = [SHARED] * learned + random_row(generator, length)
+        window = draw(generator, 8) or None
+        windowed, prompted = bool(draw(generator, 1)), bool(draw(generator, 1))
+        queries = length + (learned if prompted else 0)
+        documents = torch.tensor([row])
+        positions = positions_in(documents)
+        assert positions[0].tolist() == literal_positions(row)
+        mask = visible(documents, positions, queries, window, windowed)
+        assert mask.shape == (1, 1, queries, learned + length)
+        assert mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
+
+
+def test_the_rule_through_a_cache_on_random_rows():
+    """lay_out in two calls, as prefill and decode make them: each gives the definition's rows for its own queries."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(100):
+        learned, first, second = draw(generator, 3), 1 + draw(generator, 9), 1 + draw(generator, 4)
+        own = random_row(generator, first + second)
+        window, windowed, prompted = draw(generator, 6) or None, bool(draw(generator, 1)), bool(draw(generator, 1))
+        cache = Cache(1, 1, 1, learned + first + second, 2, torch.float32, torch.device("cpu"))
+        given = {"learned": learned, "prompted": prompted, "window": window, "windowed": windowed}
+        for start, stop in pairwise((0, first, first + second)):
+            documents = torch.tensor([own[start:stop]])
+            layout = lay_out(documents, torch.zeros_like(documents), cache, **given)
+            row = [SHARED] * learned + own[:stop]
+            queries = stop - start + (learned if prompted and start == 0 else 0)
+            assert layout.positions[0].tolist() == literal_positions(row)[-queries:]
+            assert layout.mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
+            assert layout.first == (start == 0)
+
+
+def test_the_rows_drawn_in_the_essay_are_the_rule():
+    """The picture in attention.py, cell by cell."""
+    lines = [line for line in attention.__doc__.splitlines() if line.rstrip().endswith(("#", "no softmax is empty)"))]
+    drawn = [[mark == "#" for mark in line.split("(")[0].ljust(70)[51:67:2]] for line in lines]
+    row = [SHARED] * 2 + [0, 0, 0, 1, 1, PADDING]
+    assert drawn == literal_mask(row, 6, None, False)
+
+
+def dense(monkeypatch) -> None:
+    """Make every forward use the dense mask."""
+    monkeypatch.setattr(attention, "runs_in", lambda *_: None)
+
+
+def outcome(model: nn.Module, ids: Tensor, documents: Tensor | None, weigh: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of each parameter for a loss of random weights on them."""
+    model.zero_grad()
+    logits = model(ids, documents)
+    (logits * weigh).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def weights(documents: Tensor) -> Tensor:
+    """Random weights for logits [B, T, V], 0 where there is padding: what stands there is nobody's."""
+    weigh = torch.randn(*documents.shape, 61, generator=torch.Generator().manual_seed(3))
+    return weigh * (documents != PADDING)[:, :, None]
+
+
+def same(found: tuple, wanted: tuple, where: Tensor, tolerance: float = 1e-5) -> None:
+    """Logits at `where`, and all gradients, agree relative to their largest."""
+    assert (found[0] - wanted[0])[where].abs().max() <= tolerance * wanted[0].abs().max()
+    for name, g in wanted[1].items():
+        assert g.abs().max() > 0, name
+        assert (found[1][name] - g).abs().max() <= tolerance * g.abs().max(), name
+
+
+class TestPackedRows:
+    def test_by_run_is_the_dense_mask(self, model, ids, monkeypatch):
+        weigh, real = weights(PACKED), PACKED != PADDING
+        layout = lay_out(PACKED, ids, None, learned=model.learned, prompted=model.prompt is not None)
+        assert layout.runs is not None, "the control: these rows are computed by run"
+        by_run = outcome(model, ids, PACKED, weigh)
+        dense(monkeypatch)
+        same(by_run, outcome(model, ids, PACKED, weigh), real)
+
+    def test_packed_is_separate(self, model, ids):
+        """Each document in its own row gives the same logits, and the sum of the rows' gradients."""
+        weigh = weights(PACKED)
+        packed = outcome(model, ids, PACKED, weigh)
+        model.zero_grad()
+        logits = torch.zeros_like(packed[0])
+        for b in range(2):
+            for owner in set(PACKED[b].tolist()) - {PADDING}:
+                at = PACKED[b] == owner
+                alone = model(ids[b : b + 1, at])  # [1, n, V]
+                (alone[0] * weigh[b, at]).sum().backward()
+                logits[b, at] = alone[0].detach()
+        same(packed, (logits, {name: p.grad for name, p in model.named_parameters()}), PACKED != PADDING, 2e-5)
+
+    def test_a_number_used_twice_is_one_document(self, model, ids, monkeypatch):
+        """The rule goes by number: the second run of document 0 sees the first, by run or by mask."""
+        documents = torch.tensor([[0] * 10 + [1] * 10 + [0] * 10] * 2)
+        found = model(ids, documents)
+        dense(monkeypatch)
+        assert torch.allclose(found, model(ids, documents), atol=1e-4)
+
+    def test_shared_tokens_of_the_caller_are_everybodys(self, model, ids, monkeypatch):
+        """Text that is run as SHARED (the text init of a prefix) is seen by every document, by run or by mask."""
+        documents = torch.tensor([[SHARED] * 4 + [0] * 10 + [1] * 16] * 2)
+        found = model(ids, documents)
+        dense(monkeypatch)
+        assert torch.allclose(found, model(ids, documents), atol=1e-4)
+
+    def test_documents_do_not_see_each_other(self, model, ids):
+        """The control: without documents, the later ones change."""
+        apart = (model(ids, PACKED) - model(ids)).abs().amax(dim=-1)  # [B, T]
+        assert apart[0, :9].max() < 1e-4
+        assert apart[0, 10:24].min() > 1e-2
+
+
+class TestPadding:
+    LEFT = torch.tensor([[PADDING] * 17 + [0] * 13, [0] * 30])
+
+    def test_left_padded_is_alone(self, model, ids):
+        padded = model(ids, self.LEFT)
+        alone = model(ids[:1, 17:])
+        assert (padded[:1, 17:] - alone).abs().max() <= 2e-5 * alone.abs().max()
+
+    def test_left_padded_is_alone_through_the_cache(self, model, ids):
+        cache = model.new_cache(2, 30)
+        with torch.no_grad():
+            model(ids[:, :20], self.LEFT[:, :20], cache)
+            found = model(ids[:, 20:], cache=cache)[:1]
+            alone = model(ids[:1, 17:])[:, 3:]
+        assert (found - alone).abs().max() <= 2e-5 * alone.abs().max()
+
+    def test_ids_under_padding_change_nothing(self, model, ids):
+        for documents in (self.LEFT, PACKED):
+            pads = documents == PADDING
+            others = torch.where(pads, (ids + 7) % 61, ids)
+            assert torch.equal(model(ids, documents)[~pads], model(others, documents)[~pads])
+
+    def test_a_row_of_nothing_but_padding_is_finite(self, model, ids):
+        documents = torch.full_like(ids, PADDING)
+        logits, gradients = outcome(model, ids, documents, torch.ones(2, 30, 61))
+        assert logits.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients.values())
+
+
+class TestCache:
+    def test_cached_is_uncached(self, model, ids):
+        """Prefill 7 and 5 tokens, then one at a time."""
+        cache = model.new_cache(2, 30)
+        with torch.no_grad():
+            cuts = [0, 7, *range(12, 31)]
+            found = torch.cat([model(ids[:, a:b], cache=cache) for a, b in pairwise(cuts)], dim=1)
+            wanted = model(ids)
+        assert cache.length == 30 + model.learned == cache.documents.shape[1]
+        assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+    def test_cached_packed_row_is_uncached(self, model, ids):
+        cache = model.new_cache(2, 30)
+        with torch.no_grad():
+            cuts = [0, 7, 12, 13, 14, 30]
+            found = torch.cat([model(ids[:, a:b], PACKED[:, a:b], cache) for a, b in pairwise(cuts)], dim=1)
+            wanted = model(ids, PACKED)
+        real = PACKED != PADDING
+        assert (found - wanted)[real].abs().max() <= 2e-5 * wanted.abs().max()
+
+    def test_without_room_it_says_how_to_make_it(self, twins, ids):
+        model = twins("llama")[0]
+        cache = model.new_cache(2, 29)
+        says = r"cache: 2 rows of 0 \+ 30 columns do not fit in one of 2 rows and 29 columns\. make it with model\.new"
+        with pytest.raises(InputError, match=says):
+            model(ids, cache=cache)
+        with pytest.raises(InputError, match="cache: 1 rows of 0"):
+            model(ids[:1, :5], cache=cache)
+
+
+class TestRecompute:
+    @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_recomputed_is_kept(self, family, kind, twins, ids):
+        """Logits and gradients, bit for bit, with dropout drawn again alike."""
+        drops = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop")}.get(family, ("attention_dropout",))
+        model = fill(twins(family, **dict.fromkeys(drops, 0.2))[0], kind).train()
+        weigh = weights(PACKED)
+        runs: list[int] = []
+        model.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+        torch.manual_seed(5)
+        kept = outcome(model, ids, PACKED, weigh)
+        assert len(runs) == 1
+        model.recompute = True
+        torch.manual_seed(5)
+        again = outcome(model, ids, PACKED, weigh)
+        assert len(runs) == 3, "each block runs again in backward"
+        same(again, kept, PACKED > -9, 0.0)
+        torch.manual_seed(6)
+        assert not torch.equal(outcome(model, ids, PACKED, weigh)[0], kept[0]), "the control: dropout was on"
+
+    def test_evaluation_does_not_recompute(self, twins, ids):
+        model = twins("llama")[0]
+        model.recompute = True
+        assert "Checkpoint" not in str(model(ids).grad_fn)
+        runs = []
+        model.blocks[1].register_forward_hook(lambda *_: runs.append(1))
+        model(ids).sum().backward()
+        assert runs == [1]
+
+
+def test_documents_of_another_shape_are_refused(twins, ids):
+    with pytest.raises(InputError, match=r"documents: shape \[2, 29\], but ids have \[2, 30\]"):
+        twins("gpt2")[0](ids, PACKED[:, 1:])
+
+
+def test_gradient_checks_against_float64():
+    """attend_by_run and the dense product in double precision: what is left is rounding, not a tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 30, 6, dtype=torch.float64, generator=generator)
+    k, v = (torch.randn(2, 2, 33, 6, dtype=torch.float64, generator=generator) for _ in "kv")
+    layout = lay_out(PACKED, PACKED, None, learned=3, window=4)
+    assert layout.runs is not None
+    documents = torch.nn.functional.pad(PACKED, (3, 0), value=SHARED)
+    mask = visible(documents, positions_in(documents), 30, 4, False)
+    full = attention.Layout(layout.positions, mask, None, 3, False, True)
+    real = PACKED != PADDING
+    assert torch.allclose(attention.attend(q, k, v, layout)[real], attention.attend(q, k, v, full)[real], atol=1e-12)
