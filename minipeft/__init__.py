@@ -1,6 +1,34 @@
-"""minipeft: parameter-efficient fine-tuning from scratch in plain PyTorch."""
+"""minipeft: parameter-efficient fine-tuning from scratch in plain PyTorch.
 
+The names below stand in the order of the walk: load a model, add an adapter, pack data, train, generate, score.
+"""
+
+from minipeft.adapters import (
+    AdapterReport,
+    FullConfig,
+    LoRAConfig,
+    PrefixConfig,
+    PromptConfig,
+    add_adapter,
+    merge_adapter,
+    remove_adapter,
+)
+from minipeft.adapters.files import load_adapter, save_adapter
+from minipeft.data.packing import Batch, pack
+from minipeft.data.pairs import Pair, encode_pairs, load_pairs
+from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
+from minipeft.generation import GenerateConfig, generate
+from minipeft.models.checkpoint import load_model, save_model
+from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 
-__all__ = ["InputError"]
+__all__ = [  # noqa: RUF022 (the order of the walk)
+    "load_model", "save_model", "load_tokenizer",
+    "add_adapter", "remove_adapter", "merge_adapter", "save_adapter", "load_adapter",
+    "AdapterReport", "FullConfig", "LoRAConfig", "PrefixConfig", "PromptConfig",
+    "Pair", "load_pairs", "encode_pairs", "pack", "Batch",
+    "train", "evaluate", "TrainConfig", "TrainState", "Step",
+    "generate", "GenerateConfig",
+    "InputError",
+]  # fmt: skip
 __version__ = "0.1.0"

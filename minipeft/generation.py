@@ -1,0 +1,195 @@
+"""Text from a decoder: one pass over the prompts (prefill), then one token at a time from the cache (decode).
+
+    prompts of unlike length stand side by side, padded on the left:    . . 0 0 0 | 0 0 ...
+    (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
+
+Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the fewest that hold `top_p` of it,
+and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets does
+not depend on the batch that it stands in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.data.packing import derived_seed
+from minipeft.data.tokens import Tokenizer
+from minipeft.errors import InputError
+from minipeft.models import Decoder
+from minipeft.models.attention import PADDING, Cache
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to answer; the defaults are the paper's. `temperature` 0 is greedy: always the likeliest token."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.2
+    top_p: float = 0.95
+    seed: int = 0
+    stop: tuple[str, ...] = ()  # texts at which an answer ends, beside the end-of-text token
+    batch: int = 25  # prompts at a time
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{value!r} must be an integer >= 1", where=name)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"{self.temperature} must be finite and >= 0", where="temperature")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"{self.top_p} must be in (0, 1]", where="top_p")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"{self.seed} must be in [0, 2^63)", where="seed")
+        if any(not text for text in self.stop):
+            raise InputError("a stop text is empty", where="stop")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for prompt number `index`; `ended` is "eos", "stop" or "limit" (cut off)."""
+
+    index: int
+    text: str
+    ids: list[int]
+    ended: str
+
+
+def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig | None = None
+             ) -> list[str]:  # fmt: skip
+    """The answer to each prompt, in order, without the prompt.
+
+    Raises:
+        InputError: a prompt is empty, or does not fit in the context together with `max_new_tokens`.
+    """
+    answers = sorted(answer(model, tokenizer, prompts, config or GenerateConfig()), key=lambda a: a.index)
+    return [a.text for a in answers]
+
+
+def answer(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig) -> Iterator[Answer]:
+    """As `generate`, but yields each answer as its batch is done (prompts of like length go together)."""
+    rows = tokenizer.encode_all(list(prompts))
+    for number, row in enumerate(rows):
+        check_room(model, row, config, f"prompt {number + 1}")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return (a for start in range(0, len(order), config.batch)
+            for a in answer_batch(model, tokenizer, order[start : start + config.batch], rows, config))  # fmt: skip
+
+
+def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: str) -> None:
+    """Refuse a prompt that is empty, or too long for the context, before any is answered."""
+    room = model.config.context - model.learned
+    if not row:
+        raise InputError("has no tokens", where=where)
+    if len(row) + config.max_new_tokens > room:
+        taken = f" (of which the adapter takes {model.learned})" if model.learned else ""
+        raise InputError(
+            f"{len(row)} tokens and {config.max_new_tokens} new ones exceed the context of {model.config.context}{taken}",
+            where=where,
+            hint=f"Cut it to {max(0, room - config.max_new_tokens)} tokens or lower max_new_tokens",
+        )
+
+
+def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
+                 ) -> list[Answer]:  # fmt: skip
+    """Answer the prompts `numbers` together."""
+    was_training = model.training
+    model.eval()
+    made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
+    model.train(was_training)
+    return [finished(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
+
+
+@torch.no_grad()
+def decode(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
+           ) -> tuple[list[list[int]], list[str]]:  # fmt: skip
+    """Prefill the rows, then choose a token for each until all have ended. Returns the new ids and how each row ended."""
+    device = model.embedding.weight.device
+    ids, documents = padded_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
+    cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
+    ends = end_tokens(model, tokenizer)
+    draws = torch.stack([uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
+    made: list[list[int]] = [[] for _ in rows]
+    ended = ["limit"] * len(rows)
+    live = list(range(len(rows)))  # which row of the batch each row of the cache is
+    hidden = model.hidden(ids.to(device), documents.to(device), cache)  # [B, T, C]
+    for step in range(config.max_new_tokens):
+        logits = model.lm_head(hidden[:, -1]).float()  # [B, V]
+        chosen = choose(logits, draws[live, step], config)  # [B]
+        for place, token in enumerate(chosen.tolist()):
+            row = live[place]
+            if ended[row] != "limit":
+                continue
+            if token in ends:
+                ended[row] = "eos"
+                continue
+            made[row].append(token)
+            if config.stop and any(text in new_text(tokenizer, rows[row], made[row]) for text in config.stop):
+                ended[row] = "stop"
+        going = [place for place, row in enumerate(live) if ended[row] == "limit"]
+        if not going or step + 1 == config.max_new_tokens:
+            break
+        if 2 * len(going) <= len(live):  # carry ended rows along until half are: moving the cache costs a copy
+            keep_rows(cache, going)
+            chosen, live = chosen[going], [live[place] for place in going]
+        hidden = model.hidden(chosen[:, None], cache=cache)  # [B, 1, C]
+    return made, ended
+
+
+def end_tokens(model: Decoder, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end an answer: the tokenizer's EOS and those of config.json (Llama 3 has several)."""
+    given = model.config.eos_token_id
+    listed = given if isinstance(given, list) else [given]
+    return {token for token in (tokenizer.eos, *listed) if token is not None}
+
+
+def padded_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
+    """Rows of unlike length as ids and owners, two of [B, T]; what fills the padding is never looked at."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
+    documents = torch.tensor([[PADDING] * (width - len(row)) + [0] * len(row) for row in rows])
+    return ids, documents
+
+
+def uniforms(config: GenerateConfig, number: int) -> Tensor:
+    """The random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
+    return torch.rand(config.max_new_tokens, generator=generator)
+
+
+def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
+    """One token a row: the likeliest, or the one that the uniform number `draw` falls on. [B, V], [B] -> [B]"""
+    if config.temperature == 0:
+        return logits.argmax(dim=1)
+    probabilities, tokens = F.softmax(logits / config.temperature, dim=1).sort(dim=1, descending=True, stable=True)
+    before = probabilities.cumsum(dim=1) - probabilities  # what stands before each token
+    kept = torch.where(before < config.top_p, probabilities, 0.0)  # the nucleus; the first always is
+    upto = kept.cumsum(dim=1)  # [B, V]
+    place = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True)  # [B, 1]
+    return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]
+
+
+def keep_rows(cache: Cache, rows: list[int]) -> None:
+    """Drop the other rows of a cache."""
+    cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
+    cache.documents = cache.documents[rows]
+
+
+def new_text(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
+    """The text of the new ids as it stands after the prompt: a tokenizer may drop a space at the start of a text."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + made)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(made)
+
+
+def finished(tokenizer: Tokenizer, number: int, prompt: list[int], made: list[int], ended: str, stop: tuple[str, ...]
+             ) -> Answer:  # fmt: skip
+    """An answer's text, cut at the first stop text."""
+    text = new_text(tokenizer, prompt, made)
+    cuts = [text.index(mark) for mark in stop if mark in text]
+    return Answer(number, text[: min(cuts)] if cuts else text, made, ended)
