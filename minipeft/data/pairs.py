@@ -196,7 +196,8 @@ def read_field(row: dict[str, Any], name: str, place: str, longest: int) -> str:
 def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple[Pairs, Pairs]:
     """Split into (train, dev) with exactly `held_out` pairs in dev and no question in both; the order is kept.
 
-    Questions are taken in the order of sha256(seed, question), which no library's random numbers can change.
+    Questions come in the order of sha256(seed, question), which no library's random numbers can change; the first that
+    make up the number are taken. Bit n of `sums[k]` says whether some of the first k hold n pairs together.
     """
     if not 0 <= held_out < len(pairs):
         raise InputError(f"cannot hold out {held_out} of {len(pairs)} pairs", file=pairs.file, where="held_out")
@@ -204,15 +205,18 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
     for number, pair in enumerate(pairs.items):
         key = f"line {number}" if pair.question_id is None else str(pair.question_id)
         groups.setdefault(key, []).append(number)
+    questions = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    sums = [1]
+    for key in questions:
+        sums.append((sums[-1] | sums[-1] << len(groups[key])) & ((2 << held_out) - 1))
+    most = sums[-1].bit_length() - 1
+    if most != held_out:
+        problem = f"whole questions make {most} pairs, not {held_out}"
+        raise InputError(problem, file=pairs.file, where="held_out", hint=f"Hold out {most}")
     dev: set[int] = set()
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest()):
-        if len(dev) + len(groups[key]) <= held_out:
-            dev.update(groups[key])
-    if len(dev) != held_out:
-        raise InputError(
-            f"whole questions make {len(dev)} pairs, not {held_out}", file=pairs.file, where="held_out",
-            hint=f"Hold out {len(dev)}",
-        )  # fmt: skip
+    for k in reversed(range(len(questions))):
+        if not sums[k] >> (held_out - len(dev)) & 1:  # those before it do not suffice: it is needed
+            dev.update(groups[questions[k]])
     kept = tuple(pair for number, pair in enumerate(pairs.items) if number not in dev)
     return replace(pairs, items=kept), replace(pairs, items=tuple(pairs.items[number] for number in sorted(dev)))
 

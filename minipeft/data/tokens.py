@@ -4,8 +4,8 @@ The splitting and merging is done by the `tokenizers` library; here stands what 
 
     file            tokenizer.json as it is; or byte-level BPE (Radford et al. 2019) from vocab.json, merges.txt and
                     added_tokens.json (all that CodeGPT ships)
-    BOS             where the model's own tokenizer puts it: add_bos_token of tokenizer_config.json where that is given,
-                    else the post-processor of tokenizer.json; GPT-2 puts none
+    BOS             where the model's own tokenizer puts it: the post-processor of tokenizer.json says; where there is
+                    no such file add_bos_token of tokenizer_config.json does (GPT-2: none), as in transformers 5
     EOS, padding    by name in tokenizer_config.json, else special_tokens_map.json; else by id in config.json
     `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token
     padding, truncation, chat templates in the files    have no effect
@@ -144,8 +144,10 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
         found = f"no {WHOLE}, and no {VOCAB} with {MERGES}, in the folder (found: {listed(folder)})"
         raise InputError(found, file=folder)
     special = {name: special_id(backend, name, folder, named, config) for name in ("bos", "eos", "pad")}
-    if "add_bos_token" in named or "add_eos_token" in named:
-        put_bos(backend, special["bos"] if named.get("add_bos_token") else None)
+    if file.name == VOCAB and named.get("add_bos_token"):
+        if special["bos"] is None:
+            raise InputError("is true, but the vocabulary has no BOS token", file=folder, where="add_bos_token")
+        put_bos(backend, special["bos"])
     used = [folder / name for name in ([WHOLE] if file.name == WHOLE else [VOCAB, MERGES, ADDED])]
     definition = b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in used if path.exists())
     return Tokenizer(backend, file, definition, special)
@@ -269,12 +271,10 @@ def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) 
     return number
 
 
-def put_bos(backend: tokenizers.Tokenizer, bos: int | None) -> None:
-    """Let the tokenizer put this id before each text, and nothing after it."""
-    token = None if bos is None else backend.id_to_token(bos)
-    single = "$A" if token is None else f"{token}:0 $A:0"
-    special = [] if token is None else [(token, bos)]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
+    """Let the tokenizer put this id before each text."""
+    token = backend.id_to_token(bos)
+    backend.post_processor = processors.TemplateProcessing(single=f"{token}:0 $A:0", special_tokens=[(token, bos)])
 
 
 def size_of(text: str, number: int) -> int:
