@@ -1,0 +1,239 @@
+"""Rows against a plain reading of the rules, token by token, and what cannot be packed."""
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeft.data.packing import IGNORED, Batches, derived_seed, first_fit, pack, rows_of_one
+from minipeft.data.pairs import Example
+from minipeft.errors import InputError
+from minipeft.models.attention import PADDING
+
+EOS, PAD = 1, 0
+TOKENIZER: Any = SimpleNamespace(pad=PAD, eos=EOS, require_eos=lambda: EOS)
+
+
+def examples_of(sizes: list[tuple[int, int]]) -> list[Example]:
+    """Examples of (tokens, prompt tokens), every token another id, so that each can be followed; EOS is 1."""
+    made, token = [], 2
+    for size, prompt in sizes:
+        made.append(Example([*range(token, token + size - 1), EOS], min(prompt, size)))
+        token += size
+    return made
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12)), min_size=1, max_size=30)
+SHAPE = {"length": st.integers(4, 24), "batch": st.integers(1, 5), "learned": st.integers(0, 2)}
+LOSS = st.sampled_from(["all", "response"])
+steady = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+def kept_of(batches: Batches) -> list[list[tuple[int, int, int]]]:
+    """Each row of the first epoch as (id, label, document), without its padding, which is checked."""
+    rows = []
+    for batch in batches:
+        assert batch.ids.shape == batch.labels.shape == batch.documents.shape
+        assert {t.dtype for t in (batch.ids, batch.labels, batch.documents)} == {torch.int64}
+        for ids, labels, documents in zip(batch.ids.tolist(), batch.labels.tolist(), batch.documents.tolist()):
+            real = len(documents) - documents.count(PADDING)
+            assert documents[real:] == [PADDING] * (len(ids) - real)
+            assert labels[real:] == [IGNORED] * (len(ids) - real)
+            assert ids[real:] == [PAD] * (len(ids) - real)
+            rows.append(list(zip(ids[:real], labels[:real], documents[:real])))
+    return rows
+
+
+def expected(example: Example, loss: str, width: int) -> tuple[tuple[int, int], ...]:
+    """A document's (id, label)s, one token after the other."""
+    silent = max(1, example.prompt_tokens) if loss == "response" else 1
+    return tuple((token, token if place >= silent else IGNORED) for place, token in enumerate(example.ids))[:width]
+
+
+def check_report(batches: Batches, rows: list[list[tuple[int, int, int]]], examples: list[Example]) -> None:
+    report = batches.report
+    assert report.documents == len(examples)
+    assert report.tokens_in == sum(len(example.ids) for example in examples)
+    assert report.tokens_in == report.tokens_out + report.tokens_cut + report.tokens_left_out
+    assert report.tokens_out == sum(len(row) for row in rows)
+    assert report.targets == sum(label != IGNORED for row in rows for _, label, _ in row)
+    assert report.rows == len(rows)
+    assert report.batches == len(batches)
+    cells = sum(batch.ids.numel() for batch in batches)
+    assert report.padded == cells - report.tokens_out
+    assert report.fill == pytest.approx(report.tokens_out / cells)
+
+
+@steady
+@given(sizes=SIZES, loss=LOSS, seed=st.integers(0, 2**63 - 1), single=st.booleans(), **SHAPE)
+def test_isolated_documents_arrive_whole(
+    sizes: list[tuple[int, int]], loss: str, seed: int, single: bool, length: int, batch: int, learned: int
+) -> None:
+    examples, width = examples_of(sizes), length - learned
+    wanted = Counter(expected(example, loss, width) for example in examples)
+    silent = Counter({d: n for d, n in wanted.items() if all(label == IGNORED for _, label in d)})
+    if wanted == silent:
+        return
+    lay_out = rows_of_one if single else pack
+    batches = lay_out(
+        examples, TOKENIZER, length=length, batch=batch, learned=learned, seed=seed, loss=loss, shuffle=True
+    )
+    rows = kept_of(batches)
+    found: Counter[tuple[tuple[int, int], ...]] = Counter()
+    for row in rows:
+        count = 1 + max(document for *_, document in row)
+        assert [document for *_, document in row] == sorted(document for *_, document in row)
+        assert not single or count == 1
+        found.update(tuple((t, label) for t, label, d in row if d == number) for number in range(count))
+    assert found == wanted - silent
+    widths = {b.ids.shape[1] for b in batches}
+    assert max(widths) <= width if single else widths == {width}
+    check_report(batches, rows, examples)
+    report = batches.report
+    assert report.documents_cut == sum(len(example.ids) > width for example in examples)
+    assert (report.left_out, report.tokens_left_out) == (silent.total(), sum(len(d) * n for d, n in silent.items()))
+
+
+@steady
+@given(sizes=SIZES, loss=LOSS, **SHAPE)
+def test_plain_rows_are_one_text_cut_in_pieces(
+    sizes: list[tuple[int, int]], loss: str, length: int, batch: int, learned: int
+) -> None:
+    examples, width = examples_of(sizes), length - learned
+    text = []
+    for example in examples:
+        for place, token in enumerate(example.ids):
+            text.append((token, IGNORED if loss == "response" and place < example.prompt_tokens else token, 0))
+    pieces = [[(text[i][0], IGNORED, 0), *text[i + 1 : i + width]] for i in range(0, len(text), width)]
+    wanted = [piece for piece in pieces if any(label != IGNORED for _, label, _ in piece)]
+    if not wanted:
+        return
+    batches = pack(
+        examples, TOKENIZER, length=length, batch=batch, learned=learned, loss=loss, isolate=False, shuffle=False
+    )
+    rows = kept_of(batches)
+    assert rows == wanted
+    check_report(batches, rows, examples)
+    assert batches.report.left_out == len(pieces) - len(wanted)
+    assert batches.report.tokens_cut == 0
+
+
+@steady
+@given(sizes=SIZES, isolate=st.booleans(), seed=st.integers(0, 2**63 - 1), at=st.integers(0, 200))
+def test_a_batch_is_a_function_of_its_number(sizes: list[tuple[int, int]], isolate: bool, seed: int, at: int) -> None:
+    examples = examples_of([(max(2, size), prompt) for size, prompt in sizes])
+    first, again = (pack(examples, TOKENIZER, length=16, batch=2, seed=seed, isolate=isolate) for _ in range(2))
+    for number in range(at % 7):
+        assert first[number].ids.shape[1] == 16  # what was read before changes nothing
+    for name in ("ids", "labels", "documents"):
+        assert torch.equal(getattr(first[at], name), getattr(again[at], name))
+    assert first.fingerprint == again.fingerprint
+
+
+def test_every_epoch_holds_every_row_once_in_another_order() -> None:
+    batches = pack(examples_of([(10, 2)] * 50), TOKENIZER, length=10, batch=4, seed=5)
+    assert len(batches) == 13
+    assert batches[12].ids.shape == (2, 10)  # 50 rows in fours: the last batch is smaller, not dropped
+    epochs = [[batches[13 * e + i].ids[:, 0].tolist() for i in range(13)] for e in range(3)]
+    flat = [[first for batch in epoch for first in batch] for epoch in epochs]
+    assert sorted(flat[0]) == sorted(flat[1]) == sorted(flat[2])
+    assert len({tuple(order) for order in flat}) == 3
+    other = pack(examples_of([(10, 2)] * 50), TOKENIZER, length=10, batch=4, seed=6)
+    assert [b.ids[:, 0].tolist() for b in other] != epochs[0]
+    assert other.fingerprint != batches.fingerprint
+    still = pack(examples_of([(10, 2)] * 50), TOKENIZER, length=10, batch=4, shuffle=False)
+    assert torch.equal(still[0].ids, still[13].ids)
+    with pytest.raises(IndexError, match="counted from 0, not -1"):
+        batches[-1]
+
+
+def test_the_order_is_the_same_on_every_machine() -> None:
+    """A promise, so the numbers stand here: a run that is resumed elsewhere must go on with the same rows."""
+    batches = pack(examples_of([(10, 2)] * 8), TOKENIZER, length=10, batch=8, seed=0)
+    assert derived_seed("order", 0, 0) == 6842717984295184508
+    assert [first // 10 for first in batches[0].ids[:, 0].tolist()] == [0, 2, 7, 6, 5, 1, 4, 3]
+
+
+def test_derived_seeds_are_apart() -> None:
+    parts = [(), (0,), (1,), ("0",), (0, 1), (1, 0), (0, "1"), ("order", 0, 0), ("order", 0, 1)]
+    assert len({derived_seed(*p) for p in parts}) == len(parts)
+    assert all(0 <= derived_seed(i) < 2**63 for i in range(100))
+
+
+@steady
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_first_fit_is_the_naive_one(sizes: list[int]) -> None:
+    rows: list[list[int]] = []
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        place = next((row for row in rows if sum(sizes[n] for n in row) + sizes[number] <= 20), None)
+        if place is None:
+            rows.append(place := [])
+        place.append(number)
+    assert first_fit(sizes, 20) == rows
+
+
+def test_the_drawing_at_the_head_of_the_file() -> None:
+    a, b, c = Example([5, 6, 7, EOS], 2), Example([8, 9, 10, 11, EOS], 2), Example([12, EOS], 1)
+    (batch,) = pack([a, b, c], TOKENIZER, length=14, learned=1, batch=1)
+    assert batch.ids.tolist() == [[8, 9, 10, 11, EOS, 5, 6, 7, EOS, 12, EOS, PAD, PAD]]  # longest first
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1]]
+    assert batch.labels.tolist() == [[-100, 9, 10, 11, EOS, -100, 6, 7, EOS, -100, EOS, -100, -100]]
+    (batch,) = pack([a, b, c], TOKENIZER, length=14, learned=1, batch=1, loss="response")
+    assert batch.labels.tolist() == [[-100, -100, 10, 11, EOS, -100, -100, 7, EOS, -100, EOS, -100, -100]]
+    (batch,) = rows_of_one([a, b], TOKENIZER, batch=2)
+    assert batch.ids.tolist() == [[5, 6, 7, EOS, PAD], [8, 9, 10, 11, EOS]]
+    assert batch.documents.tolist() == [[0, 0, 0, 0, -1], [0, 0, 0, 0, 0]]
+
+
+def test_padding_needs_no_token_of_its_own() -> None:
+    """Padding is told by `documents`, not by its id: where padding is EOS, EOS is still learned."""
+    same: Any = SimpleNamespace(pad=EOS, eos=EOS, require_eos=lambda: EOS)
+    (batch,) = rows_of_one([Example([5, EOS], 1), Example([6, 7, EOS], 1)], same, batch=2)
+    assert batch.labels.tolist() == [[-100, EOS, -100], [-100, 7, EOS]]
+    none: Any = SimpleNamespace(pad=None, eos=None, require_eos=lambda: EOS)
+    (batch,) = rows_of_one([Example([5, EOS], 1), Example([6, 7, EOS], 1)], none, batch=2)
+    assert batch.ids.tolist() == [[5, EOS, 0], [6, 7, EOS]]
+
+
+def test_the_report_says_where_the_tokens_went() -> None:
+    report = pack(examples_of([(30, 2), (9, 9), (6, 2), (1, 0)]), TOKENIZER, length=10, learned=2, batch=2).report
+    assert str(report).splitlines() == [
+        "4 documents of 46 tokens -> 3 rows in 2 batches, 91.7% full",
+        "22 tokens kept, 19 of them with a loss; 2 padded",
+        "2 documents were too long: 23 tokens cut off their ends",
+        "1 without a token to learn from left out (1 tokens)",
+        "2 columns of each row are left to the adapter",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch": 0}, "batch: must be at least 1, is 0"),
+        ({"learned": -1}, "learned: must be at least 0, is -1"),
+        ({"seed": -1}, "seed: must be from 0 to"),
+        ({"seed": 2**63}, "seed: must be from 0 to"),
+        ({"loss": "answer"}, "loss: must be 'all' or 'response', is 'answer'"),
+        ({"length": 20, "learned": 20}, "length: 20 leaves 0 tokens beside 20 learned columns"),
+        ({"length": 1}, "length: 1 leaves 1 tokens beside 0 learned columns"),
+        ({"length": 5, "loss": "response"}, "examples: no token is left to take a loss on (the longest of 3"),
+        ({"examples": []}, "examples: no examples to pack"),
+        ({"examples": [Example([5], 0)]}, "examples: no token is left to take a loss on"),
+    ],
+)
+@pytest.mark.parametrize("lay_out", [pack, rows_of_one])
+def test_what_cannot_be_packed(lay_out: Any, changed: dict[str, Any], said: str) -> None:
+    given = {"examples": examples_of([(9, 6)] * 3), "tokenizer": TOKENIZER} | changed
+    with pytest.raises(InputError) as error:
+        lay_out(**given)
+    assert str(error.value).startswith(said)
+
+
+def test_plain_rows_need_eos_between_documents() -> None:
+    examples = [Example([5, EOS], 1), Example([6, 7], 1)]
+    with pytest.raises(InputError, match="example 1: must end with EOS"):
+        pack(examples, TOKENIZER, isolate=False)
