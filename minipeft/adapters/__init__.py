@@ -2,6 +2,7 @@
 
 full      every parameter                          FullConfig      nothing is added
 LoRA      linears: W -> W + (alpha/r) B A          LoRAConfig      lora.py
+(IA)3     linears: y -> l * y                      IA3Config       ia3.py
 prefix    attention: [prefix_k ; k], [prefix_v ; v]  PrefixConfig  prefix.py
 prompt    embedding: [prompt ; x]                  PromptConfig    prompt.py
 """
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minipeft.adapters.lora import LoRAConfig, MergeReport, add_lora, merge_lora, remove_lora
+from minipeft.adapters.ia3 import IA3Config, add_ia3, merge_ia3, remove_ia3
+from minipeft.adapters.linears import MergeReport
+from minipeft.adapters.lora import LoRAConfig, add_lora, kernel_path, merge_lora, remove_lora
 from minipeft.adapters.prefix import Encoder, PrefixConfig, add_prefix, remove_prefix
 from minipeft.adapters.prompt import PromptConfig, add_prompt, remove_prompt
 from minipeft.errors import InputError
@@ -24,8 +27,14 @@ class FullConfig:
     """Full fine-tuning: train every parameter of the base."""
 
 
-AdapterConfig = FullConfig | LoRAConfig | PrefixConfig | PromptConfig
-METHODS: dict[str, type] = {"full": FullConfig, "lora": LoRAConfig, "prefix": PrefixConfig, "prompt": PromptConfig}
+AdapterConfig = FullConfig | LoRAConfig | IA3Config | PrefixConfig | PromptConfig
+METHODS: dict[str, type] = {
+    "full": FullConfig,
+    "lora": LoRAConfig,
+    "ia3": IA3Config,
+    "prefix": PrefixConfig,
+    "prompt": PromptConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class AdapterReport:
     adapter_dtype: str
     learned: int  # columns that the adapter takes from the context
     modules: list[str] = field(repr=False)
+    path: str | None = None  # LoRA: which kernel computes it
+    notes: tuple[str, ...] = ()  # what a reader of the file should know
 
     @property
     def percent(self) -> float:
@@ -55,6 +66,9 @@ class AdapterReport:
         ]
         if self.learned:
             rows.append(("columns", f"{self.learned} of each row's context"))
+        if self.path is not None:
+            rows.append(("computed", f"by minipeft_kernels, path {self.path!r}"))
+        rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
 
@@ -74,12 +88,16 @@ def add_adapter(
         raise InputError(
             f"the model holds {method_of(held)} already",
             where="add_adapter",
-            hint="remove_adapter or merge_adapter first",
+            hint="remove_adapter or merge_adapter first; many LoRA adapters at once are an AdapterBank",
         )
     generator = torch.Generator().manual_seed(seed)
     modules: list[str] = []
+    path = None
     if isinstance(config, LoRAConfig):
+        path = kernel_path(model, config)
         modules = add_lora(model, config, generator)
+    elif isinstance(config, IA3Config):
+        modules = add_ia3(model, config)
     elif isinstance(config, PrefixConfig):
         modules = add_prefix(model, config, tokenizer, generator)
     elif isinstance(config, PromptConfig):
@@ -89,7 +107,7 @@ def add_adapter(
     added = {id(p) for name in modules for p in own_parameters(model, name)}
     for p in model.parameters():
         p.requires_grad_(full or id(p) in added)
-    return report_on(model, modules)
+    return report_on(model, modules, path)
 
 
 def own_parameters(model: Decoder, name: str) -> list[torch.nn.Parameter]:
@@ -101,7 +119,7 @@ def own_parameters(model: Decoder, name: str) -> list[torch.nn.Parameter]:
     ]
 
 
-def report_on(model: Decoder, modules: list[str]) -> AdapterReport:
+def report_on(model: Decoder, modules: list[str], path: str | None = None) -> AdapterReport:
     """Count what is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
@@ -112,6 +130,7 @@ def report_on(model: Decoder, modules: list[str]) -> AdapterReport:
         adapter_dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trained})),
         learned=model.learned,
         modules=modules,
+        path=path,
     )
 
 
@@ -121,8 +140,8 @@ def adapter_of(model: Decoder) -> AdapterConfig | None:
 
 
 def method_of(config: AdapterConfig | None) -> str:
-    """The name of a config's method."""
-    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
+    """The name of a config's method, or what else the model may hold."""
+    return next((name for name, kind in METHODS.items() if isinstance(config, kind)), "a bank of adapters")
 
 
 def remove_adapter(model: Decoder) -> None:
@@ -134,8 +153,12 @@ def remove_adapter(model: Decoder) -> None:
     config = adapter_of(model)
     if config is None:
         raise InputError("the model holds no adapter", where="remove_adapter")
+    if not isinstance(config, AdapterConfig):
+        raise InputError("the model holds a bank of adapters", where="remove_adapter", hint="bank.close() removes it")
     if isinstance(config, LoRAConfig):
         remove_lora(model)
+    elif isinstance(config, IA3Config):
+        remove_ia3(model)
     elif isinstance(config, PrefixConfig):
         remove_prefix(model)
     elif isinstance(config, PromptConfig):
@@ -146,16 +169,19 @@ def remove_adapter(model: Decoder) -> None:
 
 
 def merge_adapter(model: Decoder) -> MergeReport:
-    """Fold LoRA into the weights, in float32; afterwards a plain model again.
+    """Fold LoRA or (IA)3 into the weights, in float32; afterwards a plain model again.
 
     Raises:
-        InputError: not LoRA (columns cannot be folded into weights), a tied target, or a result that is not finite.
+        InputError: another method (columns cannot be folded into weights), a tied target, or a result not finite.
     """
     config = adapter_of(model)
-    if not isinstance(config, LoRAConfig):
+    if isinstance(config, LoRAConfig):
+        report = merge_lora(model)
+    elif isinstance(config, IA3Config):
+        report = merge_ia3(model)
+    else:
         held = "no adapter" if config is None else method_of(config)
-        raise InputError(f"the model holds {held}; only LoRA can be merged into weights", where="merge_adapter")
-    report = merge_lora(model)
+        raise InputError(f"the model holds {held}; only LoRA and (IA)3 merge into weights", where="merge_adapter")
     model.adapter = None
     for p in model.parameters():
         p.requires_grad_(True)

@@ -1,7 +1,9 @@
 """Adapters on disk in Hugging Face PEFT's format, both ways: adapter_config.json + adapter_model.safetensors.
 
-    LoRA     base_model.model.<path of the linear>.lora_A.weight [r, in]   .lora_B.weight [out, r]
+    LoRA     base_model.model.<path of the linear>.lora_A.weight [r, in]   .lora_B.weight [out, r]     (lora_files.py)
+    (IA)3    base_model.model.<path of the linear>.ia3_l [out, 1]
     prefix   prompt_embeddings [P, L * 2 * K * D]: of each column, in each layer, its key, then its value (after rotary)
+    gated    the same, and gates [L, H]; a type of its own, that PEFT does not know
     prompt   prompt_embeddings [P, C]
 
 The config has PEFT's own keys and no key of ours. Loading is strict: what is missing, unexpected, of another shape, not
@@ -10,6 +12,7 @@ finite, or asks for a feature that is not here is an error that names file and e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,47 +24,69 @@ from minipeft.adapters import (
     AdapterConfig,
     AdapterReport,
     FullConfig,
+    IA3Config,
     LoRAConfig,
     PrefixConfig,
     PromptConfig,
     adapter_of,
     add_adapter,
+    remove_adapter,
 )
-from minipeft.adapters.lora import DEFAULT_TARGETS, lora_layers, targeted
-from minipeft.adapters.prefix import attentions
+from minipeft.adapters.lora_files import (
+    fill_ia3,
+    fill_lora,
+    ia3_config,
+    ia3_json,
+    ia3_shapes,
+    ia3_tensors,
+    lora_config,
+    lora_json,
+    lora_shapes,
+    lora_tensors,
+)
+from minipeft.adapters.own import GATED, columns_of, fill_state, with_own, write_own
+from minipeft.adapters.prefix import attentions, prefixes
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, read_header, read_object, write_json, write_tensors
 from minipeft.models import Decoder
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_TYPES = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BLOCKS = {"gpt2": "h", "llama": "layers", "mistral": "layers"}  # the name of the list of blocks
+PEFT_TYPES = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", GATED: "prefix", "PROMPT_TUNING": "prompt"}
 Header = Mapping[str, tuple[str, TensorInfo]]  # our name -> the file's name, and what its header says of it
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-# Every key of PEFT 0.21 that changes what an adapter computes, and the values at which it changes nothing. A file that
-# asks for anything else asks for what is not implemented here.
+# Every key of PEFT 0.21 that changes what an adapter computes and is not honoured here, with the values at which it
+# changes nothing. A file that asks for anything else asks for what is not implemented.
 NEUTRAL: dict[str, dict[str, tuple[object, ...]]] = {
     "lora": {
-        "alora_invocation_tokens": (None,), "alpha_pattern": ({}, None), "arrow_config": (None,), "bias": ("none",),
-        "corda_config": (None,), "ensure_weight_tying": (False, None), "eva_config": (None,),
-        "exclude_modules": (None,),
+        "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
+        "ensure_weight_tying": (False, None), "eva_config": (None,), "exclude_modules": (None, []),
         "init_lora_weights": (True, False, "gaussian"), "kasa_config": (None,), "layer_replication": (None,),
-        "layers_pattern": (None,), "layers_to_transform": (None,), "loftq_config": ({}, None), "lora_bias": (False,),
-        "lora_ga_config": (None,), "megatron_config": (None,), "modules_to_save": (None,), "monteclora_config": (None,),
-        "rank_pattern": ({}, None), "target_parameters": (None,), "trainable_token_indices": (None,),
-        "use_bdlora": (None, False), "use_dora": (False,), "use_qalora": (False,), "use_rslora": (False,),
-        "velora_config": (None,),
+        "loftq_config": ({}, None), "lora_ga_config": (None,), "megatron_config": (None,),
+        "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
+        "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
+        "use_qalora": (False, None), "velora_config": (None,),
     },
-    "prefix": {"modules_to_save": (None,), "num_transformer_submodules": (None, 1)},
-    "prompt": {"modules_to_save": (None,), "num_transformer_submodules": (None, 1)},
+    "ia3": {"exclude_modules": (None, []), "modules_to_save": (None, [])},
+    "prefix": {"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)},
+    "prompt": {"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)},
 }  # fmt: skip
-IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "fan_in_fan_out", "inference_mode",
-    "init_weights", "lora_alpha", "lora_dropout", "megatron_core", "num_attention_heads", "num_layers",
-    "num_virtual_tokens", "peft_type", "peft_version", "prefix_projection", "prompt_tuning_init",
-    "prompt_tuning_init_text", "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
-    "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
+# The keys that are honoured, and those that change nothing in an adapter that lies on disk.
+KNOWN: dict[str, set[str]] = {
+    "lora": {"alpha_pattern", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+             "lora_dropout", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"},
+    "ia3": {"fan_in_fan_out", "feedforward_modules", "init_ia3_weights", "target_modules"},
+    "prefix": {"encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers", "num_virtual_tokens",
+               "prefix_projection", "token_dim"},
+    "prompt": {"num_attention_heads", "num_layers", "num_virtual_tokens", "prompt_tuning_init",
+               "prompt_tuning_init_text", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path"},
 }  # fmt: skip
+ANY = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+       "runtime_config", "task_type"}  # fmt: skip
+FIELDS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+          "layers": "layers_to_transform", "rslora": "use_rslora", "dora": "use_dora", "length": "num_virtual_tokens",
+          "feedforward": "feedforward_modules"}  # fmt: skip
 
 
 def save_adapter(model: Decoder, folder: str | Path) -> None:
@@ -76,15 +101,20 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
         raise InputError(f"the model holds {held}", where="save_adapter", hint="save_model writes the whole model")
     if isinstance(config, LoRAConfig):
         given, tensors = lora_json(config, model), lora_tensors(model)
+    elif isinstance(config, IA3Config):
+        given, tensors = ia3_json(config, model), ia3_tensors(model)
     elif isinstance(config, PrefixConfig):
-        given, tensors = prefix_json(config, model), {"prompt_embeddings": prefix_table(model)}
+        given, tensors = prefix_json(config, model), {"prompt_embeddings": columns_of(model)}
+        if config.gate:
+            tensors["gates"] = torch.stack([a.beside.gate for a in attentions(model)])  # [L, H]
     else:
-        given, tensors = prompt_json(config, model), {"prompt_embeddings": model.prompt.weight}
+        given, tensors = prompt_json(config, model), {"prompt_embeddings": columns_of(model)}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
     write_tensors(Path(folder) / WEIGHTS, tensors)
     write_json(Path(folder) / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
+    write_own(model, config, Path(folder))
 
 
 def shared_json(model: Decoder) -> dict[str, object]:
@@ -98,48 +128,11 @@ def shared_json(model: Decoder) -> dict[str, object]:
     }
 
 
-def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
-    """adapter_config.json of LoRA; the targets in full paths' shortest unambiguous form, sorted."""
-    paths = list(lora_layers(model))
-    if isinstance(config.targets, tuple):
-        targets = sorted(config.targets)
-    elif config.targets == "default":
-        targets = sorted(DEFAULT_TARGETS[model.config.model_type])
-    else:
-        targets = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": model.config.model_type == "gpt2",
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def lora_tensors(model: Decoder) -> dict[str, Tensor]:
-    """A and B under PEFT's names."""
-    pairs = lora_layers(model).items()
-    return {
-        f"base_model.model.{path}.lora_{letter}.weight": getattr(layer, f"lora_{letter}")
-        for path, layer in pairs
-        for letter in "AB"
-    }
-
-
 def prefix_json(config: PrefixConfig, model: Decoder) -> dict[str, object]:
     """adapter_config.json of prefix-tuning; token_dim counts the key/value heads, as PEFT does since 0.12."""
     c = model.config
     return {
-        "peft_type": "PREFIX_TUNING",
+        "peft_type": GATED if config.gate else "PREFIX_TUNING",
         "encoder_hidden_size": c.width,
         "num_attention_heads": c.kv_heads,
         "num_layers": c.layers,
@@ -166,12 +159,6 @@ def prompt_json(config: PromptConfig, model: Decoder) -> dict[str, object]:
     }
 
 
-def prefix_table(model: Decoder) -> Tensor:
-    """All layers' keys and values as PEFT's one table. -> [P, L * 2 * K * D]"""
-    layers = [torch.stack([a.prefix.key, a.prefix.value]) for a in attentions(model)]  # each [2, K, P, D]
-    return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).detach()
-
-
 def prefix_tensors(table: Tensor, model: Decoder) -> tuple[Tensor, Tensor]:
     """PEFT's table [P, L * 2 * K * D] -> keys and values, two of [L, K, P, D]"""
     c = model.config
@@ -186,44 +173,73 @@ def load_adapter(model: Decoder, folder: str | Path, *, trainable: bool = False)
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
             wrongly shaped, not floating or not finite; the config asks for what is not implemented.
     """
-    folder = Path(folder)
-    config = read_adapter_config(folder / CONFIG, model.config.model_type)
-    header = {name.replace(".default.", "."): (name, info) for name, info in read_header(folder / WEIGHTS).items()}
+    if adapter_of(model) is not None:
+        add_adapter(model, FullConfig())  # says what the model holds and what to do
+    config, tensors, notes = read_adapter(model, Path(folder))
+    if isinstance(config, PrefixConfig | PromptConfig):
+        config = with_own(config, Path(folder), trainable=trainable)
+    report = add_adapter(model, config)  # its start is overwritten at once
     try:
+        fill(model, tensors, Path(folder))
+    except InputError:
+        remove_adapter(model)
+        raise
+    if not trainable:
+        for p in model.parameters():
+            p.requires_grad_(False)
+        report = dataclasses.replace(report, trainable=0)
+    return dataclasses.replace(report, notes=notes)
+
+
+def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], tuple[str, ...]]:
+    """The config, the tensors under PEFT's names and what is notable of the adapter in `folder`, checked against the
+    model, which is not touched."""
+    file = folder / WEIGHTS
+    given = read_object(folder / CONFIG)
+    try:
+        config = config_from(given, model.config.model_type)
         wanted = shapes_wanted(model, config)
     except InputError as error:
-        raise InputError(str(error), file=folder / CONFIG) from error
-    compare(header, wanted, folder / WEIGHTS)
-    tensors = read_finite(folder / WEIGHTS, header)
-    report = add_adapter(model, config)  # its start is overwritten at once
-    fill(model, tensors)
-    for p in model.parameters():
-        p.requires_grad_(p.requires_grad and trainable)
-    return report
+        field, separator, problem = str(error).partition(": ")
+        raise InputError(FIELDS.get(field, field) + separator + problem, file=folder / CONFIG) from error
+    if not file.exists() and (folder / LEGACY).exists():
+        hint = "Load it with PEFT and save it again: its save_pretrained writes safetensors"
+        raise InputError(f"holds only {LEGACY}, a pickle, which is not read", file=folder, hint=hint)
+    raw = read_header(file)
+    header = {name.replace(".default.", "."): (name, info) for name, info in raw.items()}  # old PEFT's, by adapter name
+    if len(header) < len(raw):
+        raise InputError("a tensor is there twice, with and without '.default.'", file=file)
+    compare(header, wanted, file)
+    notes = []
+    base = given.get("base_model_name_or_path")
+    if base and model.source and Path(str(base)).name != Path(model.source).name:
+        notes.append(f"trained on {base}, loaded on {model.source}")
+    if any(info.dtype == "F64" for info in raw.values()):
+        notes.append("float64 in the file, float32 here")
+    return config, read_finite(file, header), tuple(notes)
 
 
-def read_adapter_config(file: Path, model_type: str) -> Any:
+def config_from(given: Mapping[str, Any], model_type: str) -> Any:
     """adapter_config.json -> our config; refuses what is not implemented, and keys that are not PEFT's."""
-    given = read_object(file)
     kind = given.get("peft_type")
     if kind not in PEFT_TYPES:
-        raise InputError(f"{kind!r} is not supported ({', '.join(PEFT_TYPES)})", file=file, where="peft_type")
+        raise InputError(f"{kind!r} is not supported ({', '.join(PEFT_TYPES)})", where="peft_type")
     method = PEFT_TYPES[kind]
     for key, value in given.items():
         if key in NEUTRAL[method]:
             if value not in NEUTRAL[method][key]:
-                raise InputError(f"{value!r} is not supported", file=file, where=key)
-        elif key not in IGNORED and value not in (None, False, {}, []):
-            raise InputError(f"unknown field with value {value!r}", file=file, where=key)
-    if given.get("megatron_core", "megatron.core") != "megatron.core":
-        raise InputError("is not supported, and never imported", file=file, where="megatron_core")
-    try:
-        if method == "lora":
-            return lora_config(given, model_type)
-        length = required(given, "num_virtual_tokens")
-        return PrefixConfig(length, init="peft") if method == "prefix" else PromptConfig(length, init="normal")
-    except InputError as error:
-        raise InputError(str(error), file=file) from error
+                raise InputError(f"{value!r} is not supported", where=key)
+        elif key not in KNOWN[method] | ANY and value not in (None, False, {}, []):
+            raise InputError(f"unknown field with value {value!r}", where=key)
+    if given.get("layers_pattern") not in (None, "", [], BLOCKS[model_type], [BLOCKS[model_type]]):
+        wanted = f"{given['layers_pattern']!r} is not supported (this model's blocks are {BLOCKS[model_type]!r})"
+        raise InputError(wanted, where="layers_pattern")
+    if method == "lora":
+        return lora_config(given)
+    if method == "ia3":
+        return ia3_config(given)
+    length = required(given, "num_virtual_tokens")
+    return PrefixConfig(length, init="peft") if method == "prefix" else PromptConfig(length, init="normal")
 
 
 def required(given: Mapping[str, Any], name: str) -> Any:
@@ -233,36 +249,17 @@ def required(given: Mapping[str, Any], name: str) -> Any:
     return given[name]
 
 
-def lora_config(given: Mapping[str, Any], model_type: str) -> LoRAConfig:
-    """PEFT's names -> ours."""
-    targets = given.get("target_modules")
-    if targets is None:
-        targets = DEFAULT_TARGETS[model_type]
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = "all-linear"
-    elif not isinstance(targets, list | tuple) or not all(isinstance(t, str) for t in targets):
-        raise InputError(f"{targets!r} must be 'all-linear' or a list of names", where="target_modules")
-    return LoRAConfig(
-        rank=given.get("r", 8),
-        alpha=given.get("lora_alpha", 8),
-        dropout=given.get("lora_dropout", 0.0),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-    )
-
-
 def shapes_wanted(model: Decoder, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     c = model.config
     if isinstance(config, LoRAConfig):
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in targeted(model, config.targets):
-            out, width = model.get_parameter(f"{path}.weight").shape
-            shapes[f"base_model.model.{path}.lora_A.weight"] = (config.rank, int(width))
-            shapes[f"base_model.model.{path}.lora_B.weight"] = (int(out), config.rank)
-        return shapes
+        return lora_shapes(model, config)
+    if isinstance(config, IA3Config):
+        return ia3_shapes(model, config)
     assert isinstance(config, PrefixConfig | PromptConfig)
     wide = c.layers * 2 * c.kv_heads * c.head_width if isinstance(config, PrefixConfig) else c.width
-    return {"prompt_embeddings": (config.length, wide)}
+    gates = {"gates": (c.layers, c.heads)} if isinstance(config, PrefixConfig) and config.gate else {}
+    return {"prompt_embeddings": (config.length, wide), **gates}
 
 
 def compare(header: Header, wanted: Mapping[str, tuple[int, ...]], file: Path) -> None:
@@ -298,16 +295,19 @@ def read_finite(file: Path, header: Header) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(model: Decoder, tensors: dict[str, Tensor]) -> None:
+def fill(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy loaded tensors into the adapter that stands in the model."""
     with torch.no_grad():
         if isinstance(model.adapter, LoRAConfig):
-            for path, layer in lora_layers(model).items():
-                for letter in "AB":
-                    getattr(layer, f"lora_{letter}").copy_(tensors[f"base_model.model.{path}.lora_{letter}.weight"])
+            fill_lora(model, tensors)
+        elif isinstance(model.adapter, IA3Config):
+            fill_ia3(model, tensors)
+        elif getattr(model.adapter, "reparam", None) is not None:
+            fill_state(model, folder, tensors["prompt_embeddings"])
         elif isinstance(model.adapter, PrefixConfig):
-            for attention, key, value in zip(attentions(model), *prefix_tensors(tensors["prompt_embeddings"], model)):
-                attention.prefix.key.copy_(key)
-                attention.prefix.value.copy_(value)
+            for prefix, key, value in zip(prefixes(model), *prefix_tensors(tensors["prompt_embeddings"], model)):
+                prefix.assign(key, value)
+            for attention, gate in zip(attentions(model), tensors.get("gates", ())):
+                attention.beside.gate.copy_(gate)
         else:
             model.prompt.weight.copy_(tensors["prompt_embeddings"])
