@@ -10,10 +10,14 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from minipeft.errors import InputError
 
@@ -21,6 +25,9 @@ LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known is 30 MB
 LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,18 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise InputError(f"key {twice!r} given twice", file=file, where=where)
+        for key, value in pairs:
+            if strange := not_finite(value):
+                raise InputError(f"{strange} is not JSON (key {key!r})", file=file, where=where)
         return found
 
-    def constant(name: str) -> None:
-        raise InputError(f"{name} is not JSON", file=file, where=where)
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=unique)
+        if strange := not_finite(value):
+            raise InputError(f"{strange} is not JSON", file=file, where=where)
+        return value
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1} column {error.colno}"
         raise InputError(f"not valid JSON: {place}: {error.msg}", file=file, where=where) from error
@@ -100,6 +109,13 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
         raise
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(f"not usable JSON: {error}", file=file, where=where) from error
+
+
+def not_finite(value: object) -> str | None:
+    """What stands for a number in a value or a list, and is none: Python's reader lets NaN, Infinity and 1e999 pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity, or a number beyond 1.8e308,"
+    return next(filter(None, map(not_finite, value)), None) if isinstance(value, list) else None
 
 
 def kind_of(value: object) -> str:
@@ -129,7 +145,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     header = parse_json(text, file, "header")
     if not isinstance(header, dict):
         raise InputError(f"header must be an object, but is {kind_of(header)}", file=file)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise InputError("must map text to text", file=file, where="header: __metadata__")
     tensors = {name: tensor_info(name, entry, file) for name, entry in header.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -149,7 +167,7 @@ def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError("header entry must have dtype, shape and data_offsets", file=file, where=where)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         raise InputError(f"unknown dtype {dtype!r}", file=file, where=where)
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
@@ -213,9 +231,29 @@ def write_json(file: Path, value: object) -> None:
     write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Any]) -> None:
-    """Write a safetensors file with Hugging Face's metadata, whole or not at all."""
-    from safetensors.torch import save  # not at the top: it costs half a second of import
+def tensor_stream(tensors: Mapping[str, Tensor]) -> Callable[[IO[bytes]], None]:
+    """What writes a safetensors file of these tensors to a stream, one at a time: no second copy of them in memory."""
+    flat = {name: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name, t in tensors.items()}
+    order = sorted(
+        flat, key=lambda name: (-tensors[name].element_size(), name)
+    )  # as the library: aligned, then by name
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + flat[name].numel()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
 
-    data = save({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, metadata={"format": "pt"})
-    write_whole(file, lambda stream: stream.write(data))
+    def write(stream: IO[bytes]) -> None:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(flat[name].numpy().data)
+
+    return write
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with Hugging Face's metadata, whole or not at all."""
+    write_whole(file, tensor_stream(tensors))

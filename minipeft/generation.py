@@ -4,8 +4,8 @@
     (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
 
 Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the fewest that hold `top_p` of it,
-and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets does
-not depend on the batch that it stands in.
+and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets
+does not depend on the batch that it stands in.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], confi
     return [a.text for a in answers]
 
 
-def answer(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig) -> Iterator[Answer]:
-    """As `generate`, but yields each answer as its batch is done (prompts of like length go together)."""
+def answer(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, *,
+           only: Sequence[int] | None = None) -> Iterator[Answer]:  # fmt: skip
+    """As `generate`, but yields each answer as its batch is done (prompts of like length go together).
+
+    `only`: the numbers of the prompts to answer, where the others have been; each gets what it would have got.
+    """
     rows = tokenizer.encode_all(list(prompts))
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     return (a for start in range(0, len(order), config.batch)
             for a in answer_batch(model, tokenizer, order[start : start + config.batch], rows, config))  # fmt: skip
 
@@ -90,7 +94,7 @@ def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: st
     if len(row) + config.max_new_tokens > room:
         taken = f" (of which the adapter takes {model.learned})" if model.learned else ""
         raise InputError(
-            f"{len(row)} tokens and {config.max_new_tokens} new ones exceed the context of {model.config.context}{taken}",
+            f"{len(row)} tokens and {config.max_new_tokens} new ones exceed the context, {model.config.context}{taken}",
             where=where,
             hint=f"Cut it to {max(0, room - config.max_new_tokens)} tokens or lower max_new_tokens",
         )
@@ -109,7 +113,7 @@ def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows:
 @torch.no_grad()
 def decode(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
            ) -> tuple[list[list[int]], list[str]]:  # fmt: skip
-    """Prefill the rows, then choose a token for each until all have ended. Returns the new ids and how each row ended."""
+    """Prefill the rows, then choose a token for each until all have ended; returns the new ids, and how each ended."""
     device = model.embedding.weight.device
     ids, documents = padded_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
     cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)

@@ -13,8 +13,12 @@ map; GPT-2's linears are turned (gpt2.TRANSPOSED), and the variants found in the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
 from typing import Any
 
 import torch
@@ -35,6 +39,13 @@ EMBEDDINGS = {
     "llama": "model.embed_tokens.weight",
     "mistral": "model.embed_tokens.weight",
 }
+LAYERS = {
+    "gpt2": ("transformer.h", "n_layer"),
+    "llama": ("model.layers", "num_hidden_layers"),
+    "mistral": ("model.layers", "num_hidden_layers"),
+}
+DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
+           UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
 
 Where = dict[str, tuple[Path, str, TensorInfo]]  # our name -> file, the file's name, what its header says
 
@@ -54,17 +65,21 @@ def load_model(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
     folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
+    held = [name for name in ("config.json", SINGLE, INDEX) if (folder / name).exists()]
+    for name in held:
+        check_inside(folder / name, folder)
     config = read_config(folder / "config.json")
+    weights = folder / next((name for name in (SINGLE, INDEX) if name in held), LEGACY)
     tensors: dict[str, Tensor] = {}
-    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+    if weights.name in held:
         found = find_tensors(folder, source, revision)
     else:
         tensors = read_legacy(folder, source, revision, legacy_bin)
-        found = plain_names({name: (folder / LEGACY, name, info_of(t)) for name, t in tensors.items()})
-    check_layers(found, config, folder)
+        found = plain_names({name: (weights, name, info_of(t)) for name, t in tensors.items()})
+    check_layers(found, config, folder / "config.json", weights)
     with torch.device("meta"):
         model = FAMILIES[config.model_type][1](config)
-    wanted = compare(found, model, folder)
+    wanted = compare(found, model, weights)
     tensors = {name: tensors[raw] for name, (_, raw, _) in wanted.items()} if tensors else read_tensors(wanted)
     model.source = str(source)
     return filled(model, tensors, wanted, dtype, torch.device(device))
@@ -74,7 +89,7 @@ def read_config(file: Path) -> Any:
     """The config dataclass of a family, from config.json."""
     given = read_object(file)
     kind = given.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{kind!r} is not supported ({', '.join(FAMILIES)})", file=file, where="model_type")
     try:
         return config_from(FAMILIES[kind][0], given)
@@ -85,7 +100,6 @@ def read_config(file: Path) -> Any:
 def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Where:
     """Where each tensor lies, from the headers of the single file or of all shards that the index names."""
     if (folder / SINGLE).exists():
-        check_inside(folder / SINGLE, folder)
         return plain_names({name: (folder / SINGLE, name, info) for name, info in read_header(folder / SINGLE).items()})
     index = read_object(folder / INDEX)
     weight_map = index.get("weight_map")
@@ -94,8 +108,10 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
         raise InputError("must map tensor names to file names", file=folder / INDEX, where="weight_map")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if shard != Path(shard).name or "\0" in shard or not shard.endswith(".safetensors"):
-            raise InputError(f"shard name {shard!r} is not a plain .safetensors file name", file=folder / INDEX)
+        plain = shard == Path(shard).name and shard.isprintable() and len(shard) <= 200
+        if not plain or not shard.endswith(".safetensors"):
+            problem = f"{shard[:200]!r} is not a plain .safetensors file name"
+            raise InputError(problem, file=folder / INDEX, where="weight_map")
     folder = fetch(source, ["config.json", INDEX, *shards], revision=revision)
     found: Where = {}
     for shard in shards:
@@ -107,6 +123,10 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
     for name, shard in weight_map.items():
         if name not in found:
             raise InputError(f"not in shard {shard}, where {INDEX} puts it", file=folder, where=f"tensor {name!r}")
+    metadata, held = index.get("metadata"), sum(info.stop - info.start for _, _, info in found.values())
+    if isinstance(metadata, dict) and metadata.get("total_size", held) != held:
+        problem = f"{metadata['total_size']!r}, but the shards hold {held} bytes"
+        raise InputError(problem, file=folder / INDEX, where="metadata.total_size")
     return plain_names(found)
 
 
@@ -129,15 +149,18 @@ def plain_names(found: Where) -> Where:
     return kept
 
 
-def check_layers(found: Where, config: Any, folder: Path) -> None:
+def check_layers(found: Where, config: Any, config_file: Path, weights: Path) -> None:
     """Refuse a config whose layers are not the weights', before a decoder of that many layers is built."""
-    parts = [name.split(".") for name in found]
-    layers = {p[2] for p in parts if len(p) > 3 and p[2].isdigit()}
-    if layers and len(layers) != config.layers:
-        raise InputError(f"config.json has {config.layers} layers, but the weights hold {len(layers)}", file=folder)
+    stem, field = LAYERS[config.model_type]
+    layers = {name.removeprefix(f"{stem}.").split(".")[0] for name in found if name.startswith(f"{stem}.")}
+    if not layers:
+        begins = f"the first of {len(found)} is {min(found)!r}" if found else "it holds none"
+        raise InputError(f"no tensor '{stem}.0. ...' ({begins}): not a {config.model_type} checkpoint?", file=weights)
+    if len(layers) != config.layers:
+        raise InputError(f"{config.layers}, but the weights hold {len(layers)}", file=config_file, where=field)
 
 
-def compare(found: Where, model: Decoder, folder: Path) -> Where:
+def compare(found: Where, model: Decoder, weights: Path) -> Where:
     """Hold what the files claim against what the config asks for; returns what is to be read.
 
     Raises:
@@ -148,9 +171,9 @@ def compare(found: Where, model: Decoder, folder: Path) -> Where:
     optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = [name for name in expected if name not in found and name not in optional]
     if missing == ["lm_head.weight"]:
-        raise InputError("tie_word_embeddings is false, but lm_head.weight is missing", file=folder)
+        raise InputError("tie_word_embeddings is false, but lm_head.weight is missing", file=weights)
     if missing:
-        raise InputError(f"missing tensors: {', '.join(missing[:5])} ({len(missing)} in all)", file=folder)
+        raise InputError(f"missing tensors: {', '.join(missing[:5])} ({len(missing)} in all)", file=weights)
     for name, (file, raw, info) in found.items():
         where = f"tensor {raw!r}"
         if name not in expected:
@@ -172,12 +195,15 @@ def turned(name: str, model: nn.Module) -> bool:
 
 def read_tensors(wanted: Where) -> dict[str, Tensor]:
     """Read the tensors; they are mapped from the file, copied only where something has to change them."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     tensors = {}
     for file in sorted({file for file, _, _ in wanted.values()}):
-        with safe_open(file, framework="pt") as opened:
-            tensors.update({name: opened.get_tensor(raw) for name, (f, raw, _) in wanted.items() if f == file})
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({name: opened.get_tensor(raw) for name, (f, raw, _) in wanted.items() if f == file})
+        except SafetensorError as error:  # a header that read_header lets pass
+            raise InputError(f"not safetensors: {error}", file=file) from error
     return tensors
 
 
@@ -190,11 +216,17 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    folder = fetch(source, [LEGACY], revision=revision)
-    try:
-        return torch.load(folder / LEGACY, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise InputError(f"cannot be read as weights: {str(error).splitlines()[0]}", file=folder / LEGACY) from error
+    file = fetch(source, [LEGACY], revision=revision) / LEGACY
+    check_inside(file, file.parent)
+    try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except DAMAGED as error:
+        problem = f"cannot be read as weights: damaged, or holds more than tensors ({type(error).__name__})"
+        raise InputError(problem, file=file) from error
+    plain = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not plain or not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors.values()):
+        raise InputError("must hold names and tensors, nothing else", file=file)
+    return tensors
 
 
 def info_of(tensor: Tensor) -> TensorInfo:
@@ -207,8 +239,9 @@ def filled(
     model: Decoder, tensors: dict[str, Tensor], wanted: Where, dtype: torch.dtype | None, device: torch.device
 ) -> Decoder:
     """Give the meta model its tensors: checked finite, turned, cast, tied again."""
-    if dtype is None:  # mixed files: the widest
-        dtype = torch.float32 if torch.float32 in (kinds := {t.dtype for t in tensors.values()}) else kinds.pop()
+    if dtype is None:  # mixed files: float32, which holds what float16 and bfloat16 hold
+        kinds = {t.dtype for t in tensors.values()}
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
     head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     table = tensors[EMBEDDINGS[model.config.model_type]]
     if head is not None and not torch.equal(head, table):
@@ -227,6 +260,23 @@ def filled(
     model.load_state_dict(tensors, assign=True)
     model.tie()
     return model.eval()
+
+
+def fingerprint(source: str | Path, revision: str | None = None) -> str:
+    """A sha256 that tells two checkpoints apart: config.json, and of each weight file its size, head and tail.
+
+    The tensors in between are not read: hashing 14 GB at each start would cost more than loading them.
+    """
+    folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
+        with open(file, "rb") as stream:
+            size = stream.seek(0, 2)
+            digest.update(f"{file.name} {size}".encode())
+            for start in (0, max(0, size - 2**16)):
+                stream.seek(start)
+                digest.update(stream.read(2**16))
+    return digest.hexdigest()
 
 
 def save_model(model: Decoder, folder: str | Path) -> None:

@@ -8,6 +8,7 @@ with a 135M Llama, development loss, 3.31 nats without training (docs/study.md).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from minipeft.errors import InputError
 
@@ -33,7 +34,7 @@ class Recipe:
     examples: int = 16  # a step: 143 steps an epoch of CoNaLa, where four rows of 1024 tokens would make 26
     source: str = ""
 
-    def settings(self) -> dict[str, float | str]:
+    def settings(self) -> dict[str, Any]:
         """The fields of TrainConfig: TrainConfig(steps=..., **recipe("lora").settings())"""
         fields = asdict(self)
         return {name: value for name, value in fields.items() if name not in ("epochs", "examples", "source")}

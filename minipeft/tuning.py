@@ -1,0 +1,324 @@
+"""A whole training run: from arguments to an adapter on disk, resumable at any moment; what `minipeft train` does.
+
+    load -> add_adapter -> pack -> train, with evaluation, log and checkpoints -> save the adapter (or the model) -> say
+    how far it moved
+
+The run folder (runs.py) holds adapter/ or model/, log.jsonl, run.json, result.json and checkpoints/.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, method_of
+from minipeft.adapters.files import save_adapter
+from minipeft.data.packing import Batches, pack, rows_of_one
+from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, split_by_question
+from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
+from minipeft.errors import InputError
+from minipeft.files import write_json
+from minipeft.hub import fetch
+from minipeft.models import Decoder
+from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.planning import EFFICIENCY, forward_flops, in_words, probe_flops, train_flops
+from minipeft.training.loop import TrainConfig, TrainState, evaluate, train
+from minipeft.training.movement import Movement, MovementReport
+from minipeft.training.recipes import recipe
+from minipeft.training.runs import Run, open_run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
+DEV_BATCH = 8  # held-out pairs at a time
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What to train, on what, and how; None takes the method's own default (recipes.py)."""
+
+    model: str  # folder or hub id
+    data: str  # conala, demo, or a file of pairs
+    method: str = "lora"  # full, lora, prefix, prompt
+    steps: int | None = None  # optimizer steps; else epochs decide
+    epochs: float = 3.0
+    batch: int = 1  # rows of `length` tokens
+    accumulate: int = 1  # batches a step
+    length: int | None = None  # tokens of a row; None: 1024, or the model's context
+    learning_rate: float | None = None
+    loss: str = "all"  # tokens that are learned: all, response
+    isolate: bool = True  # documents of a row do not see each other
+    held_out: int = 100  # pairs kept for evaluation, by question
+    evaluate_every: int | None = None  # steps; None: each epoch
+    save_every: int = 50  # steps
+    seed: int = 0
+    dtype: str | None = None  # of the base: fp32, bf16; None: its own (fp32 where it is trained)
+    device: str = "cpu"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"  # or default, or names with commas between
+    columns: int = 20  # of a prefix or prompt
+    init: str = "text"
+    text: str | None = None  # what a prefix or prompt starts as
+    checkpointing: bool = False  # recompute activations: less memory, more time
+    legacy_bin: bool = False
+    eos_token: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluate_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{value} must be >= 1", where=name)
+        if not self.epochs > 0:
+            raise InputError(f"{self.epochs} must be > 0", where="epochs")
+        if self.held_out < 0:
+            raise InputError(f"{self.held_out} must be >= 0", where="held_out")
+        if self.dtype not in (None, *DTYPES):
+            raise InputError(f"{self.dtype!r} is not known ({', '.join(DTYPES)})", where="dtype")
+        if self.dtype == "bf16" and self.method == "full":
+            raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
+        self.adapter()
+        recipe(self.method)
+
+    def adapter(self) -> FullConfig | LoRAConfig | PrefixConfig | PromptConfig:
+        """The adapter's own config."""
+        started: dict[str, Any] = {"length": self.columns, "init": self.init}
+        if self.text is not None:
+            started["text"] = self.text
+        if self.method == "prefix":
+            return PrefixConfig(**started)
+        if self.method == "prompt":
+            return PromptConfig(**started)
+        named = self.targets if self.targets in ("all-linear", "default") else tuple(self.targets.split(","))
+        return FullConfig() if self.method == "full" else LoRAConfig(self.rank, self.alpha, self.dropout, named)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it was saved at its last finished step."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; saved at step {step}")
+        self.number = number
+
+
+def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False,
+         say: Callable[[str], None] = print) -> dict[str, Any]:  # fmt: skip
+    """Do the run that `config` describes in the folder `out`; returns what result.json holds.
+
+    `say` is given each line that a person should read. With `resume` a run goes on from its newest checkpoint and ends
+    with the same bytes as one that was never stopped.
+
+    Raises:
+        InputError: anything that the caller gave is wrong; the folder is not half-written.
+        Stopped: SIGTERM or SIGINT came; the run is saved.
+    """
+    check_device(config.device)
+    out = Path(out)
+    pairs = load_pairs(config.data)
+    identity = identify(config, pairs)
+    run = open_run(out, identity, resume=resume, overwrite=overwrite)
+    try:
+        return tune_in(run, config, pairs, say)
+    finally:
+        run.close()
+
+
+def tune_in(run: Run, config: TuneConfig, pairs: Pairs, say: Callable[[str], None]) -> dict[str, Any]:
+    """`tune` once the folder is ours."""
+    model, tokenizer = load_base(config)
+    report = add_adapter(model, config.adapter(), tokenizer, seed=config.seed)
+    say(str(report))
+    for note in pairs.notes:
+        say(f"note: {note}")
+    batches, dev = rows_for(config, model, tokenizer, pairs)
+    say(str(batches.report))
+    settings = train_config(config, model, len(batches))
+    movement = Movement.start(model)
+    state = TrainState(model)
+    run.restore(model, state)
+    for note in run.notes if state.step or not run.committed() else []:
+        say(f"note: {note}")
+    say(estimate(config, settings, model, batches, dev))
+    result = loop(run, config, settings, model, batches, dev, state, say)
+    base = load_base(config)[0].state_dict() if movement.tensors is None else None
+    moved = movement.measure(model, settings, base)
+    for warning in moved.warnings:
+        say(f"warning: {warning}")
+    save_result(run.folder, model, config)
+    return write_result(run.folder, config, settings, result, moved, report.trainable, report.percent)
+
+
+def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any],
+         state: TrainState, say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+    """Train to the end: log each step, evaluate and save now and then, stop when asked."""
+    every = evaluated_every(config, batches)
+    begun_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
+    last: dict[str, Any] = {}
+    with stopping() as stop, tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr) as bar:
+        if state.step == 0 and dev and not run.log_file.exists():
+            run.log({"step": 0, "dev_loss": evaluate(model, dev)})
+        mark = time.perf_counter()
+        for step in train(model, batches, settings, state):
+            seconds += time.perf_counter() - mark
+            entry: dict[str, Any] = {"step": step.number, "loss": step.loss, "rate": step.rate, "norm": step.norm,
+                                     "tokens": step.tokens, "targets": step.targets}  # fmt: skip
+            if dev and (step.number % every == 0 or step.number == settings.steps):
+                entry["dev_loss"] = evaluate(model, dev)
+            run.log(entry)
+            last, tokens = {**last, **entry}, tokens + step.tokens
+            bar.set_postfix(loss=f"{step.loss:.3f}", dev=f"{last.get('dev_loss', float('nan')):.3f}", refresh=False)
+            bar.update()
+            if stop or step.number % config.save_every == 0 or step.number == settings.steps:
+                run.save(model, state)
+            if stop:
+                raise Stopped(stop[0], step.number)
+            mark = time.perf_counter()
+    last = last or finished_entry(run)
+    return {"steps": state.step, "resumed_at": begun_at, "train_seconds": seconds, "dev_loss": last.get("dev_loss"),
+            "loss": last.get("loss"), "tokens_per_second": tokens / seconds if tokens else None}  # fmt: skip
+
+
+def finished_entry(run: Run) -> dict[str, Any]:
+    """The last line of the log of a run that had nothing left to do."""
+    return json.loads(run.log_file.read_text(encoding="utf-8").splitlines()[-1])
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that SIGTERM or SIGINT puts its number into, read between steps. A second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{name!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
+
+
+def load_base(config: TuneConfig) -> tuple[Decoder, Tokenizer]:
+    """The model that is tuned, and its tokenizer."""
+    dtype = DTYPES[config.dtype] if config.dtype else torch.float32 if config.method == "full" else None
+    tokenizer = load_tokenizer(config.model, revision=config.revision)
+    if config.eos_token is not None:
+        tokenizer = tokenizer.with_eos(config.eos_token)
+    model = load_model(
+        config.model, dtype=dtype, device=config.device, revision=config.revision, legacy_bin=config.legacy_bin
+    )
+    tokenizer.check_fits(model.config.vocab_size, config.model)
+    return model, tokenizer
+
+
+def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs) -> tuple[Batches, list[Any]]:
+    """The batches to train on, and those held out."""
+    length = config.length or min(1024, model.config.context)
+    if length > model.config.context:
+        raise InputError(f"{length} exceeds the model's context of {model.config.context}", where="length")
+    kept, held = split_by_question(pairs, config.held_out, config.seed) if config.held_out else (pairs, None)
+    shared: dict[str, Any] = {"length": length, "learned": model.learned}
+    batches = pack(
+        encode_pairs(kept, tokenizer), tokenizer, batch=config.batch, seed=config.seed, loss=config.loss,
+        isolate=config.isolate, **shared,
+    )  # fmt: skip
+    if held is None:
+        return batches, []
+    rows = rows_of_one(encode_pairs(held, tokenizer), tokenizer, batch=DEV_BATCH, loss=config.loss, **shared)
+    return batches, [rows[i] for i in range(len(rows))]
+
+
+def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfig:
+    """The method's recipe, with what the caller chose."""
+    size = sum(p.numel() for p in model.parameters())
+    chosen: dict[str, Any] = {}
+    chosen |= recipe(config.method, parameters=size, family=model.config.model_type, init=config.init).settings()
+    if config.learning_rate is not None:
+        chosen["learning_rate"] = config.learning_rate
+    steps = config.steps or max(1, round(config.epochs * batches / config.accumulate))
+    return TrainConfig(
+        steps=steps, accumulate=config.accumulate, seed=config.seed, checkpointing=config.checkpointing, **chosen
+    )
+
+
+def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any]) -> str:
+    """How much work lies ahead, evaluations included, and about how long it will take here."""
+    held, tokens = batches.report, batches.report.tokens_out / len(batches) * settings.accumulate * settings.steps
+    weight, document = model.embedding.weight, batches.report.tokens_out // batches.report.documents
+    whole, again = config.method == "full", config.checkpointing
+    flops = train_flops(model.config, tokens, document, full=whole, checkpointing=again)
+    times = 1 + settings.steps // evaluated_every(config, batches) if dev else 0
+    flops += times * forward_flops(model.config, held.tokens_out / held.documents * config.held_out, document)
+    seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
+    ahead = f"{settings.steps} steps at a rate of {settings.learning_rate:g}, {tokens:,.0f} tokens"
+    return f"{ahead}: about {in_words(seconds)} here"
+
+
+def evaluated_every(config: TuneConfig, batches: Batches) -> int:
+    """Steps between evaluations: once an epoch, unless the caller says."""
+    return config.evaluate_every or max(1, len(batches) // config.accumulate)
+
+
+def identify(config: TuneConfig, pairs: Pairs) -> dict[str, Any]:
+    """All that decides the bits of a run: run.json, which a resumed run is held against."""
+    arguments = {name: value for name, value in asdict(config).items() if name not in ("save_every",)}
+    return {
+        "arguments": arguments,
+        "model_sha256": fingerprint(config.model, config.revision),
+        "data_sha256": pairs.sha256,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def save_result(folder: Path, model: Decoder, config: TuneConfig) -> None:
+    """adapter/ with PEFT's two files; after full tuning model/, complete with its tokenizer."""
+    if method_of(model.adapter) != "full":
+        save_adapter(model, folder / "adapter")
+        return
+    save_model(model, folder / "model")
+    source = fetch(config.model, ["config.json"], revision=config.revision, optional=TOKENIZER_FILES)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / "model" / name)
+
+
+def write_result(folder: Path, config: TuneConfig, settings: TrainConfig, result: dict[str, Any], moved: MovementReport,
+                 trainable: int, percent: float) -> dict[str, Any]:  # fmt: skip
+    """result.json: how the run went."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if config.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    whole = {
+        "method": config.method, "model": config.model, "trainable": trainable, "trainable_percent": percent,
+        "learning_rate": settings.learning_rate, **result, "peak_memory_bytes": peak,
+        "adapter_movement": moved.as_json(),
+    }  # fmt: skip
+    write_json(folder / "result.json", whole)
+    return whole
