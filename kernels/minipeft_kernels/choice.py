@@ -1,43 +1,123 @@
-"""Which path a call takes: what can run here, then the rule that picks. Importing it imports no Triton."""
+"""Which path a call takes: what can run here, then a measured table, then the rule. It imports no Triton."""
 
+import functools
+import importlib
 import importlib.util
-from collections.abc import Sequence
+import os
 from types import ModuleType
+from typing import NamedTuple
 
-from torch import Tensor
-
-from . import reference
-from .reference import Part
+import torch
 
 PATHS = ("reference", "hybrid", "fused", "decode")
+HALVES = (torch.bfloat16, torch.float16)
+DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
+TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
+L2_BYTES = 40e6  # a y of this size is read again from the L2 cache, nearly free (computed for an H200, not measured)
+FLOPS_PER_BYTE = {80: 165.0, 90: 184.0}  # matrix throughput over memory bandwidth, in bf16 (A100; H200)
+TRITON_SPEED = {80: 0.95, 90: 0.92}  # of cuBLAS, what the Triton product is taken to reach: assumed until measured
+
+# (architecture, M rounded up to a power of two, K, N, rank block, dropout) -> path: benchmarks/lora_linear.py --tune
+# prints the rows. Nothing has been measured on a GPU yet, so it is empty and the rule decides.
+MEASURED: dict[tuple[int, int, int, int, int, bool], str] = {}
 
 
 class UnavailablePath(RuntimeError):
     """A path was asked for by name and cannot run here; the message says why."""
 
 
-def choose_path(path: str, x: Tensor, parts: Sequence[Part], needs_grad: bool, grouped: bool = False) -> str:
-    """Return the path that a call takes: `path` itself where it can run, or auto's choice.
+class Call(NamedTuple):
+    """What the choice depends on. N and r are sums over the projections that share x."""
+
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    dropout: bool
+    needs_grad: bool
+    grouped: bool = False  # one adapter for each row: lora_rows
+
+
+def choose_path(path: str, call: Call) -> str:
+    """Return the path that a call takes: `path` itself where it can run, else an error; for "auto", the rule's choice.
+
+    The answer depends on nothing but the arguments and the device, so a run can be repeated to the bit.
 
     Raises: ValueError for a name that is no path, UnavailablePath with the reason where a named path cannot run.
     """
-    if path == "auto":
-        return "reference"
     if path == "reference":
         return path
+    if path == "auto":
+        return _auto(call) if call.device.type == "cuda" else "reference"
     if path not in PATHS:
         raise ValueError(f"no path is named {path!r}; there are {('auto', *PATHS)}")
-    raise UnavailablePath(f"path={path!r}: {why_not(path, x)}")
+    reason = why_not(path, call)
+    if reason is not None:
+        raise UnavailablePath(f"path={path!r} cannot run here: {reason}")
+    return path
 
 
-def why_not(path: str, x: Tensor) -> str:
-    """Say why a Triton path cannot run on x."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; `pip install minipeft[kernels]`, or use path='auto'"
-    return f"x is on {x.device}, Triton needs a CUDA device; use path='auto'"
+def why_not(path: str, call: Call) -> str | None:
+    """Say why a Triton path cannot take a call, or None where it can."""
+    if path == "decode" and (call.needs_grad or call.dropout):
+        return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
+    if call.grouped and path != "decode":
+        return "adapters by row have the paths 'reference' and 'decode'"
+    if call.r > 128:
+        return f"the ranks of the projections that share x add up to {call.r}, and the kernels take 128"
+    if not _triton_is_installed():
+        return "Triton is not installed (pip install 'minipeft[kernels]'); path='auto' does without"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: any dtype, on the CPU, for tests
+    if call.device.type != "cuda":
+        return f"x is on {call.device}, and Triton needs a CUDA device; path='auto' does without"
+    if call.dtype not in HALVES:
+        return f"x is {call.dtype}, and the tensor cores compute that in full precision no faster than torch"
+    if _architecture(call.device) < 80:
+        return f"the GPU is sm_{_architecture(call.device)}, and the kernels are checked from sm_80 on"
+    return None
 
 
 def path_functions(path: str) -> ModuleType:
-    """Return the module with a path's forward, backward and rows."""
-    assert path == "reference"
-    return reference
+    """Return the module with a path's forward, backward and rows; the first Triton path imports Triton."""
+    return importlib.import_module(f"{__package__}.{path}")
+
+
+def rule(architecture: int, m: int, k: int, n: int) -> str:
+    """Return "fused" or "hybrid" for a training call, by the bytes that each moves beyond the frozen product.
+
+    `hybrid` reads y and dX again: 2 c / K and 2 c / N of a product's time, with c the GPU's flops per byte; nothing
+    where they fit the L2 cache. `fused` pays by what Triton's product lacks to cuBLAS's, forward and backward.
+    """
+    c = FLOPS_PER_BYTE.get(architecture, 184.0)
+    again = (2 * c / k if 2 * m * n > L2_BYTES else 0.0) + (2 * c / n if 2 * m * k > L2_BYTES else 0.0)
+    slower = 2 * (1 / TRITON_SPEED.get(architecture, 0.92) - 1)
+    return "fused" if again > slower else "hybrid"
+
+
+def _auto(call: Call) -> str:
+    """Return the path of a call on a CUDA device."""
+    few = call.m <= DECODE_TOKENS
+    if why_not("decode" if call.grouped or few else "hybrid", call) is not None or (call.grouped and not few):
+        return "reference"
+    if few:
+        return "decode"
+    if call.m < TENSOR_CORE_TOKENS:
+        return "reference"
+    architecture = _architecture(call.device)
+    rank = next((block for block in (16, 64, 128) if call.r <= block), 128)
+    key = (architecture, 1 << (call.m - 1).bit_length(), call.k, call.n, rank, call.dropout)
+    return MEASURED.get(key) or rule(architecture, call.m, call.k, call.n)
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .choice import choose_path, path_functions
+from .choice import Call, choose_path, path_functions
 from .dropout import Dropout, make_dropout
 from .reference import Part
 
@@ -60,7 +60,9 @@ def lora_linears(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *(t for part in parts for t in part[:4]))
     )
-    chosen = choose_path(path, x, parts, needs_grad)
+    m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
+    chosen = choose_path(path, Call(x.device, x.dtype, m, k, n, r, drop is not None, needs_grad))
     if needs_grad:
         flat = [t for part in parts for t in part[:4]]
         return list(_LoRALinears.apply(x, _Plan(chosen, tuple(p.scale for p in parts), drop), *flat))
@@ -87,6 +89,8 @@ def lora_rows(
 
     Raises: ValueError for shapes that do not fit, UnavailablePath where a named path cannot run.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _cast(x, weight, bias)
     if x.dim() < 2 or rows.shape != x.shape[:1]:
         raise ValueError(f"rows must name one adapter for each row of x: rows {tuple(rows.shape)}, x {tuple(x.shape)}")
     if A.dim() != 3 or B.shape != (A.shape[0], weight.shape[0], A.shape[1]) or A.shape[2] != weight.shape[1]:
@@ -96,10 +100,11 @@ def lora_rows(
         )
     if scales.shape != A.shape[:1]:
         raise ValueError(f"scales {tuple(scales.shape)} must hold one number for each of the {A.shape[0]} adapters")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, T, K]
-        part = Part(weight, bias, A[0], B[0], 1.0)
-        functions = path_functions(choose_path(path, x, [part], needs_grad=False, grouped=True))
+        m, (_, r, k) = x3.shape[0] * x3.shape[1], A.shape
+        call = Call(x.device, x.dtype, m, k, len(weight), r, dropout=False, needs_grad=False, grouped=True)
+        functions = path_functions(choose_path(path, call))
         y = functions.rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
         return y.view(*x.shape[:-1], y.shape[-1])  # [..., N]
 
@@ -150,11 +155,17 @@ def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]
 
 def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, path: str) -> list[Tensor]:
     """Cast x, weights and biases to autocast's dtype, as F.linear would, and compute with autocast off."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    cast = [p._replace(weight=p.weight.to(dtype), bias=None if p.bias is None else p.bias.to(dtype)) for p in parts]
-    with torch.autocast(device, enabled=False):
-        return lora_linears(x.to(dtype), cast, dropout=dropout, seed=seed, path=path)
+    cast = [p._replace(weight=weight, bias=bias) for p in parts for _, weight, bias in [_cast(x, p.weight, p.bias)]]
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_linears(_cast(x, x, None)[0], cast, dropout=dropout, seed=seed, path=path)
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return x, weight and bias in autocast's dtype; float64 stays, as it does in torch's own linear."""
+    if x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _check(x: Tensor, parts: list[Part]) -> None:

@@ -1,0 +1,46 @@
+"""The fused path: the rank-r product is where the big product's sum starts, so y and dX are written once, never read.
+
+forward   s = drop(x) A^T                          one pass over x for all projections
+          y = x W^T + b + s B^T                    one product, in Triton
+backward  dS, dB                                   one pass over each dY
+          dA = dS^T drop(x)                        one pass over x
+          dX = drop(dS A) + dY_q W_q + dY_k W_k    one product for up to three projections, in Triton
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import launch
+from .dropout import Dropout
+from .hybrid import rows_of, small_gradients
+from .reference import Gradients, Part, factor, split, stack_A
+
+SHARED = 3  # projections that one product for dX takes (q, k and v)
+
+
+def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
+    """Return each projection's y [M, N_i], and s [M, R]. x is [M, K]."""
+    x = rows_of(x)
+    s = launch.shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
+    ys = [
+        launch.seeded_forward(x, p.weight, p.bias, s_i, p.lora_B.to(x.dtype), factor(p, drop))  # [M, N]
+        for p, s_i in zip(parts, split(s, parts))
+    ]
+    return ys, s
+
+
+def backward(
+    x: Tensor, s: Tensor, dys: Sequence[Tensor], parts: Sequence[Part], drop: Dropout | None, needs_dx: bool
+) -> Gradients:
+    """Return dx (None where nobody asked), and each projection's dA and dB in float32."""
+    x = rows_of(x)
+    dys = [dy.contiguous() for dy in dys]
+    dS, dA, dB = small_gradients(x, s, dys, parts, drop)
+    if not needs_dx:
+        return Gradients(None, dA, dB)
+    weights = [p.weight for p in parts]
+    dx = launch.seeded_backward(dys[:SHARED], weights[:SHARED], dS, stack_A(parts, x.dtype), drop)  # [M, K]
+    for dy, weight in zip(dys[SHARED:], weights[SHARED:]):
+        dx.addmm_(dy, weight)  # [M, K]: a fourth projection of one x is added by torch
+    return Gradients(dx, dA, dB)

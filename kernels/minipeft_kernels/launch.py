@@ -1,0 +1,188 @@
+"""Launch the kernels of device.py: shapes in, output tensors out. One function a kernel, and one door: `run`."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from . import device, tiles
+from .dropout import LEVELS, Dropout
+
+Grid = tuple[int, ...]
+
+
+def run(kernel: object, grid: Grid, *arguments: object, **settings: object) -> None:
+    """Start a kernel on the device of its first tensor; counting and tuning replace this function."""
+    if interpreted():
+        kernel[grid](*arguments, **settings)  # type: ignore[index]
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(first.device):
+        kernel[grid](*arguments, **settings)  # type: ignore[index]
+
+
+def interpreted() -> bool:
+    """Say whether Triton runs kernels in Python on the CPU: TRITON_INTERPRET=1 when triton was imported."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
+    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x."""
+    m, k, r = *x.shape, len(A)
+    architecture, processors = _gpu(x)
+    tile = tiles.pick("shrink", architecture, m, 0, k, r, drop is not None, processors)
+    split = 1 if -(-m // tile.m) >= processors else 4
+    s = x.new_empty(m, r) if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
+    run(
+        device.shrink, (-(-m // tile.m), split), x, A, s, m, k, r, x.stride(0), *_keys(drop),
+        DROPOUT=drop is not None, SPLIT=split, BLOCK_M=tile.m, BLOCK_R=tiles.rank_block(r), BLOCK_K=tile.k,
+        **_settings(tile),
+    )  # fmt: skip
+    return s if split == 1 else reduce(s, x.new_empty(m, r))
+
+
+def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tensor, factor: float) -> Tensor:
+    """y = x W^T + bias + factor s B^T, [M, N]: one product, y written once."""
+    (m, k), n, r = x.shape, len(W), B.shape[1]
+    y = x.new_empty(m, n)  # [M, N]
+    architecture, processors = _gpu(x)
+    tile = tiles.pick("seeded_forward", architecture, m, n, k, r, False, processors)
+    run(
+        device.seeded_forward, (-(-m // tile.m) * -(-n // tile.n),),
+        x, W, x if bias is None else bias, s, B, y, m, n, k, r, x.stride(0), s.stride(0), factor,
+        BIAS=bias is not None, GROUP=tiles.GROUP, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        BLOCK_R=tiles.STEP, **_settings(tile),
+    )  # fmt: skip
+    return y
+
+
+def seeded_backward(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], dS: Tensor, A: Tensor, drop: Dropout | None
+) -> Tensor:
+    """dx = drop(dS A) + sum_i dY_i W_i, [M, K], for at most three projections: one product, dx written once."""
+    m, (r, k) = len(dS), A.shape
+    dx = dS.new_empty(m, k)  # [M, K]
+    architecture, processors = _gpu(dx)
+    wide = [w.shape[0] for w in weights]
+    absent = 3 - len(dys)  # a projection of width 0 adds nothing
+    parts = 1 if absent == 2 else 3
+    tile = tiles.pick("seeded_backward", architecture, m, k, sum(wide), r, drop is not None, processors, parts)
+    run(
+        device.seeded_backward, (-(-m // tile.m) * -(-k // tile.n),),
+        *dys, *[dys[0]] * absent, *weights, *[weights[0]] * absent, dS, A, dx, m, k, *wide, *[0] * absent,
+        r, dS.stride(0), *_keys(drop),
+        PARTS=parts, DROPOUT=drop is not None, GROUP=tiles.GROUP,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=tiles.STEP, **_settings(tile),
+    )  # fmt: skip
+    return dx
+
+
+def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> Tensor:
+    """Return dB = factor dY^T s in float32, [N, r], and write factor dY B into dS [M, r]: one read of dY."""
+    (m, n), r = dy.shape, B.shape[1]
+    architecture, processors = _gpu(dy)
+    tile = tiles.pick("gradient_B", architecture, m, n, 0, r, False, processors)
+    chunks = -(-n // tile.n)
+    slab = _slab(m, tile.m, chunks, processors)
+    slabs = -(-m // slab)
+    dS_parts = dy.new_empty(chunks, m, r, dtype=torch.float32)  # [N / n, M, r]
+    dB_parts = dy.new_empty(slabs, n, r, dtype=torch.float32)  # [M / slab, N, r]
+    run(
+        device.gradient_B, (chunks, slabs), dy, B, s, dS_parts, dB_parts, m, n, r, s.stride(0), slab,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tiles.rank_block(r), **_settings(tile),
+    )  # fmt: skip
+    reduce(dS_parts, dS, factor)
+    return reduce(dB_parts, dB_parts.new_empty(n, r), factor)
+
+
+def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
+    """dA = dS^T drop(x) in float32, [R, K]: one read of x."""
+    (m, k), r = x.shape, dS.shape[1]
+    architecture, processors = _gpu(x)
+    tile = tiles.pick("gradient_A", architecture, m, 0, k, r, drop is not None, processors // 8)
+    chunks = -(-k // tile.k)
+    slab = _slab(m, tile.m, chunks, processors)
+    parts = x.new_empty(-(-m // slab), r, k, dtype=torch.float32)  # [M / slab, R, K]
+    run(
+        device.gradient_A, (chunks, len(parts)), x, dS, parts, m, k, r, x.stride(0), dS.stride(0), slab, *_keys(drop),
+        DROPOUT=drop is not None, BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=tiles.rank_block(r), **_settings(tile),
+    )  # fmt: skip
+    return reduce(parts, parts.new_empty(r, k))
+
+
+def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
+    """out = factor times the sum of the parts, added in order. parts [P, M, N], out [M, N]."""
+    count, m, n = parts.shape
+    grid = (-(-m * n // tiles.REDUCE),)
+    run(
+        device.reduce,
+        grid,
+        parts,
+        out,
+        count,
+        m,
+        n,
+        out.stride(0),
+        factor,
+        BLOCK=tiles.REDUCE,
+        **_settings(tiles.SMALL),
+    )
+    return out
+
+
+def expand_add(y: Tensor, s: Tensor, b: Tensor, drop: Dropout) -> Tensor:
+    """y += drop(s b) in place: y [M, N], s [M, R], b [R, N]."""
+    (m, n), r = y.shape, len(b)
+    tile = tiles.pick("expand_add", _gpu(y)[0], m, n, 0, r, True, 0)
+    run(
+        device.expand_add, (-(-m // tile.m), -(-n // tile.n)), y, s, b, m, n, r, s.stride(0), *_keys(drop),
+        DROPOUT=True, B_ROWS_ARE_R=True, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tiles.STEP,
+        **_settings(tile),
+    )  # fmt: skip
+    return y
+
+
+def rows_add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor | None, scales: Tensor | None, factor: float
+) -> Tensor:
+    """y += scale x A[owner]^T B[owner]^T in place, for few tokens. y [M, N], x [M, K], A [adapters, R, K]."""
+    (m, k), (_, n, r) = x.shape, B.shape
+    split, block = tiles.ROWS_SPLIT, tiles.rank_block(r)
+    tokens = m if owner is None else m // len(owner)
+    s = x.new_empty(split, m, r, dtype=torch.float32)  # [4, M, R]
+    owned = owner is not None
+    first = x if owner is None else owner
+    run(
+        device.rows_shrink, (m, split), x, A, first, s, tokens, k, r,
+        OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_K=tiles.ROWS_K, num_warps=4,
+    )  # fmt: skip
+    run(
+        device.rows_expand, (m, -(-n // tiles.ROWS_N)), y, s, B, first, x if scales is None else scales, tokens, n, r,
+        factor, OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_N=tiles.ROWS_N, **_settings(tiles.SMALL),
+    )  # fmt: skip
+    return y
+
+
+def _keys(drop: Dropout | None) -> tuple[int, int, int]:
+    """Return the mask's two keys and its limit as the kernels take them; without a mask they are not read."""
+    return (0, 0, 0) if drop is None else (drop.low, drop.high, (drop.drops - LEVELS // 2) << 16)
+
+
+def _slab(m: int, block: int, chunks: int, processors: int) -> int:
+    """Return how many rows a program walks down so that there are about two programs a multiprocessor."""
+    slabs = max(1, min(2 * processors // chunks, -(-m // block)))
+    return -(-m // (slabs * block)) * block
+
+
+def _settings(tile: tiles.Tile) -> dict[str, int | bool]:
+    """Return what every kernel is told besides its blocks."""
+    return {"UPCAST": interpreted(), "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _gpu(x: Tensor) -> tuple[int, int]:
+    """Return the architecture (90 for sm_90) and the number of multiprocessors; an H200's for the interpreter."""
+    if not x.is_cuda:
+        return 90, 132
+    found = torch.cuda.get_device_properties(x.device)
+    return found.major * 10 + found.minor, found.multi_processor_count

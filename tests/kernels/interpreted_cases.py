@@ -1,0 +1,184 @@
+"""The Triton paths on the CPU, through Triton's interpreter. Run by test_triton_paths.py in a process of its own.
+
+The interpreter runs each program of a kernel in NumPy, so shapes are small and ragged. bfloat16 is widened after each
+load (device.py says why); what is tested is the arithmetic of the kernels, masks and edges, not the tensor cores.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from minipeft_kernels import Part, choice, keep_mask, launch, lora_linear, lora_linears, lora_rows, make_dropout, tiles
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPSILON = torch.finfo(torch.float32).eps  # sums of another order differ by about this
+SHAPES = [(70, 96, 130, 1), (130, 64, 48, 16), (33, 136, 97, 24), (20, 70, 65, 128)]  # M, K, N, r
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> object:
+    """Fill uninitialised memory with NaN: an entry that no program writes cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def part(k: int, n: int, r: int, seed: int, dtype: torch.dtype, bias: bool = True) -> Part:
+    """Return a projection with float32 adapters whose update is as large as its base."""
+    weight = draw(n, k, seed=seed, dtype=dtype) / k**0.5
+    A, B = draw(r, k, seed=seed + 1, dtype=torch.float32) / k**0.5, draw(n, r, seed=seed + 2, dtype=torch.float32)
+    return Part(weight, draw(n, seed=seed + 3, dtype=dtype) if bias else None, A, B / r**0.5, 1.3)
+
+
+def run(path: str, x: Tensor, parts: list[Part], dropout: float) -> list[Tensor]:
+    """Return each y, then dx, dA and dB, for a fixed dY."""
+    leaves = [x.clone().requires_grad_()]
+    for p in parts:
+        leaves += [p.lora_A.clone().requires_grad_(), p.lora_B.clone().requires_grad_()]
+    trained = [p._replace(lora_A=leaves[2 * i + 1], lora_B=leaves[2 * i + 2]) for i, p in enumerate(parts)]
+    ys = lora_linears(leaves[0], trained, dropout=dropout, seed=17, path=path)
+    dys = [draw(*y.shape, seed=50 + i, dtype=y.dtype) for i, y in enumerate(ys)]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
+
+
+def exact(x: Tensor, parts: list[Part], dropout: float) -> list[Tensor]:
+    """Return the same in float64, by the reference path (which test_lora_linear.py checks)."""
+    wide = [Part(*(None if t is None else t.double() for t in p[:4]), p.scale) for p in parts]  # type: ignore[arg-type]
+    return run("reference", x.double(), wide, dropout)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("path", ["hybrid", "fused"])
+def test_error_is_no_larger_than_the_references(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against float64, with and without dropout. The reference's own error is at most PEFT's (test_lora_linear.py)."""
+    m, k, n, r = shape
+    x, parts = draw(m, k, seed=0, dtype=dtype), [part(k, n, r, 1, dtype, bias=r != 16)]
+    for dropout in (0.0, 0.25):
+        want = exact(x, parts, dropout)
+        got, reference = run(path, x, parts, dropout), run("reference", x, parts, dropout)
+        for name, a, b, true in zip(("y", "dX", "dA", "dB"), got, reference, want):
+            assert error(a, true) <= 1.25 * error(b, true) + 2 * EPSILON, (name, dropout)
+
+
+@pytest.mark.parametrize(("tile", "dropout"), [(0, 0.5), (1, 0.0), (2, 0.5), (3, 0.5)])
+def test_every_tile_size_gives_the_same_answer(tile: int, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs in each direction, for three projections, of which a product for dX takes all."""
+    monkeypatch.setattr(
+        tiles, "pick", lambda kernel, *_, **__: tiles.TILES[kernel][min(tile, len(tiles.TILES[kernel]) - 1)]
+    )
+    x = draw(130, 136, seed=0, dtype=torch.float32)
+    parts = [part(136, n, r, n, torch.float32) for n, r in [(258, 20), (40, 4), (40, 4)]]
+    for a, b in zip(run("fused", x, parts, dropout), exact(x, parts, dropout)):
+        assert error(a, b) < 4 * EPSILON
+
+
+@pytest.mark.parametrize("path", ["hybrid", "fused"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_projections_that_share_x(path: str, count: int) -> None:
+    x, parts = (
+        draw(3, 11, 40, seed=0, dtype=torch.float32),
+        [part(40, 24, 4, 10 * i, torch.float32) for i in range(count)],
+    )
+    for a, b in zip(run(path, x, parts, 0.25), exact(x, parts, 0.25)):
+        assert error(a, b) < 4 * EPSILON
+
+
+def test_two_runs_agree_to_the_bit() -> None:
+    x, parts = draw(150, 64, seed=0, dtype=torch.bfloat16), [part(64, 130, 8, 0, torch.bfloat16)]
+    assert all(torch.equal(a, b) for a, b in zip(run("fused", x, parts, 0.1), run("fused", x, parts, 0.1)))
+
+
+def test_the_mask_is_the_published_one() -> None:
+    """Identity matrices make the kernels show their mask: shrink gives drop(1), gradient_A and expand_add too."""
+    for dropout, seed in [(0.1, 0), (0.5, 2**40 + 1), (0.9, -5)]:
+        drop = make_dropout(dropout, seed)
+        assert drop is not None
+        m, k = 70, 48
+        want = keep_mask(drop, m, k).float()
+        ones, eye = torch.ones(m, k), torch.eye(k)
+        assert torch.equal(launch.shrink(ones, eye, drop), want)
+        assert torch.equal(launch.gradient_A(ones, torch.eye(m), drop), want)
+        assert torch.equal(launch.expand_add(torch.zeros(m, k), ones, eye, drop), want)
+        assert torch.equal(launch.seeded_backward([torch.zeros(m, 1)], [torch.zeros(1, k)], ones, eye, drop), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode(dtype: torch.dtype) -> None:
+    for m, k, n, r in [(1, 96, 130, 4), (5, 600, 257, 24)]:
+        x, p = draw(m, k, seed=0, dtype=dtype), part(k, n, r, 1, dtype)
+        with torch.no_grad():
+            got, reference = (lora_linear(x, *p, path=path) for path in ("decode", "reference"))
+        want = exact(x, [p], 0.0)[0]
+        assert error(got, want) <= 1.1 * error(reference, want) + 2 * EPSILON
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decode_with_an_adapter_for_each_row(tokens: int) -> None:
+    """-1 rows stay the base's own to the bit, and an adapter that nobody names may hold anything."""
+    x, base = draw(6, tokens, 300, seed=0, dtype=torch.float32), part(300, 140, 4, 1, torch.float32)
+    A, B = draw(4, 3, 300, seed=5, dtype=torch.float32), draw(4, 140, 3, seed=6, dtype=torch.float32)
+    A[1], B[1] = torch.nan, torch.inf
+    rows, scales = torch.tensor([2, -1, 0, 3, 0, -1]), torch.tensor([0.5, 9.0, 2.0, -1.0])
+    got = lora_rows(x, base.weight, base.bias, A, B, rows, scales, path="decode")
+    want = lora_rows(x, base.weight, base.bias, A, B, rows, scales, path="reference")
+    assert error(got, want.double()) < 10 * EPSILON  # two float32 sums of 300
+    assert torch.equal(got[rows < 0], F.linear(x, base.weight, base.bias)[rows < 0])
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[list[str], int]:
+    """Return the kernels that a call launches, and the bytes of the tensors they are given, each once a kernel."""
+    names: list[str] = []
+    total = 0
+    launched = launch.run
+
+    def count(kernel: object, grid: tuple[int, ...], *arguments: object, **settings: object) -> None:
+        nonlocal total
+        names.append(kernel.fn.__name__)  # type: ignore[attr-defined]
+        tensors = {t.data_ptr(): t for t in arguments if isinstance(t, Tensor)}
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        launched(kernel, grid, *arguments, **settings)
+
+    monkeypatch.setattr(launch, "run", count)
+    call()
+    return names, total
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_launches_and_bytes_of_the_fused_path(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof of the fusion that needs no GPU, in passes over one [M, K] matrix (M = K = N, so W is one too).
+
+    Forward: x for s; x, W and y for the product: 4 passes in 2 kernels. Backward: dY for dS and dB; x for dA; dY, W and
+    dX: 5 passes in 6 kernels, three of which add up small parts. The reference takes 6 and 8, PEFT 9 and 12.
+    """
+    monkeypatch.setattr(launch, "_gpu", lambda x: (90, 4))  # few multiprocessors, so that no small sum is divided
+    m = k = n = 256
+    x, p = draw(m, k, seed=0, dtype=torch.float32).requires_grad_(), part(k, n, 1, 1, torch.float32, bias=False)
+    leaves = [x, p.lora_A.requires_grad_(), p.lora_B.requires_grad_()]
+    y = []
+    forward, forward_bytes = counted(
+        monkeypatch, lambda: y.append(lora_linear(x, *p, dropout=dropout, seed=0, path="fused"))
+    )
+    assert forward == ["shrink", "seeded_forward"]
+    backward, backward_bytes = counted(monkeypatch, lambda: torch.autograd.grad(y[0], leaves, torch.ones_like(y[0])))
+    assert backward == ["gradient_B", "reduce", "reduce", "gradient_A", "reduce", "seeded_backward"]
+    assert forward_bytes / (m * k * 4) == pytest.approx(4, abs=0.1)
+    assert backward_bytes / (m * k * 4) == pytest.approx(5, abs=0.25)
+
+
+def test_paths_that_cannot_take_a_call_say_why() -> None:
+    x, p = draw(4, 8, seed=0, dtype=torch.float32), part(8, 6, 2, 1, torch.float32)
+    with pytest.raises(choice.UnavailablePath, match="keeps nothing for backward"):
+        lora_linear(x.requires_grad_(), *p, path="decode")
+    with pytest.raises(choice.UnavailablePath, match="'reference' and 'decode'"):
+        lora_rows(x, p.weight, None, p.lora_A[None], p.lora_B[None], torch.zeros(4).long(), torch.ones(1), path="fused")
