@@ -1,10 +1,13 @@
 """What many tests share: the folder of data and fixtures, a real model, one thread so that sums are repeatable."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
@@ -33,11 +36,11 @@ def real_model(assets: Path) -> Path:
 
     It is kept in MINIPEFT_CACHE, else `.cache/` in the repository. Making it takes 10 s and the package registry.
     """
-    cache = Path(os.environ.get("MINIPEFT_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
-    folder = cache / "smollm2-135m"
+    kept = Path(os.environ.get("MINIPEFT_CACHE") or Path(__file__).resolve().parents[1] / ".cache")
+    folder = kept / "smollm2-135m"
     if not (folder / "model.safetensors").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:  # two test processes may be here at once
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept) as work:  # two test processes may be here at once
             command = [sys.executable, str(assets / "tools" / "real_model.py"), f"{work}/model"]
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
@@ -45,3 +48,31 @@ def real_model(assets: Path) -> Path:
             if not folder.exists():
                 Path(work, "model").rename(folder)
     return folder
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `bad_checkpoint` once for each of tests/bad_inputs.py.
+
+    The table is loaded by its path: were tests/ on sys.path, tests/kernels would be taken for the package `kernels`.
+    """
+    if "bad_checkpoint" in metafunc.fixturenames:
+        cases = bad_inputs().CHECKPOINTS
+        metafunc.parametrize("bad_checkpoint", cases, ids=[case.name for case in cases])
+
+
+@cache
+def bad_inputs() -> ModuleType:
+    """The module tests/bad_inputs.py."""
+    spec = importlib.util.spec_from_file_location("bad_inputs", Path(__file__).parent / "bad_inputs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", name="bad_inputs")
+def bad_inputs_fixture() -> ModuleType:
+    """tests/bad_inputs.py, for what writes sound and spoilt files."""
+    return bad_inputs()

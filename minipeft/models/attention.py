@@ -110,7 +110,7 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
     """Each row's runs of one owner as (length, mask), the learned columns' own run only where they are queries.
 
     A mask is [n, P + n] over the learned columns and the run itself, or None where the run is plainly causal.
-    None for all where a run sees another one: a document's number comes back, or the caller has SHARED tokens of his own.
+    None for all where one run sees another: a document's number comes back, or the caller has SHARED tokens himself.
     """
     masks: dict[tuple[int, int], Tensor | None] = {}
 

@@ -24,6 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 
+DTYPES = ("float32", "float16", "bfloat16")
+WIDEST = 2**20  # of a width: three of them multiplied, in bytes, still fit in 63 bits
+
 C = TypeVar("C")
 
 
@@ -35,6 +38,9 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
     """
     if given.get("quantization_config") is not None:
         raise InputError("quantized weights are not supported", where="quantization_config")
+    for name in ("dtype", "torch_dtype"):  # the weights' own dtype counts, but a file must not say what cannot be
+        if given.get(name) not in (None, *DTYPES):
+            raise InputError(f"{given[name]!r} is not supported ({', '.join(DTYPES)})", where=name)
     fields = cls.from_json(given)  # type: ignore[attr-defined]
     hints = typing.get_type_hints(cls)
     chosen = {}
@@ -64,9 +70,10 @@ def described(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint)).replace("NoneType", "null").replace("None", "null")
 
 
-def at_least(config: object, name: str, least: int) -> None:
-    if getattr(config, name) < least:
-        raise InputError(f"{getattr(config, name)} must be >= {least}", where=name)
+def at_least(config: object, name: str, least: int, most: int = 2**31 - 1) -> None:
+    value = getattr(config, name)
+    if not least <= value <= most:
+        raise InputError(f"{value} must be {f'>= {least}' if value < least else f'<= {most}'}", where=name)
 
 
 def positive(config: object, name: str) -> None:

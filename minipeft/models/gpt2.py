@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.attention import Cache, Layout, attend, lay_out, run_block
-from minipeft.models.config import ACTIVATIONS, at_least, choice, fraction, positive
+from minipeft.models.config import ACTIVATIONS, WIDEST, at_least, choice, fraction, positive
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -51,10 +51,10 @@ class GPT2Config:
     architecture = "GPT2LMHeadModel"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        for name in ("vocab_size", "n_positions", "n_layer"):
             at_least(self, name, 1)
-        if self.n_inner is not None:
-            at_least(self, "n_inner", 1)
+        for name in ("n_embd", "n_head", *(["n_inner"] if self.n_inner is not None else [])):
+            at_least(self, name, 1, WIDEST)
         if self.n_embd % self.n_head:
             raise InputError(f"{self.n_head} does not divide n_embd {self.n_embd}", where="n_head")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.attention import Cache, Layout, attend, lay_out, project, run_block
-from minipeft.models.config import ACTIVATIONS, at_least, choice, divides, fraction, positive
+from minipeft.models.config import ACTIVATIONS, WIDEST, at_least, choice, divides, fraction, positive
 
 Rotary = tuple[Tensor, Tensor]
 ROPE_FIELDS = {
@@ -59,15 +59,17 @@ class LlamaConfig:
     architecture = "LlamaForCausalLM"
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "max_position_embeddings"):
+        for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
             at_least(self, name, 1)
-        if self.num_key_value_heads is not None:
-            at_least(self, "num_key_value_heads", 1)
-            divides(self, "num_key_value_heads", "num_attention_heads")
+        given = ("num_key_value_heads", "head_dim")
+        optional = [name for name in given if getattr(self, name) is not None]
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", *optional):
+            at_least(self, name, 1, WIDEST)
         if self.head_dim is None:
             divides(self, "num_attention_heads", "hidden_size")
-        if self.head_width % 2 or self.head_width < 2:
+        if self.num_key_value_heads is not None:
+            divides(self, "num_key_value_heads", "num_attention_heads")
+        if self.head_width % 2:
             raise InputError(f"{self.head_width} must be even and >= 2: rotary positions turn pairs", where="head_dim")
         fraction(self, "attention_dropout")
         positive(self, "rms_norm_eps")
