@@ -205,7 +205,7 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
             for old, new in zip((layer.weight, layer.bias), merged(path, layer)):
                 if new is None:
                     continue
-                before = old.float()
+                before = old.to(torch.float32, copy=True)
                 old.copy_(new)
                 change, update = old.float() - before, new - before
                 largest = max(largest, change.abs().max().item())
