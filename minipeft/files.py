@@ -11,7 +11,6 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +109,6 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
         raise
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(f"not usable JSON: {error}", file=file, where=where) from error
-
-
-def not_finite(value: object) -> str | None:
-    """What stands for a number in a value or a list, and is none: Python's reader lets NaN, Infinity and 1e999 pass."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity, or a number beyond 1.8e308,"
-    return next(filter(None, map(not_finite, value)), None) if isinstance(value, list) else None
 
 
 def not_finite(value: object) -> str | None:

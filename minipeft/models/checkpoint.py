@@ -46,13 +46,6 @@ LAYERS = {
 }
 DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
            UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
-LAYERS = {
-    "gpt2": ("transformer.h", "n_layer"),
-    "llama": ("model.layers", "num_hidden_layers"),
-    "mistral": ("model.layers", "num_hidden_layers"),
-}
-DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
-           UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
 
 Where = dict[str, tuple[Path, str, TensorInfo]]  # our name -> file, the file's name, what its header says
 
