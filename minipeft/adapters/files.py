@@ -178,9 +178,13 @@ def load_adapter(model: Decoder, folder: str | Path, *, trainable: bool = False)
     config, tensors, notes = read_adapter(model, Path(folder))
     if isinstance(config, PrefixConfig | PromptConfig):
         config = with_own(config, Path(folder), trainable=trainable)
-    report = add_adapter(model, config)  # its start is overwritten at once
+    report = add_adapter(model, without_text(config))  # its start is overwritten at once
+    model.adapter = config
     try:
-        fill(model, tensors, Path(folder))
+        if isinstance(config, PrefixConfig | PromptConfig) and config.reparam is not None:
+            fill_state(model, Path(folder), tensors["prompt_embeddings"])
+        else:
+            fill(model, tensors, Path(folder))
     except InputError:
         remove_adapter(model)
         raise
@@ -189,6 +193,13 @@ def load_adapter(model: Decoder, folder: str | Path, *, trainable: bool = False)
             p.requires_grad_(False)
         report = dataclasses.replace(report, trainable=0)
     return dataclasses.replace(report, notes=notes)
+
+
+def without_text(config: AdapterConfig) -> AdapterConfig:
+    """The config with a start that needs no tokenizer, for an adapter that will be filled from files."""
+    if isinstance(config, PrefixConfig | PromptConfig):
+        return dataclasses.replace(config, init="peft" if isinstance(config, PrefixConfig) else "normal")
+    return config
 
 
 def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], tuple[str, ...]]:
@@ -239,7 +250,9 @@ def config_from(given: Mapping[str, Any], model_type: str) -> Any:
     if method == "ia3":
         return ia3_config(given)
     length = required(given, "num_virtual_tokens")
-    return PrefixConfig(length, init="peft") if method == "prefix" else PromptConfig(length, init="normal")
+    if method == "prompt":
+        return PromptConfig(length, init="normal")
+    return PrefixConfig(length, init="peft", gate=kind == GATED)
 
 
 def required(given: Mapping[str, Any], name: str) -> Any:

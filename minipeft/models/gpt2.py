@@ -110,6 +110,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.prefix: Any = None  # a slot for learned keys and values
+        self.beside: Any = None  # a slot for what is added to the product: a gated prefix
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(2, (3, self.heads, -1))  # [B, T, 3, H, D]
@@ -119,7 +120,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, H, S, D]
         dropout = self.dropout if self.training else 0.0
-        return self.resid_dropout(self.c_proj(attend(q, k, v, layout, dropout=dropout, scale=self.scale)))  # [B, T, C]
+        y = attend(q, k, v, layout, dropout=dropout, scale=self.scale)  # [B, T, C]
+        if self.beside is not None:
+            y = y + self.beside(q, self.scale)
+        return self.resid_dropout(self.c_proj(y))  # [B, T, C]
 
 
 class MLP(nn.Module):

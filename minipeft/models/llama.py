@@ -202,6 +202,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_width, bias=bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=bias)
         self.prefix: Any = None  # a slot for learned keys and values
+        self.beside: Any = None  # a slot for what is added to the product: a gated prefix
 
     def forward(self, x: Tensor, layout: Layout, rotary: Rotary, cache: Cache | None) -> Tensor:
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
@@ -211,7 +212,10 @@ class Attention(nn.Module):
             k, v = self.prefix(k, v)  # [B, K, P + T, D]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
-        return self.o_proj(attend(q, k, v, layout, dropout=self.dropout if self.training else 0.0))  # [B, T, C]
+        y = attend(q, k, v, layout, dropout=self.dropout if self.training else 0.0)  # [B, T, H * D]
+        if self.beside is not None:
+            y = y + self.beside(q, None)
+        return self.o_proj(y)  # [B, T, C]
 
 
 class MLP(nn.Module):
