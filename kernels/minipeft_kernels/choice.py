@@ -11,6 +11,7 @@ import torch
 
 PATHS = ("reference", "hybrid", "fused", "decode")
 HALVES = (torch.bfloat16, torch.float16)
+DECODE_RANK = 128
 DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
 TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
 L2_BYTES = 40e6  # a y of this size is read again from the L2 cache, nearly free (computed for an H200, not measured)
@@ -65,8 +66,8 @@ def why_not(path: str, call: Call) -> str | None:
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and path != "decode":
         return "adapters by row have the paths 'reference' and 'decode'"
-    if call.r > 128:
-        return f"the ranks of the projections that share x add up to {call.r}, and the kernels take 128"
+    if path == "decode" and call.r > DECODE_RANK:
+        return f"the rank, {call.r}, is larger than the {DECODE_RANK} that its kernels take"
     if not _triton_is_installed():
         return "Triton is not installed (pip install 'minipeft[kernels]'); path='auto' does without"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -77,7 +77,7 @@ def dropped(tile, rows, column, low, high, limit, WIDTH: tl.constexpr, UPCAST: t
 
 @triton.jit(do_not_specialize=KEYS)
 def shrink(
-    x, A, s, M, K, R, stride_x, low, high, limit,
+    x, A, s, M, K, R, stride_x, stride_s, low, high, limit,
     DROPOUT: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def shrink(
         )  # [m, r]
         x_at += SPLIT * BLOCK_K
         A_at += SPLIT * BLOCK_K
-    s_at = s + (part.to(tl.int64) * M + rows)[:, None] * R + r[None, :]  # [m, r]
+    s_at = s + (part.to(tl.int64) * M + rows)[:, None] * stride_s + r[None, :]  # [m, r]
     tl.store(s_at, narrow(total, s, UPCAST), mask=(rows < M)[:, None] & (r < R)[None, :])
 
 

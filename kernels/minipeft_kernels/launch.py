@@ -28,18 +28,27 @@ def interpreted() -> bool:
 
 
 def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
-    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x."""
+    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x, or one for each 128 ranks."""
+    s = x.new_empty(len(x), len(A))  # [M, R]
+    for s_part, A_part in zip(s.split(tiles.RANKS[-1], dim=1), A.split(tiles.RANKS[-1])):
+        _shrink_into(s_part, x, A_part, drop)
+    return s
+
+
+def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
+    """Write drop(x) A^T into s, which may be columns of a wider matrix."""
     m, k, r = *x.shape, len(A)
     architecture, processors = _gpu(x)
     tile = tiles.pick("shrink", architecture, m, 0, k, r, drop is not None, processors)
     split = 1 if -(-m // tile.m) >= processors else 4
-    s = x.new_empty(m, r) if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
+    out = s if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
     run(
-        device.shrink, (-(-m // tile.m), split), x, A, s, m, k, r, x.stride(0), *_keys(drop),
+        device.shrink, (-(-m // tile.m), split), x, A, out, m, k, r, x.stride(0), out.stride(-2), *_keys(drop),
         DROPOUT=drop is not None, SPLIT=split, BLOCK_M=tile.m, BLOCK_R=tiles.rank_block(r), BLOCK_K=tile.k,
         **_settings(tile),
     )  # fmt: skip
-    return s if split == 1 else reduce(s, x.new_empty(m, r))
+    if split > 1:
+        reduce(out, s)
 
 
 def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tensor, factor: float) -> Tensor:
@@ -80,6 +89,10 @@ def seeded_backward(
 
 def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> Tensor:
     """Return dB = factor dY^T s in float32, [N, r], and write factor dY B into dS [M, r]: one read of dY."""
+    most = tiles.RANKS[-1]
+    if B.shape[1] > most:  # one read for each 128 ranks
+        columns = zip(B.split(most, dim=1), s.split(most, dim=1), dS.split(most, dim=1))
+        return torch.cat([gradient_B(dy, b.contiguous(), s_, factor, dS_) for b, s_, dS_ in columns], dim=1)  # [N, r]
     (m, n), r = dy.shape, B.shape[1]
     architecture, processors = _gpu(dy)
     tile = tiles.pick("gradient_B", architecture, m, n, 0, r, False, processors)
@@ -97,7 +110,9 @@ def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> T
 
 
 def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
-    """dA = dS^T drop(x) in float32, [R, K]: one read of x."""
+    """dA = dS^T drop(x) in float32, [R, K]: one read of x, or one for each 128 ranks."""
+    if dS.shape[1] > tiles.RANKS[-1]:
+        return torch.cat([gradient_A(x, part, drop) for part in dS.split(tiles.RANKS[-1], dim=1)])  # [R, K]
     (m, k), r = x.shape, dS.shape[1]
     architecture, processors = _gpu(x)
     tile = tiles.pick("gradient_A", architecture, m, 0, k, r, drop is not None, processors // 8)

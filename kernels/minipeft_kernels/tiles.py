@@ -71,9 +71,7 @@ def rank_block(r: int) -> int:
     for block in RANKS:
         if r <= block:
             return block
-    raise ValueError(
-        f"a rank of {r} in one call is more than the Triton paths take ({RANKS[-1]}); use path='reference'"
-    )
+    raise AssertionError(f"rank {r}: the launcher takes {RANKS[-1]} at a time")
 
 
 def pick(
