@@ -11,13 +11,15 @@ AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and
 
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
     w = w - rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
+
+`rates` multiplies the rate of the tensors of a name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -52,6 +54,7 @@ class TrainConfig:
     beta2: float = 0.99
     eps: float = 1e-8
     clip: float = 1.0  # the gradient's largest norm
+    rates: Mapping[str, float] = field(default_factory=dict)  # the end of a tensor's name -> its rate's multiplier
     seed: int = 0  # of the dropout masks
     checkpointing: bool = False  # keep each block's input only, and run the block again in backward
 
@@ -66,6 +69,9 @@ class TrainConfig:
         for name in ("learning_rate", "eps", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{getattr(self, name)!r} must be finite and > 0", where=name)
+        for name, factor in self.rates.items():
+            if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
+                raise InputError(f"{factor!r} must be finite and > 0", where=f"rates {name!r}")
         for name in ("warmup", "beta1", "beta2", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{getattr(self, name)!r} must be in [0, 1)", where=name)
@@ -129,11 +135,28 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    return steps(model, parameters, batches, config, state)
+    return steps(model, parameters, by_rate(parameters, config), batches, config, state)
 
 
-def steps(model: Decoder, parameters: dict[str, nn.Parameter], batches: Batches, config: TrainConfig, state: TrainState
-          ) -> Iterator[Step]:  # fmt: skip
+def by_rate(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
+    """The trained tensors' names by what their rate is multiplied with; the first of `rates` that names one counts.
+
+    Raises:
+        InputError: an entry of `rates` names no trained tensor.
+    """
+    groups: dict[float, list[str]] = {}
+    for key in config.rates:
+        if not any(name == key or name.endswith("." + key) for name in parameters):
+            known = sorted({name.rsplit(".", 1)[-1] for name in parameters})
+            raise InputError(f"no trained tensor is named {key!r}; there are {known}", where="rates")
+    for name in parameters:
+        factors = [factor for key, factor in config.rates.items() if name == key or name.endswith("." + key)]
+        groups.setdefault(factors[0] if factors else 1.0, []).append(name)
+    return groups
+
+
+def steps(model: Decoder, parameters: dict[str, nn.Parameter], groups: dict[float, list[str]], batches: Batches,
+          config: TrainConfig, state: TrainState) -> Iterator[Step]:  # fmt: skip
     """The generator behind `train`."""
     silent = dict.fromkeys(parameters, 0)  # updates in a row that a tensor had an all-zero gradient
     while state.step < config.steps:
@@ -151,7 +174,9 @@ def steps(model: Decoder, parameters: dict[str, nn.Parameter], batches: Batches,
         norms = gradient_norms(parameters, loss, state.step, silent)
         norm = norms.norm().item()
         rate = rate_at(state.step, config)
-        update(parameters, state, config, rate, min(1.0, config.clip / (norm + 1e-6)))
+        clip = min(1.0, config.clip / (norm + 1e-6))
+        for factor, names in groups.items():
+            update({name: parameters[name] for name in names}, state, config, rate * factor, clip)
         state.step += 1
         tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
         yield Step(state.step, loss, rate, norm, tokens, targets)
