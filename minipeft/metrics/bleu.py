@@ -109,8 +109,8 @@ def score_counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """BLEU of each row of (summed) counts [R, 10]: scores [R], precisions [R, 4], brevity penalties [R]."""
     matches, totals = counts[:, MATCHES].astype(float), counts[:, TOTALS].astype(float)  # [R, 4] each
-    found = matches.any(axis=1)  # [R]
-    zero = np.asarray(matches == 0)  # [R, 4]
+    found = matches.sum(axis=1) > 0  # [R]
+    zero = matches == 0  # [R, 4]
     if smooth == "floor":
         matches[zero] = _smooth_value(smooth, smooth_value)
     elif smooth == "add-k":

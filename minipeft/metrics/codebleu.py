@@ -176,15 +176,21 @@ def _count_words(prediction: str, references: list[str]) -> Row:
         best = [most | more for most, more in zip(best, other.ngrams)]
     matches = [overlap(counts, allowed) for counts, allowed in zip(here.ngrams, best)]
     totals = [max(1, here.length - order + 1) for order in ORDERS]
-    recalled = [sum(overlap(other.ngrams[order - 1], here.ngrams[order - 1]) for other in there) for order in ORDERS]
-    recalled[0] = sum(
-        min(count, here.ngrams[0][word]) * _weight(word) for other in there for word, count in other.ngrams[0].items()
+    # Recall: of several references each is looked for, and all of them make the total.
+    found = matches[1:]
+    if len(there) > 1:
+        found = [sum(overlap(other.ngrams[place], here.ngrams[place]) for other in there) for place in (1, 2, 3)]
+    words = here.ngrams[0]
+    weighted = sum(
+        min(other.ngrams[0][word], words[word]) * _weight(word)
+        for other in there
+        for word in other.ngrams[0].keys() & words.keys()
     )
-    wanted = [sum(max(1, other.length - order + 1) for other in there) for order in ORDERS]
+    wanted = [sum(max(1, other.length - order + 1) for other in there) for order in ORDERS[1:]]
     # In fifths: the package's weights are 1 and 0.2, and its denominator is at least 1.
-    wanted[0] = sum(max(5, sum(count * _weight(word) for word, count in other.ngrams[0].items())) for other in there)
+    weights = sum(max(5, other.weight) for other in there)
     closest = closest_length(here.length, [other.length for other in there])
-    return [here.length, closest, 1, *matches, *recalled, *totals, *wanted]
+    return [here.length, closest, 1, *matches, weighted, *found, *totals, weights, *wanted]
 
 
 def _weight(word: tuple[str, ...]) -> int:
@@ -204,10 +210,10 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
     row, here, capped = [0, 0, 0, 0], None, 0
     for text in references:
         if mode == "strict":
-            here, there = _analyse_truly(prediction.strip()), _analyse_truly(text.strip())
+            here, there = _analyse(_drop_truly(prediction.strip())), _analyse(_drop_truly(text.strip()))
         else:  # the package cleans the prediction anew, and on top, for each reference
-            prediction = drop_as_package(prediction.strip() if here is None else prediction)
-            here, there = _analyse(prediction), _analyse(drop_as_package(text.strip()))
+            prediction = _drop_as_package(prediction.strip() if here is None else prediction)
+            here, there = _analyse(prediction), _analyse(_drop_as_package(text.strip()))
         row[0] += match_subtrees(there.subtrees, here.subtrees)
         row[1] += sum(min(there.flows[item], here.flows[item]) for item in there.flows.keys() & here.flows.keys())
         row[2] += there.subtrees.total()
@@ -229,12 +235,14 @@ class Words:
 
     length: int
     ngrams: Counts
+    weight: int  # of all tokens: 5 for a keyword, else 1
 
 
 @_keep
 def _count_tokens(text: str) -> Words:
     tokens = text.split()
-    return Words(len(tokens), count_ngrams(tokens))
+    ngrams = count_ngrams(tokens)
+    return Words(len(tokens), ngrams, sum(count * _weight(word) for word, count in ngrams[0].items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +255,15 @@ class Analysis:
     capped: bool
 
 
+_drop_as_package = _keep(drop_as_package)
+
+
 @_keep
 def _analyse(code: str) -> Analysis:
     return _count(parse(code))
 
 
-@_keep
-def _analyse_truly(text: str) -> Analysis:
-    tree = parse(text)
-    code = drop_truly(text, tree)
-    return _count(tree) if code == text else _analyse(code)
+_drop_truly = _keep(drop_truly)
 
 
 def _count(tree: Tree) -> Analysis:

@@ -4,7 +4,7 @@ The package (0.4.0 to 0.7.0) reads Python's own token stream and drops comments,
 line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines go,
 and a text that has no token stream (an open bracket, a wrong dedent) stays as it is. `drop_as_package` does all this.
 
-`drop_truly` removes comments and docstrings, found in the syntax tree, and nothing else.
+`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines.
 """
 
 import io
@@ -12,12 +12,23 @@ import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from minipeft.metrics.grammar import Node, Tree
+import tree_sitter
+
+from minipeft.metrics.grammar import find
 
 # The token stream is that of Python 3.11's tokenize.py (later versions read f-strings otherwise and refuse more), as
 # far as it matters here: plain text (names, numbers, operators, brackets) is one token as long as it lasts. A line
 # costs time in its length, where tokenize.py takes its square for a million blanks before a `$`.
 BREAKABLE = re.compile(r"[#'\"\\\t\f]")
+# What drop_truly looks for in a tree: a query of tree-sitter, "." for "first" or "nothing between".
+NOTES = """
+(comment) @comment
+(module . (comment)* . (expression_statement . [(string) (concatenated_string)] @docstring .))
+([(class_definition) (function_definition)]
+  body: (block . (comment)* . (expression_statement . [(string) (concatenated_string)] @docstring .)))
+"""
+QUOTE = re.compile(r"['\"]")
+BODY = re.compile(r"\A\W*[rRuU]?['\"]|\b(?:def|class)\b")
 SPACE = re.compile(r"[ \f\t]*")
 PLAIN = re.compile(r"(?:[\w%&*+,\-./:;<=>@^|~()\[\]{}]|!=)+")
 PREFIXED = re.compile(r"(?:br|rb|fr|rf|[bfru])?('''|\"\"\"|'|\")", re.IGNORECASE | re.ASCII)
@@ -72,40 +83,50 @@ def drop_as_package(code: str) -> str:
     return "\n".join(text for text in "".join(pieces).split("\n") if text.strip())
 
 
-def drop_truly(code: str, tree: Tree) -> str:
-    """Remove the comments, and the strings that are the docstring of the text, of a class or of a function."""
+def may_hold_notes(code: str) -> bool:
+    """Whether there can be comments or docstrings: told without parsing, yes if in doubt."""
+    return "#" in code or (QUOTE.search(code) is not None and BODY.search(code) is not None)
+
+
+def drop_truly(code: str) -> str:
+    """Remove comments, blank lines, and the strings that are the docstring of the text, of a class or of a function.
+
+    A text that is one string and nothing else stays: it is an answer, not a note about one.
+    """
+    if may_hold_notes(code):
+        code = _cut_notes(code)
+    lines = code.split("\n")
+    if all(map(str.strip, lines)):
+        return code
+    # A blank line after a backslash is the rest of its line: it ends the statement.
+    return "\n".join(line for before, line in zip(["", *lines], lines) if line.strip() or before.endswith("\\"))
+
+
+def _cut_notes(code: str) -> str:
     data = code.encode("utf-8", "replace")
+    found = find(NOTES, data)
+    notes = [*found.get("comment", ()), *filter(_is_docstring, found.get("docstring", ()))]
     pieces, place = [], 0
-    for start, end in sorted({*tree.comments, *_docstrings(tree)}):
-        pieces.append(data[place:start])
-        place = end
+    for note in sorted(notes, key=lambda node: node.start_byte):
+        pieces.append(data[place : note.start_byte])
+        place = note.end_byte
     return b"".join([*pieces, data[place:]]).decode("utf-8", "replace")
 
 
-def _docstrings(tree: Tree) -> Iterator[tuple[int, int]]:
-    """Where the docstrings stand: a plain string that is all of the first statement of a body."""
-    bodies = [tree.nodes[0]]
-    bodies += [
-        child
-        for node in tree.nodes
-        if node.kind in ("function_definition", "class_definition")
-        for child in node.children
-        if child.field == "body"
-    ]
-    for body in bodies:
-        statements = [child for child in body.children if child.kind != "comment"]
-        if statements and statements[0].kind == "expression_statement" and len(statements[0].children) == 1:
-            followed = len(statements) > 1 and statements[1].kind == ";"
-            string = statements[0].children[0]
-            parts = string.children if string.kind == "concatenated_string" else [string]
-            if not followed and all(part.kind == "string" and _is_text(part) for part in parts):
-                assert string.span is not None
-                yield string.span
-
-
-def _is_text(string: Node) -> bool:
-    """Whether a string is neither bytes nor an f-string."""
-    return not set(string.token[: string.token.find(string.token[-1])].lower()) & {"b", "f"}
+def _is_docstring(string: tree_sitter.Node) -> bool:
+    """Whether a string, all of a body's first statement, is text (not bytes, no f-string), and alone on its line."""
+    parts = string.named_children if string.type == "concatenated_string" else [string]
+    starts = [part.children[0].text or b"" for part in parts if part.type == "string" and part.children]
+    statement = string.parent
+    assert statement is not None
+    if any(set(start.lower()) & set(b"bf") for start in starts):
+        return False
+    after = statement.next_sibling
+    if statement.parent is not None and statement.parent.type == "module":
+        while after is not None and after.type == "comment":
+            after = after.next_sibling
+        return after is not None and after.type != ";"
+    return after is None or after.type != ";"
 
 
 def _tokens(code: str) -> Iterator[Token]:

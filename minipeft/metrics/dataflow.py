@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from minipeft.metrics.grammar import Node, Tree
 from minipeft.metrics.syntax import shorten
 
-# The reference implementation recurses, and reports no data flow where that hits Python's limit of 1,000 frames.
+# The codebleu package recurses, and reports no data flow where that hits Python's limit of 1,000 frames.
 DEEPEST = 950
 # What a flow may cost, in sources written: a guard against texts of which each token is linked with each other.
 MOST_SOURCES = 1_000_000
@@ -35,7 +35,7 @@ class TooMuch(Exception):
 
 
 class Malformed(Exception):
-    """A broken tree lacks a part that a rule needs: the reference implementation gives up on such a text."""
+    """A rule finds no token where it needs one, in a broken tree mostly: the package gives up on the whole text."""
 
 
 @dataclass(slots=True)
@@ -301,7 +301,11 @@ def _pieces(node: Node) -> tuple[list[Node], list[Node]]:
         raise Malformed
     lefts = [child for child in left.children if child.kind != ","]
     rights = [child for child in right.children if child.kind != ","]
-    return (lefts, rights) if len(lefts) == len(rights) > 0 else ([left], [right])
+    if not len(lefts) == len(rights) > 0:
+        return [left], [right]
+    if left.leaf >= 0 or right.leaf >= 0:
+        raise Malformed  # the pieces of a string (a quote, the inside, a quote) are no tokens: there is no flow at all
+    return lefts, rights
 
 
 def _part(node: Node, name: str) -> Node | None:

@@ -5,30 +5,35 @@ its own (`identifier`, `if_statement`), anonymous where it is the text itself (`
 tree: what it cannot place it wraps in `ERROR` nodes, and what it misses it inserts as `MISSING` ones.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
-from tree_sitter import Language, Parser
+import tree_sitter
+from tree_sitter import Language, Parser, Query, QueryCursor
 
 # str() of a tree-sitter node recurses in C, and a deep tree takes the whole process down (seen at 30,000 levels).
 DEEPEST_TEXT = 1000
-SPANNED = frozenset({"comment", "string", "concatenated_string"})
+ERROR = 0xFFFF  # tree-sitter's number for what it cannot place
 
 
-@dataclass(slots=True, eq=False)
+NONE: list["Node"] = []  # the children of all nodes that have none
+
+
 class Node:
     """One node of a syntax tree."""
 
-    kind: str
-    named: bool
-    field: str | None  # what this node is to its parent: "left", "body", ...
-    children: list["Node"] = dataclasses.field(default_factory=list)
-    leaf: int = -1  # the index of its token among the tree's tokens; -1 where it has none
-    token: str = ""  # the text of a leaf
-    span: tuple[int, int] | None = None  # of strings and comments: their bytes in the text
-    text: str | None = None  # tree-sitter's own S-expression, where only that tells (see syntax.py)
+    __slots__ = ("children", "field", "kind", "leaf", "named", "span", "text", "token")
+
+    def __init__(self, kind: str, named: bool, field: str | None):
+        self.kind = kind
+        self.named = named  # or MISSING: what an S-expression shows
+        self.field = field  # what this node is to its parent: "left", "body", ...
+        self.children: list[Node] = NONE
+        self.leaf = -1  # the number of its token among the tree's; -1 where it has none
+        self.token = ""  # the text of a leaf
+        self.span = (0, 0)  # of a node without children or a string: its bytes in the text
+        self.text = ""  # its S-expression (syntax.py), or what stands for it
 
 
 @dataclass(slots=True, eq=False)
@@ -36,8 +41,6 @@ class Tree:
     """A syntax tree: its nodes in preorder, the root first."""
 
     nodes: list[Node]
-    leaves: list[Node]  # those with a token, in the order of the text
-    comments: list[tuple[int, int]]  # their bytes in the text
     depth: int  # levels, the root is the first
     broken: bool  # tree-sitter found an error
     expression: str | None  # of a broken tree: tree-sitter's S-expression; None where it is too deep to ask for
@@ -63,63 +66,77 @@ def parse(code: str) -> Tree:
     none. Two tokens of no width can stand at the same place (what is MISSING); all of them bear the last one's number.
     """
     data = code.encode("utf-8", "replace")  # a lone surrogate, which UTF-8 cannot hold, becomes a question mark
-    raw = parser().parse(data)
-    cursor, kinds, broken = raw.walk(), _kinds(), raw.root_node.has_error
-    nodes: list[Node] = []
-    leaves: list[Node] = []
-    comments: list[tuple[int, int]] = []
-    spans: list[tuple[int, int]] = []
-    path: list[Node] = []
-    string: Node | None = None  # the string that the cursor is in
-    depth = 0
-    while True:
-        here = cursor.node
-        assert here is not None
-        kind, named = kinds[here.kind_id] if here.kind_id < len(kinds) else (here.type, here.is_named)
-        node = Node(kind, named or (broken and here.is_missing), cursor.field_name)
-        nodes.append(node)
-        if path:
-            path[-1].children.append(node)
-        if kind in SPANNED:
-            node.span = (here.start_byte, here.end_byte)
-            if kind == "comment":
-                comments.append(node.span)
-        inner = cursor.goto_first_child()
-        if string is None and kind != "comment" and (kind == "string" or not inner):
-            node.leaf = len(leaves)
-            leaves.append(node)
-            spans.append((here.start_byte, here.end_byte))
-            if inner:
-                string = node
-        if inner:
-            path.append(node)
-            depth = max(depth, len(path))
-            if not named:
-                node.text = str(here)  # "not in" and "is not": two words below an anonymous node
-            continue
-        while not cursor.goto_next_sibling():
-            if not cursor.goto_parent():
-                _read_tokens(data, leaves, spans)
-                expression = str(raw.root_node) if broken and depth < DEEPEST_TEXT else None
-                return Tree(nodes, leaves, comments, depth + 1, broken, expression)
-            if path.pop() is string:
-                string = None
+    root = parser().parse(data).root_node
+    broken = root.has_error
+    nodes, leaves, depth = _read_nodes(root, broken)
+    last = {leaf.span: number for number, leaf in enumerate(leaves)}
+    ascii_only = len(data) == len(code)
+    for leaf in leaves:
+        start, end = leaf.span
+        token = code[start:end] if ascii_only else data[start:end].decode("utf-8", "replace")
+        leaf.token = token.replace("\n", "") if "\n" in token else token
+        leaf.leaf = last[leaf.span]
+    return Tree(nodes, depth, broken, str(root) if broken and depth < DEEPEST_TEXT else None)
 
 
-def _read_tokens(data: bytes, leaves: list[Node], spans: list[tuple[int, int]]) -> None:
-    """Give each leaf its text, cut by byte offsets and without line ends, and the last number of its place."""
-    last = {span: number for number, span in enumerate(spans)}
-    for leaf, (start, end) in zip(leaves, spans):
-        leaf.token = data[start:end].decode("utf-8", "replace").replace("\n", "")
-        leaf.leaf = last[start, end]
+def find(query: str, data: bytes) -> dict[str, list[tree_sitter.Node]]:
+    """The nodes of a text that a query captures, by the names that it gives them."""
+    return QueryCursor(_query(query)).captures(parser().parse(data).root_node)
 
 
 @cache
-def _kinds() -> list[tuple[str, bool]]:
+def _query(query: str) -> Query:
+    language = parser().language
+    assert language is not None
+    return Query(language, query)
+
+
+def _read_nodes(root: tree_sitter.Node, broken: bool) -> tuple[list[Node], list[Node], int]:
+    """The nodes below a root in preorder, those of them that are leaves, and the number of levels."""
+    cursor, kinds = root.walk(), _kinds()
+    down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
+    nodes: list[Node] = []
+    leaves: list[Node] = []
+    path: list[Node] = []
+    siblings: list[Node] = []
+    string: Node | None = None  # the string that the cursor is in
+    depth = 1
+    while True:
+        here = cursor.node
+        assert here is not None
+        kind, named = kinds[here.kind_id]
+        node = Node(kind, named or (broken and here.is_missing), cursor.field_name)
+        nodes.append(node)
+        siblings.append(node)
+        if down():
+            if kind == "string" and string is None:
+                string = node
+                node.span = (here.start_byte, here.end_byte)
+                leaves.append(node)
+            if not named:
+                node.text = str(here)  # "not in" and "is not": two words below an anonymous node
+            node.children = siblings = []
+            path.append(node)
+            depth = max(depth, len(path) + 1)
+            continue
+        node.span = (here.start_byte, here.end_byte)
+        if string is None and kind != "comment":
+            leaves.append(node)
+        while not on():
+            if not up():
+                return nodes, leaves, depth
+            if path.pop() is string:
+                string = None
+            siblings = path[-1].children if path else siblings
+
+
+@cache
+def _kinds() -> dict[int, tuple[str, bool]]:
     """The name of each kind of node by its number, and whether it is named."""
     language = parser().language
     assert language is not None
-    return [
-        (language.node_kind_for_id(number) or "", language.node_kind_is_named(number))
+    kinds = {
+        number: (language.node_kind_for_id(number) or "", language.node_kind_is_named(number))
         for number in range(language.node_kind_count)
-    ]
+    }
+    return kinds | {ERROR: ("ERROR", True)}

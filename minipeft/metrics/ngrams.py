@@ -46,7 +46,8 @@ def count_ngrams(tokens: Tokens) -> Counts:
 
 def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) -> int:
     """The clipped matches: sum over n-grams of min(count here, count there)."""
-    return sum(min(counts[ngram], others[ngram]) for ngram in counts.keys() & others.keys())
+    common = counts.keys() & others.keys()
+    return sum(map(min, map(counts.__getitem__, common), map(others.__getitem__, common)))
 
 
 def closest_length(length: int, reference_lengths: Sequence[int]) -> int:

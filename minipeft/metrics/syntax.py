@@ -31,7 +31,7 @@ def count_subtrees(tree: Tree) -> Counter[str]:
     counts = Counter(node.text for node in tree.nodes if node.children)
     if not tree.nodes[0].children:
         counts[tree.nodes[0].text] += 1
-    return counts  # type: ignore[return-value]
+    return counts
 
 
 def match_subtrees(reference: Counter[str], prediction: Counter[str]) -> int:
@@ -48,6 +48,9 @@ def _build_keys(tree: Tree) -> None:
     """Put each node's key in its `text`, from the leaves up; an anonymous node's named children go to its parent."""
     parts: dict[Node, list[str]] = {}
     for node in reversed(tree.nodes):  # children before parents
+        if not node.children:
+            node.text = f"({node.kind})"
+            continue
         below: list[str] = []
         for child in node.children:
             if child.named:
