@@ -1,0 +1,307 @@
+"""Reading files strictly and writing them whole: against Python's json, the safetensors library, and broken disks."""
+
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save, save_file
+
+from minipeft import files
+from minipeft.errors import InputError
+from minipeft.files import parse_json, read_header, read_object, read_text, write_json, write_tensors, write_whole
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def refused(function, *arguments) -> str:
+    """The text of the InputError that a call must give."""
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+class TestText:
+    def test_utf_8_with_and_without_a_mark(self, tmp_path):
+        for data in ("größe\n".encode(), b"\xef\xbb\xbf" + "größe\n".encode()):
+            (tmp_path / "f").write_bytes(data)
+            assert read_text(tmp_path / "f") == "größe\n"
+
+    def test_line_ends_are_kept(self, tmp_path):
+        (tmp_path / "f").write_bytes(b"a\r\nb\rc\n")
+        assert read_text(tmp_path / "f") == "a\r\nb\rc\n"
+
+    def test_what_is_none(self, tmp_path, monkeypatch):
+        (tmp_path / "latin").write_bytes("größe".encode("latin-1"))
+        (tmp_path / "long").write_bytes(b" " * 101)
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        monkeypatch.setattr(files, "LARGEST_JSON", 100)
+        assert refused(read_text, tmp_path / "latin") == f"{tmp_path}/latin: not UTF-8 at byte 2"
+        assert refused(read_text, tmp_path / "long") == f"{tmp_path}/long: has 101 bytes, more than 100"
+        assert refused(read_text, tmp_path / "pipe") == f"{tmp_path}/pipe: is not a plain file"
+        assert refused(read_text, tmp_path) == f"{tmp_path}: is a directory, not a file"
+        assert refused(read_text, tmp_path / "no").startswith(f"{tmp_path}/no: no such file (its folder holds: latin, ")
+        assert refused(read_text, tmp_path / "a" / "b") == f"{tmp_path}/a/b: no such file (its folder does not exist)"
+        assert "no such file" in refused(read_text, tmp_path / "loop")
+        assert refused(read_text, Path("/dev/null")) == "/dev/null: is not a plain file"
+
+
+class TestJSON:
+    @given(VALUES)
+    @settings(max_examples=100, deadline=None)
+    def test_what_json_writes_is_read(self, value):
+        assert parse_json(json.dumps(value), "F") == value
+
+    @given(st.text(alphabet='{}[]":,0123456789eE.+-truefalsn NIy\\u', max_size=30))
+    @settings(max_examples=800, deadline=None)
+    def test_any_text_is_a_value_or_an_input_error(self, text):
+        try:
+            value = parse_json(text, "F")
+        except InputError:
+            return
+        assert value == json.loads(text)
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("", "F: not valid JSON: line 1 column 1: Expecting value"),
+            ('{"a": 1,\n "b"}', "F: not valid JSON: line 2 column 5: Expecting ':' delimiter"),
+            ('{"a": 1} {}', "F: not valid JSON: line 1 column 10: Extra data"),
+            ('{"a": {"b": 1, "b": 2}}', "F: key 'b' given twice"),
+            ('{"a": NaN}', "F: NaN is not JSON (key 'a')"),
+            ('{"a": [1, [2, -Infinity]]}', "F: Infinity, or a number beyond 1.8e308, is not JSON (key 'a')"),
+            ('{"a": 1e999}', "F: Infinity, or a number beyond 1.8e308, is not JSON (key 'a')"),
+            ("[[NaN]]", "F: NaN is not JSON"),
+            ("NaN", "F: NaN is not JSON"),
+            ("[" * 100_000, "F: JSON nested too deep"),
+            ("[" * 100_000 + "]" * 100_000, "F: JSON nested too deep"),
+            ("9" * 5000, "F: not usable JSON: Exceeds the limit (4300 digits)"),
+        ],
+    )
+    def test_what_is_none(self, text, says):
+        assert refused(parse_json, text, "F").startswith(says)
+
+    def test_the_place_of_a_text_within_a_file(self):
+        assert refused(parse_json, "{", "F", "header").startswith("F: header: not valid JSON: line 1 column 2")
+        assert refused(parse_json, "\n{", "F", None, 41).startswith("F: not valid JSON: line 42 column 2")
+
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            ("[]", "a list"),
+            ('"a"', "text"),
+            ("3", "a number"),
+            ("3.5", "a number"),
+            ("true", "a boolean"),
+            ("null", "null"),
+        ],
+    )
+    def test_an_object_is_wanted(self, text, kind, tmp_path):
+        (tmp_path / "f").write_text(text)
+        assert refused(read_object, tmp_path / "f") == f"{tmp_path}/f: must hold a JSON object, but holds {kind}"
+
+
+TENSORS = {
+    "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    "a": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+    "empty": torch.zeros(0, 7),
+    "scalar": torch.tensor(2.5),
+    "größe": torch.arange(5),
+    "half": torch.ones(3, dtype=torch.float16),
+    "bytes": torch.arange(3, dtype=torch.uint8),
+    "yes": torch.tensor([True, False]),
+}
+
+
+class TestHeader:
+    def test_it_is_the_librarys(self, tmp_path):
+        save_file(TENSORS, tmp_path / "f", metadata={"format": "pt"})
+        header = read_header(tmp_path / "f")
+        with safe_open(tmp_path / "f", framework="pt") as opened:
+            assert header.keys() == set(opened.keys())
+            for name, info in header.items():
+                assert (info.dtype, info.shape) == (
+                    opened.get_slice(name).get_dtype(),
+                    tuple(opened.get_slice(name).get_shape()),
+                )
+        data = (tmp_path / "f").read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        info = header["b"]
+        assert data[start + info.start : start + info.stop] == TENSORS["b"].numpy().tobytes()
+
+    def test_what_passes_here_passes_the_library(self, tmp_path):
+        """600 headers with one to three bytes changed: read_header accepts none that the library refuses."""
+        sound = save({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.int64)}, metadata={"format": "pt"})
+        length = 8 + struct.unpack("<Q", sound[:8])[0]
+        draw = np.random.default_rng(0)
+        file, both, ours = tmp_path / "f", 0, 0
+        signs = np.frombuffer(b'0123456789"{}[],:FIB \\u-.e', dtype=np.uint8)
+        for _ in range(600):
+            data = bytearray(sound)
+            for _ in range(int(draw.integers(1, 4))):
+                data[int(draw.integers(length))] = int(
+                    draw.choice(signs) if draw.random() < 0.7 else draw.integers(256)
+                )
+            file.write_bytes(data)
+            try:
+                read_header(file)
+            except InputError as error:
+                assert str(error).startswith(str(file))  # noqa: PT017
+                ours += 1
+                continue
+            load(bytes(data))
+            both += 1
+        assert ours > 450
+        assert both > 3, "the control: some changes are harmless"
+
+    @pytest.mark.parametrize("length", [0, 7, 8, 9, 50])
+    def test_any_bytes_are_an_input_error(self, length, tmp_path):
+        draw = np.random.default_rng(length)
+        for _ in range(50):
+            (tmp_path / "f").write_bytes(draw.bytes(length))
+            refused(read_header, tmp_path / "f")
+
+    def test_no_data_is_read(self, tmp_path):
+        """A file of 1 TB (sparse) is checked at once."""
+        text = json.dumps({"a": {"dtype": "U8", "shape": [10**12], "data_offsets": [0, 10**12]}}).encode()
+        with open(tmp_path / "f", "wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            try:
+                stream.truncate(8 + len(text) + 10**12)
+            except OSError:
+                pytest.skip("this file system holds no file of 1 TB")
+        assert read_header(tmp_path / "f")["a"].shape == (10**12,)
+
+    def test_a_huge_header_is_not_read(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "LARGEST_HEADER", 10)
+        save_file({"a": torch.zeros(2)}, tmp_path / "f")
+        assert "not safetensors, or truncated" in refused(read_header, tmp_path / "f")
+
+
+class TestWriteTensors:
+    def test_the_library_reads_them(self, tmp_path):
+        write_tensors(tmp_path / "f", TENSORS)
+        again = load_file(tmp_path / "f")
+        assert again.keys() == TENSORS.keys()
+        for name, t in TENSORS.items():
+            assert (again[name].dtype, again[name].shape) == (t.dtype, t.shape)
+            assert torch.equal(again[name], t)
+        assert read_header(tmp_path / "f").keys() == TENSORS.keys()
+
+    def test_the_bytes_are_the_librarys(self, tmp_path):
+        tensors = {name: t for name, t in TENSORS.items() if t.dtype == torch.float32}
+        write_tensors(tmp_path / "f", tensors)
+        assert (tmp_path / "f").read_bytes() == save(tensors, metadata={"format": "pt"})
+
+    def test_what_is_not_contiguous_or_needs_gradients(self, tmp_path):
+        t = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+        write_tensors(tmp_path / "f", {"turned": t.T, "every second": t[::2], "row": t[1].expand(2, 3)})
+        again = load_file(tmp_path / "f")
+        assert torch.equal(again["turned"], t.detach().T)
+        assert torch.equal(again["every second"], t.detach()[::2])
+        assert torch.equal(again["row"], t.detach()[1].expand(2, 3))
+
+    def test_the_order_given_does_not_matter(self, tmp_path):
+        write_tensors(tmp_path / "one", TENSORS)
+        write_tensors(tmp_path / "two", dict(reversed(TENSORS.items())))
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+    def test_each_number_is_aligned_to_its_size(self, tmp_path):
+        """A mapped float that does not begin at a multiple of its size would be copied, or be slow."""
+        write_tensors(tmp_path / "f", TENSORS)
+        data = (tmp_path / "f").read_bytes()
+        begin = 8 + struct.unpack("<Q", data[:8])[0]
+        for name, info in read_header(tmp_path / "f").items():
+            assert (begin + info.start) % TENSORS[name].element_size() == 0, name
+
+
+class TestWriteWhole:
+    def test_the_old_file_stays_until_the_new_one_is_whole(self, tmp_path):
+        (tmp_path / "f").write_text("old")
+
+        def fill(stream):
+            stream.write(b"half")
+            stream.flush()
+            assert (tmp_path / "f").read_text() == "old"
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / "f", fill)
+        assert (tmp_path / "f").read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["f"], "nothing half-written is left"
+
+    def test_who_has_the_old_file_open_keeps_it(self, tmp_path):
+        (tmp_path / "f").write_text("old")
+        with open(tmp_path / "f") as reader:
+            write_whole(tmp_path / "f", lambda stream: stream.write(b"new"))
+            assert reader.read() == "old"
+        assert (tmp_path / "f").read_text() == "new"
+
+    def test_it_is_on_disk_before_it_is_in_place(self, tmp_path, monkeypatch):
+        order = []
+        for name in ("fsync", "replace"):
+            plain = getattr(os, name)
+            monkeypatch.setattr(os, name, lambda *a, n=name, f=plain: (order.append(n), f(*a))[1])
+        write_whole(tmp_path / "f", lambda stream: stream.write(b"new"))
+        assert order[:2] == ["fsync", "replace"]
+
+    def test_folders_are_made_and_the_mode_is_the_users(self, tmp_path):
+        old = os.umask(0o027)
+        try:
+            write_whole(tmp_path / "a" / "b" / "f", lambda stream: stream.write(b"x"))
+        finally:
+            assert os.umask(old) == 0o027, "the mask is left as it was"
+        assert stat.S_IMODE((tmp_path / "a" / "b" / "f").stat().st_mode) == 0o640
+
+    @pytest.mark.parametrize("call", ["fsync", "replace"])
+    def test_a_full_disk(self, call, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        (tmp_path / "f").write_text("old")
+        monkeypatch.setattr(os, call, full)
+        said = refused(write_json, tmp_path / "f", {"a": 1})
+        assert said == f"{tmp_path}/f: cannot write: No space left on device"
+        assert (tmp_path / "f").read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+    def test_a_folder_that_cannot_be(self, tmp_path):
+        (tmp_path / "f").write_text("")
+        assert refused(write_json, tmp_path / "f" / "g", {}).startswith(f"{tmp_path}/f/g: cannot write: ")
+
+    def test_json(self, tmp_path):
+        value = {"b": [1, 2.5, None], "a": {"größe": True}}
+        write_json(tmp_path / "f", value)
+        text = (tmp_path / "f").read_text(encoding="utf-8")
+        assert read_object(tmp_path / "f") == value
+        assert list(read_object(tmp_path / "f")) == ["b", "a"]
+        assert text.endswith("}\n")
+        assert "größe" in text
+        with pytest.raises(ValueError, match="JSON compliant"):
+            write_json(tmp_path / "g", {"a": float("nan")})
+        assert not (tmp_path / "g").exists()
+
+
+def test_the_library_says_the_same_of_what_is_refused_here(tmp_path):
+    """Gaps, overlaps, wrong sizes: refused by both, so that strictness here is no invention of ours."""
+    sound = save({"a": torch.zeros(4), "b": torch.zeros(4)})
+    length = struct.unpack("<Q", sound[:8])[0]
+    header, data = json.loads(sound[8 : 8 + length]), sound[8 + length :]
+    for offsets in ([0, 16], [8, 24], [16, 28], [32, 16], [20, 36]):
+        text = json.dumps({**header, "b": {**header["b"], "data_offsets": offsets}}).encode()
+        (tmp_path / "f").write_bytes(struct.pack("<Q", len(text)) + text + data)
+        refused(read_header, tmp_path / "f")
+        with pytest.raises(SafetensorError):
+            load((tmp_path / "f").read_bytes())
