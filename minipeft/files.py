@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -196,26 +196,50 @@ def looks_like(start: bytes, size: int, length: int) -> str:
 def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Write a file beside its place and move it there when it is on disk: readers see the old one or the whole new one.
 
-    Never in place: a reader may have the old file mapped, and would crash or see its tensors change.
+    Never in place: a reader may have the old file mapped, and would crash or see its tensors change. The folder is
+    synced too: without that a power cut may take the new name back.
 
     Raises:
-        InputError: the disk or the folder refuses; names the path and the reason.
+        InputError: the disk or the folder refuses; names the path, the reason, and how many bytes there were to write.
     """
+    tried = 0
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
-                fill(stream)
+                try:
+                    fill(stream)
+                finally:
+                    tried = stream.tell()
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(name, 0o666 & ~current_umask())
             os.replace(name, file)
+            sync_folder(file.parent)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InputError(f"cannot write: {error.strerror}", file=file) from error
+        size = f" {tried:,} bytes" if tried else ""
+        raise InputError(f"cannot write{size}: {error.strerror}", file=file) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that their names survive a power cut."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in absent:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def current_umask() -> int:
@@ -231,25 +255,27 @@ def write_json(file: Path, value: object) -> None:
     write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
-def tensor_stream(tensors: Mapping[str, Tensor]) -> Callable[[IO[bytes]], None]:
-    """What writes a safetensors file of these tensors to a stream, one at a time: no second copy of them in memory."""
-    flat = {name: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name, t in tensors.items()}
-    order = sorted(
-        flat, key=lambda name: (-tensors[name].element_size(), name)
-    )  # as the library: aligned, then by name
+def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
+    """What writes a safetensors file of these tensors to a stream, one at a time: no second copy of them in memory.
+
+    A sequence of tensors of one dtype is written as one flat tensor.
+    """
+    parts = {name: [t] if isinstance(t, Tensor) else list(t) for name, t in tensors.items()}
+    order = sorted(parts, key=lambda name: (-parts[name][0].element_size(), name))  # as the library: aligned, by name
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        start, end = end, end + flat[name].numel()
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        count = sum(t.numel() for t in parts[name])
+        shape = list(parts[name][0].shape) if isinstance(tensors[name], Tensor) else [count]
+        start, end = end, end + count * parts[name][0].element_size()
+        header[name] = {"dtype": DTYPES[parts[name][0].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
 
     def write(stream: IO[bytes]) -> None:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            stream.write(flat[name].numpy().data)
+        for t in (t for name in order for t in parts[name]):
+            stream.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write
 
