@@ -221,8 +221,8 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        size = f" {tried:,} bytes" if tried else ""
-        raise InputError(f"cannot write{size}: {error.strerror}", file=file) from error
+        size = f" (for {tried:,} bytes)" if tried else ""
+        raise InputError(f"cannot write: {error.strerror}{size}", file=file) from error
 
 
 def make_folder(folder: Path) -> None:
