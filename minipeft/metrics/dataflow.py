@@ -14,11 +14,12 @@ is read twice, so that what the end of the body sets is seen at its start; a bra
 the `if`, and afterwards a name may come from any branch.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from minipeft.metrics.grammar import Node, Tree
+from minipeft.metrics.grammar import Tree
 from minipeft.metrics.syntax import shorten
 
 # The codebleu package recurses, and reports no data flow where that hits Python's limit of 1,000 frames.
@@ -27,6 +28,7 @@ DEEPEST = 950
 MOST_SOURCES = 1_000_000
 
 Places = frozenset[int]
+NOWHERE: Places = frozenset()
 Walk = Generator["Walk", None, None]  # a rule of the walk: yields the walks that must run before it goes on
 
 
@@ -51,29 +53,44 @@ class Flow:
 
 @dataclass(slots=True)
 class Scope:
-    """What is known while the text is read, what was written down, and the way back to an earlier point."""
+    """What is known while a text is read, what was written down, and the way back to an earlier point."""
 
+    tree: Tree
+    variables: list[int]  # the nodes that are variables, in the order of the text
     flows: list[Flow] = field(default_factory=list)
     known: dict[str, Places] = field(default_factory=dict)
     undo: list[tuple[str, Places | None]] = field(default_factory=list)
     loops: int = 0  # that the walk is in
     cost: int = 0
-    names: dict[Node, list[str]] = field(default_factory=dict)  # of each loop
-    seen: dict[tuple[Node, tuple[Places | None, ...]], tuple[list[Flow], dict[str, Places]]] = field(
+    names: dict[int, list[str]] = field(default_factory=dict)  # of each loop
+    seen: dict[tuple[int, tuple[Places | None, ...]], tuple[list[Flow], dict[str, Places]]] = field(
         default_factory=dict
     )
+
+    def below(self, node: int) -> list[int]:
+        """The variables below a node, or the node itself if it is one."""
+        start = bisect_left(self.variables, node)
+        return self.variables[start : bisect_left(self.variables, self.tree.ends[node], start)]
+
+    def part(self, node: int, name: str) -> int | None:
+        """The first child in this field."""
+        return next((child for child in self.tree.children(node) if self.tree.fields[child] == name), None)
 
     def set(self, name: str, places: Places) -> None:
         """From here on, `name` comes from these places."""
         self.undo.append((name, self.known.get(name)))
         self.known[name] = places
 
-    def add(self, leaf: Node, relation: str, names: tuple[str, ...], sources: Places) -> None:
+    def bind(self, node: int) -> None:
+        """From here on, the variable `node` comes from where it stands."""
+        self.set(self.tree.tokens[node], frozenset([self.tree.places[node]]))
+
+    def add(self, node: int, relation: str, names: tuple[str, ...], sources: Places) -> None:
         """Write one item down."""
         self.cost += 1 + len(names)
         if self.cost > MOST_SOURCES:
             raise TooMuch
-        self.flows.append(Flow(leaf.leaf, leaf.token, relation, names, sources))
+        self.flows.append(Flow(self.tree.places[node], self.tree.tokens[node], relation, names, sources))
 
     def extend(self, flows: list[Flow]) -> None:
         """Write down what a loop came to."""
@@ -100,8 +117,10 @@ def count_flows(tree: Tree) -> tuple[Counter[str], bool]:
     """Count the numbered items of a text, and say whether a limit was hit (then there are none)."""
     if tree.depth > DEEPEST:
         return Counter(), True
-    scope = Scope()
-    walks = [_read(tree.nodes[0], scope)]
+    tokens = zip(tree.places, tree.kinds, tree.tokens)
+    variables = [node for node, (place, kind, token) in enumerate(tokens) if place >= 0 and kind != token]
+    scope = Scope(tree, variables)
+    walks = [_read(0, scope)]
     try:
         while walks:  # a stack of our own: a deep text must not meet Python's recursion limit
             try:
@@ -115,91 +134,94 @@ def count_flows(tree: Tree) -> tuple[Counter[str], bool]:
         return Counter(), True
 
 
-def _read(node: Node, scope: Scope) -> Walk:
-    """Read what is below a node from left to right, the `for ... in` of a comprehension before its siblings."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.leaf >= 0:
+def _read(node: int, scope: Scope) -> Walk:
+    """Read a node and what is below it from left to right, the `for ... in` of a comprehension before its siblings."""
+    tree, end = scope.tree, scope.tree.ends[node]
+    while node < end:
+        if tree.places[node] >= 0:
             _read_leaf(node, scope)
-        elif node.kind in RULES:
-            yield RULES[node.kind](node, scope)
+        elif tree.kinds[node] in RULES:
+            yield RULES[tree.kinds[node]](node, scope)
+        elif node in tree.clauses:
+            children = tree.children(node)
+            for child in sorted(children, key=lambda child: tree.kinds[child] != "for_in_clause"):
+                yield _read(child, scope)
         else:
-            first = [child for child in node.children if child.kind == "for_in_clause"]
-            if first:
-                waiting.extend(reversed([child for child in node.children if child.kind != "for_in_clause"]))
-                waiting.extend(reversed(first))
-            else:
-                waiting.extend(reversed(node.children))
+            node += 1  # go down
+            continue
+        node = tree.ends[node]
 
 
-def _read_leaf(leaf: Node, scope: Scope) -> None:
+def _read_leaf(node: int, scope: Scope) -> None:
     """A known name comes from where it was set; an unknown identifier is set here."""
-    if leaf.kind == leaf.token:
+    kind, token = scope.tree.kinds[node], scope.tree.tokens[node]
+    if kind == token:
         return  # an operator or a keyword
-    places = scope.known.get(leaf.token)
+    places = scope.known.get(token)
     if places is not None:
-        scope.add(leaf, "comesFrom", (leaf.token,), places)
+        scope.add(node, "comesFrom", (token,), places)
         return
-    scope.add(leaf, "comesFrom", (), frozenset())
-    if leaf.kind == "identifier":
-        scope.set(leaf.token, frozenset([leaf.leaf]))
+    scope.add(node, "comesFrom", (), NOWHERE)
+    if kind == "identifier":
+        scope.bind(node)
 
 
-def _read_default(node: Node, scope: Scope) -> Walk:
+def _read_default(node: int, scope: Scope) -> Walk:
     """`name=value` in a parameter list: the name comes from each token of its value."""
-    name, value = _part(node, "name"), _part(node, "value")
+    name, value = scope.part(node, "name"), scope.part(node, "value")
     if name is None:
         raise Malformed
     if value is None:
-        for leaf in _variables(name):
-            scope.add(leaf, "comesFrom", (), frozenset())
-            scope.set(leaf.token, frozenset([leaf.leaf]))
+        for leaf in scope.below(name):
+            scope.add(leaf, "comesFrom", (), NOWHERE)
+            scope.bind(leaf)
         return
     yield _read(value, scope)
-    sources = list(_variables(value))
-    for leaf in _variables(name):
-        for source in sources:
-            scope.add(leaf, "comesFrom", (source.token,), frozenset([source.leaf]))
-        scope.set(leaf.token, frozenset([leaf.leaf]))
+    tree = scope.tree
+    for leaf in scope.below(name):
+        for source in scope.below(value):
+            scope.add(leaf, "comesFrom", (tree.tokens[source],), frozenset([tree.places[source]]))
+        scope.bind(leaf)
 
 
-def _read_assignment(node: Node, scope: Scope) -> Walk:
+def _read_assignment(node: int, scope: Scope) -> Walk:
     """`left = right`: right is read, then left is computed from it, piece by piece where both have as many pieces."""
-    if _part(node, "right") is None:
+    if scope.part(node, "right") is None:
         return
-    yield from _bind(*_pieces(node), scope)
+    yield from _bind(*_pieces(node, scope), scope)
 
 
-def _read_clause(node: Node, scope: Scope) -> Walk:
+def _read_clause(node: int, scope: Scope) -> Walk:
     """`for left in right` of a comprehension; right is whatever comes last."""
-    left = _part(node, "left")
+    left = scope.part(node, "left")
     if left is None:
         raise Malformed
-    yield from _bind([left], [node.children[-1]], scope)
+    yield from _bind([left], scope.tree.children(node)[-1:], scope)
 
 
-def _bind(lefts: list[Node], rights: list[Node], scope: Scope) -> Walk:
+def _bind(lefts: list[int], rights: list[int], scope: Scope) -> Walk:
     """Read each right piece, then let each variable of a left piece be computed from those of its right piece."""
     for right in rights:
         yield _read(right, scope)
+    tree = scope.tree
     for left, right in zip(lefts, rights):
-        variables = list(_variables(right))
-        names = tuple(leaf.token for leaf in variables)
-        sources = frozenset(leaf.leaf for leaf in variables)
-        for leaf in _variables(left):
+        variables = scope.below(right)
+        names = tuple(tree.tokens[leaf] for leaf in variables)
+        sources = frozenset(tree.places[leaf] for leaf in variables)
+        for leaf in scope.below(left):
             scope.add(leaf, "computedFrom", names, sources)
-            scope.set(leaf.token, frozenset([leaf.leaf]))
+            scope.bind(leaf)
 
 
-def _read_branches(node: Node, scope: Scope) -> Walk:
+def _read_branches(node: int, scope: Scope) -> Walk:
     """`if`: the condition and the first body, then each elif and else from what was known before the `if`."""
     branches: list[dict[str, Places]] = []
     mark = len(scope.undo)
     complete = False
-    for child in node.children:
-        complete = complete or "else" in child.kind
-        if child.kind not in ("elif_clause", "else_clause"):
+    for child in scope.tree.children(node):
+        kind = scope.tree.kinds[child]
+        complete = complete or "else" in kind
+        if kind not in ("elif_clause", "else_clause"):
             yield _read(child, scope)
             continue
         first = scope.changes(mark)
@@ -218,30 +240,30 @@ def _read_branches(node: Node, scope: Scope) -> Walk:
         scope.set(name, frozenset().union(*(branch.get(name, before) for branch in branches)))
 
 
-def _read_for(node: Node, scope: Scope) -> Walk:
+def _read_for(node: int, scope: Scope) -> Walk:
     """`for left in right: body`, twice; a body that an `else` follows is not read (it is not the last child)."""
-    lefts, rights = _pieces(node)
-    body = node.children[-1]
+    lefts, rights = _pieces(node, scope)
+    body = scope.tree.children(node)[-1]
 
     def once() -> Walk:
         yield from _bind(lefts, rights, scope)
-        if body.kind == "block":
+        if scope.tree.kinds[body] == "block":
             yield _read(body, scope)
 
     yield from _twice(node, scope, once)
 
 
-def _read_while(node: Node, scope: Scope) -> Walk:
+def _read_while(node: int, scope: Scope) -> Walk:
     """`while`: the condition and everything below it, twice."""
 
     def once() -> Walk:
-        for child in node.children:
+        for child in scope.tree.children(node):
             yield _read(child, scope)
 
     yield from _twice(node, scope, once)
 
 
-def _twice(node: Node, scope: Scope, once: Callable[[], Walk]) -> Walk:
+def _twice(node: int, scope: Scope, once: Callable[[], Walk]) -> Walk:
     """Read a loop twice and join what both passes found.
 
     In a nest, each level would double the work of the one below. But the second pass mostly meets what the first one
@@ -250,7 +272,7 @@ def _twice(node: Node, scope: Scope, once: Callable[[], Walk]) -> Walk:
     key = None
     if scope.loops:
         if node not in scope.names:
-            scope.names[node] = list(dict.fromkeys(leaf.token for leaf in _variables(node)))
+            scope.names[node] = list(dict.fromkeys(scope.tree.tokens[leaf] for leaf in scope.below(node)))
         key = (node, tuple(scope.known.get(name) for name in scope.names[node]))
         if key in scope.seen:
             flows, changes = scope.seen[key]
@@ -294,37 +316,21 @@ def _number(flows: list[Flow]) -> Iterator[str]:
         yield shorten(f"{own} {flow.relation} {' '.join(map(str, sources))}")
 
 
-def _pieces(node: Node) -> tuple[list[Node], list[Node]]:
+def _pieces(node: int, scope: Scope) -> tuple[list[int], list[int]]:
     """The two sides of a binding: their children without commas, if there are as many of both, else each as a whole."""
-    left, right = _part(node, "left"), _part(node, "right")
+    left, right, tree = scope.part(node, "left"), scope.part(node, "right"), scope.tree
     if left is None or right is None:
         raise Malformed
-    lefts = [child for child in left.children if child.kind != ","]
-    rights = [child for child in right.children if child.kind != ","]
+    lefts = [child for child in tree.children(left) if tree.kinds[child] != ","]
+    rights = [child for child in tree.children(right) if tree.kinds[child] != ","]
     if not len(lefts) == len(rights) > 0:
         return [left], [right]
-    if left.leaf >= 0 or right.leaf >= 0:
+    if tree.places[left] >= 0 or tree.places[right] >= 0:
         raise Malformed  # the pieces of a string (a quote, the inside, a quote) are no tokens: there is no flow at all
     return lefts, rights
 
 
-def _part(node: Node, name: str) -> Node | None:
-    """The first child in this field."""
-    return next((child for child in node.children if child.field == name), None)
-
-
-def _variables(node: Node) -> Iterator[Node]:
-    """The tokens below a node that are not operators or keywords, from left to right."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node.leaf < 0:
-            waiting.extend(reversed(node.children))
-        elif node.kind != node.token:
-            yield node
-
-
-RULES: dict[str, Callable[[Node, Scope], Walk]] = {
+RULES: dict[str, Callable[[int, Scope], Walk]] = {
     "default_parameter": _read_default,
     "assignment": _read_assignment,
     "augmented_assignment": _read_assignment,

@@ -17,33 +17,35 @@ DEEPEST_TEXT = 1000
 ERROR = 0xFFFF  # tree-sitter's number for what it cannot place
 
 
-NONE: list["Node"] = []  # the children of all nodes that have none
-
-
-class Node:
-    """One node of a syntax tree."""
-
-    __slots__ = ("children", "field", "kind", "leaf", "named", "span", "text", "token")
-
-    def __init__(self, kind: str, named: bool, field: str | None):
-        self.kind = kind
-        self.named = named  # or MISSING: what an S-expression shows
-        self.field = field  # what this node is to its parent: "left", "body", ...
-        self.children: list[Node] = NONE
-        self.leaf = -1  # the number of its token among the tree's; -1 where it has none
-        self.token = ""  # the text of a leaf
-        self.span = (0, 0)  # of a node without children or a string: its bytes in the text
-        self.text = ""  # its S-expression (syntax.py), or what stands for it
-
-
 @dataclass(slots=True, eq=False)
 class Tree:
-    """A syntax tree: its nodes in preorder, the root first."""
+    """A syntax tree as columns: node i is entry i of each list, the root is 0, and i+1 .. ends[i]-1 are below node i.
 
-    nodes: list[Node]
-    depth: int  # levels, the root is the first
+        x = f(y)    0 module  1 expression_statement  2 assignment  3 identifier  4 =  5 call  6 identifier  ...
+
+    This is preorder, the order of the text. Lists of numbers and names, because a few hundred small objects for each
+    text keep Python's garbage collector busy (measured: up to two thirds of the time of `parse`).
+    """
+
+    kinds: list[str]
+    named: list[bool]  # or MISSING: what an S-expression shows
+    fields: list[str | None]  # what a node is to its parent: "left", "body", ...
+    ends: list[int]
+    places: list[int]  # of a leaf: the number of its token in the text; -1: no leaf
+    tokens: list[str]  # of a leaf: the text of its token; "": no leaf
+    texts: dict[int, str]  # of the anonymous nodes with children ("not in", "is not"): their S-expression
+    clauses: set[int]  # the nodes with a `for ... in` clause right below
     broken: bool  # tree-sitter found an error
-    expression: str | None  # of a broken tree: tree-sitter's S-expression; None where it is too deep to ask for
+    depth: int = 1  # levels
+    expression: str | None = None  # of a broken tree: its S-expression; None where it is too deep to ask for
+
+    def children(self, node: int) -> list[int]:
+        """The nodes right below a node."""
+        below, place, end = [], node + 1, self.ends[node]
+        while place < end:
+            below.append(place)
+            place = self.ends[place]
+        return below
 
 
 @cache
@@ -54,6 +56,7 @@ def parser() -> Parser:
     return Parser(Language(tree_sitter_python.language()))
 
 
+@cache
 def grammar_versions() -> str:
     """The versions that a tree depends on, as a signature gives them."""
     return f"tree-sitter:{version('tree-sitter')}|tree-sitter-python:{version('tree-sitter-python')}"
@@ -67,16 +70,66 @@ def parse(code: str) -> Tree:
     """
     data = code.encode("utf-8", "replace")  # a lone surrogate, which UTF-8 cannot hold, becomes a question mark
     root = parser().parse(data).root_node
-    broken = root.has_error
-    nodes, leaves, depth = _read_nodes(root, broken)
-    last = {leaf.span: number for number, leaf in enumerate(leaves)}
+    tree, spans = _read_nodes(root)
+    if tree.broken and tree.depth < DEEPEST_TEXT:
+        tree.expression = str(root)
+    last = {span: place for place, span in enumerate(spans)}
     ascii_only = len(data) == len(code)
-    for leaf in leaves:
-        start, end = leaf.span
-        token = code[start:end] if ascii_only else data[start:end].decode("utf-8", "replace")
-        leaf.token = token.replace("\n", "") if "\n" in token else token
-        leaf.leaf = last[leaf.span]
-    return Tree(nodes, depth, broken, str(root) if broken and depth < DEEPEST_TEXT else None)
+    for node, place in enumerate(tree.places):
+        if place >= 0:
+            start, end = spans[place]
+            token = code[start:end] if ascii_only else data[start:end].decode("utf-8", "replace")
+            tree.tokens[node] = token.replace("\n", "") if "\n" in token else token
+            tree.places[node] = last[start, end]
+    return tree
+
+
+def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
+    """The tree below a root without the text of its tokens, and from which byte to which one they stand."""
+    tree = Tree([], [], [], [], [], [], {}, set(), root.has_error)
+    kinds, named, fields, ends, places, broken = (
+        tree.kinds, tree.named, tree.fields, tree.ends, tree.places, tree.broken
+    )  # fmt: skip
+    cursor, names = root.walk(), _kinds()
+    down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
+    spans: list[tuple[int, int]] = []
+    path: list[int] = []
+    string = -1  # the string that the cursor is in
+    done = False
+    while not done:
+        here, node = cursor.node, len(kinds)
+        assert here is not None
+        kind, visible = names[here.kind_id]
+        kinds.append(kind)
+        named.append(visible or (broken and here.is_missing))
+        fields.append(cursor.field_name)
+        ends.append(node + 1)
+        inner = down()
+        if string < 0 and (kind == "string" if inner else kind != "comment"):
+            places.append(len(spans))
+            spans.append((here.start_byte, here.end_byte))
+            if inner:
+                string = node
+        else:
+            places.append(-1)
+        if kind == "for_in_clause" and path:
+            tree.clauses.add(path[-1])
+        if inner:
+            if not visible:
+                tree.texts[node] = str(here)
+            path.append(node)
+            tree.depth = max(tree.depth, len(path) + 1)
+            continue
+        while not on():
+            if not up():
+                done = True
+                break
+            left = path.pop()
+            ends[left] = len(kinds)
+            if left == string:
+                string = -1
+    tree.tokens = [""] * len(kinds)
+    return tree, spans
 
 
 def find(query: str, data: bytes) -> dict[str, list[tree_sitter.Node]]:
@@ -89,45 +142,6 @@ def _query(query: str) -> Query:
     language = parser().language
     assert language is not None
     return Query(language, query)
-
-
-def _read_nodes(root: tree_sitter.Node, broken: bool) -> tuple[list[Node], list[Node], int]:
-    """The nodes below a root in preorder, those of them that are leaves, and the number of levels."""
-    cursor, kinds = root.walk(), _kinds()
-    down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
-    nodes: list[Node] = []
-    leaves: list[Node] = []
-    path: list[Node] = []
-    siblings: list[Node] = []
-    string: Node | None = None  # the string that the cursor is in
-    depth = 1
-    while True:
-        here = cursor.node
-        assert here is not None
-        kind, named = kinds[here.kind_id]
-        node = Node(kind, named or (broken and here.is_missing), cursor.field_name)
-        nodes.append(node)
-        siblings.append(node)
-        if down():
-            if kind == "string" and string is None:
-                string = node
-                node.span = (here.start_byte, here.end_byte)
-                leaves.append(node)
-            if not named:
-                node.text = str(here)  # "not in" and "is not": two words below an anonymous node
-            node.children = siblings = []
-            path.append(node)
-            depth = max(depth, len(path) + 1)
-            continue
-        node.span = (here.start_byte, here.end_byte)
-        if string is None and kind != "comment":
-            leaves.append(node)
-        while not on():
-            if not up():
-                return nodes, leaves, depth
-            if path.pop() is string:
-                string = None
-            siblings = path[-1].children if path else siblings
 
 
 @cache

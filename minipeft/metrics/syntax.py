@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from hashlib import blake2b
 
-from minipeft.metrics.grammar import Node, Tree
+from minipeft.metrics.grammar import Tree
 
 LONGEST_KEY = 64
 
@@ -24,14 +24,8 @@ ITEM = re.compile(
 
 def count_subtrees(tree: Tree) -> Counter[str]:
     """Count the subtrees by key: the root, and each node that has children (anonymous ones count: `()`, `pass`)."""
-    if tree.expression is not None:
-        _read_keys(tree, tree.expression)
-    else:
-        _build_keys(tree)
-    counts = Counter(node.text for node in tree.nodes if node.children)
-    if not tree.nodes[0].children:
-        counts[tree.nodes[0].text] += 1
-    return counts
+    keys = _build_keys(tree) if tree.expression is None else _read_keys(tree, tree.expression)
+    return Counter(keys[node] for node, end in enumerate(tree.ends) if end > node + 1 or node == 0)
 
 
 def match_subtrees(reference: Counter[str], prediction: Counter[str]) -> int:
@@ -44,50 +38,45 @@ def shorten(key: str) -> str:
     return key if len(key) <= LONGEST_KEY else "#" + blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _build_keys(tree: Tree) -> None:
-    """Put each node's key in its `text`, from the leaves up; an anonymous node's named children go to its parent."""
-    parts: dict[Node, list[str]] = {}
-    for node in reversed(tree.nodes):  # children before parents
-        if not node.children:
-            node.text = f"({node.kind})"
+def _build_keys(tree: Tree) -> list[str]:
+    """The key of each node, from the leaves up; what is named below an anonymous node is its parent's."""
+    keys = [""] * len(tree.kinds)
+    ends, named, fields = tree.ends, tree.named, tree.fields
+    waiting: list[tuple[int, str]] = []  # the nodes without a parent yet, each with its text in that; the next on top
+    for node in range(len(keys) - 1, -1, -1):  # children before parents
+        if not named[node]:
+            keys[node] = tree.texts.get(node, "")
             continue
-        below: list[str] = []
-        for child in node.children:
-            if child.named:
-                below.append(f" {child.field}: {child.text}" if child.field else f" {child.text}")
-            elif child.children:
-                below.extend(parts.pop(child))
-        if node.named:
-            node.text = shorten(f"({node.kind}{''.join(below)})")
-        elif node.children:
-            parts[node] = below
+        key, end = "(" + tree.kinds[node], ends[node]
+        while waiting and waiting[-1][0] < end:
+            key += waiting.pop()[1]
+        keys[node] = key = shorten(key + ")")
+        field = fields[node]
+        waiting.append((node, f" {field}: {key}" if field else f" {key}"))
+    return keys
 
 
-def _read_keys(tree: Tree, expression: str) -> None:
-    """Put each node's key in its `text`, from the S-expression that tree-sitter wrote for the root.
+def _read_keys(tree: Tree, expression: str) -> list[str]:
+    """The key of each node, from the S-expression that tree-sitter wrote for the root.
 
     Only this text tells what a broken tree misses: it shows MISSING nodes that are hidden from the tree itself.
     """
-    keys: list[str] = []  # in preorder, hidden nodes left out
-    path: list[tuple[int, list[str]]] = []  # for each open node: the place of its key, the pieces of it
+    keys = [""] * len(tree.kinds)
+    named = (node for node, shown in enumerate(tree.named) if shown)  # as they come in the text
+    path: list[tuple[int, str, list[str]]] = []  # for each open node: itself, its field, and the pieces of its key
     for item in ITEM.finditer(expression):
-        name, what = item.groups()
+        field, what = item.groups()
         if what is not None:
-            path.append((len(keys), [f" {name}: " if name else " ", "(", what]))
-            if not what.startswith("MISSING _"):
-                keys.append("")
-            else:
-                path[-1] = (-1, path[-1][1])
+            node = -1 if what.startswith("MISSING _") else next(named)
+            path.append((node, f" {field}: " if field else " ", ["(", what]))
             continue
-        place, (before, *pieces) = path.pop()
+        node, before, pieces = path.pop()
         key = shorten("".join([*pieces, ")"]))
-        if place >= 0:
-            keys[place] = key
+        if node >= 0:
+            keys[node] = key
         if path:
-            path[-1][1].append(before + key)
-    named = [node for node in tree.nodes if node.named]
-    if len(named) == len(keys):
-        for node, key in zip(named, keys):
-            node.text = key
-    else:
-        _build_keys(tree)
+            path[-1][2].append(before + key)
+    assert next(named, None) is None
+    for node, text in tree.texts.items():
+        keys[node] = text
+    return keys
