@@ -29,8 +29,8 @@ PATTERNS = {"gpt2": ("attn.c_proj", "1.mlp.c_fc"), "llama": ("v_proj", "1.mlp.ga
 REGEX = {"gpt2": r".*\.[02]\.attn\.c_(attn|proj)", "llama": r"model\.layers\.[02]\.self_attn\.(q|o)_proj"}
 STABLE = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-    "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
 }  # fmt: skip
 
 
@@ -311,7 +311,8 @@ BAD = {
     "A21 no target": (config(target_modules=[]), "json: target_modules: () names no linear layer"),
     "key twice": (bytes_of(JSON, lambda b: b'{"r": 4,' + b.lstrip()[1:]), "json: key 'r' given twice"),
     "W01 rank": (config(r=5), f"safetensors: tensor 'base_model.model.{Q}.lora_A.weight': shape [4, 32], want [5, 32]"),
-    "W02 lora_B missing": (tensors(lambda t: [t.pop(first(t, "lora_B.weight"))] and None), "missing tensors: base_model"),
+    "W02 lora_B missing": (tensors(lambda t: {k: v for k, v in t.items() if "2.self_attn.v_proj.lora_B" not in k}),
+                           "missing tensors: base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight (1 in all)"),
     "W03 layer 99": (tensors(lambda t: {k.replace("layers.2.", "layers.99."): v for k, v in t.items()}),
                      "missing tensors: base_model.model.model.layers.2"),
     "W03 a layer too many": (tensors(lambda t: t | {first(t, "A.weight").replace(".0.", ".9."): torch.ones(2)}),
