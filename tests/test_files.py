@@ -273,7 +273,7 @@ class TestWriteWhole:
         (tmp_path / "f").write_text("old")
         monkeypatch.setattr(os, call, full)
         said = refused(write_json, tmp_path / "f", {"a": 1})
-        assert said == f"{tmp_path}/f: cannot write: No space left on device"
+        assert said == f"{tmp_path}/f: cannot write: No space left on device (for 13 bytes)"
         assert (tmp_path / "f").read_text() == "old"
         assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
