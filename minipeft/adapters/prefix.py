@@ -270,5 +270,13 @@ def prefixes(model: Decoder) -> list[Prefix]:
 def remove_prefix(model: Decoder) -> None:
     """Empty the slots."""
     for attention in attentions(model):
-        attention.prefix = attention.beside = None
+        for slot in ("prefix", "beside"):
+            empty_slot(attention, slot)
     model.learned, model.windowed = 0, False
+
+
+def empty_slot(module: nn.Module, slot: str) -> None:
+    """Put None where a module stood, as it was before: without `delattr`, print(model) would go on showing the slot."""
+    if isinstance(getattr(module, slot), nn.Module):
+        delattr(module, slot)
+        setattr(module, slot, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.lora import keep_float32
-from minipeft.adapters.prefix import TASK_LINE, Encoder, check_learned, check_room, text_ids
+from minipeft.adapters.prefix import TASK_LINE, Encoder, check_learned, check_room, empty_slot, text_ids
 from minipeft.adapters.reparam import Reparam, make_trunk
 from minipeft.models import Decoder
 
@@ -89,4 +89,5 @@ def add_prompt(
 
 def remove_prompt(model: Decoder) -> None:
     """Empty the slot."""
-    model.prompt, model.learned, model.windowed = None, 0, False
+    empty_slot(model, "prompt")
+    model.learned, model.windowed = 0, False
