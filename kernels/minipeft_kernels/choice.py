@@ -11,7 +11,6 @@ import torch
 
 PATHS = ("reference", "hybrid", "fused", "decode")
 HALVES = (torch.bfloat16, torch.float16)
-DECODE_RANK = 128
 DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
 TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
 L2_BYTES = 40e6  # a y of this size is read again from the L2 cache, nearly free (computed for an H200, not measured)
@@ -66,8 +65,6 @@ def why_not(path: str, call: Call) -> str | None:
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and path != "decode":
         return "adapters by row have the paths 'reference' and 'decode'"
-    if path == "decode" and call.r > DECODE_RANK:
-        return f"the rank, {call.r}, is larger than the {DECODE_RANK} that its kernels take"
     if not _triton_is_installed():
         return "Triton is not installed (pip install 'minipeft[kernels]'); path='auto' does without"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -108,7 +105,7 @@ def _auto(call: Call) -> str:
     if call.m < TENSOR_CORE_TOKENS:
         return "reference"
     architecture = _architecture(call.device)
-    rank = next((block for block in (16, 64, 128) if call.r <= block), 128)
+    rank = next((block for block in (16, 32) if call.r <= block), 64)
     key = (architecture, 1 << (call.m - 1).bit_length(), call.k, call.n, rank, call.dropout)
     return MEASURED.get(key) or rule(architecture, call.m, call.k, call.n)
 

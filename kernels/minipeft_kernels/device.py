@@ -300,16 +300,17 @@ def rows_shrink(
     token, part = tl.program_id(0), tl.program_id(1)
     adapter = tl.load(owner + token // T) if OWNED else token * 0
     if adapter >= 0:
-        r = tl.arange(0, BLOCK_R)  # [r]
-        total = tl.zeros((BLOCK_R,), tl.float32)  # [r]
-        for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)  # [k]
-            x_tile = tl.load(x + token.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)  # [k]
-            A_at = A + (adapter.to(tl.int64) * R + r)[:, None] * K + k[None, :]  # [r, k]
-            A_tile = tl.load(A_at, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [r, k]
-            total += tl.sum(A_tile * x_tile[None, :], axis=1)  # [r]
-        s_at = s + (part.to(tl.int64) * tl.num_programs(0) + token) * R + r  # [r]
-        tl.store(s_at, total, mask=r < R)
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)  # [r]
+            total = tl.zeros((BLOCK_R,), tl.float32)  # [r]
+            for start in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)  # [k]
+                x_tile = tl.load(x + token.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)  # [k]
+                A_at = A + (adapter.to(tl.int64) * R + r)[:, None] * K + k[None, :]  # [r, k]
+                A_tile = tl.load(A_at, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [r, k]
+                total += tl.sum(A_tile * x_tile[None, :], axis=1)  # [r]
+            s_at = s + (part.to(tl.int64) * tl.num_programs(0) + token) * R + r  # [r]
+            tl.store(s_at, total, mask=r < R)
 
 
 @triton.jit
@@ -322,14 +323,17 @@ def rows_expand(
     adapter = tl.load(owner + token // T) if OWNED else token * 0
     if adapter >= 0:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [n]
-        r = tl.arange(0, BLOCK_R)  # [r]
-        total = tl.zeros((BLOCK_R,), tl.float32)  # [r]
-        for part in tl.static_range(SPLIT):
-            s_at = s + (part * tl.num_programs(0) + token) * R + r  # [r]
-            total += tl.load(s_at, mask=r < R, other=0.0)  # [r]
-        total *= tl.load(scales + adapter).to(tl.float32) if OWNED else factor  # [r]
-        B_at = B + (adapter.to(tl.int64) * N + n)[:, None] * R + r[None, :]  # [n, r]
-        B_tile = tl.load(B_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)  # [n, r]
+        scale = tl.load(scales + adapter).to(tl.float32) if OWNED else factor
+        update = tl.zeros((BLOCK_N,), tl.float32)  # [n]
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)  # [r]
+            total = tl.zeros((BLOCK_R,), tl.float32)  # [r]
+            for part in tl.static_range(SPLIT):
+                s_at = s + (part * tl.num_programs(0) + token) * R + r  # [r]
+                total += tl.load(s_at, mask=r < R, other=0.0)  # [r]
+            B_at = B + (adapter.to(tl.int64) * N + n)[:, None] * R + r[None, :]  # [n, r]
+            B_tile = tl.load(B_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)  # [n, r]
+            update += tl.sum(B_tile * total[None, :], axis=1)  # [n]
         y_at = y + token.to(tl.int64) * N + n  # [n]
         base = tl.load(y_at, mask=n < N, other=0.0).to(tl.float32)  # [n]
-        tl.store(y_at, narrow(base + tl.sum(B_tile * total[None, :], axis=1), y, UPCAST), mask=n < N)
+        tl.store(y_at, narrow(base + scale * update, y, UPCAST), mask=n < N)

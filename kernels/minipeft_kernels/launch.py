@@ -28,7 +28,7 @@ def interpreted() -> bool:
 
 
 def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
-    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x, or one for each 128 ranks."""
+    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x, or one for each 64 ranks."""
     s = x.new_empty(len(x), len(A))  # [M, R]
     for s_part, A_part in zip(s.split(tiles.RANKS[-1], dim=1), A.split(tiles.RANKS[-1])):
         _shrink_into(s_part, x, A_part, drop)
@@ -90,7 +90,7 @@ def seeded_backward(
 def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> Tensor:
     """Return dB = factor dY^T s in float32, [N, r], and write factor dY B into dS [M, r]: one read of dY."""
     most = tiles.RANKS[-1]
-    if B.shape[1] > most:  # one read for each 128 ranks
+    if B.shape[1] > most:  # one read for each 64 ranks
         columns = zip(B.split(most, dim=1), s.split(most, dim=1), dS.split(most, dim=1))
         return torch.cat([gradient_B(dy, b.contiguous(), s_, factor, dS_) for b, s_, dS_ in columns], dim=1)  # [N, r]
     (m, n), r = dy.shape, B.shape[1]
@@ -110,7 +110,7 @@ def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> T
 
 
 def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
-    """dA = dS^T drop(x) in float32, [R, K]: one read of x, or one for each 128 ranks."""
+    """dA = dS^T drop(x) in float32, [R, K]: one read of x, or one for each 64 ranks."""
     if dS.shape[1] > tiles.RANKS[-1]:
         return torch.cat([gradient_A(x, part, drop) for part in dS.split(tiles.RANKS[-1], dim=1)])  # [R, K]
     (m, k), r = x.shape, dS.shape[1]

@@ -86,7 +86,7 @@ def test_every_tile_size_gives_the_same_answer(tile: int, dropout: float, monkey
 @pytest.mark.parametrize("path", ["hybrid", "fused"])
 @pytest.mark.parametrize(("count", "rank"), [(2, 80), (4, 4), (1, 150)])
 def test_projections_that_share_x(path: str, count: int, rank: int) -> None:
-    """Up to three share the product for dX; ranks that add up to more than 128 are taken 128 at a time."""
+    """Up to three share the product for dX; ranks that add up to more than 64 are taken 64 at a time."""
     x, parts = (
         draw(3, 11, 40, seed=0, dtype=torch.float32),
         [part(40, 24, rank, 10 * i, torch.float32) for i in range(count)],
