@@ -254,7 +254,10 @@ def filled(
         if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"holds NaN or Inf ({bad} of {tensor.numel()} values)", file=file, where=f"tensor {raw!r}")
-        tensors[name] = (tensor.T.contiguous() if turned(name, model) else tensor).to(device, dtype)
+        cast = (tensor.T.contiguous() if turned(name, model) else tensor).to(device, dtype)
+        if dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
+            raise InputError("holds values beyond float16's 65504", file=file, where=f"tensor {raw!r}")
+        tensors[name] = cast
     if head is not None or model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors[EMBEDDINGS[model.config.model_type]]
     model.load_state_dict(tensors, assign=True)

@@ -190,6 +190,13 @@ class TestVariants:
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert all(torch.equal(p, stored.state_dict()[name].to(dtype)) for name, p in model.state_dict().items())
 
+    def test_values_that_float16_cannot_hold_are_refused(self, twins):
+        big = lambda tensors: tensors | {"model.norm.weight": torch.full((32,), 1e5)}
+        folder = rewrite(twins.save(twins.peer("llama")), big)
+        with pytest.raises(InputError, match=r"tensor 'model\.norm\.weight': holds values beyond float16's 65504"):
+            load_model(folder, dtype=torch.float16)
+        assert float(load_model(folder, dtype=torch.bfloat16).state_dict()["model.norm.weight"].max()) > 9e4
+
     def test_no_other_dtype(self, twins):
         with pytest.raises(InputError, match=r"dtype: torch\.float64 is not a dtype for weights"):
             load_model(twins.save(twins.peer("gpt2")), dtype=torch.float64)
