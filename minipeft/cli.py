@@ -98,7 +98,7 @@ def chosen(config: type, options: argparse.Namespace) -> Any:
 
 TRAIN_HELP = {
     "model": "folder or hub id of a GPT-2, Llama or Mistral checkpoint",
-    "data": "conala, or a file of pairs (JSON array or JSON lines with intent and snippet)",
+    "data": "conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)",
     "method": "full, lora, prefix or prompt",
     "steps": "optimizer steps, instead of --epochs",
     "epochs": "passes over the data",
@@ -121,6 +121,7 @@ TRAIN_HELP = {
     "columns": "length of a prefix or prompt",
     "init": "start of a prefix or prompt: text, normal, peft (prefix), vocab (prompt)",
     "text": "what a prefix or prompt starts as",
+    "reparam": "width of the network that makes a prefix or prompt while it trains (Li & Liang); default none",
     "checkpointing": "recompute activations: less memory, more time",
     "legacy_bin": "read pytorch_model.bin where there are no safetensors",
     "eos_token": "the token that ends a text, where the tokenizer names none",

@@ -18,6 +18,7 @@ from minipeft.errors import InputError
 SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+NAMED = {"demo": Path(__file__).parent / "demo" / "model"}  # a name in place of a folder or hub id
 
 
 def fetch(
@@ -30,15 +31,16 @@ def fetch(
 ) -> Path:
     """Return the folder that holds all of `names`, and those of `optional` that `source` has.
 
-    A local folder is returned as it is (`revision` would mean nothing there and is refused); anything else that looks
-    like a hub id is downloaded into the hub client's cache.
+    "demo" is the model that comes with the package (a folder of that name is ./demo). A local folder is returned as it
+    is (`revision` would mean nothing there and is refused); anything else that looks like a hub id is downloaded into
+    the hub client's cache.
 
     Raises:
         InputError: no such folder or hub id; a name is missing; the hub refuses, or cannot be reached.
     """
     for name in (*names, *optional):
         check_name(name, source)
-    folder = Path(source)
+    folder = NAMED.get(str(source), Path(source))
     if folder.is_dir():
         if revision is not None:
             raise InputError(

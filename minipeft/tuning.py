@@ -8,18 +8,15 @@ The run folder (runs.py) holds adapter/ or model/, log.jsonl, run.json, result.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-import resource
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,19 +24,21 @@ from tqdm import tqdm
 
 from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, method_of
 from minipeft.adapters.files import save_adapter
+from minipeft.adapters.lora import plan
 from minipeft.data.packing import Batches, pack, rows_of_one
-from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, split_by_question
+from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
 from minipeft.errors import InputError
-from minipeft.files import write_json
+from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
-from minipeft.models import Decoder
-from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.models import FAMILIES, Decoder
+from minipeft.models.checkpoint import fingerprint, load_model, read_config, save_model
 from minipeft.planning import EFFICIENCY, forward_flops, in_words, probe_flops, train_flops
-from minipeft.training.loop import TrainConfig, TrainState, evaluate, train
-from minipeft.training.movement import Movement, MovementReport
+from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
+from minipeft.training.movement import Movement
+from minipeft.training.process import Stopped, check_device, enough_memory, exactly, peak_memory, stopping
 from minipeft.training.recipes import recipe
-from minipeft.training.runs import Run, open_run
+from minipeft.training.runs import RESULT, Run, check_folder, check_space, open_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
@@ -74,10 +73,13 @@ class TuneConfig:
     columns: int = 20  # of a prefix or prompt
     init: str = "text"
     text: str | None = None  # what a prefix or prompt starts as
+    reparam: int | None = None  # width of the network that makes a prefix or prompt; None: a plain table
     checkpointing: bool = False  # recompute activations: less memory, more time
     legacy_bin: bool = False
     eos_token: str | None = None
     revision: str | None = None
+    reparam: int | None = None  # width of the network that makes a prefix or prompt while it trains
+    deterministic: bool = False  # on CUDA: the same bits each time, slower; a CPU does so anyway
 
     def __post_init__(self) -> None:
         for name in ("steps", "evaluate_every", "save_every"):
@@ -97,7 +99,7 @@ class TuneConfig:
 
     def adapter(self) -> FullConfig | LoRAConfig | PrefixConfig | PromptConfig:
         """The adapter's own config."""
-        started: dict[str, Any] = {"length": self.columns, "init": self.init}
+        started: dict[str, Any] = {"length": self.columns, "init": self.init, "reparam": self.reparam}
         if self.text is not None:
             started["text"] = self.text
         if self.method == "prefix":
@@ -108,59 +110,58 @@ class TuneConfig:
         return FullConfig() if self.method == "full" else LoRAConfig(self.rank, self.alpha, self.dropout, named)
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; it was saved at its last finished step."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved at step {step}")
-        self.number = number
-
-
 def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False,
          say: Callable[[str], None] = print) -> dict[str, Any]:  # fmt: skip
-    """Do the run that `config` describes in the folder `out`; returns what result.json holds.
+    """Do the run that `config` describes in the folder `out`; returns what result.json and timing.json hold.
 
     `say` is given each line that a person should read. With `resume` a run goes on from its newest checkpoint and ends
-    with the same bytes as one that was never stopped.
+    with the same bytes as one that was never stopped; of one that has ended nothing is written again.
 
     Raises:
         InputError: anything that the caller gave is wrong; the folder is not half-written.
         Stopped: SIGTERM or SIGINT came; the run is saved.
     """
-    check_device(config.device)
     out = Path(out)
-    pairs = load_pairs(config.data)
-    identity = identify(config, pairs)
-    run = open_run(out, identity, resume=resume, overwrite=overwrite)
-    try:
-        return tune_in(run, config, pairs, say)
-    finally:
-        run.close()
+    with exactly(config.deterministic, config.device):
+        check_device(config.device)
+        check_folder(out)  # before anything large is read
+        pairs, tokenizer = load_pairs(config.data), load_tokens(config)
+        check_room(config, out)
+        run = open_run(out, identify(config, pairs, tokenizer), resume=resume, overwrite=overwrite)
+        try:
+            if (ended := ended_result(run.folder)) is not None:
+                say("the run has ended: 0 steps to do, nothing is written")
+                return ended
+            return tune_in(run, config, pairs, tokenizer, say)
+        finally:
+            run.close()
 
 
-def tune_in(run: Run, config: TuneConfig, pairs: Pairs, say: Callable[[str], None]) -> dict[str, Any]:
+def tune_in(run: Run, config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer, say: Callable[[str], None]
+            ) -> dict[str, Any]:  # fmt: skip
     """`tune` once the folder is ours."""
-    model, tokenizer = load_base(config)
+    model = load_base(config, tokenizer)
     report = add_adapter(model, config.adapter(), tokenizer, seed=config.seed)
     say(str(report))
     for note in pairs.notes:
         say(f"note: {note}")
-    batches, dev = rows_for(config, model, tokenizer, pairs)
+    batches, dev = rows_for(config, model, tokenizer, pairs, say)
     say(str(batches.report))
     settings = train_config(config, model, len(batches))
     movement = Movement.start(model)
     state = TrainState(model)
     run.restore(model, state)
-    for note in run.notes if state.step or not run.committed() else []:
+    for note in run.notes:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, dev))
-    result = loop(run, config, settings, model, batches, dev, state, say)
-    base = load_base(config)[0].state_dict() if movement.tensors is None else None
+    with enough_memory(config.batch, length_of(config, model), config.device):
+        result = loop(run, config, settings, model, batches, dev, state, say)
+    base = load_base(config, tokenizer).state_dict() if movement.tensors is None else None
     moved = movement.measure(model, settings, base)
     for warning in moved.warnings:
         say(f"warning: {warning}")
-    save_result(run.folder, model, config)
-    return write_result(run.folder, config, settings, result, moved, report.trainable, report.percent)
+    result |= {"trainable": report.trainable, "trainable_percent": report.percent, "adapter_movement": moved.as_json()}
+    return write_result(run.folder, config, settings, result, save_result(run.folder, model, config))
 
 
 def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any],
@@ -170,10 +171,10 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
     begun_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
     last: dict[str, Any] = {}
     with stopping() as stop, tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr) as bar:
-        if state.step == 0 and dev and not run.log_file.exists():
+        if state.step == 0 and dev:
             run.log({"step": 0, "dev_loss": evaluate(model, dev)})
         mark = time.perf_counter()
-        for step in train(model, batches, settings, state):
+        for step in noted(train(model, batches, settings, state), run, state):
             seconds += time.perf_counter() - mark
             entry: dict[str, Any] = {"step": step.number, "loss": step.loss, "rate": step.rate, "norm": step.norm,
                                      "tokens": step.tokens, "targets": step.targets}  # fmt: skip
@@ -193,56 +194,71 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
             "loss": last.get("loss"), "tokens_per_second": tokens / seconds if tokens else None}  # fmt: skip
 
 
+def noted(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[Step]:
+    """The same steps; what ends them early (a loss, gradient, weight or moment that is not finite) goes into the log."""
+    try:
+        yield from steps
+    except InputError as error:
+        run.log({"step": state.step, "error": str(error)})
+        raise
+
+
 def finished_entry(run: Run) -> dict[str, Any]:
-    """The last line of the log of a run that had nothing left to do."""
-    return json.loads(run.log_file.read_text(encoding="utf-8").splitlines()[-1])
+    """The last line of the log of a run that had no step left to do; nothing where the log was lost."""
+    lines = run.log_file.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1]) if lines else {}
 
 
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT puts its number into, read between steps. A second SIGINT stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not here."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"{name!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
-
-
-def load_base(config: TuneConfig) -> tuple[Decoder, Tokenizer]:
-    """The model that is tuned, and its tokenizer."""
-    dtype = DTYPES[config.dtype] if config.dtype else torch.float32 if config.method == "full" else None
+def load_tokens(config: TuneConfig) -> Tokenizer:
+    """The tokenizer of the model that is tuned."""
     tokenizer = load_tokenizer(config.model, revision=config.revision)
-    if config.eos_token is not None:
-        tokenizer = tokenizer.with_eos(config.eos_token)
+    return tokenizer if config.eos_token is None else tokenizer.with_eos(config.eos_token)
+
+
+def load_base(config: TuneConfig, tokenizer: Tokenizer) -> Decoder:
+    """The model that is tuned."""
+    dtype = DTYPES[config.dtype] if config.dtype else torch.float32 if config.method == "full" else None
     model = load_model(
         config.model, dtype=dtype, device=config.device, revision=config.revision, legacy_bin=config.legacy_bin
     )
     tokenizer.check_fits(model.config.vocab_size, config.model)
-    return model, tokenizer
+    return model
 
 
-def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs) -> tuple[Batches, list[Any]]:
-    """The batches to train on, and those held out."""
+def check_room(config: TuneConfig, out: Path) -> None:
+    """Refuse a disk that is too small for the run: found from config.json, before any weight is read."""
+    folder = fetch(config.model, ["config.json"], revision=config.revision)
+    base = read_config(folder / "config.json")
+    with torch.device("meta"):
+        model = FAMILIES[base.model_type][1](base)
+    adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
+    if isinstance(adapter, LoRAConfig):
+        shapes = {
+            path: (rank, model.get_parameter(f"{path}.weight")) for path, (rank, _) in plan(model, adapter).items()
+        }
+        numbers = sum(rank * sum(weight.shape) for rank, weight in shapes.values())
+    elif isinstance(adapter, PrefixConfig):
+        numbers = adapter.length * base.layers * 2 * base.kv_heads * base.head_width
+    elif isinstance(adapter, PromptConfig):
+        numbers = adapter.length * base.width
+    check_space(out, numbers, more=4 * numbers)
+
+
+def length_of(config: TuneConfig, model: Decoder) -> int:
+    """Tokens of a row."""
     length = config.length or min(1024, model.config.context)
     if length > model.config.context:
         raise InputError(f"{length} exceeds the model's context of {model.config.context}", where="length")
+    return length
+
+
+def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Callable[[str], None]
+             ) -> tuple[Batches, list[Any]]:  # fmt: skip
+    """The batches to train on, and those held out."""
     kept, held = split_by_question(pairs, config.held_out, config.seed) if config.held_out else (pairs, None)
-    shared: dict[str, Any] = {"length": length, "learned": model.learned}
+    if held is not None and (both := shared_pairs(kept, held)):
+        say(f"warning: {both} of the {len(held)} pairs held out are also trained on: the held-out loss flatters")
+    shared: dict[str, Any] = {"length": length_of(config, model), "learned": model.learned}
     batches = pack(
         encode_pairs(kept, tokenizer), tokenizer, batch=config.batch, seed=config.seed, loss=config.loss,
         isolate=config.isolate, **shared,
@@ -257,7 +273,13 @@ def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfi
     """The method's recipe, with what the caller chose."""
     size = sum(p.numel() for p in model.parameters())
     chosen: dict[str, Any] = {}
-    chosen |= recipe(config.method, parameters=size, family=model.config.model_type, init=config.init).settings()
+    chosen |= recipe(
+        config.method,
+        parameters=size,
+        family=model.config.model_type,
+        init=config.init,
+        reparam=config.reparam is not None,
+    ).settings()
     if config.learning_rate is not None:
         chosen["learning_rate"] = config.learning_rate
     steps = config.steps or max(1, round(config.epochs * batches / config.accumulate))
@@ -284,41 +306,61 @@ def evaluated_every(config: TuneConfig, batches: Batches) -> int:
     return config.evaluate_every or max(1, len(batches) // config.accumulate)
 
 
-def identify(config: TuneConfig, pairs: Pairs) -> dict[str, Any]:
+def identify(config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides the bits of a run: run.json, which a resumed run is held against."""
-    arguments = {name: value for name, value in asdict(config).items() if name not in ("save_every",)}
+    arguments = {name: value for name, value in asdict(config).items() if name not in ("save_every", "data")}
     return {
         "arguments": arguments,
         "model_sha256": fingerprint(config.model, config.revision),
+        "tokenizer_sha256": tokenizer.fingerprint,
         "data_sha256": pairs.sha256,
+        "minipeft": version("minipeft"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
 
 
-def save_result(folder: Path, model: Decoder, config: TuneConfig) -> None:
-    """adapter/ with PEFT's two files; after full tuning model/, complete with its tokenizer."""
-    if method_of(model.adapter) != "full":
-        save_adapter(model, folder / "adapter")
-        return
-    save_model(model, folder / "model")
-    source = fetch(config.model, ["config.json"], revision=config.revision, optional=TOKENIZER_FILES)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / "model" / name)
+def save_result(folder: Path, model: Decoder, config: TuneConfig) -> dict[str, str]:
+    """adapter/ with PEFT's two files, after full tuning model/, complete with its tokenizer; returns their sha256."""
+    whole = method_of(model.adapter) == "full"
+    place = folder / ("model" if whole else "adapter")
+    if whole:
+        save_model(model, place)
+        source = fetch(config.model, ["config.json"], revision=config.revision, optional=TOKENIZER_FILES)
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                data = (source / name).read_bytes()
+                write_whole(place / name, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+    else:
+        save_adapter(model, place)
+    return {f"{place.name}/{file.name}": sha256_of(file) for file in sorted(place.iterdir())}
 
 
-def write_result(folder: Path, config: TuneConfig, settings: TrainConfig, result: dict[str, Any], moved: MovementReport,
-                 trainable: int, percent: float) -> dict[str, Any]:  # fmt: skip
-    """result.json: how the run went."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if config.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated()
-    whole = {
-        "method": config.method, "model": config.model, "trainable": trainable, "trainable_percent": percent,
-        "learning_rate": settings.learning_rate, **result, "peak_memory_bytes": peak,
-        "adapter_movement": moved.as_json(),
-    }  # fmt: skip
-    write_json(folder / "result.json", whole)
-    return whole
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_result(folder: Path, config: TuneConfig, settings: TrainConfig, result: dict[str, Any], files: dict[str, str]
+                 ) -> dict[str, Any]:  # fmt: skip
+    """timing.json: what differs from run to run; then result.json: what does not. Its being there says: ended."""
+    timing = {name: result.pop(name) for name in ("resumed_at", "train_seconds", "tokens_per_second")}
+    timing["peak_memory_bytes"] = peak_memory(config.device)
+    whole = {"method": config.method, "model": config.model, "learning_rate": settings.learning_rate, **result,
+             "files": files}  # fmt: skip
+    write_json(folder / "timing.json", timing)
+    write_json(folder / RESULT, whole)
+    return whole | timing
+
+
+def ended_result(folder: Path) -> dict[str, Any] | None:
+    """What a run that has ended returned, if each file that it wrote is still as it was."""
+    if not (folder / RESULT).exists() or not (folder / "timing.json").exists():
+        return None
+    result = read_object(folder / RESULT)
+    for name, digest in result.get("files", {}).items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            return None
+    return result | read_object(folder / "timing.json")

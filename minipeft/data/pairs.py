@@ -68,11 +68,12 @@ class Example:
 
 
 def load_pairs(source: str | Path, *, split: str = "train", longest_field: int = LONGEST_FIELD) -> Pairs:
-    """Read pairs from "conala" (the hub's file), a folder that holds CoNaLa's files, or a file, whatever its ending.
+    """Read pairs from "conala" (the hub's file), "demo" (ours), a folder that holds CoNaLa's files, or a file.
 
     A file is a JSON array, or JSON lines: its first sign tells. Each row is an object with `snippet` and `intent` or
     `rewritten_intent` (the rewritten one is used, unless it is null), or with `prompt` and `completion`; `question_id`
-    may stand beside them, other fields have no effect. `split` ("train" or "test") chooses CoNaLa's file.
+    may stand beside them, other fields have no effect. `split` ("train" or "test") chooses CoNaLa's file, and the rows
+    of "demo"; a file is read whole.
 
     Raises:
         InputError: `FILE:LINE: field 'x': ...`: the file or a row cannot be used.
@@ -86,6 +87,8 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
     raw = read_whole(path)
     items, replaced = [], 0
     for place, line, row in rows_of(decoded(raw, path), path, 20 * longest_field):
+        if source == "demo" and row["split"] != split:
+            continue
         pair, was_null = read_pair(row, line, place, longest_field)
         items.append(pair)
         replaced += was_null
@@ -108,7 +111,15 @@ def conala_file(split: str) -> Path:
     return fetch(CONALA, [name], revision=CONALA_COMMIT, repo_type="dataset") / name
 
 
-NAMED: dict[str, Callable[[str], Path]] = {"conala": conala_file}  # a name in place of a path: split -> file
+def demo_file(split: str) -> Path:
+    """The file of the demo pairs, which holds both splits: each row says which is its own."""
+    if split not in ("train", "test"):
+        raise InputError(f"the demo has no split {split!r}, only 'train' and 'test'", where="split")
+    return Path(__file__).parents[1] / "demo" / "pairs.jsonl"
+
+
+# a name in place of a path: split -> file
+NAMED: dict[str, Callable[[str], Path]] = {"conala": conala_file, "demo": demo_file}
 
 
 def read_whole(path: Path) -> bytes:
