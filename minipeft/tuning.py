@@ -78,16 +78,15 @@ class TuneConfig:
     legacy_bin: bool = False
     eos_token: str | None = None
     revision: str | None = None
-    reparam: int | None = None  # width of the network that makes a prefix or prompt while it trains
     deterministic: bool = False  # on CUDA: the same bits each time, slower; a CPU does so anyway
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "save_every"):
+        for name in ("steps", "evaluate_every", "save_every", "batch", "accumulate", "length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{value} must be >= 1", where=name)
-        if not self.epochs > 0:
-            raise InputError(f"{self.epochs} must be > 0", where="epochs")
+        if not 0 < self.epochs < float("inf"):
+            raise InputError(f"{self.epochs} must be finite and > 0", where="epochs")
         if self.held_out < 0:
             raise InputError(f"{self.held_out} must be >= 0", where="held_out")
         if self.dtype not in (None, *DTYPES):
@@ -95,7 +94,9 @@ class TuneConfig:
         if self.dtype == "bf16" and self.method == "full":
             raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
         self.adapter()
-        recipe(self.method)
+        TrainConfig(steps=1, seed=self.seed, learning_rate=self.learning_rate or recipe(self.method).learning_rate)
+        if self.learning_rate == 0:
+            raise InputError("0 must be > 0", where="learning_rate")
 
     def adapter(self) -> FullConfig | LoRAConfig | PrefixConfig | PromptConfig:
         """The adapter's own config."""
@@ -127,7 +128,8 @@ def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite
         check_folder(out)  # before anything large is read
         pairs, tokenizer = load_pairs(config.data), load_tokens(config)
         check_room(config, out)
-        run = open_run(out, identify(config, pairs, tokenizer), resume=resume, overwrite=overwrite)
+        identity, about = identify(config, pairs, tokenizer), {"data": config.data, "save_every": config.save_every}
+        run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
         try:
             if (ended := ended_result(run.folder)) is not None:
                 say("the run has ended: 0 steps to do, nothing is written")
@@ -195,7 +197,7 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
 
 
 def noted(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[Step]:
-    """The same steps; what ends them early (a loss, gradient, weight or moment that is not finite) goes into the log."""
+    """The same steps; what ends them early (a loss, gradient, weight or moment not finite) goes into the log."""
     try:
         yield from steps
     except InputError as error:
@@ -238,9 +240,10 @@ def check_room(config: TuneConfig, out: Path) -> None:
         }
         numbers = sum(rank * sum(weight.shape) for rank, weight in shapes.values())
     elif isinstance(adapter, PrefixConfig):
-        numbers = adapter.length * base.layers * 2 * base.kv_heads * base.head_width
+        columns = base.layers * 2 * base.kv_heads * base.head_width
+        numbers = adapter.length * columns + (adapter.reparam or 0) * (base.width + columns)
     elif isinstance(adapter, PromptConfig):
-        numbers = adapter.length * base.width
+        numbers = adapter.length * base.width + (adapter.reparam or 0) * 2 * base.width
     check_space(out, numbers, more=4 * numbers)
 
 

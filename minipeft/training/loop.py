@@ -178,6 +178,7 @@ def steps(model: Decoder, parameters: dict[str, nn.Parameter], groups: dict[floa
         for factor, names in groups.items():
             update({name: parameters[name] for name in names}, state, config, rate * factor, clip)
         state.step += 1
+        check_finite(parameters, state)
         tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
         yield Step(state.step, loss, rate, norm, tokens, targets)
 
@@ -220,6 +221,24 @@ def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, 
     return norms
 
 
+def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None:
+    """Hold that no weight and no moment is NaN or Inf, by the largest of each tensor: a pass over them, no copy.
+
+    Raises:
+        InputError: one is; names the tensor.
+    """
+    kinds: tuple[tuple[str, Mapping[str, Tensor]], ...] = (
+        ("", parameters), ("exp_avg of ", state.exp_avg), ("exp_avg_sq of ", state.exp_avg_sq)
+    )  # fmt: skip
+    with torch.no_grad():
+        for kind, tensors in kinds:
+            largest = torch.stack(torch._foreach_norm(list(tensors.values()), float("inf")))
+            if not torch.isfinite(largest).all():
+                name = next(name for name, norm in zip(tensors, largest.tolist()) if not math.isfinite(norm))
+                hint = "Lower the learning rate, and go on from the last checkpoint"
+                raise InputError(f"{kind}{name!r} holds NaN or Inf", where=f"step {state.step}", hint=hint)
+
+
 def update(
     parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, rate: float, clip: float
 ) -> None:
@@ -250,4 +269,6 @@ def evaluate(model: Decoder, batches: list[Batch]) -> float:
     model.train(was_training)
     if not targets:
         raise InputError("no token is supervised", where="evaluate")
+    if not math.isfinite(loss):
+        raise InputError(f"the held-out loss is {loss}", where="evaluate", hint="Lower the learning rate")
     return loss / targets
