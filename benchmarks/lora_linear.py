@@ -1,0 +1,291 @@
+"""The LoRA linear against HF PEFT's, one layer at a time: time, memory and error, with the frozen linear as the floor.
+
+    python benchmarks/lora_linear.py                                    # a CPU: GPT-2's shapes, 512 rows, 2 minutes
+    python benchmarks/lora_linear.py --device cuda --out benchmarks/results/lora-linear-h200.json      # 6 minutes
+    python benchmarks/lora_linear.py --device cuda --tune               # every tile and path: rows for tiles and choice
+
+PEFT stands in three columns, because its usual setting is its slowest: adapters in the base's dtype; as it is by
+default (float32 adapters on a bfloat16 base); and that under autocast. A time is written only beside its errors against
+float64 (float32 on a GPU) and PEFT's own, and the norms of its gradients; where an error is larger there is no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import measure
+import peft
+import torch
+import torch.nn.functional as F
+from minipeft_kernels import Call, UnavailablePath, choose_path, lora_linear
+from torch import Tensor, nn
+
+GPT2 = [(768, 2304), (768, 3072), (3072, 768)]
+LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)]
+said: set[str] = set()  # why a path is not measured, each reason once
+SETS = 4  # inputs in turn, so that a GPU's L2 cache does not hold the next call's
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One linear and its adapter, and inputs to call it with."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # [N]
+    lora_A: Tensor  # [r, K], float32
+    lora_B: Tensor  # [N, r], float32
+    inputs: list[tuple[Tensor, Tensor]]  # x [M, K] and dY [M, N]
+    scale: float
+    dropout: float
+
+
+def main() -> None:
+    """Measure each shape, and write and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, nargs="+", help="M; on a CPU 512, on a GPU 8192 and 2048")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--dtypes", nargs="+", help="float32 and bfloat16 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--shapes", nargs="+", help="KxN ...; GPT-2's, on a GPU Llama's too")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
+    parser.add_argument("--tune", action="store_true", help="time every path and tile instead, and print the tables")
+    parser.add_argument("--out", help="where the rows go, as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    gpu = arguments.device.startswith("cuda")
+    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes or []] or (GPT2 + LLAMA if gpu else GPT2)
+    rows: list[measure.Row] = []
+    for m in arguments.rows or ([8192, 2048] if gpu else [512]):
+        for k, n in shapes:
+            for dtype in arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"]):
+                for dropout in arguments.dropout:
+                    make = lambda: problem(m, k, n, arguments.rank, getattr(torch, dtype), dropout, arguments.device)  # noqa: B023
+                    if arguments.tune:
+                        tune(make(), arguments.device)
+                        continue
+                    found = compare(make(), arguments)
+                    measure.show_rows(found)
+                    rows += found
+                    if arguments.out:
+                        measure.write_rows(arguments.out, rows)
+
+
+def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, device: str) -> Problem:
+    """Draw a layer whose update is as large as its base, and inputs that differ from call to call."""
+    random = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
+    return Problem(
+        weight=(draw(n, k) / k**0.5).to(dtype),
+        bias=draw(n).to(dtype),
+        lora_A=(draw(r, k) / k**0.5).to(dtype).float(),
+        lora_B=(draw(n, r) / r**0.5).to(dtype).float(),
+        inputs=[(draw(m, k).to(dtype), draw(m, n).to(dtype)) for _ in range(SETS if device != "cpu" else 1)],
+        scale=2.0,
+        dropout=dropout,
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the layer, and the two matrices it trains (none: the frozen linear)."""
+
+    call: Callable[[Tensor], Tensor]
+    trained: tuple[Tensor, ...] = ()
+
+
+def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
+    """Time forward, and forward with backward, of every variant in turn; each row carries its errors and norms."""
+    (x, dy), *_ = given.inputs
+    variants = all_variants(given, arguments)
+    plain = dataclasses.replace(given, dropout=0.0)  # PEFT's mask is another, so errors are compared without one
+    checks = {
+        name: check(variant, plain) for name, variant in all_variants(plain, arguments).items() if variant.trained
+    }
+    found = []
+    for kind in ("forward", "forward + backward"):
+        calls = {name: repeated(variant, given, kind != "forward") for name, variant in variants.items()}
+        if kind == "forward" and not given.dropout:
+            calls["k-concat"] = k_concat(given)
+        rows = measure.measure(
+            calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
+            dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
+            seconds=0.02 if x.is_cuda else 0.0, packages=("peft", "triton"), note=f"dropout {given.dropout}",
+        )  # fmt: skip
+        found += [judged(row, rows, checks) for row in rows]
+    return found
+
+
+def judged(row: measure.Row, rows: list[measure.Row], checks: dict[str, Check]) -> measure.Row:
+    """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
+    times = {other.variant: other.median for other in rows}
+    extra: dict[str, object] = {"threads": torch.get_num_threads(), "times_frozen": row.median / times["frozen"]}
+    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    if row.variant not in checks:
+        return dataclasses.replace(row, extra=extra)
+    mine, peer = checks[row.variant], checks["peft, same dtype"]
+    shown = {"errors": mine.errors, "peft_errors": peer.errors, "gradient_norms": mine.norms}
+    worse = [name for name in mine.errors if mine.errors[name] > 1.25 * peer.errors[name] + 1e-7]
+    if worse or not all(norm > 0 for norm in mine.norms.values()):
+        return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {worse}", extra=shown)
+    return dataclasses.replace(row, extra=extra | shown)
+
+
+def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
+    """Return the floor, PEFT's columns and this project's paths that can run here, by name."""
+    variants = {"frozen": Variant(lambda x: F.linear(x, given.weight, given.bias))}
+    variants["peft, same dtype"] = peft_layer(given, upcast=False)
+    if given.weight.dtype != torch.float32:  # in float32 the three are one
+        default = variants["peft, default"] = peft_layer(given, upcast=True)
+
+        def under_autocast(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, x.dtype):
+                return default.call(x)
+
+        variants["peft, autocast"] = Variant(under_autocast, default.trained)
+    if arguments.compile or given.weight.is_cuda:
+        same = peft_layer(given, upcast=False)
+        variants["peft, compiled"] = Variant(torch.compile(same.call), same.trained)
+    return variants | {path: our_path(given, path) for path in paths_here(given)}
+
+
+def paths_here(given: Problem) -> list[str]:
+    """Return the training paths that can run on this device and dtype."""
+    (x, dy), *_ = given.inputs
+    call = Call(x.device, x.dtype, *x.shape, dy.shape[1], len(given.lora_A), given.dropout > 0, True)
+    found = []
+    for path in ("reference", "hybrid", "fused"):
+        try:
+            found.append(choose_path(path, call))
+        except UnavailablePath as reason:
+            if str(reason) not in said:
+                print(f"# not measured: {reason}")
+            said.add(str(reason))
+    return found
+
+
+def our_path(given: Problem, path: str) -> Variant:
+    """Return one of this project's paths."""
+    A, B = given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()
+    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, path=path)
+    return Variant(call, (A, B))
+
+
+def peft_layer(given: Problem, upcast: bool) -> Variant:
+    """Return HF PEFT's layer with these weights, built as its users do, through get_peft_model."""
+    n, k = given.weight.shape
+    with torch.device("meta"):
+        model = nn.ModuleDict({"linear": nn.Linear(k, n)})
+    model["linear"].weight, model["linear"].bias = nn.Parameter(given.weight), nn.Parameter(given.bias)
+    r = len(given.lora_A)
+    config = peft.LoraConfig(r=r, lora_alpha=given.scale * r, lora_dropout=given.dropout, target_modules=["linear"])
+    peft.get_peft_model(model, config, autocast_adapter_dtype=upcast)
+    layer, dtype = model["linear"], torch.float32 if upcast else given.weight.dtype
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    A.weight, B.weight = (nn.Parameter(t.clone().to(dtype)) for t in (given.lora_A, given.lora_B))
+    return Variant(layer, (A.weight, B.weight))
+
+
+def repeated(variant: Variant, given: Problem, backward: bool) -> Callable[[], object]:
+    """Return a call without arguments that takes the inputs in turn; backward gives dX, dA and dB."""
+    turn = itertools.cycle(given.inputs)
+
+    def forward_only() -> Tensor:
+        with torch.no_grad():
+            return variant.call(next(turn)[0])
+
+    def both() -> tuple[Tensor, ...]:
+        x, dy = next(turn)
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(variant.call(leaf), [leaf, *variant.trained], dy)
+
+    return both if backward else forward_only
+
+
+def k_concat(given: Problem) -> Callable[[], object]:
+    """Return forward as ONE product of torch's: [x | s] [W | scale B]^T, for a producer that leaves room beside x.
+
+    The producer of x (a norm, an activation) would write rows of K + 64 entries, of which s takes r; B is copied beside
+    W after each step of the optimizer. Nothing of size [M, N] is read again, and the product is cuBLAS's own.
+    """
+    (n, k), r = given.weight.shape, len(given.lora_A)
+    wide = torch.zeros(n, k + 64, dtype=given.weight.dtype, device=given.weight.device)  # [N, K + 64]
+    wide[:, :k], wide[:, k : k + r] = given.weight, given.scale * given.lora_B
+    A = given.lora_A.to(wide.dtype)
+    rows = []
+    for x, _ in given.inputs:
+        rows.append(torch.zeros(len(x), k + 64, dtype=x.dtype, device=x.device))  # [M, K + 64]
+        rows[-1][:, :k] = x
+    turn = itertools.cycle(rows)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            both = next(turn)
+            both[:, k : k + r] = both[:, :k] @ A.T  # [M, r]
+            return F.linear(both, wide, given.bias)  # [M, N]
+
+    return forward
+
+
+def check(variant: Variant, given: Problem) -> Check:
+    """Return the relative errors of y, dX, dA and dB against float64 (float32 on a GPU), and the gradients' norms."""
+    x, dy = given.inputs[0]
+    wide = torch.float32 if x.is_cuda else torch.float64
+    W, b, A, B = (t.to(wide) for t in (given.weight, given.bias, given.lora_A, given.lora_B))
+    s, dS = x.to(wide) @ A.T, given.scale * dy.to(wide) @ B
+    exact = {"y": x.to(wide) @ W.T + b + given.scale * s @ B.T, "dX": dy.to(wide) @ W + dS @ A}
+    exact |= {"dA": dS.T @ x.to(wide), "dB": given.scale * dy.to(wide).T @ s}
+    leaf = x.detach().requires_grad_()
+    y = variant.call(leaf)
+    got = dict(zip(exact, [y.detach(), *torch.autograd.grad(y, [leaf, *variant.trained], dy)]))
+    errors = {name: ((got[name].to(wide) - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+    return Check(errors, {name: got[name].float().norm().item() for name in ("dX", "dA", "dB")})
+
+
+@dataclass(frozen=True)
+class Check:
+    """What makes a time worth reading."""
+
+    errors: dict[str, float]
+    norms: dict[str, float]
+
+
+def tune(given: Problem, device: str) -> None:
+    """Time every tile of every kernel in its path, then the paths; print rows for tiles.TUNED and choice.MEASURED."""
+    from minipeft_kernels import launch, tiles
+
+    (x, dy), *_ = given.inputs
+    architecture, _ = launch._gpu(x)
+    rank, dropped = tiles.rank_block(len(given.lora_A)), given.dropout > 0
+    picked = tiles.pick
+    for kernel in tiles.TILES:
+        times = {}
+        for tile in tiles.fitting(kernel, architecture, dropped):
+            forced = lambda name, *a, tile=tile, kernel=kernel, **b: tile if name == kernel else picked(name, *a, **b)
+            tiles.pick = forced
+            path = "hybrid" if kernel == "expand_add" else "fused"
+            times[tile] = seconds_of(our_path(given, path), given, device)
+        tiles.pick = picked
+        best = min(times, key=lambda tile: times[tile])
+        print(f"{kernel}: " + ", ".join(f"{tile} {1e3 * time:.3f} ms" for tile, time in times.items()))
+        print(f"    TUNED: ({architecture}, {kernel!r}, N, K, {rank}, {dropped}): {best}")
+    paths = {path: seconds_of(our_path(given, path), given, device) for path in paths_here(given)}
+    key = (architecture, 1 << (len(x) - 1).bit_length(), x.shape[1], dy.shape[1], rank, dropped)
+    print(f"    MEASURED: {key}: {min(paths, key=lambda path: paths[path])!r},  # {paths}")
+
+
+def seconds_of(variant: Variant, given: Problem, device: str) -> float:
+    """Return the median seconds of forward and backward."""
+    call = repeated(variant, given, backward=True)
+    rows = measure.measure({"it": call}, name="tune", shape="", dtype="", device=device, rounds=7, seconds=0.01)
+    return rows[0].median
+
+
+if __name__ == "__main__":
+    main()

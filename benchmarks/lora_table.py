@@ -1,0 +1,67 @@
+"""Write the tables of kernels/README.md from the rows that the LoRA benchmarks measured.
+
+    python benchmarks/lora_table.py                     # print the table of every benchmarks/results/lora-*.json
+    python benchmarks/lora_table.py --into kernels/README.md        # write them between its markers
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME.json is a file of benchmarks/results.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, object]
+
+
+def main() -> None:
+    """Print the tables, or write them into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", help="the page that has the markers")
+    arguments = parser.parse_args()
+    if arguments.into:
+        page = Path(arguments.into)
+        page.write_text(filled(page.read_text()))
+        return
+    for path in sorted(RESULTS.glob("lora-*.json")):
+        print(f"{path.stem}\n\n{table(path.stem)}\n")
+
+
+def filled(page: str) -> str:
+    """Return the page with each table between its markers made anew."""
+    pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
+
+
+def table(name: str) -> str:
+    """Return the Markdown table of a file of rows: a line a shape and setting, a column a variant, and where it ran."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["benchmark"], row["shape"], row["dtype"], row["note"]), {})[row["variant"]] = row
+    head = ["benchmark", "shape", "dtype", "note", *variants]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * 4 + "---:|" * len(variants)]
+    for key, group in groups.items():
+        lines.append(f"| {' | '.join([*key, *(cell(group.get(variant)) for variant in variants)])} |")
+    first = rows[0]
+    versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+    threads = first["extra"].get("threads", 1)
+    where = f"{first['device']}, {threads} thread(s); {versions}; commit {first['commit']}; `{first['command']}`"
+    return "\n".join([*lines, "", f"Median milliseconds (times the floor). {where}."])
+
+
+def cell(row: Row | None) -> str:
+    """Return a time, and how many times the floor it is; a variant that failed its check shows neither."""
+    if row is None:
+        return ""
+    if "FAIL" in str(row["note"]):
+        return "FAIL"
+    extra: dict[str, float] = row["extra"]  # type: ignore[assignment]
+    floor = extra.get("times_frozen", extra.get("times_base", 1.0))
+    return f"{float(row['median']) * 1e3:.3g} ({floor:.2f})"  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
