@@ -19,7 +19,7 @@ from minipeft.metrics.grammar import find
 # The token stream is that of Python 3.11's tokenize.py (later versions read f-strings otherwise and refuse more), as
 # far as it matters here: plain text (names, numbers, operators, brackets) is one token as long as it lasts. A line
 # costs time in its length, where tokenize.py takes its square for a million blanks before a `$`.
-BREAKABLE = re.compile(r"[#'\"\\\t\f]")
+BREAKABLE = re.compile(r"[#'\"\\\t\f\r]")  # what the package may drop or change
 # What drop_truly looks for in a tree: a query of tree-sitter, "." for "first" or "nothing between".
 NOTES = """
 (comment) @comment
@@ -142,7 +142,10 @@ def _tokens(code: str) -> Iterator[Token]:
             place = yield from reader.go_on(text)
         elif reader.level == 0 and not reader.continued:
             place, column = _measure_indent(text)
-            if place < len(text) and text[place] in "#\r\n":
+            if place == len(text):  # only a last line can be blank and have no end
+                text = ""
+                break
+            if text[place] in "#\r\n":
                 end = len(text.rstrip("\r\n")) if text[place] == "#" else place
                 if end > place:
                     yield reader.token("comment", text, place, end)
@@ -188,38 +191,46 @@ class Reader:
     continued: bool = False  # the last line ended with a backslash
     opened: Token | None = None  # a string that goes on
     quote: str = ""  # that will end it
+    lines_join: bool = False  # it goes on over a backslash only; tokenize.py forgets to unset this after a failure
 
     def token(self, kind: str, text: str, start: int, end: int) -> Token:
         return Token(kind, text[start:end], self.line, start, self.line, end)
 
     def read(self, text: str, place: int) -> Iterator[Token]:
         """The tokens of one line from `place` on."""
+        if place < len(text) and not BREAKABLE.search(text, place):  # one token is as good as many
+            end = len(text) - text.endswith("\n")
+            self._count_brackets(text[place:end])
+            yield self.token("plain", text, place, end)
+            if end < len(text):
+                yield self.token("break" if self.level > 0 else "end", text, end, len(text))
+            return
         endless: set[str] = set()  # quotes that no string of this line begins with: its end was searched for
         while place < len(text):
             start = SPACE.match(text, place).end()  # type: ignore[union-attr]
             if found := PREFIXED.match(text, start):
                 quote = found[1]
                 if len(quote) == 3:
-                    end = TO_END[quote].match(text, found.end())
-                    if end is None:
+                    inside = TO_END[quote].match(text, found.end())
+                    if inside is None:
                         self._open(text, start, quote)
                         return
-                    yield self.token("string", text, start, end.end())
-                    place = end.end()
+                    yield self.token("string", text, start, inside.end())
+                    place = inside.end()
                     continue
                 if quote not in endless:
-                    end = ON_LINE[quote].match(text, found.end())
-                    assert end is not None
-                    if text.startswith(quote, end.end()):
-                        place = end.end() + 1
+                    inside = ON_LINE[quote].match(text, found.end())
+                    assert inside is not None
+                    if text.startswith(quote, inside.end()):
+                        place = inside.end() + 1
                         yield self.token("string", text, start, place)
                         continue
-                    if CONTINUED.match(text, end.end()):
+                    if CONTINUED.match(text, inside.end()):
                         self._open(text, start, quote)
                         return
                     endless.add(quote)
             if found := PLAIN.match(text, start):
-                self.level += sum(map(found[0].count, "([{")) - sum(map(found[0].count, ")]}"))
+                self._count_brackets(found[0])
                 yield self.token("plain", text, start, found.end())
             elif found := COMMENT.match(text, start):
                 yield self.token("comment", text, start, found.end())
@@ -242,7 +253,8 @@ class Reader:
         if end := TO_END[self.quote].match(text):
             opened.text = opened.text[: len(opened.text) - len(text) + end.end()]
             opened.end_column = end.end()
-        elif len(self.quote) == 3 or CONTINUED.search(text):
+            self.lines_join = False
+        elif not self.lines_join or CONTINUED.search(text):
             return len(text)
         else:
             opened.kind = "plain"  # its line ends without a backslash: no string after all
@@ -250,5 +262,9 @@ class Reader:
         yield opened
         return opened.end_column
 
+    def _count_brackets(self, text: str) -> None:
+        self.level += sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))
+
     def _open(self, text: str, start: int, quote: str) -> None:
         self.opened, self.quote = self.token("string", text, start, len(text)), quote
+        self.lines_join = self.lines_join or len(quote) == 1

@@ -94,7 +94,7 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
     down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
     spans: list[tuple[int, int]] = []
     path: list[int] = []
-    string = -1  # the string that the cursor is in
+    depth, string = 0, -1  # the string that the cursor is in
     done = False
     while not done:
         here, node = cursor.node, len(kinds)
@@ -112,13 +112,14 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
                 string = node
         else:
             places.append(-1)
-        if kind == "for_in_clause" and path:
-            tree.clauses.add(path[-1])
         if inner:
             if not visible:
                 tree.texts[node] = str(here)
+            if kind == "for_in_clause" and path:
+                tree.clauses.add(path[-1])
             path.append(node)
-            tree.depth = max(tree.depth, len(path) + 1)
+            if len(path) > depth:
+                depth = len(path)
             continue
         while not on():
             if not up():
@@ -128,7 +129,7 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
             ends[left] = len(kinds)
             if left == string:
                 string = -1
-    tree.tokens = [""] * len(kinds)
+    tree.tokens, tree.depth = [""] * len(kinds), depth + 1
     return tree, spans
 
 

@@ -50,7 +50,8 @@ def _build_keys(tree: Tree) -> list[str]:
         key, end = "(" + tree.kinds[node], ends[node]
         while waiting and waiting[-1][0] < end:
             key += waiting.pop()[1]
-        keys[node] = key = shorten(key + ")")
+        key += ")"
+        keys[node] = key = key if len(key) <= LONGEST_KEY else shorten(key)
         field = fields[node]
         waiting.append((node, f" {field}: {key}" if field else f" {key}"))
     return keys
