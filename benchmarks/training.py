@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/training.py --model FOLDER --data conala-paired-train.json
 
 Each variant lives in a process of its own (so that its peak memory is its own) and makes a step when told to; the
-parent tells them in turn, round by round. One step is one row of 1024 tokens: forward, backward, clip, AdamW. Both sides pack
-the same pairs; ours keeps documents apart, HF's sees the row as one text.
+parent tells them in turn, round by round. One step is one row of 1024 tokens: forward, backward, clip, AdamW. Both
+sides pack the same pairs; ours keeps documents apart, HF's sees the row as one text.
 """
 
 import argparse
