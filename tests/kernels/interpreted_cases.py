@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from minipeft_kernels import Part, choice, keep_mask, launch, lora_linear, lora_linears, lora_rows, make_dropout, tiles
 from torch import Tensor
 
+import minipeft
+from minipeft.models import FAMILIES
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = torch.finfo(torch.float32).eps  # sums of another order differ by about this
 SHAPES = [(70, 96, 130, 1), (130, 64, 48, 16), (33, 136, 97, 24), (20, 70, 65, 128)]  # M, K, N, r
@@ -183,3 +186,38 @@ def test_paths_that_cannot_take_a_call_say_why() -> None:
         lora_linear(x.requires_grad_(), *p, path="decode")
     with pytest.raises(choice.UnavailablePath, match="'reference' and 'decode'"):
         lora_rows(x, p.weight, None, p.lora_A[None], p.lora_B[None], torch.zeros(4).long(), torch.ones(1), path="fused")
+
+
+GPT2 = {"vocab_size": 31, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
+LLAMA = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "max_position_embeddings": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> None:
+    """Through the library itself, dropout on: LoRALinear hands q and v to one call where they share x."""
+    losses = {path: losses_of(family, path) for path in ("reference", "hybrid", "fused")}
+    assert losses["reference"][-1] < losses["reference"][0] - 0.1
+    for path in ("hybrid", "fused"):
+        assert losses[path] == pytest.approx(losses["reference"], rel=2e-5)
+
+
+def losses_of(family: str, path: str) -> list[float]:
+    """Train a tiny model for 20 steps, from one start, on one path."""
+    config, decoder = FAMILIES[family]
+    model = decoder(
+        config(**(GPT2 if family == "gpt2" else LLAMA | ({"sliding_window": 4} if family == "mistral" else {})))
+    )
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=random).add_(1.0 if parameter.ndim == 1 else 0.0)  # norms, biases
+    report = minipeft.add_adapter(
+        model, minipeft.LoRAConfig(rank=4, alpha=8, dropout=0.1, targets="default", path=path), seed=0
+    )
+    assert report.path == path
+    ids = torch.randint(0, 31, (2, 10), generator=random)
+    batch = minipeft.Batch(ids, ids, torch.zeros_like(ids))
+    config_ = minipeft.TrainConfig(steps=20, learning_rate=3e-2, seed=3)
+    return [step.loss for step in minipeft.train(model, [batch] * 20, config_)]
