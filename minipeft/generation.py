@@ -5,19 +5,21 @@
 
 Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the fewest that hold `top_p` of it,
 and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets
-does not depend on the batch that it stands in.
+does not depend on the batch that it stands in. On a model with a bank of adapters each row may have its own (adapters/bank.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft.adapters.bank import AdapterBank
 from minipeft.data.packing import derived_seed
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
@@ -61,29 +63,46 @@ class Answer:
     ended: str
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig | None = None
-             ) -> list[str]:  # fmt: skip
+def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig | None = None, *,
+             adapters: Sequence[str | None] | None = None) -> list[str]:  # fmt: skip
     """The answer to each prompt, in order, without the prompt.
 
+    `adapters` names one of the model's AdapterBank for each prompt, None for the base alone.
+
     Raises:
-        InputError: a prompt is empty, or does not fit in the context together with `max_new_tokens`.
+        InputError: a prompt is empty, or does not fit in the context together with `max_new_tokens`; `adapters` without
+            a bank that holds them.
     """
-    answers = sorted(answer(model, tokenizer, prompts, config or GenerateConfig()), key=lambda a: a.index)
-    return [a.text for a in answers]
+    answers = answer(model, tokenizer, prompts, config or GenerateConfig(), adapters=adapters)
+    return [a.text for a in sorted(answers, key=lambda a: a.index)]
 
 
 def answer(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, *,
-           only: Sequence[int] | None = None) -> Iterator[Answer]:  # fmt: skip
+           only: Sequence[int] | None = None, adapters: Sequence[str | None] | None = None
+           ) -> Iterator[Answer]:  # fmt: skip
     """As `generate`, but yields each answer as its batch is done (prompts of like length go together).
 
     `only`: the numbers of the prompts to answer, where the others have been; each gets what it would have got.
     """
+    names = check_adapters(model, adapters, len(prompts))
     rows = tokenizer.encode_all(list(prompts))
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
-    return (a for start in range(0, len(order), config.batch)
-            for a in answer_batch(model, tokenizer, order[start : start + config.batch], rows, config))  # fmt: skip
+    batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
+    return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config))
+
+
+def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompts: int) -> list[str | None] | None:
+    """The adapter's name of each prompt, or None where the caller named none."""
+    if adapters is None:
+        return None
+    if not isinstance(model.adapter, AdapterBank):
+        raise InputError("the model holds no bank of adapters", where="adapters", hint="bank = AdapterBank(model)")
+    if isinstance(adapters, str) or len(adapters) != prompts:
+        raise InputError(f"must be a list of {prompts} names, one for each prompt", where="adapters")
+    model.adapter.check(adapters)
+    return list(adapters)
 
 
 def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: str) -> None:
@@ -100,12 +119,13 @@ def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: st
         )
 
 
-def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
-                 ) -> list[Answer]:  # fmt: skip
+def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]],
+                 names: list[str | None] | None, config: GenerateConfig) -> list[Answer]:  # fmt: skip
     """Answer the prompts `numbers` together."""
     was_training = model.training
     model.eval()
-    made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
+    with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]):
+        made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
     model.train(was_training)
     return [finished(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
 
@@ -141,6 +161,8 @@ def decode(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[
             break
         if 2 * len(going) <= len(live):  # carry ended rows along until half are: moving the cache costs a copy
             keep_rows(cache, going)
+            if isinstance(model.adapter, AdapterBank):
+                model.adapter.keep(going)
             chosen, live = chosen[going], [live[place] for place in going]
         hidden = model.hidden(chosen[:, None], cache=cache)  # [B, 1, C]
     return made, ended

@@ -30,6 +30,7 @@ from minipeft.adapters import (
     PromptConfig,
     adapter_of,
     add_adapter,
+    method_of,
     remove_adapter,
 )
 from minipeft.adapters.lora_files import (
@@ -96,8 +97,8 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
         InputError: the model holds no adapter, or was tuned in full (save_model keeps that); the folder refuses.
     """
     config = adapter_of(model)
-    if config is None or isinstance(config, FullConfig):
-        held = "no adapter" if config is None else "a full tuning"
+    if not isinstance(config, AdapterConfig) or isinstance(config, FullConfig):
+        held = "no adapter" if config is None else method_of(config)
         raise InputError(f"the model holds {held}", where="save_adapter", hint="save_model writes the whole model")
     if isinstance(config, LoRAConfig):
         given, tensors = lora_json(config, model), lora_tensors(model)

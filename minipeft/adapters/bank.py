@@ -1,0 +1,221 @@
+"""Many LoRA adapters on one base, one for each row of a batch, or none: for inference (as Sheng et al. 2023, S-LoRA).
+
+    y[b] = x[b] W^T + (x[b] A_j^T) (s_j B_j)^T        j the adapter of row b; W is read once for all rows
+
+    bank = AdapterBank(model)
+    bank.load("fr", "adapters/fr");  bank.load("de", "adapters/de")
+    with bank.use(["fr", None, "de", "fr"]):         four rows; generate(..., adapters=[...]) does this
+        logits = model(ids)
+    bank.close()                                     a plain model again
+
+An adapter costs its own A and B, in the base's dtype, and the base is not touched. For a batch, the adapters in it are
+stacked once, ranks filled up with zeros, and rows are grouped by adapter, so that a linear is three products whatever
+the number of adapters:
+
+    rows of x        fr  -  de  fr        groups [n, c * T, K]     fr: rows 0, 3      stack [n, K, r], [n, r, N]
+                                                                   de: row 2, filler
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.adapters import adapter_of, add_adapter, lora
+from minipeft.adapters.files import read_adapter
+from minipeft.adapters.linears import linear_paths, replace, restore
+from minipeft.adapters.lora import LoRAConfig, lora_rows
+from minipeft.adapters.lora_files import ROOT
+from minipeft.errors import InputError
+from minipeft.models import Decoder
+
+Pair = tuple[Tensor, Tensor]  # A^T [K, r] and s B^T [r, N]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter of the stack each row of the batch has, -1 for none, and the rows grouped by adapter."""
+
+    owner: Tensor  # [B]
+    groups: Tensor  # [n * c] rows, adapter by adapter, filled up with row 0
+    slots: Tensor  # [m] the places in groups that are no filler
+    targets: Tensor  # [m] the rows that stand there
+    in_order: bool  # groups are just the rows 0, 1, ...: nothing has to be moved
+    adapters: int  # n
+
+    @staticmethod
+    def of(owner: list[int], adapters: int, device: torch.device) -> Rows:
+        """Group the rows: row b has adapter owner[b]."""
+        members = [[row for row, mine in enumerate(owner) if mine == j] for j in range(adapters)]
+        count = max(map(len, members), default=0)
+        groups = [row for group in members for row in group + [0] * (count - len(group))]
+        slots = [j * count + place for j, group in enumerate(members) for place in range(len(group))]
+        to = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
+        return Rows(to(owner), to(groups), to(slots), to([groups[slot] for slot in slots]),
+                    groups == list(range(len(owner))), adapters)  # fmt: skip
+
+
+class BankLinear(nn.Module):
+    """A linear that adds each row's own low-rank product. `stack` and `rows` are set for a batch by AdapterBank.use."""
+
+    adopts_linear = True
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.stack: Pair | None = None  # [n, K, r], [n, r, N]
+        self.rows: Rows | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stack is None or self.rows is None:
+            return F.linear(x, self.weight, self.bias)
+        (A, B), rows = self.stack, self.rows
+        if len(rows.owner) != x.shape[0]:
+            raise InputError(
+                f"{len(rows.owner)} adapters were named for a batch of {x.shape[0]} rows", where="adapters"
+            )
+        if x.is_cuda:
+            ones = torch.ones(len(A), device=x.device)
+            return lora_rows(x, self.weight, self.bias, A.mT, B.mT, rows.owner, ones)  # [B, T, N]
+        y = F.linear(x, self.weight, self.bias)  # [B, T, N]
+        grouped = x if rows.in_order else x[rows.groups]  # [n * c, T, K]
+        s = torch.bmm(grouped.reshape(len(A), -1, x.shape[2]), A)  # [n, c * T, r]
+        if rows.in_order:
+            return y.view(len(A), -1, y.shape[2]).baddbmm_(s, B).view_as(y)  # [B, T, N]
+        added = torch.bmm(s, B).view(-1, *y.shape[1:])  # [n * c, T, N]
+        return y.index_add_(0, rows.targets, added[rows.slots])  # [B, T, N]
+
+    def extra_repr(self) -> str:
+        out, width = self.weight.shape
+        return f"in={width}, out={out}, bias={self.bias is not None}"
+
+
+class AdapterBank:
+    """Adapters by name on one base; until `close` the model holds the bank in an adapter's place and is frozen."""
+
+    def __init__(self, model: Decoder):
+        """Make every linear of the blocks one that can take rows.
+
+        Raises:
+            InputError: the model holds an adapter.
+        """
+        if adapter_of(model) is not None:
+            add_adapter(model, LoRAConfig())  # says what it holds and what to do
+        self.model = model
+        self.adapters: dict[str, dict[str, Pair]] = {}
+        self.layers = {path: BankLinear(model.get_submodule(path)) for path in linear_paths(model)}  # type: ignore[arg-type]
+        self.trained = {id(p) for p in model.parameters() if p.requires_grad}
+        self.owner: list[int] = []  # of the batch in use
+        for path, layer in self.layers.items():
+            replace(model, path, layer.train(model.training))
+        for p in model.parameters():
+            p.requires_grad_(False)
+        model.adapter = self
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Read the LoRA adapter in `folder` and keep it under `name`.
+
+        Raises:
+            InputError: the name is taken; the folder is not a sound adapter for this base; it is not plain LoRA.
+        """
+        if name in self.adapters:
+            raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
+        config, tensors, _ = read_adapter(self.model, Path(folder))
+        if not isinstance(config, LoRAConfig) or config.dora or config.lora_bias:
+            kind = type(config).__name__.removesuffix("Config") + (
+                " with dora or lora_bias" * isinstance(config, LoRAConfig)
+            )
+            raise InputError(f"holds {kind}; a bank takes plain LoRA", file=folder)
+        pairs = {}
+        for path, (rank, alpha) in lora.plan(self.model, config).items():
+            weight = self.layers[path].weight
+            scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+            A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
+            pairs[path] = tuple(t.t().contiguous().to(weight.device, weight.dtype) for t in (A, scale * B))
+        self.adapters[name] = pairs  # type: ignore[assignment]
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter and free its memory."""
+        self.check([name])
+        del self.adapters[name]
+
+    def size(self, name: str) -> int:
+        """The bytes that an adapter takes."""
+        self.check([name])
+        return sum(t.numel() * t.element_size() for pair in self.adapters[name].values() for t in pair)
+
+    def check(self, names: Sequence[str | None]) -> None:
+        """Refuse names that the bank does not hold."""
+        for name in names:
+            if name is not None and name not in self.adapters:
+                held = ", ".join(self.adapters) or "nothing"
+                raise InputError(f"the bank does not hold {name!r} (it holds: {held})", where="adapters")
+
+    @contextmanager
+    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within: row b of every batch is computed with adapter names[b], None for the base alone.
+
+        Raises:
+            InputError: the bank does not hold a name, or is in use already.
+        """
+        self.check(names)
+        if self.owner:
+            raise InputError("is in use already", where="bank")
+        present = list(dict.fromkeys(name for name in names if name is not None))
+        self.owner = [-1 if name is None else present.index(name) for name in names]
+        for path, layer in self.layers.items():
+            pairs = [self.adapters[name].get(path) for name in present]
+            layer.stack = stacked(pairs, layer.weight) if any(pairs) else None
+        self.keep(range(len(names)))
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.stack = layer.rows = None
+            self.owner = []
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these rows of the batch only (others have ended)."""
+        if not self.owner:
+            return
+        self.owner = [self.owner[place] for place in places]
+        count = max(self.owner) + 1
+        for layer in self.layers.values():
+            if layer.stack is not None:
+                A, B = layer.stack
+                layer.stack = (A[:count], B[:count]) if count else None
+        rows = Rows.of(self.owner, count, self.model.embedding.weight.device)
+        for layer in self.layers.values():
+            layer.rows = rows
+
+    def close(self) -> None:
+        """Take the bank out: a plain model again, trainable as it was."""
+        restore(self.model, self.layers)
+        for p in self.model.parameters():
+            p.requires_grad_(id(p) in self.trained)
+        self.model.adapter = None
+        self.adapters = {}
+
+
+def stacked(pairs: Sequence[Pair | None], weight: Tensor) -> Pair:
+    """The adapters' pairs side by side, filled up with zeros to the largest rank. -> [n, K, r], [n, r, N]
+
+    On a CUDA device they lie as the kernel reads them, [n, r, K] and [n, N, r], and these are views.
+    """
+    (out, width), count = weight.shape, len(pairs)
+    rank = max(A.shape[1] for A, _ in filter(None, pairs))
+    if weight.is_cuda:
+        As, Bs = weight.new_zeros(count, rank, width).mT, weight.new_zeros(count, out, rank).mT
+    else:
+        As, Bs = weight.new_zeros(count, width, rank), weight.new_zeros(count, rank, out)
+    for j, pair in enumerate(pairs):
+        if pair is not None:
+            As[j, :, : pair[0].shape[1]], Bs[j, : pair[1].shape[0]] = pair
+    return As, Bs
