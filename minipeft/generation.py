@@ -5,7 +5,7 @@
 
 Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the fewest that hold `top_p` of it,
 and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets
-does not depend on the batch that it stands in. On a model with a bank of adapters each row may have its own (adapters/bank.py).
+does not depend on the batch that it stands in. On a model with a bank each row may have its own adapter (bank.py).
 """
 
 from __future__ import annotations
