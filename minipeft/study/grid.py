@@ -1,0 +1,185 @@
+"""What a study runs: its presets, and the cells (a model, a way of tuning it, a seed) that they stand for.
+
+preset    models                    pairs     what it is for
+demo      ours (minipeft/demo)      ours      four ways of tuning compared in minutes, without network or GPU
+paper     the eight of the paper    CoNaLa    Männistö, Attieh and Tiedemann (2025) again, with what it left out
+prefix    ours                      ours      why a prefix does or does not train (prefix_experiment.py)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minipeft.errors import InputError
+
+METHODS = ("full", "lora", "prefix", "prompt")
+ZERO_SHOT, FIRST_LINE = "zero-shot", "zero-shot, first line"  # the second is the first's answers, cut at a newline
+MODELS = {  # the paper's: name there -> hub id
+    "GPT-2": "openai-community/gpt2",
+    "GPT2-M": "openai-community/gpt2-medium",
+    "GPT2-L": "openai-community/gpt2-large",
+    "GPT2-XL": "openai-community/gpt2-xl",
+    "CodeGPT-small": "microsoft/CodeGPT-small-py",
+    "CodeGPT-adapted": "microsoft/CodeGPT-small-py-adaptedGPT2",
+    "CodeLlama-7B": "codellama/CodeLlama-7b-hf",
+    "Mistral-7B": "mistralai/Mistral-7B-v0.1",
+}
+# What the paper prints, as far as its text was at hand: BLEU and CodeBLEU (Table 2), percent trained and the GPU column
+# in GB (Table 3). That column leaves out the weights of GPT-2; a CodeBLEU of 0.25 is what the codebleu package gives
+# to empty answers; Mistral's prefix was never run.
+PAPER: dict[str, dict[str, dict[str, float]]] = {
+    "GPT-2": {
+        "full": {"bleu": 0.060, "memory": 7.15},
+        "lora": {"percent": 0.47, "memory": 6.91},
+        "prefix": {"bleu": 0.00035, "codebleu": 0.25, "percent": 0.30, "memory": 5.85},
+        "prompt": {"percent": 0.01, "memory": 6.17},
+    },
+    "GPT2-M": {
+        "full": {"memory": 17.19},
+        "lora": {"percent": 2.99, "memory": 16.49},
+        "prefix": {"percent": 0.28, "memory": 13.59},
+        "prompt": {"bleu": 0.0, "codebleu": 0.25, "percent": 0.01, "memory": 14.37},
+    },
+    "GPT2-L": {
+        "full": {"memory": 31.56},
+        "lora": {"percent": 1.50, "memory": 29.82},
+        "prefix": {"percent": 0.003, "memory": 24.33},
+        "prompt": {"percent": 1.50, "memory": 25.83},
+    },
+    "GPT2-XL": {
+        "full": {"memory": 52.85},
+        "lora": {"percent": 1.25, "memory": 48.94},
+        "prefix": {"percent": 0.20, "memory": 39.72},
+        "prompt": {"percent": 0.002, "memory": 42.19},
+    },
+    "CodeGPT-small": {
+        "full": {"bleu": 0.122},
+        "prefix": {"bleu": 0.0009, "codebleu": 0.133},
+    },
+    "CodeGPT-adapted": {"full": {"bleu": 0.202}},
+    "CodeLlama-7B": {
+        "full": {"memory": 50.23},
+        "lora": {"percent": 0.59, "memory": 37.33},
+        "prefix": {"percent": 0.08, "memory": 22.91},
+        "prompt": {"percent": 0.001, "memory": 23.39},
+    },
+    "Mistral-7B": {
+        "full": {"bleu": 0.00019, "codebleu": 0.25132, "memory": 54.98},
+        "lora": {"percent": 0.58, "memory": 41.80},
+        "prefix": {"bleu": 0.0, "codebleu": 0.0},
+        "prompt": {"percent": 0.0011, "memory": 26.52},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study by name. `settings` are fields of TuneConfig for every cell, `each` those of a method."""
+
+    models: tuple[str, ...]
+    data: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    new_tokens: int = 64
+
+
+NETWORK = {"reparam": 512}  # the prefix's better recipe: text start and MLP (training/recipes.py)
+PRESETS = {
+    "demo": Preset(("demo",), "demo", {"epochs": 3.0}, {"prefix": NETWORK}),
+    "paper": Preset(tuple(MODELS.values()), "conala", {"epochs": 5.0}, {"prefix": NETWORK}),
+    "prefix": Preset(("demo",), "demo"),
+}
+# The demo model is a hundredth of the smallest that the recipes were made for.
+DEMO_SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"learning_rate": 5e-4},
+    "lora": {"learning_rate": 3e-3},
+    "prefix": {"learning_rate": 3e-3},
+    "prompt": {},
+}
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What was asked for; None and () take the preset's."""
+
+    preset: str = "demo"
+    model: tuple[str, ...] = ()
+    method: tuple[str, ...] = METHODS
+    data: str | None = None  # demo, conala, or a file of pairs
+    seeds: int = 1
+    steps: int | None = None  # optimizer steps of each tuned cell; None: the preset's epochs
+    limit: int | None = None  # questions
+    device: str = "cpu"
+    dtype: str | None = None  # of the frozen base
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"{self.preset!r} is not known ({', '.join(PRESETS)})", where="preset")
+        unknown = [method for method in self.method if method not in METHODS]
+        if unknown:
+            raise InputError(f"{unknown[0]!r} is not known ({', '.join(METHODS)})", where="method")
+        for name in ("model", "method"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise InputError("names one thing twice", where=name)
+        for name in ("seeds", "steps", "limit", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{value} must be >= 1", where=name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table. `tune` are fields of TuneConfig, `generate` of GenerateConfig; a baseline has neither."""
+
+    model: str  # as the caller named it; "" for a baseline
+    method: str
+    seed: int = 0
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    generate: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        parts = [re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.model, self.method) if part]
+        return "--".join([*parts, f"seed{self.seed}"] if self.model else parts)
+
+
+def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> list[Cell]:
+    """The cells of a study, model by model; `sources` maps a model's name to the folder or hub id that is loaded."""
+    preset = PRESETS[config.preset]
+    return [
+        tuned_cell(config, preset, model, source, method, seed, held_out)
+        for model, source in sources.items()
+        for method in (ZERO_SHOT, *config.method)
+        for seed in range(config.seeds)
+    ]
+
+
+def tuned_cell(config: StudyConfig, preset: Preset, model: str, source: str, method: str, seed: int, held_out: int
+               ) -> Cell:  # fmt: skip
+    """A cell that needs a model: the preset's settings, then the method's, then what the caller chose."""
+    tune: dict[str, Any] = {"model": source, "data": "data/train.jsonl", "seed": seed, "held_out": held_out}
+    tune |= {"device": config.device, "dtype": config.dtype}
+    if model in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
+        tune["legacy_bin"] = True
+    generate = {"max_new_tokens": preset.new_tokens, "seed": seed}
+    if method == ZERO_SHOT:
+        return Cell(model, method, seed, tune, generate)
+    tune |= {"method": method, **preset.settings, **preset.each.get(method, {})}
+    if model == "demo":
+        tune |= DEMO_SETTINGS[method]
+    if method == "full" and config.dtype is not None:
+        tune["dtype"] = "fp32"  # its weights are trained
+    if config.steps is not None:
+        tune["steps"] = config.steps
+    return Cell(model, method, seed, tune, generate)
+
+
+def printed(model: str, method: str) -> dict[str, float]:
+    """The paper's numbers for a cell, as far as they are known; empty for what it has not."""
+    names = {hub_id: name for name, hub_id in MODELS.items()}
+    return PAPER.get(names.get(model, ""), {}).get(method, {})

@@ -1,0 +1,144 @@
+"""One cell of a study, in a process of its own: train, answer, score; each part goes on where it was stopped.
+
+    python -m minipeft.study.run STUDY cells/NAME [THREADS]
+
+    cells/NAME/cell.json          what the cell is
+               run/               its training run (training/runs.py); none for the untrained model
+               predictions.jsonl  its answers (answering.py)
+               log.txt            all that was said
+               result.json        its row of the table; its being there says: finished
+
+A process of its own has a peak memory of its own, and whatever kills it does not kill the study.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipeft.answering import answer_data, answers_in, load_tuned
+from minipeft.data.packing import rows_of_one
+from minipeft.data.pairs import encode_pairs, load_pairs, split_by_question
+from minipeft.errors import InputError
+from minipeft.files import read_object, write_json
+from minipeft.generation import GenerateConfig
+from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, count_pairs
+from minipeft.metrics.text import score_texts
+from minipeft.study.grid import ZERO_SHOT
+from minipeft.training.loop import evaluate
+from minipeft.training.process import Stopped, peak_memory
+from minipeft.tuning import DEV_BATCH, TuneConfig, tune
+
+CELL, ANSWERS, ROW, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
+QUESTIONS = "data/test.jsonl"  # from the study's folder, which is where a cell runs
+TEMPLATE_PARTS = ("### Instruction", "### Response")
+
+
+def work(folder: Path) -> dict[str, Any]:
+    """Do the cell that `folder`/cell.json describes, from the study's folder; returns its row.
+
+    Raises:
+        InputError: what the cell names cannot be used.
+        Stopped: a signal came; the same call goes on.
+    """
+    cell = read_object(folder / CELL)
+    config = TuneConfig(**cell["tune"])
+    untrained = cell["method"] == ZERO_SHOT
+    trained = {} if untrained else train_row(tune(config, folder / "run", resume=(folder / "run").exists()))
+    answered = answer(config, GenerateConfig(**cell["generate"]), folder, untrained)
+    row = {**described(cell, config), **trained, **answered, **text_row(folder / ANSWERS)}
+    write_json(folder / ROW, row)
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # they were there to go on from
+    return row
+
+
+def described(cell: dict[str, Any], config: TuneConfig) -> dict[str, Any]:
+    """What a row says of its cell; null for what the method has not."""
+    learned = cell["method"] in ("prefix", "prompt")
+    return {
+        "model": cell["model"], "method": cell["method"], "seed": cell["seed"], "recipe": "minipeft",
+        "init": config.init if learned else None, "reparam": config.reparam if learned else None,
+        "learning_rate": None, "steps": 0, "trainable": 0, "trainable_percent": 0.0, "train_seconds": 0.0,
+        "tokens_per_second": None, "dev_loss": None, "adapter_movement": None,
+    }  # fmt: skip
+
+
+def train_row(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a row that training gives."""
+    names = ("learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second",
+             "resumed_at", "loss", "dev_loss", "adapter_movement", "peak_memory_bytes")  # fmt: skip
+    return {name: result[name] for name in names}
+
+
+def answer(config: TuneConfig, generate: GenerateConfig, folder: Path, untrained: bool) -> dict[str, Any]:
+    """Answer every question into predictions.jsonl, from what training left on disk.
+
+    The untrained model's held-out loss and peak memory are taken here; a tuned one has those of its training.
+    """
+    full = config.method == "full" and not untrained
+    options = Namespace(
+        model=str(folder / "run" / "model") if full else config.model,
+        adapter=None if full or untrained else folder / "run" / "adapter",
+        merge=False, device=config.device, dtype=config.dtype, revision=config.revision, legacy_bin=config.legacy_bin,
+        data=QUESTIONS, split="test", limit=None, out=folder / ANSWERS,
+    )  # fmt: skip
+    if options.out.exists() and not untrained:
+        return {}
+    model, tokenizer = load_tuned(options)
+    if not options.out.exists():
+        answer_data(model, tokenizer, generate, options)
+    if not untrained:
+        return {}
+    loss = None
+    if config.held_out:
+        _, held = split_by_question(load_pairs(config.data), config.held_out, config.seed)
+        length = config.length or min(1024, model.config.context)
+        rows = rows_of_one(encode_pairs(held, tokenizer), tokenizer, batch=DEV_BATCH, loss=config.loss, length=length)
+        loss = evaluate(model, [rows[i] for i in range(len(rows))])
+    return {"dev_loss": loss, "peak_memory_bytes": peak_memory(config.device)}
+
+
+def text_row(file: Path) -> dict[str, Any]:
+    """The part of a row that a file of answers gives. `length_ratio`: tokens of all answers / of all references."""
+    rows = list(answers_in(file))
+    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+    cut = [row["ended"] == "limit" for row in rows] if all("ended" in row for row in rows) else None
+    scores = score_texts(predictions, references, hit_limit=cut)
+    sums = count_pairs(predictions, references).sum(axis=0)
+    names = ("pairs", "bleu", "codebleu", "codebleu_compat", "ngram", "weighted_ngram", "syntax", "dataflow",
+             "exact_match", "chrf", "valid_python", "empty", "repeated", "hit_limit")  # fmt: skip
+    return {
+        **{name: getattr(scores, name) for name in names},
+        "leaked": sum(any(part in text for part in TEMPLATE_PARTS) for text in predictions),
+        "distinct": len(set(predictions)),
+        "length_ratio": float(sums[LENGTH] / sums[REFERENCE_LENGTH]),
+        "signatures": list(scores.signatures),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one cell; returns the exit status that the command line would have."""
+    study, folder, *threads = arguments
+    os.chdir(study)
+    if threads:
+        torch.set_num_threads(int(threads[0]))
+    try:
+        work(Path(folder))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
