@@ -178,9 +178,10 @@ def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> 
     return ids[:length]
 
 
-def run_text(model: Decoder, ids: list[int]) -> tuple[Tensor, Tensor]:
+def run_text(model: Decoder, ids: list[int], windowed: bool = False) -> tuple[Tensor, Tensor]:
     """Keys and values of each layer for a text that everybody may see: the decode cache is the capture.
 
+    `windowed` as the prefix will be: whether a sliding window hides the text from itself. A model without adapter.
     -> two of [L, K, P, D], after rotary
     """
     device = model.embedding.weight.device
@@ -188,9 +189,11 @@ def run_text(model: Decoder, ids: list[int]) -> tuple[Tensor, Tensor]:
     cache = model.new_cache(1, len(ids))
     was_training = model.training
     model.eval()
+    model.windowed = windowed
     with torch.no_grad():
         model.hidden(row, documents=torch.full_like(row, SHARED), cache=cache)
     model.train(was_training)
+    model.windowed = False
     return cache.keys[:, 0], cache.values[:, 0]
 
 
@@ -209,7 +212,7 @@ def initial(
             return torch.zeros(shape), torch.zeros(shape)
         return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     if config.init == "text":
-        keys, values = run_text(model, text_ids(config.text, config.length, tokenizer, "prefix"))
+        keys, values = run_text(model, text_ids(config.text, config.length, tokenizer, "prefix"), config.windowed)
         return keys.float(), values.float()
     ids = encoded(config.text, tokenizer, "prefix")
     if len(set(ids)) < 2:
