@@ -160,7 +160,7 @@ def paths_here(given: Problem) -> list[str]:
     (x, dy), *_ = given.inputs
     call = Call(x.device, x.dtype, *x.shape, dy.shape[1], len(given.lora_A), given.dropout > 0, True)
     found = []
-    for path in ("reference", "hybrid", "fused"):
+    for path in ("reference", "onednn", "hybrid", "fused"):
         try:
             found.append(choose_path(path, call))
         except UnavailablePath as reason:

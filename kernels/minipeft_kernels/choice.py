@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-PATHS = ("reference", "hybrid", "fused", "decode")
+PATHS = ("reference", "onednn", "hybrid", "fused", "decode")
 HALVES = (torch.bfloat16, torch.float16)
 DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
 TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
@@ -60,7 +60,9 @@ def choose_path(path: str, call: Call) -> str:
 
 
 def why_not(path: str, call: Call) -> str | None:
-    """Say why a Triton path cannot take a call, or None where it can."""
+    """Say why a path other than the reference cannot take a call, or None where it can."""
+    if path == "onednn":
+        return _why_not_onednn(call)
     if path == "decode" and (call.needs_grad or call.dropout):
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and path != "decode":
@@ -76,6 +78,13 @@ def why_not(path: str, call: Call) -> str | None:
     if _architecture(call.device) < 80:
         return f"the GPU is sm_{_architecture(call.device)}, and the kernels are checked from sm_80 on"
     return None
+
+
+def _why_not_onednn(call: Call) -> str | None:
+    """Say why oneDNN's product cannot take a call."""
+    if call.device.type != "cpu" or call.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {call.dtype} on {call.device}; it is for float32 and bfloat16 on a CPU"
+    return None if path_functions("onednn").works() else "this build of torch has no working oneDNN linear"
 
 
 def path_functions(path: str) -> ModuleType:

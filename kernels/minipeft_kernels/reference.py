@@ -10,7 +10,7 @@ the oracle of the other paths and the text to read before them. Nothing of size 
 but x itself: dB needs s, dA needs x, and the mask is a hash. The s of all projections stand side by side, [M, R].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .dropout import Dropout, keep_mask
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MASK_BLOCK = 1 << 18  # entries of x that a CPU masks at a time: the hashes of one block fit a second-level cache
 
 
@@ -40,7 +41,9 @@ class Gradients(NamedTuple):
     dB: list[Tensor]  # [N, r] each
 
 
-def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
+def forward(
+    x: Tensor, parts: Sequence[Part], drop: Dropout | None, linear: Linear = F.linear
+) -> tuple[list[Tensor], Tensor]:
     """Return each projection's y [M, N_i], and s [M, R], which backward needs. x is [M, K].
 
     The scale is the product's own factor (`alpha`), applied to its float32 sum: it costs neither a pass nor a rounding.
@@ -48,14 +51,20 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     s = _shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = []
     for part, s_i in zip(parts, split(s, parts)):
-        y = F.linear(x, part.weight, part.bias)  # [M, N]
+        y = linear(x, part.weight, part.bias)  # [M, N]
         y.addmm_(s_i, part.lora_B.to(x.dtype).t(), alpha=factor(part, drop))  # [M, N]
         ys.append(y)
     return ys, s
 
 
 def backward(
-    x: Tensor, s: Tensor, dys: Sequence[Tensor], parts: Sequence[Part], drop: Dropout | None, needs_dx: bool
+    x: Tensor,
+    s: Tensor,
+    dys: Sequence[Tensor],
+    parts: Sequence[Part],
+    drop: Dropout | None,
+    needs_dx: bool,
+    linear: Linear = F.linear,
 ) -> Gradients:
     """Return dx (None where nobody asked), and each projection's dA and dB in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -63,7 +72,7 @@ def backward(
     dB = [(dy.t() @ s_i).to(wide).mul_(factor(p, drop)) for p, dy, s_i in zip(parts, dys, split(s, parts))]  # [N, r]
     dx = None
     if needs_dx:
-        dx = dys[0] @ parts[0].weight  # [M, K]
+        dx = linear(dys[0], parts[0].weight.t(), None)  # [M, K]
         for part, dy in zip(parts[1:], dys[1:]):
             dx.addmm_(dy, part.weight)  # [M, K]
     A = stack_A(parts, x.dtype)  # [R, K]

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from minipeft_kernels import Part, keep_mask, lora_linear, lora_linears, lora_rows, make_dropout
+from minipeft_kernels import Part, UnavailablePath, keep_mask, lora_linear, lora_linears, lora_rows, make_dropout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -72,6 +72,25 @@ def test_error_against_float64_is_no_larger_than_pefts(shape: tuple[int, ...], d
     for name, got, peer, true in zip(("y", "dX", "dA", "dB"), ours, theirs, want):
         assert relative_error(got, true) <= 1.2 * relative_error(peer, true), name
     assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Its float32 sums are in another order: of the reference's error against float64, not more than twice."""
+    x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
+    call = lambda path: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, path=path)
+    try:
+        got = with_gradients(call("onednn"), dy, x, A.float(), B.float())
+    except UnavailablePath as reason:
+        pytest.skip(str(reason))
+    again = with_gradients(call("onednn"), dy, x, A.float(), B.float())
+    reference = with_gradients(call("reference"), dy, x, A.float(), B.float())
+    W, b = W.double(), b.double()
+    want = with_gradients(call("reference"), dy.double(), x.double(), A.double(), B.double())
+    for a, b_, r, true in zip(got, again, reference, want):
+        assert torch.equal(a, b_)
+        assert relative_error(a, true) <= 2 * relative_error(r, true)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

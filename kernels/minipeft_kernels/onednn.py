@@ -1,0 +1,46 @@
+"""The onednn path: the reference with oneDNN's product for the frozen weight, on a CPU.
+
+torch's float32 product is MKL's, which on some AMD processors reaches half of what oneDNN does. oneDNN comes with
+torch, behind an operator that torch.compile uses and that is not public. So this path is taken only where it is named:
+"auto" stays with torch's own product, which gives a fresh adapter (B = 0) the frozen linear's own result, bit for bit.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dropout import Dropout
+from .reference import Gradients, Part
+
+rows = reference.rows
+
+
+def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
+    """reference.forward, with oneDNN's product."""
+    return reference.forward(x, parts, drop, linear)
+
+
+def backward(
+    x: Tensor, s: Tensor, dys: Sequence[Tensor], parts: Sequence[Part], drop: Dropout | None, needs_dx: bool
+) -> Gradients:
+    """reference.backward, with oneDNN's product."""
+    return reference.backward(x, s, dys, parts, drop, needs_dx, linear)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, by oneDNN; the weight may be a transposed view."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def works() -> bool:
+    """Say whether this torch has the operator, and it computes what it should; asked once a process."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    x, weight, bias = (torch.linspace(-1, 1, count) for count in (15, 20, 4))
+    x, weight = x.view(3, 5), weight.view(4, 5)
+    pairs = [(weight, bias), (weight.view(5, 4).t(), None)]
+    return all(torch.allclose(linear(x, w, b), torch.nn.functional.linear(x, w, b), atol=1e-5) for w, b in pairs)
