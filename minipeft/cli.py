@@ -1,4 +1,4 @@
-"""The command line: `minipeft train`, `generate`, `score`; each flag is a field of the config that it fills.
+"""The command line: `minipeft train`, `generate`, `score`, `inspect`; each flag is a field of the config that it fills.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved. `--debug` shows the traceback instead of the line.
@@ -24,11 +24,13 @@ EXAMPLES = {
     "generate": "minipeft generate --model gpt2 --adapter runs/lora/adapter 'sort a list of tuples by second element'\n"
     "  minipeft generate --model gpt2 --adapter runs/lora/adapter --data conala --split test --out answers.jsonl",
     "score": "minipeft score answers.jsonl",
+    "inspect": "minipeft inspect runs/lora/adapter",
 }
 HELP = {
     "train": "tune a model on pairs of intent and snippet, resumably",
     "generate": "answer prompts, or all questions of a data set",
     "score": "score a file of predictions against their references",
+    "inspect": "say what an adapter's or a model's folder holds, without loading it",
 }
 
 
@@ -233,6 +235,20 @@ def run_score(options: argparse.Namespace) -> int:
     return 0
 
 
+def fill_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="an adapter's or a model's folder")
+    parser.add_argument("--json", action="store_true", help="print what it holds as JSON")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """`minipeft inspect`"""
+    from minipeft.adapters.inspection import as_table, describe
+
+    held = describe(options.folder)
+    print(json.dumps(held, indent=2) if options.json else as_table(held))
+    return 0
+
+
 def set_threads(threads: int | None) -> None:
     """Use this many CPU threads."""
     import torch
@@ -252,4 +268,5 @@ COMMANDS = {
     "train": (run_train, fill_train),
     "generate": (run_generate, fill_generate),
     "score": (run_score, fill_score),
+    "inspect": (run_inspect, fill_inspect),
 }
