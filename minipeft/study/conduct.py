@@ -35,7 +35,7 @@ from minipeft.hub import fetch
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import read_config
 from minipeft.study.baselines import BASELINES
-from minipeft.study.grid import FIRST_LINE, PRESETS, ZERO_SHOT, Cell, StudyConfig, cells_of
+from minipeft.study.grid import FIRST_LINE, PRESETS, ZERO_SHOT, Cell, StudyConfig, cells_of, is_folder, labels
 from minipeft.study.run import ANSWERS, CELL, LOG, QUESTIONS, ROW, text_row
 
 FORMAT = 1
@@ -73,13 +73,12 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     preset = PRESETS[config.preset]
     train, test = load_data(config.data or preset.data, config.limit)
     held_out = feasible(train, min(HELD_OUT, len(train) // 10))
-    bases, failed = look_at(config.model or preset.models, train, held_out, config)
-    for model, error in failed.items():
-        say(f"note: {model} cannot be used: {error}")
+    models = labels(config.model or preset.models)
+    bases, failed = look_at(models, train, held_out)
     with opened(out, train, test):
         outcomes = [Outcome(cell, baseline_row(out, cell, train, test)) for cell in baselines()]
-        names = {model: bases[model].source if model in bases else model for model in (*bases, *failed)}
-        cells = [with_steps(cell, bases.get(cell.model), config) for cell in cells_of(config, names, held_out)]
+        sources = {label: bases[label].source if label in bases else model for label, model in models.items()}
+        cells = [with_steps(cell, bases.get(cell.model)) for cell in cells_of(config, sources, held_out)]
         check_settings(out, cells)
         with stoppable(), Bar(cells, bases, out) as bar:
             for cell in cells:
@@ -110,32 +109,31 @@ def feasible(pairs: Pairs, wanted: int) -> int:
     return 0
 
 
-def look_at(models: Sequence[str], train: Pairs, held_out: int, config: StudyConfig
-            ) -> tuple[dict[str, Base], dict[str, str]]:  # fmt: skip
+def look_at(models: dict[str, str], train: Pairs, held_out: int) -> tuple[dict[str, Base], dict[str, str]]:
     """The models that can be loaded, as far as their small files tell, and why the others cannot.
 
     Raises:
         InputError: none can.
     """
     bases, failed, first = {}, {}, None
-    for model in models:
-        source = str(Path(model).resolve()) if Path(model).is_dir() and model != "demo" else model
+    for label, model in models.items():
+        source = str(Path(model).resolve()) if is_folder(model) else model
         try:
             tokenizer, base = load_tokenizer(source), read_config(fetch(source, ["config.json"]) / "config.json")
             kept = split_by_question(train, held_out)[0] if held_out else train
             rows = pack(encode_pairs(kept, tokenizer), tokenizer, length=min(1024, base.context), batch=1)
         except InputError as error:
-            failed[model], first = str(error), first or error
+            failed[label], first = str(error), first or error
             continue
         with torch.device("meta"):
             size = sum(p.numel() for p in FAMILIES[base.model_type][1](base).parameters())
-        bases[model] = Base(source, size, len(rows))
+        bases[label] = Base(source, size, len(rows))
     if first is not None and not bases:
         raise first
     return bases, failed
 
 
-def with_steps(cell: Cell, base: Base | None, config: StudyConfig) -> Cell:
+def with_steps(cell: Cell, base: Base | None) -> Cell:
     """The cell with its number of steps: the same for each method, whatever columns an adapter takes from a row."""
     if base is None or cell.method == ZERO_SHOT or "steps" in cell.tune:
         return cell
@@ -232,7 +230,7 @@ def run_cell(cell: Cell, out: Path, config: StudyConfig, refused: str | None, ba
         refused = apart(out, cell, config.threads, bar)
     bar.done(cell)
     if refused is not None:
-        say(f"note: {cell.name} failed: {refused}")
+        say(f"note: {cell.model} {cell.method} failed: {refused}")
         return [Outcome(cell, None, refused)]
     outcome = Outcome(cell, read_object(folder / ROW))
     if cell.method != ZERO_SHOT:
@@ -290,7 +288,9 @@ class Bar:
         self.finished = sum(self.work[name] for name in self.counted)
         shown = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
         total = sum(self.work.values())
-        self.bar = tqdm(total=total, initial=self.finished, smoothing=0, file=sys.stderr, bar_format=shown)
+        often = 0.5 if sys.stderr.isatty() else 15.0  # seconds between drawings
+        self.bar = tqdm(total=total, initial=self.finished, smoothing=0, file=sys.stderr, bar_format=shown,
+                        mininterval=often)  # fmt: skip
 
     def __enter__(self) -> Bar:
         return self
@@ -300,7 +300,8 @@ class Bar:
 
     def begin(self, cell: Cell) -> None:
         """Name the cell that runs."""
-        self.bar.set_description_str(f"{cell.model} {cell.method} seed {cell.seed}".replace(" seed 0", ""))
+        seed = f" seed {cell.seed}" if cell.seed else ""
+        self.bar.set_description_str(f"{cell.model} {cell.method}{seed}", refresh=False)
 
     def show(self, cell: Cell) -> None:
         """Move to where the cell stands."""

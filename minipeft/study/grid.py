@@ -9,8 +9,9 @@ prefix    ours                      ours      why a prefix does or does not trai
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minipeft.errors import InputError
@@ -135,7 +136,7 @@ class StudyConfig:
 class Cell:
     """One row of the table. `tune` are fields of TuneConfig, `generate` of GenerateConfig; a baseline has neither."""
 
-    model: str  # as the caller named it; "" for a baseline
+    model: str  # its label; "" for a baseline
     method: str
     seed: int = 0
     tune: Mapping[str, Any] = field(default_factory=dict)
@@ -148,8 +149,19 @@ class Cell:
         return "--".join([*parts, f"seed{self.seed}"] if self.model else parts)
 
 
+def labels(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in tables, label -> model: a folder by its last part, where no other has the same."""
+    short = [Path(model).resolve().name if is_folder(model) else model for model in models]
+    return {name if short.count(name) == 1 else model: model for name, model in zip(short, models)}
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model is named by a path; "demo" is not, whatever folders there are."""
+    return model != "demo" and (Path(model).is_dir() or model.startswith((".", "/", "~")))
+
+
 def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> list[Cell]:
-    """The cells of a study, model by model; `sources` maps a model's name to the folder or hub id that is loaded."""
+    """The cells of a study, model by model; `sources` maps a model's label to the folder or hub id that is loaded."""
     preset = PRESETS[config.preset]
     return [
         tuned_cell(config, preset, model, source, method, seed, held_out)

@@ -57,7 +57,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def flags(row: dict[str, Any], floor: tuple[str, float] | None) -> list[str]:
     """What a reader must know before using a cell's scores. `floor`: the best trivial baseline and its BLEU."""
-    found = [f"did not learn: {text}" for text in (row.get("adapter_movement") or {}).get("warnings", [])]
+    found = [f"training: {text}" for text in (row.get("adapter_movement") or {}).get("warnings", [])]
     if row.get("bleu") is None:
         return found
     pairs = row["pairs"]

@@ -1,0 +1,150 @@
+"""The report's plots as inline SVG: no library, no script, no request.
+
+Widths are percentages and heights are pixels, so that a plot fits a phone without its letters shrinking. Nothing is
+told by colour alone: kinds of bars differ in their pattern, points in their shape, and each has its name beside it.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ROW = 44  # pixels of a bar with its line of text
+PATTERNS = (
+    '<svg width="0" height="0" aria-hidden="true"><defs><pattern id="stripes" width="6" height="6" '
+    'patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" class="stripe-back"/>'
+    '<rect width="2.5" height="6" class="stripe"/></pattern></defs></svg>'
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its name, value, interval, text, and kind: tuned (solid), untuned (striped), trivial (outlined)."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    said: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of one run: (step, nats) of each training step, and on held-out pairs."""
+
+    name: str
+    train: Sequence[tuple[float, float]]
+    held_out: Sequence[tuple[float, float]]
+
+
+def bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None) -> str:
+    """Horizontal bars with intervals; `mark`: a line across all of them, and what it says."""
+    most = max([row.high for row in rows] + [mark[0] if mark else 0.0, 1e-9]) * 1.02
+    top, parts = (22 if mark else 4), []
+    for number, row in enumerate(rows):
+        y = top + number * ROW
+        name, said = html.escape(row.name), html.escape(row.said)
+        parts.append(
+            f'<text x="0" y="{y + 15}">{name}</text><text x="100%" y="{y + 15}" text-anchor="end" class="value">{said}'
+            f'</text><rect x="0" y="{y + 21}" width="{percent(row.value, most)}" height="14" class="{row.kind}"/>'
+            f'<line x1="{percent(row.low, most)}" x2="{percent(row.high, most)}" y1="{y + 28}" y2="{y + 28}" '
+            'class="whisker"/>'
+        )
+        for end in (row.low, row.high):
+            x = percent(end, most)
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{y + 23}" y2="{y + 33}" class="whisker"/>')
+    height = top + len(rows) * ROW
+    if mark:
+        parts.append(line_across(mark[0] / most, mark[1], height))
+    return figure("".join(parts), height, title)
+
+
+def dumbbells(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[float, str]) -> str:
+    """For each (name, strict, compat): a filled circle and an open square, joined."""
+    most = max([max(strict, compat) for _, strict, compat in rows] + [mark[0]]) * 1.05
+    parts = []
+    for number, (name, strict, compat) in enumerate(rows):
+        y = 22 + number * ROW
+        a, b = percent(strict, most), percent(compat, most)
+        parts.append(
+            f'<text x="0" y="{y + 15}">{html.escape(name)}</text>'
+            f'<text x="100%" y="{y + 15}" text-anchor="end" class="value">{strict:.3f} strict, {compat:.3f} package'
+            "</text>"
+            f'<line x1="{a}" x2="{b}" y1="{y + 28}" y2="{y + 28}" class="whisker"/>'
+            f'<svg x="{b}" y="{y + 28}" overflow="visible"><rect x="-5" y="-5" width="10" height="10" class="open"/>'
+            "</svg>"
+            f'<circle cx="{a}" cy="{y + 28}" r="5" class="filled"/>'
+        )
+    height = 22 + len(rows) * ROW
+    return figure("".join(parts) + line_across(mark[0] / most, mark[1], height), height, title)
+
+
+def losses(curves: Sequence[Curve]) -> str:
+    """A panel for each run, all with one scale: the training loss as a line, the held-out loss as circles."""
+    points = [loss for curve in curves for _, loss in (*smooth(curve.train), *curve.held_out)]
+    if not points:
+        return ""
+    low, high = min(points), max(points)
+    pad = 0.06 * (high - low) or 0.1
+    return '<div class="panels">' + "".join(panel(curve, low - pad, high + pad) for curve in curves) + "</div>"
+
+
+def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
+    """One run's losses."""
+    last = max([step for step, _ in (*curve.train, *curve.held_out)], default=1) or 1
+    place = lambda step, loss: (100 * step / last, height * (high - loss) / (high - low))
+    line = " ".join("{:.2f},{:.1f}".format(*place(*point)) for point in smooth(curve.train))
+    grid = "".join(
+        f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+        f'<text x="0" y="{y - 4:.1f}" class="tick">{loss:g}</text>'
+        for loss in ticks(low, high) for y in [place(0, loss)[1]]
+    )  # fmt: skip
+    circles = "".join(
+        f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="open"><title>step {step:g}: {loss:.3f}</title></circle>'
+        for step, loss in curve.held_out for x, y in [place(step, loss)]
+    )  # fmt: skip
+    ends = f", held out {curve.held_out[0][1]:.2f} → {curve.held_out[-1][1]:.2f}" if curve.held_out else ""
+    body = (
+        f'{grid}<svg viewBox="0 0 100 {height}" width="100%" height="{height}" preserveAspectRatio="none">'
+        f'<polyline points="{line}" class="curve"/></svg>{circles}'
+        f'<text x="100%" y="{height + 16}" text-anchor="end" class="tick">step {last:g}</text>'
+    )
+    title = html.escape(f"{curve.name}{ends}")
+    return f"<div><h3>{title}</h3>{figure(body, height + 20, title)}</div>"
+
+
+def smooth(points: Sequence[tuple[float, float]], kept: int = 60) -> list[tuple[float, float]]:
+    """The means of at most `kept` runs of neighbours."""
+    size = max(1, -(-len(points) // kept))
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to five round numbers between low and high."""
+    for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
+        if (high - low) / step <= 5:
+            first = int(low / step) + 1
+            return [round(number * step, 6) for number in range(first, int(high / step) + 1)]
+    return []
+
+
+def line_across(share: float, said: str, height: int) -> str:
+    """A dashed line down the whole plot, with its text at the top, on the side where there is room."""
+    x, anchor, shift = f"{100 * share:.2f}%", "start" if share < 0.5 else "end", 4 if share < 0.5 else -4
+    return (
+        f'<line x1="{x}" x2="{x}" y1="4" y2="{height}" class="mark"/>'
+        f'<text x="{x}" dx="{shift}" y="14" text-anchor="{anchor}" class="tick">{html.escape(said)}</text>'
+    )
+
+
+def percent(value: float, most: float) -> str:
+    """A length as a share of the plot's width."""
+    return f"{max(0.0, 100 * value / most):.2f}%"
+
+
+def figure(body: str, height: int, title: str) -> str:
+    """An SVG with a name for those who cannot see it."""
+    return f'<svg role="img" width="100%" height="{height}" aria-label="{html.escape(title)}">{body}</svg>'
