@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import types
 import typing
@@ -20,6 +21,8 @@ from typing import Any
 from minipeft.errors import InputError
 
 EXAMPLES = {
+    "study": "minipeft study --out study\n"
+    "  minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study",
     "train": "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3",
     "generate": "minipeft generate --model gpt2 --adapter runs/lora/adapter 'sort a list of tuples by second element'\n"
     "  minipeft generate --model gpt2 --adapter runs/lora/adapter --data conala --split test --out answers.jsonl",
@@ -27,6 +30,7 @@ EXAMPLES = {
     "inspect": "minipeft inspect runs/lora/adapter",
 }
 HELP = {
+    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
     "train": "tune a model on pairs of intent and snippet, resumably",
     "generate": "answer prompts, or all questions of a data set",
     "score": "score a file of predictions against their references",
@@ -99,6 +103,7 @@ def chosen(config: type, options: argparse.Namespace) -> Any:
 
 
 TRAIN_HELP = {
+    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
     "model": "folder or hub id of a GPT-2, Llama or Mistral checkpoint",
     "data": "conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)",
     "method": "full, lora, prefix or prompt",
@@ -130,6 +135,7 @@ TRAIN_HELP = {
     "revision": "commit, tag or branch on the hub",
 }
 GENERATE_HELP = {
+    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
     "max_new_tokens": "tokens of an answer at most",
     "temperature": "0 is greedy",
     "top_p": "share of probability that is drawn from",
@@ -137,6 +143,56 @@ GENERATE_HELP = {
     "stop": "a text that ends an answer (may be given more than once)",
     "batch": "prompts at a time",
 }
+
+
+def fill_study(parser: argparse.ArgumentParser) -> None:
+    from minipeft.study.grid import METHODS, PRESETS
+
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="what to compare (default demo)")
+    parser.add_argument("--model", nargs="+", default=[], metavar="M", help="folders, hub ids or demo")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+                        help="of full, lora, prefix, prompt (default all)")  # fmt: skip
+    parser.add_argument("--data", metavar="DATA", help="demo, conala, or a file of pairs, a fifth of which is asked")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each cell (default 1)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the study's folder")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each cell; default the preset's")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", metavar="NAME", help="of the frozen base: fp32 or bf16; default its own")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default all cores")
+    parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
+
+
+def run_study(options: argparse.Namespace) -> int:
+    """`minipeft study`: status 0, or 2 where a cell failed."""
+    from minipeft.study.conduct import conduct
+    from minipeft.study.grid import StudyConfig
+    from minipeft.study.report import terminal, write_report
+    from minipeft.study.results import assemble
+
+    config = chosen(StudyConfig, options)
+    try:
+        outcomes = conduct(config, options.out, say=report)
+    except (KeyboardInterrupt, SystemExit):
+        report("stopped; the same line goes on from here")
+        raise
+    results = assemble(outcomes, config, options.out, command_line(options))
+    write_report(results, options.out)
+    print(json.dumps(results, indent=2) if options.json else terminal(results, options.out))
+    return 2 if any(outcome.error is not None for outcome in outcomes) else 0
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The line that was typed, without --debug and --json, as a shell would take it."""
+    parser = argparse.ArgumentParser()
+    fill_study(parser)
+    words = ["minipeft", "study"]
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if action.dest in ("json", "help") or value in (None, action.default):
+            continue
+        words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def fill_train(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +321,7 @@ def report(line: str) -> None:
 
 
 COMMANDS = {
+    "study": (run_study, fill_study),
     "train": (run_train, fill_train),
     "generate": (run_generate, fill_generate),
     "score": (run_score, fill_score),
