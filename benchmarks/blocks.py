@@ -10,6 +10,7 @@ keep a copy of their own where adapters are float32. Each row carries the bytes 
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -81,7 +82,11 @@ def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Na
     peer, times = losses["peft, same dtype"], {row.variant: row.median for row in found}
     rows = []
     for row in found:
-        extra: dict[str, object] = {"times_frozen": row.median / times["frozen"], "kept_bytes": kept[row.variant]}
+        extra: dict[str, object] = {
+            "load": round(os.getloadavg()[0], 1),
+            "times_frozen": row.median / times["frozen"],
+            "kept_bytes": kept[row.variant],
+        }
         extra |= {f"faster than {label}": t / row.median for label, t in times.items() if "peft" in label}
         loss = losses.get(row.variant)
         extra["loss_after_20_steps"] = loss

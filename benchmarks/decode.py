@@ -9,6 +9,7 @@ Python, so it pays for each; ours gathers (reference) or reads each row's own (d
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 
 import measure
@@ -83,6 +84,7 @@ def judged(row: measure.Row, rows: list[measure.Row], errors: dict[str, float]) 
     floor = times["base, graph" if row.variant.endswith("graph") else "base"]
     mine, peer = errors[row.variant.removesuffix(", graph")], errors["peft, adapter_names"]
     extra: dict[str, object] = {"times_base": row.median / floor, "error": mine, "peft_error": peer}
+    extra["load"] = round(os.getloadavg()[0], 1)
     extra["faster than peft"] = times["peft, adapter_names"] / row.median
     if mine > 1.25 * peer + 1e-7 and not row.variant.startswith("base"):
         return dataclasses.replace(row, ratio=0.0, note="FAIL", extra={"error": mine, "peft_error": peer})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -125,7 +126,7 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
 def judged(row: measure.Row, rows: list[measure.Row], checks: dict[str, Check]) -> measure.Row:
     """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
     times = {other.variant: other.median for other in rows}
-    extra: dict[str, object] = {"threads": torch.get_num_threads(), "times_frozen": row.median / times["frozen"]}
+    extra: dict[str, object] = {"load": round(os.getloadavg()[0], 1), "times_frozen": row.median / times["frozen"]}
     extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
     if row.variant not in checks:
         return dataclasses.replace(row, extra=extra)

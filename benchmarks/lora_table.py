@@ -47,9 +47,12 @@ def table(name: str) -> str:
         lines.append(f"| {' | '.join([*key, *(cell(group.get(variant)) for variant in variants)])} |")
     first = rows[0]
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
-    threads = first["extra"].get("threads", 1)
-    where = f"{first['device']}, {threads} thread(s); {versions}; commit {first['commit']}; `{first['command']}`"
-    return "\n".join([*lines, "", f"Median milliseconds (times the floor). {where}."])
+    where = f"{first['device']}; {versions}; commit {first['commit']}; `{first['command']}`"
+    loads = [row["extra"]["load"] for row in rows if "load" in row["extra"]]
+    busy = f"; load average {min(loads)} to {max(loads)} during the run" if loads else ""
+    return "\n".join(
+        [*lines, "", f"Median milliseconds (times the floor), one thread unless the command says more. {where}{busy}."]
+    )
 
 
 def cell(row: Row | None) -> str:

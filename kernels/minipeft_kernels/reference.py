@@ -96,6 +96,10 @@ def rows(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, o
     An owner of -1 means no adapter: the row borrows adapter 0 with scale 0.
     """
     y = F.linear(x, weight, bias)  # [B, T, N]
+    if len(A) == 1:  # nothing to gather
+        scale = torch.where(owner < 0, 0.0, scales.float()).to(x.dtype)  # [B]
+        s = F.linear(x, A[0].to(x.dtype)) * scale[:, None, None]  # [B, T, r]
+        return y.add_(F.linear(s, B[0].to(x.dtype)))  # [B, T, N]
     mine = owner.clamp(min=0)  # [B]
     scale = torch.where(owner < 0, 0.0, scales.float()[mine]).to(x.dtype)  # [B]
     s = torch.bmm(x, A[mine].to(x.dtype).transpose(1, 2)) * scale[:, None, None]  # [B, T, r]

@@ -262,6 +262,9 @@ def test_rows_equal_one_call_each(tokens: int) -> None:
         want = F.linear(x[i], W, b) if j < 0 else lora_linear(x[i], W, b, A[j], B[j], scales[j].item())
         torch.testing.assert_close(y[i], want)
     torch.testing.assert_close(lora_rows(x[:, 0], W, b, A, B, rows, scales), y[:, 0])
+    alone, both = torch.tensor([-1, 0, 0, 0, -1, 0]), torch.cat([A[:1], A[:1]])
+    want = lora_rows(x, W, b, both, torch.cat([B[:1], B[:1]]), alone, scales[:1].expand(2))
+    torch.testing.assert_close(lora_rows(x, W, b, A[:1], B[:1], alone, scales[:1]), want)
 
 
 # What it costs
