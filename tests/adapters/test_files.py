@@ -312,7 +312,7 @@ BAD = {
     "key twice": (bytes_of(JSON, lambda b: b'{"r": 4,' + b.lstrip()[1:]), "json: key 'r' given twice"),
     "W01 rank": (config(r=5), f"safetensors: tensor 'base_model.model.{Q}.lora_A.weight': shape [4, 32], want [5, 32]"),
     "W02 lora_B missing": (tensors(lambda t: {k: v for k, v in t.items() if "2.self_attn.v_proj.lora_B" not in k}),
-                           "missing tensors: base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight (1 in all)"),
+                           "missing tensors: base_model.model.model.layers.2.self_attn.v_proj.lora_B"),
     "W03 layer 99": (tensors(lambda t: {k.replace("layers.2.", "layers.99."): v for k, v in t.items()}),
                      "missing tensors: base_model.model.model.layers.2"),
     "W03 a layer too many": (tensors(lambda t: t | {first(t, "A.weight").replace(".0.", ".9."): torch.ones(2)}),

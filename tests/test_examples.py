@@ -1,0 +1,29 @@
+"""Each example runs as its first lines say, in a process of its own, and prints what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMISES = {
+    "lora_from_scratch.py": ["logits change by 0.0", "every number of the base is what it was", "differ from step 3's by"],
+    "peft_roundtrip.py": ["PEFT loads it", "28 tensors, every byte equal"],
+}
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_it_runs_and_keeps_its_promises(name):
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for promise in PROMISES[name]:
+        assert promise in done.stdout
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_it_is_a_page_long(name):
+    assert len((ROOT / "examples" / name).read_text().splitlines()) <= 120
