@@ -267,7 +267,7 @@ def tune(given: Problem, device: str) -> None:
     picked = tiles.pick
     for kernel in tiles.TILES:
         times = {}
-        for tile in tiles.fitting(kernel, architecture, dropped):
+        for tile in tiles.fitting(kernel, architecture, len(given.lora_A), dropped):
             forced = lambda name, *a, tile=tile, kernel=kernel, **b: tile if name == kernel else picked(name, *a, **b)
             tiles.pick = forced
             path = "hybrid" if kernel == "expand_add" else "fused"

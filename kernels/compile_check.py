@@ -69,7 +69,8 @@ def main() -> int:
     arguments = parser.parse_args()
     version = importlib.metadata.version("triton")
     recorded = {result.key: result for result in read_record()}
-    results, faults = dict(recorded), []
+    fresh: dict[tuple[str, int, str], Result] = {}
+    faults: list[str] = []
     for architecture in arguments.architectures:
         live = {name_of(c): c for c in tiles.live(architecture)}
         known = {name: recorded.get((version, architecture, name)) for name in live}
@@ -79,14 +80,17 @@ def main() -> int:
             result = compile_one(live[name], architecture, version)
             print(f"sm_{architecture} {name}: {show(result)}", flush=True)
             faults += faults_of(result, live[name], known[name])
-            results[result.key] = result
+            fresh[result.key] = result
     if arguments.write:
-        write_record([r for r in results.values() if is_live(r)])
+        now = {
+            result.key: result for result in read_record()
+        } | fresh  # another version may have been written meanwhile
+        write_record([result for result in now.values() if is_live(result)])
     else:
         faults += [f"compiled.json: {r.key} is not what the sources say; run with --write" for r in stale(recorded)]
     for fault in faults:
         print(f"FAULT: {fault}")
-    print(f"{len(results)} configurations, {len(faults)} faults")
+    print(f"{len(fresh)} configurations compiled, {len(faults)} faults")
     return 1 if faults else 0
 
 
