@@ -70,7 +70,7 @@ def dumbbells(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[
         a, b = percent(strict, most), percent(compat, most)
         parts.append(
             f'<text x="0" y="{y + 15}">{html.escape(name)}</text>'
-            f'<text x="100%" y="{y + 15}" text-anchor="end" class="value">{strict:.3f} strict, {compat:.3f} package'
+            f'<text x="100%" y="{y + 15}" text-anchor="end" class="value">{strict:.3f} / {compat:.3f}'
             "</text>"
             f'<line x1="{a}" x2="{b}" y1="{y + 28}" y2="{y + 28}" class="whisker"/>'
             f'<svg x="{b}" y="{y + 28}" overflow="visible"><rect x="-5" y="-5" width="10" height="10" class="open"/>'
@@ -98,7 +98,7 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
     line = " ".join("{:.2f},{:.1f}".format(*place(*point)) for point in smooth(curve.train))
     grid = "".join(
         f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-        f'<text x="0" y="{y - 4:.1f}" class="tick">{loss:g}</text>'
+        f'<text x="-8" y="{y + 4:.1f}" text-anchor="end" class="tick">{loss:g}</text>'
         for loss in ticks(low, high) for y in [place(0, loss)[1]]
     )  # fmt: skip
     circles = "".join(
@@ -112,7 +112,7 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
         f'<text x="100%" y="{height + 16}" text-anchor="end" class="tick">step {last:g}</text>'
     )
     title = html.escape(f"{curve.name}{ends}")
-    return f"<div><h3>{title}</h3>{figure(body, height + 20, title)}</div>"
+    return f'<div class="panel"><h3>{title}</h3>{figure(body, height + 20, title)}</div>'
 
 
 def smooth(points: Sequence[tuple[float, float]], kept: int = 60) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ from typing import Any
 from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
 from minipeft.study.charts import PATTERNS, Bar, Curve, bars, dumbbells, losses
 from minipeft.study.grid import FIRST_LINE, ZERO_SHOT
-from minipeft.study.table import Group, bleu, gain, names, shown
+from minipeft.study.table import Group, bleu, names, shown
 
 LONGEST_ANSWER = 400  # characters shown of an answer
 MOST_QUESTIONS = 500
@@ -53,7 +53,7 @@ svg{display:block;overflow:visible;fill:var(--ink);font:13px system-ui,sans-seri
 .whisker{stroke:var(--ink);stroke-width:1.5}.grid{stroke:var(--line)}
 .mark{stroke:var(--soft);stroke-dasharray:3 4}
 .curve{fill:none;stroke:var(--fill);stroke-width:2;vector-effect:non-scaling-stroke}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:24px}
+.panel{padding-left:30px}.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:24px}
 form{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin:8px 0}
 form[hidden],[hidden]{display:none}
 input,select{font:inherit;font-size:14px;padding:6px 8px;color:inherit;background:var(--card);
@@ -107,13 +107,15 @@ def page(results: dict[str, Any], said: Sequence[str], notes: Sequence[str], run
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
     parts = [
-        f"<h1>{text(heading(results))}</h1>", *(f"<p>{text(line)}</p>" for line in said), table(groups),
+        f"<h1>{text(heading(results))}</h1>", f"<p>{text(' '.join(said))}</p>", table(groups, "scores"),
         section("Scores", score_bars(groups), "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
                 "Striped: the untrained model. Outlined: answers that need no model."),
         section("To know before using a number", flag_list(groups)),
+        section("What it took, and what the answers are like", table(groups, "rest")),
         section("Loss", losses(runs), "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
                 "held out of training, in nats per token. All panels have one scale."),
-        section("CodeBLEU, and what its package makes of nothing", codebleu(groups), notes[-1]),
+        section("CodeBLEU, and what its package makes of nothing", codebleu(groups),
+                f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package."),
         browser(cells),
         "<h2>How this was made</h2>", *(f"<p>{text(note)}</p>" for note in notes[:-1]),
         f'<p class="command"><code>{text(results["command"])}</code></p><p class="soft">{text(where)}</p>',
@@ -131,8 +133,9 @@ def page(results: dict[str, Any], said: Sequence[str], notes: Sequence[str], run
 def heading(results: dict[str, Any]) -> str:
     """What was compared."""
     models = list(dict.fromkeys(group["model"] for group in results["groups"] if group["model"]))
-    what = f"{models[0]}" if len(models) == 1 else f"{len(models)} models"
-    return f"Ways of tuning compared: {what} on {results['data']['source']}"
+    what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
+    source = results["data"]["source"]
+    return f"Ways of tuning compared: {what} on {'the demo pairs' if source == 'demo' else source}"
 
 
 def section(title: str, body: str, caption: str = "") -> str:
@@ -140,12 +143,14 @@ def section(title: str, body: str, caption: str = "") -> str:
     return f'<h2>{text(title)}</h2><p class="soft">{text(caption)}</p>{body}' if body else ""
 
 
-def table(groups: Sequence[Group]) -> str:
-    """The table, in a box that scrolls by itself where it is wider than the screen."""
-    columns = shown(groups)
+def table(groups: Sequence[Group], part: str) -> str:
+    """One part of the columns, in a box that scrolls by itself where it is wider than the screen."""
+    columns = [column for column in shown(groups) if column.part == part]
     head = "".join(f'<th title="{text(c.meaning)}" scope="col">{text(c.title)}</th>' for c in columns)
     rows = []
     for name, group in zip(names(groups), groups):
+        if group["error"] is not None and part == "rest":
+            continue
         cells = "".join(f"<td>{text(column.show(group))}</td>" for column in columns)
         if group["error"] is not None:
             cells = f'<td class="failed" colspan="{len(columns)}">failed: {text(group["error"])}</td>'
@@ -164,9 +169,8 @@ def score_bars(groups: Sequence[Group]) -> str:
         if group["error"] is not None or group.get("bleu") is None:
             continue
         kind = "trivial" if not group["model"] else "untuned" if group["method"] in (ZERO_SHOT, FIRST_LINE) else "tuned"
-        more = f", {gain(group)} over zero-shot" if group["difference"] is not None and kind == "tuned" else ""
         low, high = group["bleu_interval"]
-        rows.append(Bar(name, group["bleu"], low, high, bleu(group) + more, kind))
+        rows.append(Bar(name, group["bleu"], low, high, f"{bleu(group)} [{100 * low:.1f}, {100 * high:.1f}]", kind))
         trivial += [group["bleu"]] if kind == "trivial" else []
     return bars(rows, "BLEU of each answerer", (max(trivial), "best without a model")) if trivial else ""
 
@@ -174,9 +178,9 @@ def score_bars(groups: Sequence[Group]) -> str:
 def flag_list(groups: Sequence[Group]) -> str:
     """Failures and flags."""
     found = [
-        f"<li><b>{text(name)}</b>: {text(said)}</li>"
+        f"<li><b>{text(name)}</b> {text('; '.join(said))}</li>"
         for name, group in zip(names(groups), groups)
-        for said in ([f"failed: {group['error']}"] if group["error"] is not None else group["flags"])
+        if (said := [f"failed: {group['error']}"] if group["error"] is not None else group["flags"])
     ]
     return f'<ul class="flags">{"".join(found)}</ul>' if found else "<p>Nothing was flagged.</p>"
 

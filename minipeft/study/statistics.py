@@ -67,9 +67,9 @@ def flags(row: dict[str, Any], floor: tuple[str, float] | None) -> list[str]:
         ("leaked", MANY_DEGENERATE, "hold the prompt's template"),
         ("hit_limit", MANY_CUT, "were cut off at the limit of new tokens"),
     ):
-        if (row[name] or 0) > most * pairs:
+        if row["model"] and (row[name] or 0) > most * pairs:
             found.append(f"degenerate: {row[name]} of {pairs} answers {said}")
-    if row["distinct"] == 1 < pairs:
+    if row["distinct"] == 1 < pairs and row["model"]:
         found.append("degenerate: every answer is the same")
     if row["codebleu_compat"] - row["codebleu"] > ARTEFACT:
         found.append(

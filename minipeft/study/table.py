@@ -13,6 +13,7 @@ from minipeft.planning import in_words
 
 Group = dict[str, Any]
 NAMES = {"full": "full tuning", "lora": "LoRA", "prefix": "prefix-tuning", "prompt": "prompt-tuning"}
+SHORT = {"full": "full", "lora": "LoRA"}  # where the model stands before it
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Column:
     meaning: str
     show: Callable[[Group], str]
     brief: bool = True  # whether the terminal shows it
+    part: str = "scores"  # of the page: scores, rest
 
 
 def bleu(group: Group) -> str:
@@ -81,21 +83,23 @@ COLUMNS = (
     Column("exact", "answers equal to the reference, token by token", number("exact_match", "{:.1f} %", 100)),
     Column("chrF", "of 100", number("chrf", "{:.1f}", 100)),
     Column("valid", "answers that Python's parser takes", number("valid_python", "{:.0f} %", 100)),
-    Column("length", "tokens of the answers for one of the references", number("length_ratio", "{:.2f}"), brief=False),
-    Column("empty", "empty answers", share("empty"), brief=False),
-    Column("repeated", "answers that repeat themselves", share("repeated"), brief=False),
-    Column("cut off", "answers that reached the limit of new tokens", share("hit_limit"), brief=False),
-    Column("held-out loss", "nats per token, on pairs held out of training", number("dev_loss", "{:.3f}")),
-    Column("start", "what a prefix or prompt starts as", started, brief=False),
-    Column("rate", "peak learning rate", number("learning_rate", "{:g}"), brief=False),
-    Column("steps", "optimizer steps", lambda group: f"{group['steps']}" if group.get("steps") else "", brief=False),
-    Column("trained", "share of the parameters", trained),
-    Column("paper's %", "what the paper prints", printed("percent", "{:g} %"), brief=False),
-    Column("training", "time of training alone", seconds),
+    Column("length", "tokens of the answers for one of the references", number("length_ratio", "{:.2f}"), brief=False,
+           part="rest"),
+    Column("empty", "empty answers", share("empty"), brief=False, part="rest"),
+    Column("repeated", "answers that repeat themselves", share("repeated"), brief=False, part="rest"),
+    Column("cut off", "answers that reached the limit of new tokens", share("hit_limit"), brief=False, part="rest"),
+    Column("held-out loss", "nats per token, on pairs held out of training", number("dev_loss", "{:.3f}"), part="rest"),
+    Column("start", "what a prefix or prompt starts as", started, brief=False, part="rest"),
+    Column("rate", "peak learning rate", number("learning_rate", "{:g}"), brief=False, part="rest"),
+    Column("steps", "optimizer steps", lambda group: f"{group['steps']}" if group.get("steps") else "", brief=False,
+           part="rest"),
+    Column("trained", "share of the parameters", trained, part="rest"),
+    Column("paper's %", "what the paper prints", printed("percent", "{:g} %"), brief=False, part="rest"),
+    Column("training", "time of training alone", seconds, part="rest"),
     Column("memory", "peak of the process, weights included", number("peak_memory_bytes", "{:.2f} GB", 1e-9),
-           brief=False),
+           brief=False, part="rest"),
     Column("paper's GB", "what the paper prints; for GPT-2 without the weights", printed("memory", "{:g}"),
-           brief=False),
+           brief=False, part="rest"),
 )  # fmt: skip
 
 
@@ -110,8 +114,9 @@ def names(groups: Sequence[Group]) -> list[str]:
     plain = [(group["model"], group["method"]) for group in groups]
     found = []
     for group, own in zip(groups, plain):
-        parts = [group["model"]] if several and group["model"] else []
-        parts.append(NAMES.get(group["method"], group["method"]))
+        method = group["method"]
+        parts = [group["model"].rsplit("/", 1)[-1]] if several and group["model"] else []
+        parts.append(SHORT.get(method, method) if several else NAMES.get(method, method))
         if plain.count(own) > 1 and group.get("learning_rate") is not None:
             parts.append(", ".join(part for part in (started(group), f"rate {group['learning_rate']:g}") if part))
         found.append(" ".join(parts))
