@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISES = {
+    "prefix_from_scratch.py": [
+        "a prefix is that text:",
+        "start DOWN DOWN DOWN  rate 5e-02   0.000 -> 0.000",
+        "start N(0, 1)         rate 2e-04",
+    ],
     "lora_from_scratch.py": ["logits change by 0.0", "every number of the base is what it was", "differ from step 3"],
     "peft_roundtrip.py": ["PEFT loads it", "28 tensors, every byte equal"],
 }
