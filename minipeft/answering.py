@@ -70,7 +70,10 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, op
     done = begin(part, json.loads(json.dumps(begun)))
     left = [number for number in range(len(items)) if number not in done]
     prompts = [prompt_text(items[number].intent) for number in range(len(items))]
-    with open(part, "a", encoding="utf-8") as stream, tqdm(total=len(items), initial=len(done), unit="answer") as bar:
+    with (
+        open(part, "a", encoding="utf-8") as stream,
+        tqdm(total=len(items), initial=len(done), unit="answer", disable=None) as bar,
+    ):
         for a in answer(model, tokenizer, prompts, config, only=left):
             pair = items[a.index]
             done[a.index] = {"prediction": a.text, "reference": pair.snippet, "question_id": pair.question_id,

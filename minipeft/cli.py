@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import shlex
@@ -15,8 +16,9 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minipeft.errors import InputError
 
@@ -40,27 +42,48 @@ HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except InputError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status: int = options.run(options)
+        if sys.stdout is not None:  # None where it was closed before we began
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (InputError, OSError) as error:
+        if options.debug:
+            raise
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        report(f"error: {place}{error.strerror or error if isinstance(error, OSError) else error}")
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line, as all other errors, and which flag may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        hints = [f"See {self.prog} --help"]
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split(": ", 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(unknown, self.flags(), 1, 0.5)
+            message = f"{unknown} is not known"
+            hints = [f"Did you mean {flag}? " for flag in near] + hints
+        report(f"error: {self.prog}: {' '.join(message.split())}. {''.join(hints)}")
+        raise SystemExit(2)
+
+    def flags(self) -> list[str]:
+        """All flags of this parser and of its commands."""
+        below = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+        own = [flag for action in self._actions for flag in action.option_strings]
+        return own + [flag for parser in below for flag in parser.flags()]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(
-        prog="minipeft", description="Parameter-efficient fine-tuning from scratch in plain PyTorch."
-    )
+    parser = Parser(prog="minipeft", description="Parameter-efficient fine-tuning from scratch in plain PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, fill) in COMMANDS.items():
         command = commands.add_parser(
@@ -129,6 +152,7 @@ TRAIN_HELP = {
     "init": "start of a prefix or prompt: text, normal, peft (prefix), vocab (prompt)",
     "text": "what a prefix or prompt starts as",
     "reparam": "width of the network that makes a prefix or prompt while it trains (Li & Liang); default none",
+    "deterministic": "on CUDA: the same bits each time, slower (a CPU gives them anyway)",
     "checkpointing": "recompute activations: less memory, more time",
     "legacy_bin": "read pytorch_model.bin where there are no safetensors",
     "eos_token": "the token that ends a text, where the tokenizer names none",
@@ -153,7 +177,7 @@ def fill_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
                         help="of full, lora, prefix, prompt (default all)")  # fmt: skip
     parser.add_argument("--data", metavar="DATA", help="demo, conala, or a file of pairs, a fifth of which is asked")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each cell (default 1)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each cell (default 1; prefix: 3)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the study's folder")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each cell; default the preset's")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
@@ -316,8 +340,9 @@ def set_threads(threads: int | None) -> None:
 
 
 def report(line: str) -> None:
-    """What a person should read while a program reads standard output."""
-    print(line, file=sys.stderr, flush=True)
+    """What a person should read while a program reads standard output. If nobody does, the work goes on."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 COMMANDS = {

@@ -172,7 +172,10 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
     every = evaluated_every(config, batches)
     begun_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
     last: dict[str, Any] = {}
-    with stopping() as stop, tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr) as bar:
+    with (
+        stopping() as stop,
+        tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr, disable=None) as bar,
+    ):
         if state.step == 0 and dev:
             run.log({"step": 0, "dev_loss": evaluate(model, dev)})
         mark = time.perf_counter()
