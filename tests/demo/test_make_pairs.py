@@ -10,8 +10,7 @@ from string import Template as Blank
 
 import pytest
 
-from minipeft.demo import demo_pairs, demo_pairs_path, make_pairs
-from minipeft.errors import InputError
+from minipeft.demo import demo_pairs_path, make_pairs
 
 TEMPLATES = make_pairs.read_templates()
 
@@ -115,11 +114,3 @@ def test_every_snippet_runs(tmp_path):
 def test_a_snippet_that_fails_is_named():
     pair = make_pairs.Pair("divide", "1 / 0", 1, "train", "1 / 0", None)
     assert list(make_pairs.run([pair])) == [(pair, "ZeroDivisionError")]
-
-
-def test_demo_pairs_gives_one_split(rows):
-    for split in ("train", "test"):
-        expected = [(r["intent"], r["snippet"], r["question_id"]) for r in of_split(rows, split)]
-        assert [(p.intent, p.snippet, p.question_id) for p in demo_pairs(split)] == expected
-    with pytest.raises(InputError, match="no split 'dev'"):
-        demo_pairs("dev")
