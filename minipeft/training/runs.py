@@ -172,6 +172,7 @@ def check_folder(folder: Path) -> None:
     with writing(folder, PROBE_BYTES):
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
+        probe.unlink(missing_ok=True)  # of a process that died, whose number this one has now
         try:
             write_summed(probe, lambda stream: stream.write(bytes(PROBE_BYTES)))
         finally:

@@ -1,0 +1,45 @@
+"""A small model folder with its own tokenizer, and pairs to train on: what the tests of whole runs start from."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import save_model
+
+TOKENS = 257  # all bytes, and the end of text
+GPT2 = {"vocab_size": TOKENS, "n_positions": 96, "n_embd": 16, "n_layer": 2, "n_head": 2,
+        "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}  # fmt: skip
+LLAMA = {"vocab_size": TOKENS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 96}  # fmt: skip
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: a byte is a token."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {sign: number for number, sign in enumerate(["<|endoftext|>", *signs])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+
+
+def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2) -> Path:
+    """A random model of a layer or two with its tokenizer."""
+    config, decoder = FAMILIES[family]
+    given = GPT2 | {"n_layer": layers} if family == "gpt2" else LLAMA | {"num_hidden_layers": layers}
+    model = decoder(config(**given))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model.eval(), folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_pairs(file: Path, count: int = 16) -> Path:
+    """So many short pairs of a shape that can be learned."""
+    rows = [{"intent": f"add {n}", "snippet": f"x += {n}", "question_id": n} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
