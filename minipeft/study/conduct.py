@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -138,7 +138,7 @@ def with_steps(cell: Cell, base: Base | None) -> Cell:
     if base is None or cell.method == ZERO_SHOT or "steps" in cell.tune:
         return cell
     steps = max(1, round(cell.tune["epochs"] * base.steps))
-    return Cell(cell.model, cell.method, cell.seed, {**cell.tune, "steps": steps}, cell.generate)
+    return replace(cell, tune={**cell.tune, "steps": steps})
 
 
 @contextmanager
@@ -326,7 +326,7 @@ class Bar:
 def cost(cell: Cell, base: Base | None) -> float:
     """A cell's work, in no unit: training counts three times, or four where every weight is trained."""
     training = {ZERO_SHOT: 0.0, "full": 4 / 3}.get(cell.method, 1.0) * TRAINING
-    return (training + ANSWERING) * base.parameters if base else 0.0
+    return (training + ANSWERING * bool(cell.generate)) * base.parameters if base else 0.0
 
 
 def lines(file: Path) -> int:

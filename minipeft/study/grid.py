@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import InputError
+from minipeft.study import prefix_experiment
 
 METHODS = ("full", "lora", "prefix", "prompt")
 ZERO_SHOT, FIRST_LINE = "zero-shot", "zero-shot, first line"  # the second is the first's answers, cut at a newline
@@ -85,14 +86,16 @@ class Preset:
     settings: Mapping[str, Any] = field(default_factory=dict)
     each: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     new_tokens: int = 64
+    seeds: int = 1
 
 
 NETWORK = {"reparam": 512}  # the prefix's better recipe: text start and MLP (training/recipes.py)
 PRESETS = {
     "demo": Preset(("demo",), "demo", {"epochs": 3.0}, {"prefix": NETWORK}),
     "paper": Preset(tuple(MODELS.values()), "conala", {"epochs": 5.0}, {"prefix": NETWORK}),
-    "prefix": Preset(("demo",), "demo"),
+    "prefix": Preset(("demo",), "demo", seeds=3),
 }
+EXAMPLE_TOKENS = 55  # of a row, for each example that a step of the prefix experiment sees
 # The demo model is a hundredth of the smallest that the recipes were made for.
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 5e-4},
@@ -110,8 +113,8 @@ class StudyConfig:
     model: tuple[str, ...] = ()
     method: tuple[str, ...] = METHODS
     data: str | None = None  # demo, conala, or a file of pairs
-    seeds: int = 1
-    steps: int | None = None  # optimizer steps of each tuned cell; None: the preset's epochs
+    seeds: int | None = None
+    steps: int | None = None  # optimizer steps of each tuned cell
     limit: int | None = None  # questions
     device: str = "cpu"
     dtype: str | None = None  # of the frozen base
@@ -134,18 +137,19 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table. `tune` are fields of TuneConfig, `generate` of GenerateConfig; a baseline has neither."""
+    """One row of the table. `tune` are fields of TuneConfig, `generate` of GenerateConfig (none: nothing is asked)."""
 
     model: str  # its label; "" for a baseline
     method: str
     seed: int = 0
     tune: Mapping[str, Any] = field(default_factory=dict)
     generate: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""  # what tells it from another cell of its method
 
     @property
     def name(self) -> str:
         """The cell's folder."""
-        parts = [re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.model, self.method) if part]
+        parts = [re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.model, self.method, self.variant) if part]
         return "--".join([*parts, f"seed{self.seed}"] if self.model else parts)
 
 
@@ -162,33 +166,60 @@ def is_folder(model: str) -> bool:
 
 def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> list[Cell]:
     """The cells of a study, model by model; `sources` maps a model's label to the folder or hub id that is loaded."""
+    seeds = config.seeds or PRESETS[config.preset].seeds
+    cells: dict[str, Cell] = {}
+    for model, source in sources.items():
+        shared = {"model": source, "data": "data/train.jsonl", "held_out": held_out, "device": config.device,
+                  "dtype": config.dtype}  # fmt: skip
+        if source in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
+            shared["legacy_bin"] = True
+        found = [untrained(config, model, shared, seed) for seed in range(seeds)]
+        if config.preset == "prefix":
+            found += experiment(config, model, shared, seeds)
+        else:
+            found += [tuned(config, model, shared, method, seed) for method in config.method for seed in range(seeds)]
+        cells |= {cell.name: cell for cell in found}
+    return list(cells.values())
+
+
+def untrained(config: StudyConfig, model: str, shared: Mapping[str, Any], seed: int) -> Cell:
+    """The cell that all others of its model are compared with."""
+    return Cell(model, ZERO_SHOT, seed, {**shared, "seed": seed}, asked(config, seed))
+
+
+def tuned(config: StudyConfig, model: str, shared: Mapping[str, Any], method: str, seed: int) -> Cell:
+    """A tuned cell: the preset's settings, then the method's, then what the caller chose."""
     preset = PRESETS[config.preset]
-    return [
-        tuned_cell(config, preset, model, source, method, seed, held_out)
-        for model, source in sources.items()
-        for method in (ZERO_SHOT, *config.method)
-        for seed in range(config.seeds)
-    ]
-
-
-def tuned_cell(config: StudyConfig, preset: Preset, model: str, source: str, method: str, seed: int, held_out: int
-               ) -> Cell:  # fmt: skip
-    """A cell that needs a model: the preset's settings, then the method's, then what the caller chose."""
-    tune: dict[str, Any] = {"model": source, "data": "data/train.jsonl", "seed": seed, "held_out": held_out}
-    tune |= {"device": config.device, "dtype": config.dtype}
-    if model in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
-        tune["legacy_bin"] = True
-    generate = {"max_new_tokens": preset.new_tokens, "seed": seed}
-    if method == ZERO_SHOT:
-        return Cell(model, method, seed, tune, generate)
-    tune |= {"method": method, **preset.settings, **preset.each.get(method, {})}
+    tune: dict[str, Any] = {**shared, "seed": seed, "method": method, **preset.settings, **preset.each.get(method, {})}
     if model == "demo":
         tune |= DEMO_SETTINGS[method]
     if method == "full" and config.dtype is not None:
         tune["dtype"] = "fp32"  # its weights are trained
     if config.steps is not None:
         tune["steps"] = config.steps
-    return Cell(model, method, seed, tune, generate)
+    return Cell(model, method, seed, tune, asked(config, seed))
+
+
+def experiment(config: StudyConfig, model: str, shared: Mapping[str, Any], seeds: int) -> list[Cell]:
+    """The prefix experiment's two parts: the grid, by its held-out loss alone; then longer runs, which answer."""
+    found = []
+    for part, answers in ((prefix_experiment.grid(), False), (prefix_experiment.long_runs(seeds=seeds), True)):
+        for cell in part:
+            if cell.method not in config.method:
+                continue
+            steps = config.steps or cell.steps
+            tune = {**shared, "seed": cell.seed, "method": cell.method, "learning_rate": cell.learning_rate,
+                    "steps": steps, "length": EXAMPLE_TOKENS * cell.examples}  # fmt: skip
+            tune |= {"init": cell.init, "reparam": cell.reparam} if cell.init else {}
+            parts = (cell.init, "mlp" if cell.reparam else None, f"{cell.learning_rate:g}", f"{steps}")
+            name = "-".join(part for part in parts if part)
+            found.append(Cell(model, cell.method, cell.seed, tune, asked(config, cell.seed) if answers else {}, name))
+    return found
+
+
+def asked(config: StudyConfig, seed: int) -> dict[str, Any]:
+    """How a cell answers."""
+    return {"max_new_tokens": PRESETS[config.preset].new_tokens, "seed": seed}
 
 
 def printed(model: str, method: str) -> dict[str, float]:

@@ -151,6 +151,8 @@ def table(groups: Sequence[Group], part: str) -> str:
     for name, group in zip(names(groups), groups):
         if group["error"] is not None and part == "rest":
             continue
+        if group["error"] is None and part == "scores" and group.get("bleu") is None:
+            continue  # nothing was asked of it
         cells = "".join(f"<td>{text(column.show(group))}</td>" for column in columns)
         if group["error"] is not None:
             cells = f'<td class="failed" colspan="{len(columns)}">failed: {text(group["error"])}</td>'

@@ -51,6 +51,11 @@ def summary(results: dict[str, Any]) -> list[str]:
         unsure = [called[id(g)] for g in tuned if g["difference"]["low"] <= 0]
         if unsure:
             said.append(f"Not clearly better than the untrained model: {', '.join(unsure)}.")
+    quiet = [group for group in done if group.get("bleu") is None]
+    if quiet:
+        least = min(quiet, key=lambda group: group["dev_loss"])
+        said.append(f"Of {len(quiet)} that were not asked, {called[id(least)]} has the least held-out loss, "
+                    f"{least['dev_loss']:.3f}.")  # fmt: skip
     trivial = max((group for group in done if not group["model"]), key=lambda group: group["bleu"])
     said.append(f"Without any model, {called[id(trivial)]!r} scores {100 * trivial['bleu']:.1f}.")
     failed = [called[id(group)] for group in groups if group["error"] is not None]
@@ -109,7 +114,7 @@ def answers(results: dict[str, Any], out: Path) -> list[Answered]:
     called = {cell: name for name, group in zip(names(results["groups"]), results["groups"]) for cell in group["cells"]}
     found = []
     for row in results["cells"]:
-        if row["error"] is None:
+        if row["error"] is None and row.get("bleu") is not None:
             seeds = f" seed {row['seed']}" if row["seed"] else ""
             found.append(Answered(called[row["cell"]] + seeds, list(answers_in(out / "cells" / row["cell"] / ANSWERS))))
     return found

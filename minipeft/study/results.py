@@ -38,15 +38,17 @@ ALIKE = (
 def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> dict[str, Any]:
     """All that is known of a study, as results.json holds it."""
     done = [outcome for outcome in outcomes if outcome.row is not None]
-    counts = {outcome.cell.name: counted(out / "cells" / outcome.cell.name / ANSWERS) for outcome in done}
+    answers = {outcome.cell.name: out / "cells" / outcome.cell.name / ANSWERS for outcome in done}
+    counts = {name: counted(file) for name, file in answers.items() if file.exists()}
     rows = {outcome.cell.name: row_of(outcome) for outcome in outcomes}
     floor = max(((row["method"], row["bleu"]) for row in rows.values() if not row["model"]), key=lambda pair: pair[1])
     bases: dict[str, list[np.ndarray]] = {}
     for outcome in done:
         if outcome.cell.method == ZERO_SHOT:
             bases.setdefault(outcome.cell.model, []).append(counts[outcome.cell.name])
-    for name in counts:
-        rows[name] |= compared(rows[name], [counts[name]], bases) | {"flags": flags(rows[name], floor)}
+    for name in answers:
+        own = [counts[name]] if name in counts else []
+        rows[name] |= compared(rows[name], own, bases) | {"flags": flags(rows[name], floor)}
     alike: dict[tuple[object, ...], list[str]] = {}
     for outcome in outcomes:
         alike.setdefault(key_of(outcome.cell), []).append(outcome.cell.name)
@@ -59,7 +61,12 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
 
 def key_of(cell: Cell) -> tuple[object, ...]:
     """What the seeds of one thing have in common: all but the seed."""
-    return (cell.model, cell.method, *sorted((name, value) for name, value in cell.tune.items() if name != "seed"))
+    return (
+        cell.model,
+        cell.method,
+        bool(cell.generate),
+        *sorted((name, value) for name, value in cell.tune.items() if name != "seed"),
+    )
 
 
 def counted(file: Path) -> np.ndarray:
@@ -79,6 +86,8 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
 
 def compared(row: dict[str, Any], own: list[np.ndarray], bases: dict[str, list[np.ndarray]]) -> dict[str, Any]:
     """The interval of a BLEU, and of its difference to the untrained model over the same questions."""
+    if not own:
+        return {"bleu_interval": None, "questions": 0, "difference": None}
     value, base = interval(own), bases.get(row["model"])
     other = None if base is None or row["method"] == ZERO_SHOT else interval(own, base)
     return {"bleu_interval": [value.low, value.high], "questions": len(own[0]), "difference": as_json(other)}
@@ -103,9 +112,10 @@ def group_of(rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: d
         return group
     for name in AVERAGED:
         values = [row[name] for row in done if row.get(name) is not None]
-        group[name] = mean_and_sd(values)[0] if values else None
-    group["bleu_sd"] = mean_and_sd([row["bleu"] for row in done])[1]
-    group |= compared(first, [counts[row["cell"]] for row in done], bases)
+        group[name] = float(np.mean(values)) if values else None
+    scored = [row for row in done if row["cell"] in counts]
+    group["bleu_sd"] = mean_and_sd([row["bleu"] for row in scored])[1] if scored else None
+    group |= compared(first, [counts[row["cell"]] for row in scored], bases)
     group["flags"] = list(dict.fromkeys(flag for row in done for flag in row["flags"]))
     failed = [row for row in rows if row["error"] is not None]
     group["flags"] += [f"seed {row['seed']} failed: {row['error']}" for row in failed]

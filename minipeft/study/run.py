@@ -52,8 +52,10 @@ def work(folder: Path) -> dict[str, Any]:
     config = TuneConfig(**cell["tune"])
     untrained = cell["method"] == ZERO_SHOT
     trained = {} if untrained else train_row(tune(config, folder / "run", resume=(folder / "run").exists()))
-    answered = answer(config, GenerateConfig(**cell["generate"]), folder, untrained)
-    row = {**described(cell, config), **trained, **answered, **text_row(folder / ANSWERS)}
+    row = {**described(cell, config), **trained}
+    if cell["generate"]:
+        row |= answer(config, GenerateConfig(**cell["generate"]), folder, untrained)
+        row |= text_row(folder / ANSWERS)
     write_json(folder / ROW, row)
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # they were there to go on from
     return row

@@ -118,7 +118,8 @@ def names(groups: Sequence[Group]) -> list[str]:
         parts = [group["model"].rsplit("/", 1)[-1]] if several and group["model"] else []
         parts.append(SHORT.get(method, method) if several else NAMES.get(method, method))
         if plain.count(own) > 1 and group.get("learning_rate") is not None:
-            parts.append(", ".join(part for part in (started(group), f"rate {group['learning_rate']:g}") if part))
+            details = (started(group), f"rate {group['learning_rate']:g}", f"{group['steps']} steps")
+            parts.append(", ".join(part for part in details if part))
         found.append(" ".join(parts))
     return found
 
