@@ -26,9 +26,9 @@ from typing import TypeVar
 from minipeft.errors import InputError
 from minipeft.metrics.comments import drop_as_package, drop_truly
 from minipeft.metrics.dataflow import count_flows
-from minipeft.metrics.grammar import Tree, grammar_versions, parse
+from minipeft.metrics.grammar import grammar_versions, parse
 from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, closest_length, count_ngrams, overlap
-from minipeft.metrics.syntax import count_subtrees, match_subtrees
+from minipeft.metrics.syntax import count_subtrees, match_subtrees, shorten
 
 KEYWORDS = frozenset({*keyword.kwlist, "match", "case", "type"})  # the 35 of Python since 3.7 and three soft ones
 PARTS = ("ngram", "weighted_ngram", "syntax", "dataflow")
@@ -260,12 +260,11 @@ _drop_as_package = _keep(drop_as_package)
 
 @_keep
 def _analyse(code: str) -> Analysis:
-    return _count(parse(code))
+    tree = parse(code)
+    if tree is None:  # one subtree that nothing but the same text has
+        return Analysis(Counter([shorten(code)]), Counter(), True, True)
+    flows, capped = count_flows(tree)
+    return Analysis(count_subtrees(tree), flows, tree.broken, capped or (tree.broken and tree.expression is None))
 
 
 _drop_truly = _keep(drop_truly)
-
-
-def _count(tree: Tree) -> Analysis:
-    flows, capped = count_flows(tree)
-    return Analysis(count_subtrees(tree), flows, tree.broken, capped or (tree.broken and tree.expression is None))

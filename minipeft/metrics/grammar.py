@@ -14,6 +14,11 @@ from tree_sitter import Language, Parser, Query, QueryCursor
 
 # str() of a tree-sitter node recurses in C, and a deep tree takes the whole process down (seen at 30,000 levels).
 DEEPEST_TEXT = 1000
+# tree-sitter looks for the best repair of a broken text, and 25,000 characters of "x = ;" keep it for 10 seconds. It
+# reports after every 100 steps; real code takes 1 report for 200 characters, a line of repeated words 1 for 30.
+UNWATCHED = 1000  # characters that cannot take long
+LONGEST = 200_000  # characters of a text that is parsed at all
+MOST_REPORTS = 4000  # and one more for each 25 characters
 ERROR = 0xFFFF  # tree-sitter's number for what it cannot place
 
 
@@ -62,14 +67,16 @@ def grammar_versions() -> str:
     return f"tree-sitter:{version('tree-sitter')}|tree-sitter-python:{version('tree-sitter-python')}"
 
 
-def parse(code: str) -> Tree:
-    """Parse `code`, whatever it holds: a tree comes back for any text.
+def parse(code: str) -> Tree | None:
+    """Parse `code`, whatever it holds: None comes back for a text that is too long or takes too long.
 
     A leaf is a token: a node without children, or a whole string (an f-string's inside is part of it); comments have
     none. Two tokens of no width can stand at the same place (what is MISSING); all of them bear the last one's number.
     """
     data = code.encode("utf-8", "replace")  # a lone surrogate, which UTF-8 cannot hold, becomes a question mark
-    root = parser().parse(data).root_node
+    root = _parse(data)
+    if root is None:
+        return None
     tree, spans = _read_nodes(root)
     if tree.broken and tree.depth < DEEPEST_TEXT:
         tree.expression = str(root)
@@ -82,6 +89,29 @@ def parse(code: str) -> Tree:
             tree.tokens[node] = token.replace("\n", "") if "\n" in token else token
             tree.places[node] = last[start, end]
     return tree
+
+
+def _parse(data: bytes) -> tree_sitter.Node | None:
+    """The root of tree-sitter's tree; None where LONGEST or MOST_REPORTS is exceeded (the same on any machine)."""
+    if len(data) <= UNWATCHED:
+        return parser().parse(data).root_node
+    if len(data) > LONGEST:
+        return None
+    left = MOST_REPORTS + len(data) // 25
+
+    def is_enough(place: int, broken: bool) -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    try:
+        tree = parser().parse(lambda place, point: data[place : place + 32_768], progress_callback=is_enough)
+    except ValueError:  # "Parsing failed": it was stopped
+        tree = None
+    if tree is None or left < 0:
+        parser().reset()  # or the next text would go on here
+        return None
+    return tree.root_node
 
 
 def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
@@ -135,7 +165,8 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
 
 def find(query: str, data: bytes) -> dict[str, list[tree_sitter.Node]]:
     """The nodes of a text that a query captures, by the names that it gives them."""
-    return QueryCursor(_query(query)).captures(parser().parse(data).root_node)
+    root = _parse(data)
+    return {} if root is None else QueryCursor(_query(query)).captures(root)
 
 
 @cache

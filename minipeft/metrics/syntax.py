@@ -35,7 +35,7 @@ def match_subtrees(reference: Counter[str], prediction: Counter[str]) -> int:
 
 def shorten(key: str) -> str:
     """The key itself, or its digest where it is long: equal for equal keys, different for different ones."""
-    return key if len(key) <= LONGEST_KEY else "#" + blake2b(key.encode(), digest_size=16).hexdigest()
+    return key if len(key) <= LONGEST_KEY else "#" + blake2b(key.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _build_keys(tree: Tree) -> list[str]:
