@@ -36,7 +36,10 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     """Return the Markdown table of a file of rows: a line a shape and setting, a column a variant, and where it ran."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"No rows yet: benchmarks/results/{name}.json is not there."
+    rows = json.loads(path.read_text())
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:

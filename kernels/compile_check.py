@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE / "compiled.json"
 DEVICE = HERE / "minipeft_kernels" / "device.py"
 MATRIX = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "UTCQMMA", "UTCIMMA", "HMMA")}  # tensor cores, in SASS
+SPILL_BYTES = {80: 16, 90: 0, 100: 16}  # a thread's; a few bytes outside the loop are what the assembler prefers there
 NEWEST = {"seeded_forward", "seeded_backward"}  # must use the architecture's own instruction, not that of its ancestors
 NO_MATRIX = {"reduce", "rows_shrink", "rows_expand"}
 FLOATS = {"shrink": set(), "gradient_B": {"dS", "dB"}, "gradient_A": {"dA"}, "reduce": {"parts"}}  # float32 pointers
@@ -180,7 +181,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 def faults_of(result: Result, c: Configuration, old: Result | None) -> list[str]:
     """Return what is wrong with a compilation, and what became worse since it was recorded."""
     where, found = f"sm_{result.architecture} {result.name}", []
-    if result.spills:
+    if result.spills > SPILL_BYTES[result.architecture]:
         found.append(f"{where}: {result.spills} bytes of registers spilled to memory")
     if result.shared > tiles.SHARED_BYTES[result.architecture]:
         found.append(
