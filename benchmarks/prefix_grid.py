@@ -2,7 +2,8 @@
 
     python benchmarks/prefix_grid.py --model DIR --data DIR --out results/prefix-135m [--part grid|long] [--dtype bf16]
 
-Stopped at any time, it goes on with the first cell that has no file. results.json is rewritten after each cell.
+Stopped at any time, it goes on with the first cell that has no file. results.json and report.md are written anew after
+each cell.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def main() -> None:
     print(f"base {about['base']}", flush=True)
     cells = experiment.grid() if options.part == "grid" else experiment.long_runs()
     for cell, row in zip(cells, experiment.run(model, data, cells, options.out)):
-        write_json(options.out / "results.json", experiment.collect(options.out, about))
+        results = experiment.collect(options.out, about)
+        write_json(options.out / "results.json", results)
+        (options.out / "report.md").write_text(experiment.as_markdown(results))
         print(
             f"{cell.name:<40} {row['dev_loss_start']:.3f} -> {row['dev_loss']:.3f} {row['train_seconds']} s", flush=True
         )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,15 @@ class Cell:
         if self.method == "prefix":
             return PrefixConfig(init=self.init or "text", reparam=self.reparam)
         raise InputError(f"{self.method!r} is no part of this experiment (prefix, prompt, lora)", where="method")
+
+    def tuning(self, row: int = 200) -> dict[str, object]:
+        """The same as fields of TuneConfig, for a run with checkpoints and answers: a step is one row of `row` tokens
+        beside the columns, which holds about `examples` pairs."""
+        fields: dict[str, object] = {"method": self.method, "learning_rate": self.learning_rate, "steps": self.steps}
+        columns = 0 if self.method == "lora" else PrefixConfig().length
+        if columns:
+            fields |= {"init": self.init, "reparam": self.reparam}
+        return {**fields, "seed": self.seed, "batch": 1, "length": row + columns}
 
     def training(self) -> TrainConfig:
         """The pilot's: linear decay after a tenth of warm-up, clip 1, no weight decay."""
@@ -218,7 +228,44 @@ def base_row(model: Decoder, data: Data) -> dict[str, object]:
     return {"method": "none", "dev_loss": loss, "dev_loss_response": response}
 
 
-def collect(folder: Path, about: dict[str, object]) -> dict[str, object]:
+def collect(folder: Path, about: dict[str, object]) -> dict[str, Any]:
     """All rows that are there, as results.json holds them: {"about": ..., "cells": [...]}, best first."""
     rows = [json.loads(file.read_text()) for file in sorted((folder / "cells").glob("*.json"))]
     return {"about": about, "cells": sorted(rows, key=lambda row: row["dev_loss"])}
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """The rows of results.json as tables: prefixes by start and rate, then everything else."""
+    about, rows = results["about"], results["cells"]
+    base, dead = about["base"]["dev_loss"], "dead adapter"
+    grids = sorted({(row["init"], bool(row["reparam"])) for row in rows if row["method"] == "prefix"}, reverse=True)
+    lines = [
+        f"Held-out loss of {about['model']}: nats per token of {about['dev_pairs']} pairs; {base:.3f} untrained.",
+        "In brackets: at step 0. D: the dead-adapter check says that the start could not be left.",
+        "",
+        "| prefix, start | " + " | ".join(f"{rate:g}" for rate in RATES) + " |",
+        "|---" * (len(RATES) + 1) + "|",
+    ]
+    for init, network in grids:
+        cells = []
+        for rate in RATES:
+            found = [
+                f"{row['dev_loss']:.3f} ({row['dev_loss_start']:.2f})"
+                + (" D" if any(w.startswith(dead) for w in row["adapter_movement"]["warnings"]) else "")
+                for row in rows
+                if (row["method"], row["init"], bool(row["reparam"]), row["learning_rate"])
+                == ("prefix", init, network, rate)
+            ]
+            cells.append(", ".join(found) or "not run")
+        lines.append(f"| {init}{' + MLP' if network else ''} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| all, best first | steps | seed | loss | response | stored | moved by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        what = " ".join(str(part) for part in (row["method"], row["init"], "+ MLP" if row["reparam"] else "") if part)
+        moved = f"{row['adapter_movement']['largest']:.2g}"
+        numbers = f"{row['dev_loss']:.3f} | {row['dev_loss_response']:.3f} | {row['stored']:,} | {moved}"
+        lines.append(f"| {what} at {row['learning_rate']:g} | {row['steps']} | {row['seed']} | {numbers} |")
+    return "\n".join([*lines, "", f"`{about['command']}`", ""])
