@@ -218,8 +218,8 @@ def source_hash(kernel: str) -> str:
         seen.add(name)
         used = {node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
         wanted += (used & functions.keys()) - seen
-    text = [ast.dump(_without_docstring(functions[name])) for name in sorted(seen)]
-    text += [ast.dump(node) for node in tree.body if isinstance(node, ast.Assign)]
+    text = [ast.unparse(_without_docstring(functions[name])) for name in sorted(seen)]
+    text += [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,11 @@
 """The Triton paths: run in the interpreter by a process of their own, and chosen by a rule that can be read here."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,8 @@ def test_compiled_code_is_recorded_for_the_present_sources() -> None:
         [sys.executable, str(script), "--sample", "1"], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads(script.with_name("compiled.json").read_text())
+    assert {(row["triton"], row["architecture"]) for row in rows} >= set(product(("3.6.0", "3.9.0"), (80, 90, 100)))
 
 
 def test_asking_for_triton_without_a_gpu_says_why() -> None:
