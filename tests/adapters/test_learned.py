@@ -145,6 +145,19 @@ def test_everything_trainable_moves_after_an_evaluation_pass_and_nothing_else(pl
         assert moved == shared, name
 
 
+@pytest.mark.parametrize(
+    "case", [("mistral", "prefix"), ("stories mistral", "prefix mlp")], ids=" ".join, indirect=True
+)
+def test_mistral_with_a_prefix_learns(plain, config, packed, gradients):
+    """The cell that the paper could not fill, on texts longer than the window."""
+    add_adapter(plain, config, Letters())
+    before, _ = gradients(plain, [packed])
+    for _ in train(plain, [packed] * 20, TrainConfig(steps=20, learning_rate=2e-2)):
+        pass
+    after, _ = gradients(plain, [packed])
+    assert after < before - 0.5
+
+
 @everywhere
 @torch.no_grad()
 def test_the_columns_are_all_that_is_needed(plain, config, model, ids, tmp_path):

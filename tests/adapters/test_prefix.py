@@ -1,6 +1,7 @@
 """Prefix-tuning by itself: how it starts, its gate, its network; and HF PEFT's, where that is right and where not."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 
@@ -334,6 +335,43 @@ def test_peft_gets_left_padding_wrong_under_a_window(both, ids):
         padded = theirs(ids, attention_mask=mask, position_ids=positions).logits[0, 9:]
         assert (padded - alone).abs().max() > 1
         assert (ours(ids, mask - 1)[0, 9:] - alone).abs().max() < 1e-4
+
+
+def test_pefts_zero_start_keeps_all_columns_alike(decoder, peer, packed):
+    """All see one gradient for ever: a prefix of one column, P times. Our columns of value 0 have keys that differ."""
+    model = decoder("llama")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, init_weights="zero")
+    theirs = peft.get_peft_model(peer(model), config)
+    table = theirs.prompt_encoder["default"].embedding.weight
+    optimizer = torch.optim.Adam([table], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(packed.ids[:, :30], labels=packed.ids[:, :30]).loss.backward()
+        optimizer.step()
+    assert table.abs().max() > 0.01
+    assert (table - table[:1]).abs().max() < 1e-6
+    add_adapter(model, PrefixConfig(5, init="normal", text=TEXT), Letters())
+    for _ in train(model, [packed] * 3, TrainConfig(steps=3, learning_rate=1e-2)):
+        pass
+    values = torch.stack([p.value.detach() for p in prefixes(model)])
+    assert (values - values[:, :, :1]).abs().max() > 1e-3
+
+
+def test_peft_leaves_a_prefix_out_in_silence_where_the_task_is_not_named(decoder, peer, ids, apart, tmp_path):
+    model = decoder("llama")
+    base = peer(model)
+    with torch.no_grad():
+        untouched = base(ids).logits
+        add_adapter(model, PrefixConfig(5, text=TEXT), Letters())
+        save_adapter(model, tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        named = json.loads(file.read_text())
+        assert named["task_type"] == "CAUSAL_LM"  # so we name it
+        file.write_text(json.dumps(named | {"task_type": None}))
+        assert apart(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits, untouched) < 1e-6
+        remove_adapter(model)
+        load_adapter(model, tmp_path / "adapter")  # and do not need it
+        assert apart(model(ids), untouched) > 0.1
 
 
 def test_peft_refuses_a_gated_prefix(decoder, peer, tmp_path):
