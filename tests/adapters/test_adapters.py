@@ -107,7 +107,7 @@ def test_everything_trainable_moves_after_an_evaluation_pass_and_nothing_else(mo
     assert moved == trainable
 
 
-@pytest.mark.parametrize("config", [*LINEARS.values(), FullConfig()], ids=[*LINEARS, "full"])
+@pytest.mark.parametrize("config", EVERY.values(), ids=list(EVERY))
 def test_remove_leaves_no_trace(model, ids, stir, config):
     before, shown, held = state(model), repr(model), dict(model.named_parameters())
     kinds = [type(m) for m in model.modules()]

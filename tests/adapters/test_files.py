@@ -76,6 +76,12 @@ def cases(kind):
             peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
             PrefixConfig(4, init="peft", windowed=True),
         ),
+        "prefix projected": (
+            peft.PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=24
+            ),
+            PrefixConfig(4, init="peft", reparam=24, windowed=True),
+        ),
         "prompt": (
             peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
             PromptConfig(4, init="normal", windowed=True),
