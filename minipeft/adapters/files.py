@@ -234,7 +234,7 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], 
 def config_from(given: Mapping[str, Any], model_type: str) -> Any:
     """adapter_config.json -> our config; refuses what is not implemented, and keys that are not PEFT's."""
     kind = given.get("peft_type")
-    if kind not in PEFT_TYPES:
+    if not isinstance(kind, str) or kind not in PEFT_TYPES:
         raise InputError(f"{kind!r} is not supported ({', '.join(PEFT_TYPES)})", where="peft_type")
     method = PEFT_TYPES[kind]
     for key, value in given.items():
