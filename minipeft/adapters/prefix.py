@@ -57,6 +57,7 @@ class PrefixConfig:
 
     def __post_init__(self) -> None:
         check_learned(self.length, self.init, INITS, self.reparam)
+        check_booleans(self, ("gate", "freeze_first", "windowed"))
         if self.freeze_first and self.length < 2:
             raise InputError("leaves nothing to train of a single column", where="freeze_first")
         if self.gate and self.windowed:
@@ -68,8 +69,15 @@ def check_learned(length: int, init: str, known: tuple[str, ...], reparam: int |
     for name, number in (("length", length), ("reparam", 1 if reparam is None else reparam)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"{number!r} must be an integer >= 1", where=name)
-    if init not in known:
+    if not isinstance(init, str) or init not in known:
         raise InputError(f"{init!r} is not known ({', '.join(known)})", where="init")
+
+
+def check_booleans(config: object, names: tuple[str, ...]) -> None:
+    """Refuse a switch that is not true or false: "no" would count as true."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise InputError(f"{getattr(config, name)!r} must be true or false", where=name)
 
 
 class Prefix(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.lora import keep_float32
-from minipeft.adapters.prefix import TASK_LINE, Encoder, check_learned, check_room, empty_slot, text_ids
+from minipeft.adapters.prefix import TASK_LINE, Encoder, check_booleans, check_learned, check_room, empty_slot, text_ids
 from minipeft.adapters.reparam import Reparam, make_trunk
 from minipeft.models import Decoder
 
@@ -37,6 +37,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         check_learned(self.length, self.init, INITS, self.reparam)
+        check_booleans(self, ("windowed",))
 
 
 class Prompt(nn.Module):

@@ -391,6 +391,7 @@ def test_peft_refuses_a_gated_prefix(decoder, peer, tmp_path):
     [
         ({"length": 0}, "length: 0 must be an integer >= 1"),
         ({"length": True}, "length: True must be an integer >= 1"),
+        ({"gate": "no"}, "gate: 'no' must be true or false"),
         ({"reparam": 0}, "reparam: 0 must be an integer >= 1"),
         ({"init": "zero"}, r"init: 'zero' is not known \(text, normal, peft\)"),
         ({"length": 1, "freeze_first": True}, "freeze_first: leaves nothing to train of a single column"),

@@ -152,6 +152,7 @@ def test_peft_gets_left_padding_wrong(both, ids):
     ("change", "said"),
     [
         ({"length": 0}, "length: 0 must be an integer >= 1"),
+        ({"windowed": 1}, "windowed: 1 must be true or false"),
         ({"reparam": 1.5}, "reparam: 1.5 must be an integer >= 1"),
         ({"init": "peft"}, r"init: 'peft' is not known \(text, vocab, normal\)"),
     ],
