@@ -37,7 +37,7 @@ def main() -> None:
         f"--dtype {options.dtype}",
         "model": Path(options.model).name, "data_sha256": pairs.sha256, "train_pairs": len(data.train),
         "dev_pairs": len(data.dev), "base_dtype": options.dtype, "torch": torch.__version__, "threads": 1,
-        "base": experiment.base_row(model, data),
+        "base": experiment.base_row(model, data, options.out),
     }  # fmt: skip
     print(f"base {about['base']}", flush=True)
     cells = experiment.grid() if options.part == "grid" else experiment.long_runs()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from minipeft.adapters import AdapterConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, remove_adapter
+from minipeft.adapters.own import columns_of
 from minipeft.data.packing import Batch, Batches, ordered, pack, rows_of_one
 from minipeft.data.pairs import Pairs, encode_pairs, split_by_question
 from minipeft.data.tokens import Tokenizer
@@ -33,6 +34,7 @@ from minipeft.training.movement import Movement
 
 RATES = (2e-4, 1e-3, 5e-3, 3e-2)
 WIDTH = 512  # of the network, as Li & Liang's
+BASE = "base.json"
 HELD_OUT = 100  # pairs of the training file, by question, for the development loss
 
 
@@ -174,7 +176,7 @@ def run_cell(model: Decoder, data: Data, cell: Cell, starts: dict[object, float]
         start = (cell.method, cell.init, cell.reparam, cell.seed)
         if start not in starts:
             starts[start] = data.dev_loss(model)[0]
-        movement = Movement.start(model)
+        movement, columns = Movement.start(model), learned_columns(model)
         batches = data.batches(cell, model.learned, model.config.context)
         began, losses, tokens = time.perf_counter(), [], 0
         for step in train(model, batches, cell.training()):
@@ -192,11 +194,17 @@ def run_cell(model: Decoder, data: Data, cell: Cell, starts: dict[object, float]
             "dev_loss_response": response,
             "train_loss_last": sum(losses[-10:]) / len(losses[-10:]),
             "adapter_movement": movement.measure(model, cell.training()).as_json(),
+            "columns_moved": None if columns is None else (columns_of(model) - columns).abs().max().item(),
             "train_seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / seconds, 1),
         }
     finally:
         remove_adapter(model)
+
+
+def learned_columns(model: Decoder) -> torch.Tensor | None:
+    """The columns of a prefix or prompt, whatever makes them; None for LoRA."""
+    return columns_of(model) if model.learned else None
 
 
 def stored(model: Decoder, cell: Cell) -> int:
@@ -222,10 +230,12 @@ def run(model: Decoder, data: Data, cells: Sequence[Cell], folder: Path) -> Iter
         yield row
 
 
-def base_row(model: Decoder, data: Data) -> dict[str, object]:
-    """The untrained model, for comparison."""
-    loss, response = data.dev_loss(model)
-    return {"method": "none", "dev_loss": loss, "dev_loss_response": response}
+def base_row(model: Decoder, data: Data, folder: Path) -> dict[str, object]:
+    """The untrained model, for comparison; measured once."""
+    if not (folder / BASE).exists():
+        loss, response = data.dev_loss(model)
+        write_json(folder / BASE, {"method": "none", "dev_loss": loss, "dev_loss_response": response})
+    return read_object(folder / BASE)
 
 
 def collect(folder: Path, about: dict[str, object]) -> dict[str, Any]:
@@ -260,12 +270,12 @@ def as_markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {init}{' + MLP' if network else ''} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| all, best first | steps | seed | loss | response | stored | moved by |",
+        "| all, best first | steps | seed | loss | response | stored | columns moved by |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         what = " ".join(str(part) for part in (row["method"], row["init"], "+ MLP" if row["reparam"] else "") if part)
-        moved = f"{row['adapter_movement']['largest']:.2g}"
+        moved = "" if row["columns_moved"] is None else f"{row['columns_moved']:.2g}"
         numbers = f"{row['dev_loss']:.3f} | {row['dev_loss_response']:.3f} | {row['stored']:,} | {moved}"
         lines.append(f"| {what} at {row['learning_rate']:g} | {row['steps']} | {row['seed']} | {numbers} |")
     return "\n".join([*lines, "", f"`{about['command']}`", ""])

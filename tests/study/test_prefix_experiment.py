@@ -96,11 +96,18 @@ def test_cells_are_run_once_and_leave_the_model_plain(model, data, tmp_path, mon
     assert any(w.startswith("dead adapter") for w in noise["adapter_movement"]["warnings"])
     assert noise["adapter_movement"]["largest"] <= 1.5 * noise["adapter_movement"]["budget"]
     assert not any(w.startswith("dead adapter") for w in text["adapter_movement"]["warnings"])
+    for row in (noise, text):  # of a plain table the columns are what is trained
+        assert row["columns_moved"] == pytest.approx(row["adapter_movement"]["largest"])
+    assert network["columns_moved"] > 2 * network["adapter_movement"]["largest"]
+    assert lora["columns_moved"] is None
     c = model.config
     assert text["stored"] == network["stored"] == text["trainable"] == 20 * c.layers * 2 * c.kv_heads * c.head_width
     assert network["trainable"] > network["stored"]
     assert (prompt["stored"], lora["stored"]) == (20 * c.width, lora["trainable"])
-    about = {"command": "c", "model": "m", "dev_pairs": 8, "base": {"dev_loss": 1.0}}
+    base = experiment.base_row(model, data, tmp_path)
+    assert base["dev_loss"] == data.dev_loss(model)[0]
+    assert experiment.base_row(None, None, tmp_path) == base  # measured once
+    about = {"command": "c", "model": "m", "dev_pairs": 8, "base": base}
     results = experiment.collect(tmp_path, about)
     assert [row["dev_loss"] for row in results["cells"]] == sorted(row["dev_loss"] for row in again)
     said = experiment.as_markdown(results)
