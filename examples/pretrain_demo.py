@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="the peak (default: %(default)s)")
     parser.add_argument("--files", type=int, help="read only the first so many files")
     sizes = {"vocab": 4096, "width": 256, "layers": 4, "heads": 4, "length": 512}
-    for name, default in {**sizes, "rows": 4, "steps": 4200, "save_every": 100, "seed": 0}.items():
+    for name, default in {**sizes, "rows": 4, "steps": 2500, "save_every": 100, "seed": 0}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="(default: %(default)s)")
     a = parser.parse_args()
     torch.set_num_threads(1)
