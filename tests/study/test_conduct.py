@@ -1,0 +1,195 @@
+"""A whole study: what it leaves on disk, what it does not do again, what does not end it, and what it refuses."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minipeft.cli import main
+from minipeft.data.pairs import load_pairs
+from minipeft.errors import InputError
+from minipeft.study import conduct
+from minipeft.study.conduct import feasible, first_line, load_data
+
+FIELDS = [
+    "model", "method", "recipe", "seed", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
+    "bleu", "codebleu", "codebleu_compat", "exact_match", "chrf", "valid_python", "empty", "repeated", "hit_limit",
+    "peak_memory_bytes", "train_seconds", "tokens_per_second", "dev_loss", "adapter_movement",
+]  # fmt: skip
+
+
+def line(out: Path, model: Path, pairs: Path, *more: str) -> list[str]:
+    return ["study", "--model", str(model), "--data", str(pairs), "--out", str(out), "--threads", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model, broken, pairs) -> tuple[Path, list[str], int]:
+    """A study of a sound and a broken model, each cell in its own process."""
+    out = tmp_path_factory.mktemp("studies") / "study"
+    words = ["study", "--model", str(model), str(broken), "--data", str(pairs), "--out", str(out), "--threads", "1",
+             "--method", "prompt", "--steps", "2"]  # fmt: skip
+    return out, words, main(words)
+
+
+def test_what_a_study_leaves(finished, pairs):
+    out, _, status = finished
+    assert status == 2  # the broken model's cells failed
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].startswith("minipeft study --model ")
+    assert results["data"] == {"source": str(pairs), "pairs": 4, "questions": 4}
+    rows = {row["cell"]: row for row in results["cells"]}
+    row = rows["stories260K--prompt--seed0"]
+    assert set(FIELDS) <= row.keys()
+    assert (row["method"], row["steps"], row["init"], row["learning_rate"]) == ("prompt", 2, "text", 3e-2)
+    assert row["trainable"] == 20 * 64
+    assert row["adapter_movement"]["steps"] == 2
+    assert any("few" in flag for flag in row["flags"])
+    assert row["bleu_interval"][0] <= row["bleu"] <= row["bleu_interval"][1]
+    assert row["difference"].keys() == {"value", "low", "high", "p_value"}
+    assert rows["stories260K--zero-shot--seed0"]["difference"] is None
+    assert rows["empty-answer"]["codebleu"] == 0
+    assert rows["empty-answer"]["codebleu_compat"] == pytest.approx(0.25)
+    folder = out / "cells" / "stories260K--prompt--seed0"
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 4
+    assert "trainable" in (folder / "log.txt").read_text()
+
+
+def test_a_cell_that_fails_is_shown_and_ends_nothing(finished):
+    out, _, _ = finished
+    rows = {row["cell"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
+    for name in ("broken--zero-shot--seed0", "broken--prompt--seed0"):
+        assert "model.safetensors" in rows[name]["error"]
+        assert "bleu" not in rows[name]
+    for report in ("report.md", "report.html"):
+        assert "data incomplete" in (out / report).read_text()
+
+
+def test_the_same_line_again_does_nothing_again(finished, monkeypatch, capsys):
+    out, words, _ = finished
+    before, ran = json.loads((out / "results.json").read_text()), []
+    monkeypatch.setattr(conduct, "apart", lambda out, cell, *rest: ran.append(cell.name) or "not run")
+    assert main(words) == 2
+    assert ran == ["broken--zero-shot--seed0", "broken--prompt--seed0"]  # what failed is tried again
+    after = json.loads((out / "results.json").read_text())
+    sound = lambda results: [row for row in results["cells"] if row["error"] is None]
+    assert sound(after) == sound(before)
+    assert "stories260K prompt" in capsys.readouterr().out
+
+
+def test_seeds_and_a_study_that_grows(inside, tmp_path, model, pairs, capsys):
+    words = line(tmp_path / "s", model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2")
+    assert main(words) == 0
+    assert main([*words, "--seeds", "2", "--json"]) == 0
+    assert inside == [
+        "stories260K--zero-shot--seed0", "stories260K--prompt--seed0",
+        "stories260K--zero-shot--seed1", "stories260K--prompt--seed1",
+    ]  # fmt: skip
+    shown = capsys.readouterr().out
+    results = json.loads(shown[shown.index("{") :])
+    group = next(group for group in results["groups"] if group["method"] == "prompt")
+    scores = [row["bleu"] for row in results["cells"] if row["method"] == "prompt"]
+    assert group["seeds"] == [0, 1]
+    assert group["bleu"] == pytest.approx(sum(scores) / 2)
+    assert group["bleu_sd"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+
+
+def test_ctrl_c_then_the_same_line(tmp_path, model, pairs):
+    out, steps = tmp_path / "s", 25
+    words = line(out, model, pairs, "--method", "lora", "--steps", str(steps), "--limit", "2")
+    log = out / "cells" / "stories260K--lora--seed0" / "run" / "log.jsonl"
+    started = subprocess.Popen([sys.executable, "-m", "minipeft", *words], stderr=subprocess.PIPE, text=True)
+    until(lambda: log.exists() and log.read_text().count("\n") > 3)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=300)
+    assert started.returncode == 130
+    assert "the same line goes on" in said
+    assert not (out / "results.json").exists()
+    stopped_at = log.read_text().count("\n") - 1
+    assert 3 <= stopped_at < steps
+    assert not running(out)
+    begun = sorted(os.listdir(log.parent / "checkpoints"))
+    assert f"step-{stopped_at:06d}" in begun
+    done = subprocess.run([sys.executable, "-m", "minipeft", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(entry)["step"] for entry in log.read_text().splitlines()] == list(range(steps + 1))
+    row = json.loads((log.parents[1] / "result.json").read_text())
+    assert row["resumed_at"] == stopped_at
+    assert not (log.parent / "checkpoints").exists()
+
+
+def until(claim, seconds: float = 300.0) -> None:
+    """Wait until the claim holds."""
+    end = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def running(out: Path) -> list[str]:
+    """The command lines of processes that work on this study."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(file.read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+    return [text for text in found if str(out) in text]
+
+
+def test_what_is_refused(inside, tmp_path, model, pairs, capsys):
+    def refused(words, text):
+        assert main(words) == 2
+        assert text in capsys.readouterr().err
+
+    out = tmp_path / "s"
+    words = line(out, model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2")
+    assert main(words) == 0
+    refused([*words, "--steps", "2"], "was made with other settings (steps)")
+    refused([*words, "--limit", "3"], "holds a study of other data or other questions")
+    refused([*words, "--data", "demo"], "holds a study of other data")
+    with open(out / "study.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(words, "is in use by another study")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    refused([*words, "--out", str(tmp_path / "other")], "holds something else than a study")
+    assert os.listdir(tmp_path / "other") == ["thesis.tex"]
+    refused([*words, "--out", str(pairs)], "is a file")
+    refused([*words, "--model", "./nope", "--out", str(tmp_path / "new")], "nope: no such folder")
+    refused([*words, "--seeds", "0"], "seeds: 0 must be >= 1")
+    refused([*words, "--model", str(model), str(model)], "model: names one thing twice")
+    assert not (tmp_path / "new").exists()
+    for wrong in (["--preset", "nope"], ["--method", "nope"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, *wrong])
+        assert stopped.value.code == 2
+
+
+def test_data_of_one_file_is_split_by_question(tmp_path, pairs):
+    train, test = load_data(str(pairs), None)
+    assert (len(train), len(test)) == (16, 4)
+    assert not {pair.question_id for pair in train} & {pair.question_id for pair in test}
+    rows = [{"intent": f"a {n}", "snippet": "b", "question_id": n // 4} for n in range(12)]
+    file = tmp_path / "four.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [feasible(load_pairs(file), wanted) for wanted in (3, 4, 7, 11)] == [0, 4, 4, 8]
+    with pytest.raises(InputError, match="too few"):
+        load_data(str(file), None)
+
+
+def test_the_demo_has_its_own_split():
+    train, test = load_data("demo", 10)
+    assert len(test) == 10
+    assert not {pair.question_id for pair in train} & {pair.question_id for pair in load_data("demo", None)[1]}
+
+
+def test_first_line():
+    assert first_line("\n\nx = 1\ny = 2\n") == "x = 1"
+    assert first_line("") == ""
