@@ -11,13 +11,16 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.files import load_adapter, save_adapter
 from minipeft.adapters.lora import lora_layers
+from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import save_model
+from minipeft.training.loop import TrainConfig, train
 
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", module="peft")
@@ -218,6 +221,33 @@ def test_dora_trains_as_pefts(pair, ids, stir, apart):
     for path, layer in lora_layers(model).items():
         for name, tensor in tensors(twins[path]).items():
             assert apart(getattr(layer, name).grad, tensor.grad) <= 2e-4, (path, name)
+
+
+def test_lora_plus_trains_as_pefts(pair, family, ids):
+    model, peer = pair
+    add_adapter(model, LoRAConfig(4, 12.0))
+    theirs = peft.get_peft_model(peer, cases(kind_of(family))["all-linear"][0])
+    modules = dict(theirs.named_modules())
+    twins = {path: modules[f"base_model.model.{path}"] for path in lora_layers(model)}
+    with torch.no_grad():
+        for path, layer in lora_layers(model).items():
+            twins[path].lora_A["default"].weight.copy_(layer.lora_A)
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.0
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(ids, labels=ids).loss.backward()
+        optimizer.step()
+    batch = Batch(ids, torch.cat([torch.full((2, 1), -100), ids[:, 1:]], dim=1), torch.zeros_like(ids))
+    settings = TrainConfig(
+        3, learning_rate=1e-3, warmup=0, decay="constant", beta2=0.999, clip=1e9, rates={"lora_B": 8.0}
+    )
+    assert [step.number for step in train(model, [batch] * 3, settings)] == [1, 2, 3]
+    for path, layer in lora_layers(model).items():
+        torch.testing.assert_close(layer.lora_A, twins[path].lora_A["default"].weight, rtol=0, atol=2e-5)
+        torch.testing.assert_close(layer.lora_B, twins[path].lora_B["default"].weight, rtol=0, atol=2e-4)
+        assert layer.lora_B.abs().max() > 0.01
 
 
 # What is wrong with a folder. Each entry: how a sound folder of PEFT's is spoilt, and what the error has to say.
