@@ -331,7 +331,7 @@ BAD = {
     "pattern alpha": ({"alpha_pattern": {"q": "1"}}, "alpha_pattern 'q': '1' must be"),
     "rslora": ({"rslora": 1}, "rslora: 1 must be true or false"),
     "init": ({"init": "olora"}, "init: 'olora' is not known (uniform, gaussian, pissa)"),
-    "path": ({"path": "fast"}, "path: 'fast' is not known (auto, reference, hybrid, "),
+    "path": ({"path": "fast"}, "path: 'fast' is not known (auto, reference, "),
     "both": ({"dora": True, "init": "pissa"}, "dora and pissa cannot be combined"),
     "dora with bias": ({"dora": True, "lora_bias": True}, "dora and lora_bias cannot be combined"),
 }
