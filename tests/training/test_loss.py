@@ -1,0 +1,102 @@
+"""The chunked loss against float64 autograd and torch's own, whatever the chunk; what is no target has no say."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.training import loss as module
+from minipeft.training.loss import IGNORED, count_targets, cross_entropy
+
+
+def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [2, 9, 8], a head [31, 8] and labels [2, 9] of which a third are no targets."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 8, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(31, 8, generator=draw).to(dtype).requires_grad_()
+    labels = torch.randint(0, 31, (2, 9), generator=draw)
+    return hidden, weight, labels.masked_fill(torch.rand(2, 9, generator=draw) < 0.3, IGNORED)
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The equation as it stands: hidden t is held against label t + 1."""
+    logits = hidden[:, :-1] @ weight.T
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 100, 2**24])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_value_and_gradients(chunk: int, trains_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    hidden, weight, labels = given()
+    weight.requires_grad_(trains_head)
+    loss = cross_entropy(hidden, weight, labels)
+    (loss / 7).backward()
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = plain(*exact, labels)
+    (want / 7).backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert torch.allclose(hidden.grad.double(), exact[0].grad, rtol=0, atol=1e-6)  # gradients are of the order of 1
+    assert (weight.grad is not None) == trains_head
+    if trains_head:
+        assert torch.allclose(weight.grad.double(), exact[1].grad, rtol=0, atol=1e-6)
+    assert torch.allclose(loss, plain(hidden, weight, labels), rtol=1e-6)
+
+
+def test_bfloat16_is_as_near_as_its_rounding() -> None:
+    hidden, weight, labels = given(torch.bfloat16)
+    loss = cross_entropy(hidden, weight, labels)
+    loss.backward()
+    want = plain(hidden.detach().double(), weight.detach().double(), labels)
+    assert loss.dtype == torch.float32
+    assert hidden.grad.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(want.item(), rel=2**-8)
+
+
+def test_gradcheck() -> None:
+    """Against finite differences; in float64 what is not in float32 is the loss itself, to 1e-6."""
+    hidden, weight, labels = given(torch.float64)
+    step = 1e-3
+    cross_entropy(hidden, weight, labels).backward()
+    for tensor in (hidden, weight):
+        for at in range(0, tensor.numel(), 11):
+            moved = []
+            for sign in (1, -1):
+                other = tensor.detach().clone()
+                other.view(-1)[at] += sign * step
+                pair = (other, weight.detach()) if tensor is hidden else (hidden.detach(), other)
+                moved.append(plain(*pair, labels).item())
+            assert tensor.grad.view(-1)[at].item() == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-4)
+
+
+def test_what_is_no_target_has_no_say() -> None:
+    hidden, weight, labels = given()
+    labels[:, 0] = 5  # comes first: predicted from nothing
+    silent = labels[:, 1:] == IGNORED
+    loss = cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert count_targets(labels) == int((~silent).sum())
+    assert not hidden.grad[:, :-1][silent].any()
+    assert not hidden.grad[:, -1].any()
+    labels[:, 0] = 6
+    assert cross_entropy(hidden, weight, labels).item() == loss.item()
+
+
+def test_without_a_target_the_loss_is_zero() -> None:
+    hidden, weight, labels = given()
+    loss = cross_entropy(hidden, weight, torch.full_like(labels, IGNORED))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one product of the pass has more logits than a chunk may have."""
+    seen: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 62)
+    monkeypatch.setattr(module.F, "linear", lambda h, w: (seen.append(h.shape[0] * w.shape[0]), linear(h, w))[1])
+    hidden, weight, labels = given()
+    cross_entropy(hidden, weight, labels)
+    assert max(seen) <= 62
+    assert sum(seen) == 31 * count_targets(labels)
