@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, on the model and the pairs that come along; its commands exist; its links lead."""
+"""The README's example runs as it stands, on the demo's model and pairs; its commands exist; its links lead."""
 
 import re
 import subprocess
