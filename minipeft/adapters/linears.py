@@ -125,6 +125,8 @@ def matching(pattern: str, paths: Sequence[str], where: str, ending: bool = Fals
     except subprocess.TimeoutExpired as error:
         hint = "Avoid repeated groups that contain repetitions"
         raise InputError(f"{pattern!r} took longer than {DEADLINE} s to match", where=where, hint=hint) from error
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{pattern!r} cannot be matched: {error.stderr.strip()[-200:]}", where=where) from error
     found: list[str] = json.loads(tried.stdout)
     return found
 
