@@ -1,0 +1,201 @@
+"""The commands as a person meets them: help with an example, one line for an error, JSON for programs, going on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minipeft import answering, cli, tuning
+from minipeft.generation import Answer
+from tests.small import write_pairs, write_small_model
+
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command in this process: its status, standard output and standard error."""
+
+    def call(*arguments: object) -> Ran:
+        capsys.readouterr()
+        try:
+            status: Any = cli.main([str(part) for part in arguments])
+        except SystemExit as left:
+            status = left.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, pairs, and a run that trained it for two steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_small_model(folder / "model", layers=1)
+    write_pairs(folder / "pairs.jsonl", 8)
+    return folder
+
+
+def train(folder: Path, *more: object, out: str = "out") -> list[object]:
+    return ["train", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", folder / out, "--steps", 2,
+            "--length", 64, "--held-out", 2, "--rank", 2, *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+        assert cli.main([str(part) for part in train(folder, out="tuned")]) == 0
+    return folder / "tuned/adapter"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> None:
+    import shlex
+
+    status, out, _ = run(name, "--help")
+    assert status == 0
+    example = out.split("example:")[1].strip().splitlines()[0]
+    assert example.startswith(f"minipeft {name} ")
+    assert cli.make_parser().parse_args(shlex.split(example)[1:]).run
+    for line in out.splitlines():
+        assert not line.strip().endswith("(default None)"), line
+
+
+def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
+    from dataclasses import fields
+
+    assert {field.name for field in fields(tuning.TuneConfig)} <= set(cli.TRAIN_HELP)
+
+
+def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:
+    status, out, err = run(*train(folder))
+    assert status == 0
+    assert out.startswith(f"{folder}/out/adapter: 2 steps, loss ")
+    assert len(out.splitlines()) == 1
+    assert "trainable  " in err
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        ".lock", "adapter", "checkpoints", "log.jsonl", "result.json", "run.json", "timing.json"]  # fmt: skip
+    again = run(*train(folder))
+    assert again[0] == 2
+    assert again[2].count("\n") == 1
+    assert again[2].startswith(f"error: {folder}/out: is not empty (")
+    status, out, err = run(*train(folder, "--resume", "--json"))
+    assert (status, json.loads(out)["steps"]) == (0, 2)
+    assert "0 steps to do" in err
+
+
+def test_full_tuning_leaves_a_model_that_answers(folder: Path, run: Callable[..., Ran]) -> None:
+    status, out, _ = run(*train(folder, "--method", "full", out="full"))
+    assert (status, out.split(":")[0]) == (0, f"{folder}/full/model")
+    assert run("generate", "--model", folder / "full/model", "--max-new-tokens", 3, "add 1")[0] == 0
+
+
+def test_generate_answers_prompts(folder: Path, adapter: Path, run: Callable[..., Ran]) -> None:
+    given = ["generate", "--model", folder / "model", "--max-new-tokens", 4, "--temperature", 0]
+    status, plain, _ = run(*given, "add 1", "--raw")
+    assert status == 0
+    status, tuned, _ = run(*given, "--adapter", adapter, "add 1", "--raw")
+    merged = run(*given, "--adapter", adapter, "--merge", "add 1", "--raw")
+    assert (status, tuned) == merged[:2]
+    assert plain
+
+
+def test_a_data_set_is_answered_and_scored(
+    folder: Path, adapter: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    given = ["generate", "--model", folder / "model", "--adapter", adapter, "--max-new-tokens", 4, "--data",
+             folder / "pairs.jsonl", "--out", out, "--batch", 3]  # fmt: skip
+    assert run(*given)[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["reference"] for row in rows] == [f"x += {n}" for n in range(8)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl"]
+    assert "exists already" in run(*given)[2]
+    status, said, _ = run("score", out, "--json")
+    assert status == 0
+    assert json.loads(said)["pairs"] == 8
+    assert "CodeBLEU" in run("score", out)[1]
+
+
+def test_answering_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, run: Callable[..., Ran],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def given(out: Path, *more: object) -> list[object]:
+        return ["generate", "--model", folder / "model", "--max-new-tokens", 4, "--data", folder / "pairs.jsonl",
+                "--out", out, "--batch", 2, *more]  # fmt: skip
+
+    assert run(*given(tmp_path / "whole.jsonl"))[0] == 0
+    plain, made = answering.answer, []
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        for answer in plain(*arguments, **named):
+            if len(made) == 5:
+                raise KeyboardInterrupt
+            made.append(answer)
+            yield answer
+
+    monkeypatch.setattr(answering, "answer", interrupted)
+    out = tmp_path / "part.jsonl"
+    assert run(*given(out))[0] == 130
+    monkeypatch.undo()
+    assert not out.exists()
+    part = tmp_path / "part.jsonl.part"
+    part.write_bytes(part.read_bytes() + b'{"index": 6, "predic')  # a line that was cut
+    status, _, err = run(*given(out, "--seed", "3"))
+    assert status == 2
+    assert f"{part}: was begun with other settings" in err
+    seen: list[Answer] = []
+    monkeypatch.setattr(answering, "answer", lambda *a, **n: (seen.append(x) or x for x in plain(*a, **n)))
+    assert run(*given(out))[0] == 0
+    assert len(seen) == 3, "what had been answered is not answered again"
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+def test_an_error_leaves_nothing_half_written(folder: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    status, out, err = run(*train(folder, "--model", tmp_path / "model", "--out", tmp_path / "out"))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {weights}: data incomplete")
+    assert not (tmp_path / "out/adapter").exists()
+    assert not list(tmp_path.glob("out/.probe*"))
+
+
+def test_nobody_reads_the_output(folder: Path, tmp_path: Path) -> None:
+    """`minipeft train ... 2>&1 | true`: the run goes to its end all the same, with status 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "minipeft", *map(str, train(folder, "--out", tmp_path / "out"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, stdout=writer, stderr=writer, env=environment)
+    os.close(writer)
+    assert ran.returncode == 0
+    assert (tmp_path / "out/result.json").exists()
+
+
+def test_the_locale_does_not_matter(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    """With LANG=C a text that is not ASCII is read and written as UTF-8."""
+    row = {"intent": "größe → 1", "snippet": "größe = '→'", "question_id": 1}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "minipeft", "generate", "--model", str(folder / "model"), "--max-new-tokens", "2",
+               "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "a.jsonl")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}
+    ran = subprocess.run(command, capture_output=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["reference"] == row["snippet"]
