@@ -4,7 +4,8 @@ The package (0.4.0 to 0.7.0) reads Python's own token stream and drops comments,
 line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines go,
 and a text that has no token stream (an open bracket, a wrong dedent) stays as it is. `drop_as_package` does all this.
 
-`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines.
+`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines (as the package does; no part of
+a score sees those, but the two texts are the same more often, and then analysed once).
 """
 
 import io
@@ -20,12 +21,12 @@ from minipeft.metrics.grammar import find
 # far as it matters here: plain text (names, numbers, operators, brackets) is one token as long as it lasts. A line
 # costs time in its length, where tokenize.py takes its square for a million blanks before a `$`.
 BREAKABLE = re.compile(r"[#'\"\\\t\f\r]")  # what the package may drop or change
-# What drop_truly looks for in a tree: a query of tree-sitter, "." for "first" or "nothing between".
+# What drop_truly looks for in a tree, as a query of tree-sitter.
 NOTES = """
 (comment) @comment
-(module . (comment)* . (expression_statement . [(string) (concatenated_string)] @docstring .))
-([(class_definition) (function_definition)]
-  body: (block . (comment)* . (expression_statement . [(string) (concatenated_string)] @docstring .)))
+(module) @body
+(class_definition body: (block) @body)
+(function_definition body: (block) @body)
 """
 QUOTE = re.compile(r"['\"]")
 BODY = re.compile(r"\A\W*[rRuU]?['\"]|\b(?:def|class)\b")
@@ -105,7 +106,8 @@ def drop_truly(code: str) -> str:
 def _cut_notes(code: str) -> str:
     data = code.encode("utf-8", "replace")
     found = find(NOTES, data)
-    notes = [*found.get("comment", ()), *filter(_is_docstring, found.get("docstring", ()))]
+    docstrings = (_docstring(body) for body in found.get("body", ()))
+    notes = [*found.get("comment", ()), *(string for string in docstrings if string is not None)]
     pieces, place = [], 0
     for note in sorted(notes, key=lambda node: node.start_byte):
         pieces.append(data[place : note.start_byte])
@@ -113,20 +115,26 @@ def _cut_notes(code: str) -> str:
     return b"".join([*pieces, data[place:]]).decode("utf-8", "replace")
 
 
-def _is_docstring(string: tree_sitter.Node) -> bool:
-    """Whether a string, all of a body's first statement, is text (not bytes, no f-string), and alone on its line."""
+def _docstring(body: tree_sitter.Node) -> tree_sitter.Node | None:
+    """The string that is all of a body's first statement: text (not bytes, no f-string), and alone on its line."""
+    first = next((child for child in body.children if child.type != "comment"), None)
+    if first is None or first.type != "expression_statement" or len(first.children) != 1:
+        return None
+    string = first.children[0]
     parts = string.named_children if string.type == "concatenated_string" else [string]
-    starts = [part.children[0].text or b"" for part in parts if part.type == "string" and part.children]
-    statement = string.parent
-    assert statement is not None
-    if any(set(start.lower()) & set(b"bf") for start in starts):
-        return False
-    after = statement.next_sibling
-    if statement.parent is not None and statement.parent.type == "module":
-        while after is not None and after.type == "comment":
-            after = after.next_sibling
-        return after is not None and after.type != ";"
-    return after is None or after.type != ";"
+    if not all(part.type == "string" and not _prefix(part) & set(b"bf") for part in parts):
+        return None
+    after = first.next_sibling
+    while body.type == "module" and after is not None and after.type == "comment":
+        after = after.next_sibling
+    if after is None:
+        return string if body.type == "block" else None
+    return None if after.type == ";" else string
+
+
+def _prefix(string: tree_sitter.Node) -> set[int]:
+    """The letters (and quotes) that a string starts with."""
+    return set((string.children[0].text or b"").lower()) if string.children else set()
 
 
 def _tokens(code: str) -> Iterator[Token]:

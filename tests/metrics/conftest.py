@@ -1,8 +1,12 @@
-"""The codebleu package 0.7.0 as a judge of our CodeBLEU, with the two repairs that make it repeatable."""
+"""What the metrics' tests share: texts, and the codebleu package 0.7.0 as a judge, with two repairs."""
 
+import json
 import os
+import random
+import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +46,33 @@ def package() -> Callable[..., dict[str, float]]:
     dataflow_match.index_to_code_token = cut_by_bytes
     dataflow_match.logging.warning = lambda *_: None
     return codebleu.calc_codebleu
+
+
+@pytest.fixture(scope="session")
+def snippets() -> list[str]:
+    """Texts of our own: one-liners, blocks, tabs, CRLF, not ASCII, Python 2, broken, no code at all."""
+    return json.loads((Path(__file__).parent / "snippets.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def mutate() -> Callable[[str, random.Random], str]:
+    """A text with 1 to 4 of its tokens deleted, doubled, exchanged, or something put between them."""
+    pieces = ["(", ")", "[", "]", ":", "=", ",", ".", "if ", "else:", "for ", " in ", "x", "\n", "\n    ", "\t", "\r\n"]
+    pieces += ["\f", "\\\n", "\\", "$", "?", "#", "'", '"', "'''", '"""', "é", "\0", "lambda ", "def f(", "f'{x}'", ";"]
+
+    def change(text: str, random: random.Random) -> str:
+        tokens = re.findall(r"\w+|\s+|[^\w\s]", text)
+        for _ in range(random.randint(1, 4)):
+            place = random.randrange(len(tokens) + 1)
+            action = random.randrange(4)
+            if action == 0:
+                del tokens[place : place + 1]
+            elif action == 1:
+                tokens.insert(place, random.choice(pieces))
+            elif action == 2 and tokens:
+                tokens.insert(place, random.choice(tokens))
+            elif tokens[place + 1 :]:
+                tokens[place], tokens[place + 1] = tokens[place + 1], tokens[place]
+        return "".join(tokens)
+
+    return change
