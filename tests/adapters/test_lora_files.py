@@ -1,0 +1,40 @@
+"""What stands in adapter_config.json, key by key; that PEFT reads it is shown in test_files.py."""
+
+import pytest
+
+from minipeft.adapters import LoRAConfig, add_adapter
+from minipeft.adapters.lora import lora_layers, plan
+from minipeft.adapters.lora_files import doubled, lora_config, lora_json, lora_shapes, lora_tensors
+
+CONFIG = LoRAConfig(3, 1.5, dropout=0.25, targets=["up_proj", "q_proj"], layers=(1, 2), rank_pattern={"q_proj": 5},
+                    alpha_pattern={"1.mlp.up_proj": 4.0}, rslora=True)  # fmt: skip
+
+
+def test_a_config_survives_its_json(decoder):
+    model = decoder("llama")
+    add_adapter(model, CONFIG)
+    given = lora_json(CONFIG, model)
+    assert given["target_modules"] == ["q_proj", "up_proj"]
+    assert (given["r"], given["lora_alpha"], given["alpha_pattern"]) == (3, 1.5, {"1.mlp.up_proj": 4})
+    again = lora_config(given)
+    assert plan(decoder("llama"), again) == plan(decoder("llama"), CONFIG)
+    assert (again.dropout, again.rslora, again.layers) == (0.25, True, (1, 2))
+
+
+def test_the_shapes_asked_for_are_those_written(decoder):
+    for config in (CONFIG, LoRAConfig(2, dora=True), LoRAConfig(2, lora_bias=True)):
+        model = decoder("llama")
+        wanted = lora_shapes(model, config)
+        add_adapter(model, config)
+        assert {name: tuple(t.shape) for name, t in lora_tensors(model).items()} == wanted
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_doubled_keeps_every_scale(decoder, rslora):
+    config = LoRAConfig(3, 7.0, rslora=rslora, init="pissa", rank_pattern={"q_proj": 5}, alpha_pattern={"q_proj": 2.0})
+    scales = []
+    for given in (config, doubled(config)):
+        model = decoder("llama")
+        add_adapter(model, given)
+        scales.append({path: layer.scale for path, layer in lora_layers(model).items()})
+    assert scales[0] == pytest.approx(scales[1], rel=1e-12)
