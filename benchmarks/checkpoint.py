@@ -1,0 +1,96 @@
+"""What a checkpoint costs: ours (synced, summed, retiring old ones) beside Hugging Face's Trainer, in the same run.
+
+    python benchmarks/checkpoint.py MODEL_FOLDER [--saves 20] [--out benchmarks/results/checkpoint.json]
+
+LoRA of rank 1 on every linear of the model. Both write a whole checkpoint each time: adapter, AdamW's moments and the
+state of the run; Trainer keeps its default of every one but is told to keep two, as ours. Trainer does not sync.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import measure, show_rows, write_rows
+
+from minipeft.adapters import LoRAConfig, add_adapter
+from minipeft.models.checkpoint import load_model
+from minipeft.training.loop import TrainState, trained
+from minipeft.training.runs import open_run
+
+
+def ours(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int, Callable[[], int]]:
+    """A function that saves as of a step, the number of trained numbers, and the size of a checkpoint."""
+    model = load_model(folder)
+    add_adapter(model, LoRAConfig(rank))
+    state = TrainState(model)
+    draw = torch.Generator().manual_seed(0)
+    for moments in (state.exp_avg, state.exp_avg_sq):
+        for tensor in moments.values():
+            tensor.uniform_(generator=draw)
+    run = open_run(out, {}, resume=False, overwrite=False)
+
+    def save(step: int) -> None:
+        state.step = step
+        run.save(model, state)
+
+    size = lambda: sum(file.stat().st_size for file in run.committed()[0].iterdir())
+    return save, sum(p.numel() for p in trained(model).values()), size
+
+
+def trainers(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int]:
+    """The same for transformers' Trainer with peft."""
+    import peft
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(output_dir=str(out), save_total_limit=2, report_to=[], use_cpu=True)
+    trainer: Any = Trainer(model=model, args=arguments)
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.rand_like(p)
+    trainer.optimizer.step()
+
+    def save(step: int) -> None:
+        trainer.state.global_step = step
+        trainer._save_checkpoint(model, None)
+
+    return save, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def counted(save: Callable[[int], None]) -> Callable[[], None]:
+    """A call without arguments that saves as of the next step."""
+    steps = itertools.count(1)
+    return lambda: save(next(steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--saves", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/checkpoint.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=".") as work:
+        save, numbers, size = ours(options.model, Path(work, "ours"), options.rank)
+        peer, theirs = trainers(options.model, Path(work, "peer"), options.rank)
+        assert numbers == theirs, (numbers, theirs)
+        both = {"transformers": counted(peer), "minipeft": counted(save)}
+        shape, packages = f"{numbers} trained numbers, LoRA rank {options.rank}", ("transformers", "peft")
+        rows = measure(both, name="checkpoint", shape=shape, dtype="float32", rounds=options.saves, packages=packages)
+        print(f"{size():,} bytes a checkpoint, {size() / numbers:.3f} a trained number")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(options.out, rows)
+    show_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
