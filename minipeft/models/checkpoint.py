@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_plain, read_header, read_object, write_json, write_tensors
-from minipeft.hub import fetch, listed
+from minipeft.hub import commit_of, fetch, listed
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.config import config_from
 from minipeft.models.gpt2 import TRANSPOSED
@@ -112,7 +112,7 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
         if not plain or not shard.endswith(".safetensors"):
             problem = f"{shard[:200]!r} is not a plain .safetensors file name"
             raise InputError(problem, file=folder / INDEX, where="weight_map")
-    folder = fetch(source, ["config.json", INDEX, *shards], revision=revision)
+    folder = fetch(source, ["config.json", INDEX, *shards], revision=commit_of(folder) or revision)
     found: Where = {}
     for shard in shards:
         check_inside(folder / shard, folder)
@@ -216,7 +216,7 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    file = fetch(source, [LEGACY], revision=revision) / LEGACY
+    file = fetch(source, [LEGACY], revision=commit_of(folder) or revision) / LEGACY
     check_inside(file, file.parent)
     try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -270,9 +270,13 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
 
     The tensors in between are not read: hashing 14 GB at each start would cost more than loading them.
     """
-    folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
+    folder = fetch(source, ["config.json"], revision=revision)
+    check_inside(folder / "config.json", folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if (commit := commit_of(folder)) is not None:  # of the hub, where a commit never changes: which files are here may
+        return hashlib.sha256(digest.digest() + commit.encode()).hexdigest()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
+        check_inside(file, folder)
         with open(file, "rb") as stream:
             size = stream.seek(0, 2)
             digest.update(f"{file.name} {size}".encode())
