@@ -15,6 +15,10 @@ PROMISES = {
         "start N(0, 1)         rate 2e-04",
     ],
     "lora_from_scratch.py": ["logits change by 0.0", "every number of the base is what it was", "differ from step 3"],
+    "why_codebleu_says_025.py": [
+        "nothing at all           0.000   0.000   0.000   0.000     0.250   0.000",
+        "the reference itself     0.9",
+    ],
     "peft_roundtrip.py": ["PEFT loads it", "28 tensors, every byte equal"],
 }
 

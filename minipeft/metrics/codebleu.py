@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from minipeft.errors import InputError
 from minipeft.metrics.comments import drop_as_package, drop_truly
@@ -223,10 +223,19 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
     return Trees(row, here.broken, capped + here.capped)
 
 
-def _keep(function: Callable[[str], Kept]) -> Callable[[str], Kept]:
-    """Remember what a function of a text returned: many short texts, and the last few long ones."""
-    short, long = lru_cache(maxsize=4096)(function), lru_cache(maxsize=8)(function)
-    return lambda text: short(text) if len(text) <= LONGEST_SHORT else long(text)
+class Remembered(Generic[Kept]):
+    """A function of a text that remembers what it returned: for many short texts, and for the last few long ones."""
+
+    def __init__(self, function: Callable[[str], Kept]):
+        self._short, self._long = lru_cache(maxsize=4096)(function), lru_cache(maxsize=8)(function)
+
+    def __call__(self, text: str) -> Kept:
+        return self._short(text) if len(text) <= LONGEST_SHORT else self._long(text)
+
+    def forget(self) -> None:
+        """Begin anew: what a text scores is the same, only later."""
+        self._short.cache_clear()
+        self._long.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +247,7 @@ class Words:
     weight: int  # of all tokens: 5 for a keyword, else 1
 
 
-@_keep
+@Remembered
 def _count_tokens(text: str) -> Words:
     tokens = text.split()
     ngrams = count_ngrams(tokens)
@@ -255,10 +264,10 @@ class Analysis:
     capped: bool
 
 
-_drop_as_package = _keep(drop_as_package)
+_drop_as_package = Remembered(drop_as_package)
 
 
-@_keep
+@Remembered
 def _analyse(code: str) -> Analysis:
     tree = parse(code)
     if tree is None:  # one subtree that nothing but the same text has
@@ -267,4 +276,4 @@ def _analyse(code: str) -> Analysis:
     return Analysis(count_subtrees(tree), flows, tree.broken, capped or (tree.broken and tree.expression is None))
 
 
-_drop_truly = _keep(drop_truly)
+_drop_truly = Remembered(drop_truly)

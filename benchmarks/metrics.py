@@ -1,0 +1,129 @@
+"""CodeBLEU of ours against the codebleu package 0.7.0, in one run on one core; writes results/metrics-cpu.json.
+
+    python benchmarks/metrics.py [--conala conala-paired-test.json]
+
+Each call of ours begins with nothing remembered, unless the variant says "warm"; the package remembers nothing.
+"""
+
+import argparse
+import ast
+import inspect
+import json
+import logging
+import random
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import codebleu as package
+from measure import Row, measure, show_rows, write_rows
+
+from minipeft.metrics import codebleu as ours
+from minipeft.metrics.bleu import bootstrap_bleu, count_pairs
+
+PACKAGES = ("codebleu", "sacrebleu", "tree-sitter", "tree-sitter-python")
+KEPT = (ours._count_tokens, ours._analyse, ours._drop_truly, ours._drop_as_package)
+
+
+def forget() -> None:
+    """Empty what is remembered of texts."""
+    for kept in KEPT:
+        kept.forget()
+
+
+def functions(lines: range, number: int) -> list[str]:
+    """Functions of Python's standard library that take so many lines."""
+    found = []
+    for path in sorted(Path(inspect.getfile(ast)).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 in lines:
+                found.append(
+                    textwrap.dedent("    " * (node.col_offset // 4) + (ast.get_source_segment(source, node) or ""))
+                )
+    return random.Random(0).sample(found, number)
+
+
+def rename(code: str, seed: int) -> str:
+    """The code with one of its names changed: what another model might have written."""
+    names = sorted(set(re.findall(r"\b[a-z_]{3,}\b", code)))
+    return re.sub(rf"\b{random.Random(seed).choice(names)}\b", "renamed", code)
+
+
+def compare(name: str, shape: str, predictions: list[str], references: list[str], rounds: int, note: str) -> list[Row]:
+    """The package, ours in both modes with nothing remembered, and ours where the references were seen before."""
+
+    def cold(mode: str) -> Callable[[], object]:
+        def call() -> object:
+            forget()
+            return ours.codebleu(predictions, references, mode=mode)
+
+        return call
+
+    variants = {
+        "codebleu 0.7.0": lambda: package.calc_codebleu(references, predictions, "python"),
+        "strict (and compat)": cold("strict"),
+        "compat": cold("compat"),
+        "strict, warm": lambda: ours.codebleu(predictions, references),
+    }
+    return measure(
+        variants, name=name, shape=shape, dtype="text", rounds=rounds, warmups=1, packages=PACKAGES, note=note
+    )
+
+
+def nest(depth: int) -> str:
+    """A nest of loops that all change one variable."""
+    lines = ["  " * level + f"for x{level} in y{level}:" for level in range(depth)]
+    return "\n".join([*lines, "  " * depth + "z = x0 + z"])
+
+
+def loops(rounds: int) -> list[Row]:
+    """One text with 5, 10, 20 and 40 nested loops; the package doubles its time with each (10 is where it stops)."""
+    rows = []
+    for depth in (5, 10, 20, 40):
+        text = nest(depth)
+
+        def cold(text: str = text) -> object:
+            forget()
+            return ours.codebleu([text], [text])
+
+        variants: dict[str, Callable[[], object]] = {"strict (and compat)": cold}
+        if depth <= 10:
+            variants = {"codebleu 0.7.0": lambda text=text: package.calc_codebleu([text], [text], "python")} | variants
+        rows += measure(
+            variants, name="nested loops", shape=f"{depth} deep", dtype="text", rounds=rounds, warmups=1,
+            packages=PACKAGES, note="one text against itself",
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--conala", type=Path, help="conala-paired-test.json, for the 500 references")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "metrics-cpu.json")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    rows: list[Row] = []
+    if arguments.conala:
+        references = [json.loads(line)["snippet"] for line in arguments.conala.read_text(encoding="utf-8").splitlines()]
+        rotated = references[1:] + references[:1]
+        rows += compare("CoNaLa", "500 pairs", rotated, references, arguments.rounds, "references rotated by one")
+        counts = count_pairs(rotated, references)
+        rows += measure(
+            {"bootstrap": lambda: bootstrap_bleu(counts)}, name="BLEU interval", shape="500 x 1000 resamples",
+            dtype="int64", rounds=arguments.rounds, packages=PACKAGES,
+        )  # fmt: skip
+    long = functions(range(45, 56), 20)
+    repeated = [code for code in long for _ in range(5)]
+    changed = [rename(code, seed) for seed, code in enumerate(repeated)]
+    note = "20 functions of the standard library, each against 5 answers in which one name is changed"
+    rows += compare("50-line functions", "100 pairs, 20 references", changed, repeated, arguments.rounds, note)
+    rows += loops(arguments.rounds)
+    write_rows(arguments.out, rows)
+    show_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
