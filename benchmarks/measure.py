@@ -81,7 +81,7 @@ def measure(
     first = times[next(iter(variants))]
     shared = {
         "shape": shape, "dtype": dtype, "device": device_name(device), "versions": versions(packages),
-        "commit": commit(), "command": " ".join([Path(sys.executable).name, *sys.argv]), "note": note, "rounds": rounds,
+        "commit": commit(), "command": command(), "note": note, "rounds": rounds,
     }  # fmt: skip
     return [
         Row(
@@ -155,6 +155,12 @@ def device_name(device: str) -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def command() -> str:
+    """The command that was given; of a path of this machine only the file's name."""
+    words = [Path(sys.executable).name, *sys.argv]
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def _round(call: Callable[[], object], calls: int, device: str) -> float:
