@@ -112,7 +112,7 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
         if not plain or not shard.endswith(".safetensors"):
             problem = f"{shard[:200]!r} is not a plain .safetensors file name"
             raise InputError(problem, file=folder / INDEX, where="weight_map")
-    folder = fetch(source, ["config.json", INDEX, *shards], revision=commit_of(folder) or revision)
+    folder = fetch(source, ["config.json", INDEX, *shards], revision=pinned(source, folder, revision))
     found: Where = {}
     for shard in shards:
         check_inside(folder / shard, folder)
@@ -128,6 +128,11 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
         problem = f"{metadata['total_size']!r}, but the shards hold {held} bytes"
         raise InputError(problem, file=folder / INDEX, where="metadata.total_size")
     return plain_names(found)
+
+
+def pinned(source: str | Path, folder: Path, revision: str | None) -> str | None:
+    """The revision to fetch more files by, so that all are of the commit that `folder` is of; a folder has none."""
+    return None if Path(source).is_dir() else commit_of(folder) or revision
 
 
 def check_inside(file: Path, folder: Path) -> None:
@@ -216,7 +221,7 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    file = fetch(source, [LEGACY], revision=commit_of(folder) or revision) / LEGACY
+    file = fetch(source, [LEGACY], revision=pinned(source, folder, revision)) / LEGACY
     check_inside(file, file.parent)
     try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
