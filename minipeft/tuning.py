@@ -42,6 +42,7 @@ from minipeft.training.runs import RESULT, Run, check_folder, check_space, open_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
+MOST_LAYERS = 512  # of known models; more are held against the weights before any layer is built
 DEV_BATCH = 8  # held-out pairs at a time
 
 
@@ -234,6 +235,8 @@ def check_room(config: TuneConfig, out: Path) -> None:
     """Refuse a disk that is too small for the run: found from config.json, before any weight is read."""
     folder = fetch(config.model, ["config.json"], revision=config.revision)
     base = read_config(folder / "config.json")
+    if base.layers > MOST_LAYERS:
+        return
     with torch.device("meta"):
         model = FAMILIES[base.model_type][1](base)
     adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
