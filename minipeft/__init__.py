@@ -6,6 +6,7 @@ The names below stand in the order of the walk: load a model, add an adapter, pa
 from minipeft.adapters import (
     AdapterReport,
     FullConfig,
+    IA3Config,
     LoRAConfig,
     PrefixConfig,
     PromptConfig,
@@ -13,22 +14,27 @@ from minipeft.adapters import (
     merge_adapter,
     remove_adapter,
 )
+from minipeft.adapters.bank import AdapterBank
 from minipeft.adapters.files import load_adapter, save_adapter
 from minipeft.data.packing import Batch, pack
 from minipeft.data.pairs import Pair, encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, generate
+from minipeft.metrics.bleu import bleu
+from minipeft.metrics.codebleu import codebleu
 from minipeft.models.checkpoint import load_model, save_model
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 
 __all__ = [  # noqa: RUF022 (the order of the walk)
     "load_model", "save_model", "load_tokenizer",
     "add_adapter", "remove_adapter", "merge_adapter", "save_adapter", "load_adapter",
-    "AdapterReport", "FullConfig", "LoRAConfig", "PrefixConfig", "PromptConfig",
+    "AdapterReport",
+    "FullConfig", "LoRAConfig", "IA3Config", "PrefixConfig", "PromptConfig", "AdapterBank",
     "Pair", "load_pairs", "encode_pairs", "pack", "Batch",
     "train", "evaluate", "TrainConfig", "TrainState", "Step",
     "generate", "GenerateConfig",
+    "bleu", "codebleu",
     "InputError",
 ]  # fmt: skip
 __version__ = "0.1.0"
