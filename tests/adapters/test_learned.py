@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.files import load_adapter, save_adapter
-from minipeft.adapters.own import OWN, STATE, columns_of
+from minipeft.adapters.own import OWN, STATE
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models import Decoder
@@ -172,22 +172,6 @@ def test_the_columns_are_all_that_is_needed(plain, config, model, ids, tmp_path)
 
 
 @on_one_base
-def test_training_goes_on_from_the_file(model, config, packed, gradients, tmp_path):
-    loss, wanted = gradients(model, [packed])
-    columns = columns_of(model)
-    save_adapter(model, tmp_path)
-    assert (tmp_path / STATE).exists() == (config.reparam is not None)
-    remove_adapter(model)
-    load_adapter(model, tmp_path, trainable=True)
-    assert model.adapter == config
-    loss_again, found = gradients(model, [packed])
-    assert loss_again == loss
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert torch.equal(columns_of(model), columns)
-
-
-@on_one_base
 def test_stays_float32_to_the_bit_through_casts(model, config, ids):
     kept = {name: t.clone() for name, t in model.state_dict().items() if "prefix" in name or "prompt" in name}
     model.to(torch.bfloat16)
@@ -225,48 +209,6 @@ def test_the_meta_device_counts_alike(case, config, decoder, model):
     bare = decoder(case[0]).to("meta")
     add_adapter(bare, config)
     assert {name: p.shape for name, p in bare.named_parameters() if p.requires_grad} == held
-
-
-@on_one_base
-def test_what_the_files_lack_or_contradict_is_said(case, config, decoder, model, tmp_path):
-    save_adapter(model, tmp_path)
-    own = json.loads((tmp_path / OWN).read_text())
-
-    def refused(trainable: bool = True) -> str:
-        with pytest.raises(InputError) as caught:
-            load_adapter(decoder(case[0]), tmp_path, trainable=trainable)
-        return str(caught.value)
-
-    (tmp_path / OWN).write_text(json.dumps(own | {"wisdom": 1}))
-    assert f"{OWN}: unknown field 'wisdom'" in refused()
-    (tmp_path / OWN).write_text(json.dumps(own | {"length": 6}))
-    assert f"{OWN}: length: 6, but adapter_config.json says 5" in refused(trainable=False)
-    (tmp_path / OWN).write_text(json.dumps(own))
-    if config.reparam is None:
-        return
-    other = decoder(case[0], seed=5)
-    add_adapter(other, config, Letters(), seed=9)
-    save_adapter(other, tmp_path / "other")
-    state = (tmp_path / STATE).read_bytes()
-    (tmp_path / STATE).write_bytes((tmp_path / "other" / STATE).read_bytes())
-    assert "makes other columns than adapter_model.safetensors holds" in refused()
-    load_adapter(decoder(case[0]), tmp_path)  # which the columns alone do not mind
-    (tmp_path / STATE).unlink()
-    assert f"{STATE} is missing" in refused()
-    (tmp_path / STATE).write_bytes(state[:-4])
-    assert "needs" in refused()
-
-
-@on_one_base
-def test_a_later_adapter_in_the_same_folder_is_not_mistaken_for_the_first(case, config, decoder, model, tmp_path):
-    save_adapter(model, tmp_path)
-    other = decoder(case[0])
-    add_adapter(other, PromptConfig(4, text=TEXT), Letters())
-    save_adapter(other, tmp_path)
-    assert not (tmp_path / STATE).exists()
-    again = decoder(case[0])
-    load_adapter(again, tmp_path, trainable=True)
-    assert again.adapter == other.adapter
 
 
 @on_one_base
