@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
 
     def flags(self) -> list[str]:
         """All flags of this parser and of its commands."""
-        below = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+        subparsers = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        below: list[Parser] = [parser for action in subparsers for parser in action.choices.values()]
         own = [flag for action in self._actions for flag in action.option_strings]
         return own + [flag for parser in below for flag in parser.flags()]
 

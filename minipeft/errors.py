@@ -10,7 +10,11 @@ class InputError(ValueError):
     `error: ` and ends with status 2; nothing half-written is left behind.
     """
 
-    def __init__(self, problem: str, *, file: str | Path | None = None, where: str | None = None, hint: str | None = None):
+    def __init__(
+        self, problem: str, *, file: str | Path | None = None, where: str | None = None, hint: str | None = None
+    ):
         place = [str(part) for part in (file, where) if part is not None]
         text = ": ".join([*place, problem])
-        super().__init__(text if hint is None else f"{text}. {hint}")
+        whole = text if hint is None else f"{text}. {hint}"
+        # a name out of a file may hold a line end, an escape sequence or half a character: shown, never printed
+        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in whole))

@@ -32,8 +32,8 @@ from tests.small import write_tokenizer
 
 SCALE = float(os.environ.get("MINIPEFT_FUZZ", "1"))
 CORPUS = Path(__file__).parent / "corpus"
-COUNTS = {"header": 60_000, "config": 45_000, "adapter_config": 45_000, "index": 20_000, "pairs": 20_000,
-          "answers": 5_000, "manifest": 5_000, "tokenizer": 2_000, "packer": 2_000}  # fmt: skip
+COUNTS = {"header": 70_000, "config": 25_000, "adapter_config": 50_000, "index": 20_000, "pairs": 20_000,
+          "answers": 10_000, "manifest": 5_000, "tokenizer": 2_000, "packer": 2_000}  # fmt: skip
 ODD: list[Any] = [None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "\u0000",
                   "\ud800", "../x", "/x", [], [1], [[]], {}, {"a": 1}, "a" * 300, ["q_proj"], "F32", [0, 8],
                   [2, 2]]  # fmt: skip
