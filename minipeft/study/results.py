@@ -132,6 +132,7 @@ def environment(config: StudyConfig) -> dict[str, Any]:
     """What the times and the last digits depend on."""
     return {
         "minipeft": version("minipeft"), "torch": torch.__version__, "python": platform.python_version(),
-        "machine": platform.machine(), "cores": os.cpu_count(), "threads": config.threads, "device": config.device,
+        "machine": platform.machine(), "cores": os.cpu_count(), "threads": config.threads or torch.get_num_threads(),
+        "device": config.device,
         "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,
     }  # fmt: skip
