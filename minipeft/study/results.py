@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from minipeft.answering import answers_in
+from minipeft.files import read_object
 from minipeft.metrics.bleu import Interval, count_pairs
 from minipeft.study.conduct import FORMAT, Outcome
 from minipeft.study.grid import PRESETS, ZERO_SHOT, Cell, StudyConfig, printed
@@ -54,7 +55,7 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
         alike.setdefault(key_of(outcome.cell), []).append(outcome.cell.name)
     groups = [group_of([rows[name] for name in names], counts, bases) for names in alike.values()]
     return {
-        "format": FORMAT, "command": command, "preset": config.preset, "data": about_data(config, groups),
+        "format": FORMAT, "command": command, "preset": config.preset, "data": about_data(config, groups, out),
         "environment": environment(config), "cells": list(rows.values()), "groups": groups,
     }  # fmt: skip
 
@@ -122,10 +123,12 @@ def group_of(rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: d
     return group
 
 
-def about_data(config: StudyConfig, groups: list[dict[str, Any]]) -> dict[str, Any]:
+def about_data(config: StudyConfig, groups: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     """What was answered; the first group is a baseline, which cannot fail."""
     source = config.data or PRESETS[config.preset].data
-    return {"source": source, "pairs": groups[0]["pairs"], "questions": groups[0]["questions"]}
+    about = read_object(out / "study.json")
+    digests = {name: about[name] for name in ("train_sha256", "test_sha256")}  # of the files that they come from
+    return {"source": source, "pairs": groups[0]["pairs"], "questions": groups[0]["questions"], **digests}
 
 
 def environment(config: StudyConfig) -> dict[str, Any]:

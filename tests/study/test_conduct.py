@@ -1,6 +1,7 @@
 """A whole study: what it leaves on disk, what it does not do again, what does not end it, and what it refuses."""
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -42,7 +43,9 @@ def test_what_a_study_leaves(finished, pairs):
     assert status == 2  # the broken model's cells failed
     results = json.loads((out / "results.json").read_text())
     assert results["command"].startswith("minipeft study --model ")
-    assert results["data"] == {"source": str(pairs), "pairs": 4, "questions": 4}
+    digest = hashlib.sha256(pairs.read_bytes()).hexdigest()
+    about = {"source": str(pairs), "pairs": 4, "questions": 4, "train_sha256": digest, "test_sha256": digest}
+    assert results["data"] == about
     rows = {row["cell"]: row for row in results["cells"]}
     row = rows["stories260K--prompt--seed0"]
     assert set(FIELDS) <= row.keys()
