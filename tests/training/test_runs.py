@@ -1,0 +1,96 @@
+"""A run's folder by itself: what a checkpoint holds and weighs, which stay, and what is cleared away at a start."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeft.adapters import FullConfig, LoRAConfig, add_adapter
+from minipeft.errors import InputError
+from minipeft.files import read_header
+from minipeft.models import FAMILIES, Decoder
+from minipeft.training.loop import TrainState, trained
+from minipeft.training.runs import MANIFEST, STATE, Run, check_space, open_run, verified
+from tests.small import LLAMA
+
+
+def tuned(rank: int = 1, layers: int = 30, full: bool = False) -> Decoder:
+    config, decoder = FAMILIES["llama"]
+    model = decoder(config(**LLAMA | {"num_hidden_layers": layers}))
+    model.initialize(torch.Generator().manual_seed(0))
+    add_adapter(model, FullConfig() if full else LoRAConfig(rank))
+    return model
+
+
+def opened(folder: Path, **how: bool) -> Run:
+    return open_run(folder, {"a": 1}, **{"resume": False, "overwrite": False, **how})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_checkpoint_weighs_twelve_bytes_a_number(full: bool, tmp_path: Path) -> None:
+    """Also for a deep model with rank 1, where names are many and numbers few."""
+    model, run = tuned(full=full), opened(tmp_path)
+    run.save(model, TrainState(model))
+    numbers = sum(p.numel() for p in trained(model).values())
+    held = sum(file.stat().st_size for file in run.committed()[0].iterdir())
+    assert 12 * numbers < held <= 1.01 * 12 * numbers + 64 * 1024
+    assert set(os.listdir(run.committed()[0])) == {STATE, MANIFEST}
+    names = set(read_header(run.committed()[0] / STATE))
+    assert names == {f"parameter/{name}" for name in trained(model)} | {"exp_avg", "exp_avg_sq"}
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    model, run = tuned(layers=2), opened(tmp_path)
+    state = TrainState(model)
+    draw = torch.Generator().manual_seed(1)
+    for tensors in (trained(model), state.exp_avg, state.exp_avg_sq):
+        for tensor in tensors.values():
+            tensor.data.normal_(generator=draw)
+    state.step = 7
+    run.log({"step": 7})
+    run.save(model, state)
+    run.log({"step": 8})
+    run.close()
+    other = tuned(layers=2)
+    back, again = TrainState(other), opened(tmp_path, resume=True)
+    again.restore(other, back)
+    assert back.step == 7
+    pairs = ((trained(model), trained(other)), (state.exp_avg, back.exp_avg), (state.exp_avg_sq, back.exp_avg_sq))
+    assert all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 7}\n'
+    with pytest.raises(InputError, match="holds the state of another model"):
+        again.restore(tuned(rank=2, layers=2), back)
+
+
+def test_the_newest_two_stay_by_number(tmp_path: Path) -> None:
+    model, run = tuned(layers=1), opened(tmp_path)
+    state = TrainState(model)
+    for step in (999_998, 999_999, 1_000_000):
+        state.step = step
+        run.save(model, state)
+        os.utime(run.committed()[0], (0, 0))  # a clock that jumps decides nothing
+    assert [path.name for path in run.committed()] == ["step-1000000", "step-999999"]
+    stamp = (run.committed()[0] / STATE).stat().st_mtime_ns
+    run.save(model, state)
+    assert (run.committed()[0] / STATE).stat().st_mtime_ns == stamp, "what is there is not written again"
+    assert verified(run.committed()[0])["step"] == 1_000_000
+
+
+def test_leftovers_are_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    for name in ("checkpoints/.tmp-step-000001", "checkpoints/.trash-step-000001", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoints/.tmp-step-000001/state.safetensors").write_bytes(b"half")
+    (tmp_path / "adapter/.adapter_config.json.abcdefgh").write_bytes(b"half")
+    (tmp_path / ".run.json.abcdefgh").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine")
+    opened(tmp_path, resume=True).close()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [".lock", "adapter", "checkpoints", "log.jsonl", "notes.txt", "run.json"]
+
+
+def test_space_is_asked_for_before(tmp_path: Path) -> None:
+    check_space(tmp_path, 10)
+    with pytest.raises(InputError, match=r"bytes free, but 3 checkpoints and the result take 36,000,000,000,000,000"):
+        check_space(tmp_path, 10**15)
