@@ -163,6 +163,7 @@ def steps(model: Decoder, parameters: dict[str, nn.Parameter], groups: dict[floa
         model.train()
         model.recompute = config.checkpointing
         model.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
         first = state.step * config.accumulate
         micro = [batches[first + i] for i in range(config.accumulate)]
         targets = sum(count_targets(batch.labels) for batch in micro)

@@ -198,6 +198,16 @@ def test_the_update_is_adamws() -> None:
         assert torch.allclose(p, trained(theirs)[name], rtol=0, atol=1e-5), name  # 5 steps of at most 1e-2
 
 
+def test_under_autocast_each_step_sees_the_new_weights() -> None:
+    """torch.autocast keeps its bfloat16 copies of the weights to the end of its block, which may hold all steps."""
+    losses = []
+    for cached in (False, True):
+        model = tuned("full", "llama")
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
+            losses.append([step.loss for step in train(model, Rows(), dataclasses.replace(CONFIG, steps=4))])
+    assert losses[0] == losses[1]
+
+
 def test_rates() -> None:
     config = TrainConfig(steps=10, learning_rate=1.0, warmup=0.2)
     assert [rate_at(n, config) for n in range(10)] == pytest.approx([0.5, 1.0, *(n / 8 for n in range(8, 0, -1))])
