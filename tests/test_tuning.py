@@ -1,0 +1,74 @@
+"""What a whole run says and writes; that it survives is tests/test_survival.py's."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import minipeft
+from minipeft import tuning
+from minipeft.tuning import TuneConfig, tune
+from tests.small import write_pairs, write_small_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+    torch.set_num_threads(1)
+    write_small_model(tmp_path / "model", layers=1)
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    return tmp_path
+
+
+def config(folder: Path, **changes: object) -> TuneConfig:
+    given = {"steps": 2, "length": 64, "held_out": 2, "rank": 2, **changes}
+    return TuneConfig(str(folder / "model"), str(folder / "pairs.jsonl"), **given)  # type: ignore[arg-type]
+
+
+def test_result_holds_what_is_the_same_and_timing_what_is_not(folder: Path) -> None:
+    first = tune(config(folder), folder / "a", say=lambda _: None)
+    tune(config(folder), folder / "b", say=lambda _: None)
+    assert (folder / "a/result.json").read_bytes() == (folder / "b/result.json").read_bytes()
+    result, timing = (json.loads((folder / "a" / name).read_text()) for name in ("result.json", "timing.json"))
+    assert first == result | timing
+    assert set(timing) == {"resumed_at", "train_seconds", "tokens_per_second", "peak_memory_bytes"}
+    log = [json.loads(line) for line in (folder / "a/log.jsonl").read_text().splitlines()]
+    assert result["loss"] == log[-1]["loss"]
+    assert result["dev_loss"] == log[-1]["dev_loss"]
+
+
+def test_pairs_held_out_and_trained_on_are_counted(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    twins = [row | {"question_id": 100 + number} for number, row in enumerate(rows)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + twins))
+    said: list[str] = []
+    tune(config(folder, held_out=1), folder / "out", say=said.append)
+    assert any(line.startswith("warning: 1 of the 1 pairs held out are also trained on") for line in said)
+
+
+def test_deterministic_is_put_back_and_is_part_of_what_a_run_is(folder: Path) -> None:
+    tune(config(folder, deterministic=True), folder / "out", say=lambda _: None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert json.loads((folder / "out/run.json").read_text())["arguments"]["deterministic"] is True
+
+
+def test_it_runs_in_a_thread(folder: Path) -> None:
+    """Where no signal can be listened for."""
+    done: list[object] = []
+    thread = threading.Thread(target=lambda: done.append(tune(config(folder), folder / "out", say=lambda _: None)))
+    thread.start()
+    thread.join()
+    assert len(done) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+def test_the_adapter_on_disk_is_the_one_that_was_trained(method: str, folder: Path) -> None:
+    result = tune(config(folder, method=method, columns=3), folder / "out", say=lambda _: None)
+    model = minipeft.load_model(folder / "model")
+    minipeft.load_adapter(model, folder / "out/adapter")
+    tokenizer = minipeft.load_tokenizer(folder / "model")
+    pairs = minipeft.load_pairs(folder / "pairs.jsonl")
+    _, dev = tuning.rows_for(config(folder), model, tokenizer, pairs, say=lambda _: None)
+    assert minipeft.evaluate(model, dev) == pytest.approx(result["dev_loss"], rel=1e-6)
