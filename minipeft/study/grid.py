@@ -91,7 +91,7 @@ class Preset:
 
 NETWORK = {"reparam": 512}  # the prefix's better recipe: text start and MLP (training/recipes.py)
 PRESETS = {
-    "demo": Preset(("demo",), "demo", {"epochs": 1.5, "loss": "response"}, {"prefix": NETWORK}),
+    "demo": Preset(("demo",), "demo", {"epochs": 3.0, "loss": "response"}, {"prefix": NETWORK}),
     "paper": Preset(tuple(MODELS.values()), "conala", {"epochs": 5.0}, {"prefix": NETWORK}),
     "prefix": Preset(("demo",), "demo", seeds=3),
 }
