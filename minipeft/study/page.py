@@ -61,7 +61,8 @@ border:1px solid var(--line);border-radius:6px;max-width:100%}
 input{flex:1 1 200px}
 details{border-top:1px solid var(--line);padding:6px 0}summary{cursor:pointer;overflow-wrap:anywhere}
 dl{display:grid;grid-template-columns:minmax(90px,190px) 1fr;gap:4px 12px;margin:8px 0 8px 16px}
-dd pre{max-height:13em;overflow:auto}dt{color:var(--soft);font-size:14px}dd{margin:0;min-width:0}.reference dd,.reference dt{font-weight:600}
+dd pre{max-height:13em;overflow:auto}
+dt{color:var(--soft);font-size:14px}dd{margin:0;min-width:0}.reference dd,.reference dt{font-weight:600}
 @media(max-width:600px){dl{grid-template-columns:1fr;gap:0;margin-left:8px}dd{margin-bottom:8px}}
 @media print{form{display:none}}
 """
