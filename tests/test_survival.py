@@ -145,17 +145,20 @@ def test_killed_at_random_times(place: Path, wanted: dict[str, bytes]) -> None:
     draw = random.Random(0)
     begun = time.perf_counter()
     assert forked(lambda: run(place, place / "timed")) == 0
-    lasts, killed = time.perf_counter() - begun, 0
-    for number in range(trials("random kills")):
+    lasts, killed, ended = time.perf_counter() - begun, 0, 0
+    while killed < trials("random kills"):
 
         def kill(child: int) -> None:
             time.sleep(draw.uniform(0, 0.95 * lasts))
             os.kill(child, signal.SIGKILL)
 
-        out = place / f"random-{number}"
-        killed += forked(lambda out=out: run(place, out), kill) == -signal.SIGKILL  # type: ignore[misc]
+        out = place / f"random-{killed}-{ended}"
+        if forked(lambda out=out: run(place, out), kill) == -signal.SIGKILL:  # type: ignore[misc]
+            killed += 1
+        else:
+            ended, lasts = ended + 1, 0.98 * lasts  # it had ended before: this machine is faster than it was
         same(place, out, wanted)
-    assert killed >= 0.7 * trials("random kills")
+        assert ended < 5 * trials("random kills")
 
 
 def recorded(place: Path) -> tuple[list[Any], list[tuple[int, int]]]:

@@ -232,9 +232,10 @@ def take_lock(folder: Path) -> IO[str]:
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise InputError(f"in use by process {holder}", file=folder, hint="One process at a time") from error
-    with writing(folder / LOCK):
+    number = str(os.getpid())
+    with writing(folder / LOCK, len(number)):
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(number)
         lock.flush()
     return lock
 
