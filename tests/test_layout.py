@@ -10,8 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR, PATHS = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton_paths.py"
 ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the parts of a kernel are tested through it
-    **dict.fromkeys(("choice", "dropout", "reference"), LINEAR),
+    **dict.fromkeys(("choice", "dropout", "onednn", "reference"), LINEAR),
     **dict.fromkeys(("compile_check", "decode", "device", "fused", "hybrid", "launch", "tiles"), PATHS),
+}
+TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
+    **dict.fromkeys(("study/charts", "study/report", "study/results", "study/table"), "tests/study/test_page.py"),
+    "study/run": "tests/study/test_conduct.py",
+    "training/process": "tests/test_survival.py",
 }
 EXECUTES = {"minipeft/demo/make_pairs.py"}  # runs the snippets that it holds itself, to check them; nobody imports it
 
@@ -44,6 +49,7 @@ def test_every_source_file_has_a_test_file_of_its_path():
         else:
             stem = path.parent.name if path.stem == "__init__" else path.stem  # a package: test_PACKAGE.py inside it
             place = Path("tests", *path.parts[1:-1], f"test_{stem}.py").as_posix()
+            place = TOGETHER.get(Path(*path.parts[1:]).with_suffix("").as_posix(), place)
         if holds_code(tree) and not (ROOT / place).exists():
             missing.append(f"{name} -> {place}")
     assert not missing, "\n".join(missing)

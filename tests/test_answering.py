@@ -1,0 +1,69 @@
+"""Files of answers: read back strictly, gone on with only under the same settings, and scored in words."""
+
+import json
+
+import pytest
+
+from minipeft.answering import begin, read_answers, scores_in_words
+from minipeft.errors import InputError
+from minipeft.metrics.text import score_texts
+
+
+def write(file, *rows):
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def test_answers_come_back(tmp_path):
+    rows = [
+        {"prediction": "a", "reference": "b", "ended": "eos"},
+        {"prediction": "", "reference": ["c", "d"], "ended": "limit"},
+    ]
+    assert read_answers(write(tmp_path / "a.jsonl", rows[0], "\n", rows[1])) == (
+        ["a", ""],
+        ["b", ["c", "d"]],
+        [False, True],
+    )
+    assert read_answers(write(tmp_path / "b.jsonl", {"prediction": "a", "reference": "b"}))[2] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "holds no answers"),
+        (["[1]\n"], "line 1: must be an object, is a list"),
+        ([{"reference": "b"}], "line 1: field 'prediction' is missing"),
+        ([{"prediction": "a", "reference": "b"}, {"prediction": None, "reference": "b"}],
+         "line 2: field 'prediction' must be text, is null"),
+        ([{"prediction": "a", "reference": []}], "line 1: field 'reference' must be text, is a list"),
+        ([{"prediction": "a", "reference": ["b", 3]}], "line 1: field 'reference' must be text, is a list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_says_where(tmp_path, rows, said):
+    file = write(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(InputError) as error:
+        read_answers(file)
+    assert str(error.value) == f"{file}: {said}"
+
+
+def test_a_part_is_gone_on_with_and_a_torn_line_is_dropped(tmp_path):
+    part, settings = tmp_path / "a.jsonl.part", {"seed": 0}
+    assert begin(part, settings) == {}
+    whole = part.read_text()
+    part.write_text(whole + json.dumps({"index": 3, "prediction": "x"}) + "\n" + '{"index": 4, "predi')
+    assert begin(part, settings) == {3: {"prediction": "x"}}
+    assert part.read_text() == whole + json.dumps({"index": 3, "prediction": "x"}) + "\n"
+    with pytest.raises(InputError, match="was begun with other settings"):
+        begin(part, {"seed": 1})
+
+
+def test_the_table_says_all_and_warns_where_the_totals_part():
+    empty = scores_in_words(score_texts(["", ""], ["x = f(y)", "g(x)"], hit_limit=[True, False]))
+    assert "BLEU           0.0 [0.0, 0.0] of 100" in empty
+    assert "exact match    0 of 2" in empty
+    assert "degenerate     2 empty, 0 repeat themselves, 1 cut off" in empty
+    assert "0.2500 as the codebleu package counts" in empty
+    assert "warning: the two CodeBLEU totals part" in empty
+    same = scores_in_words(score_texts(["x = f(y)"] * 2, ["x = f(y)"] * 2))
+    assert "exact match    2 of 2" in same
+    assert "warning" not in same
