@@ -1,6 +1,6 @@
 """Pretrain the demo model (minipeft/demo/model): a small GPT-2 on Python sources, from nothing, on one CPU core.
 
-    python examples/pretrain_demo.py --out /tmp/demo      # stop it at any time: the same line goes on
+    python examples/pretrain_demo.py --out runs/demo     # stop it at any time: the same line goes on
 
 The corpus (minipeft/demo/corpus.py) is read, a byte-level BPE is trained on it, its documents are packed in rows, each
 apart from the others, and minipeft.train does the rest in bfloat16 autocast. OUT/model is the finished model.
