@@ -148,8 +148,8 @@ def test_killed_at_random_times(place: Path, wanted: dict[str, bytes]) -> None:
     lasts, killed, ended = time.perf_counter() - begun, 0, 0
     while killed < trials("random kills"):
 
-        def kill(child: int) -> None:
-            time.sleep(draw.uniform(0, 0.95 * lasts))
+        def kill(child: int, most: float = 0.95 * lasts) -> None:
+            time.sleep(draw.uniform(0, most))
             os.kill(child, signal.SIGKILL)
 
         out = place / f"random-{killed}-{ended}"

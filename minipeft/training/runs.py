@@ -233,10 +233,15 @@ def take_lock(folder: Path) -> IO[str]:
         lock.close()
         raise InputError(f"in use by process {holder}", file=folder, hint="One process at a time") from error
     number = str(os.getpid())
-    with writing(folder / LOCK, len(number)):
-        lock.truncate(0)
-        lock.write(number)
-        lock.flush()
+    try:
+        with writing(folder / LOCK, len(number)):
+            lock.truncate(0)
+            lock.write(number)
+            lock.flush()
+    except InputError:
+        with suppress(OSError):  # what the disk refused is still in the buffer
+            lock.close()
+        raise
     return lock
 
 
