@@ -70,6 +70,17 @@ def check_plain(file: Path) -> None:
         raise InputError("may not be read (permission denied)", file=file)
 
 
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse a link that leaves the model's folder (a hub cache's own `blobs` apart)."""
+    check_plain(file)
+    target = file.resolve()
+    homes = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.resolve().parent.parent / "blobs")
+    if target.parent not in homes:
+        raise InputError(f"is a link that leaves the model folder, to {target}", file=file)
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file, strictly: no key twice, no NaN, nothing after the object."""
     value = parse_json(read_text(file), file)

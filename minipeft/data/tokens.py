@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minipeft.errors import InputError
-from minipeft.files import kind_of, read_object, read_text
+from minipeft.files import check_inside, kind_of, read_object, read_text
 from minipeft.hub import fetch, listed
 
 WHOLE = "tokenizer.json"
@@ -130,6 +130,9 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
         InputError: no tokenizer there, or its files are damaged or contradict one another; names file and entry.
     """
     folder = fetch(source, [], revision=revision, optional=[WHOLE, VOCAB, MERGES, ADDED, *SETTINGS])
+    for name in (WHOLE, VOCAB, MERGES, ADDED, *SETTINGS):
+        if (folder / name).exists():
+            check_inside(folder / name, folder)
     tokenizer_config, special_map, config = (
         read_object(folder / name) if (folder / name).exists() else {} for name in SETTINGS
     )

@@ -285,3 +285,17 @@ def test_damaged_gpt2_files_are_one_line(gpt2: Path, case: str) -> None:
     assert said in str(error.value)
     assert str(gpt2) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_link_that_leaves_the_folder_is_not_followed(tmp_path, assets, name):
+    inside, outside = tmp_path / "model", tmp_path / "secret.json"
+    inside.mkdir()
+    source = assets / "fixtures/stories260K"
+    for other in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (inside / other).write_bytes((source / other).read_bytes())
+    outside.write_bytes((source / name).read_bytes())
+    (inside / name).unlink()
+    (inside / name).symlink_to(outside)
+    with pytest.raises(InputError, match="is a link that leaves the model folder"):
+        load_tokenizer(inside)
