@@ -127,8 +127,12 @@ def test_there_are_no_cycles():
 
 
 def test_no_module_bears_the_name_of_a_public_function():
-    """`minipeft.generate` is a function: a module generate.py would hide it, or be hidden."""
-    assert not {name.rpartition(".")[2] for name in modules()} & set(minipeft.__all__)
+    """`minipeft.generate` is a function: a module minipeft/generate.py would hide it, or be hidden.
+
+    minipeft/metrics/bleu.py hides nothing: `minipeft.metrics` exports no function of that name.
+    """
+    beside = {name.split(".")[1] for name in modules() if name.startswith("minipeft.")}
+    assert not beside & set(minipeft.__all__)
 
 
 def test_each_public_name_is_there():

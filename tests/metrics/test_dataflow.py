@@ -60,7 +60,8 @@ def test_a_nest_of_loops_takes_time_in_its_depth():
         return time.process_time() - start
 
     seconds(10)
-    assert seconds(80) < 100 * max(seconds(20), 1e-3)  # 4 times the loops: a doubling a level would be 2 ** 60
+    few, many = (min(seconds(depth) for _ in range(3)) for depth in (20, 80))  # the best of three: others run here too
+    assert many < 100 * max(few, 5e-3)  # 4 times the loops: a doubling a level would be 2 ** 60
 
 
 def test_a_nest_of_loops_flows_as_in_the_package(package):
