@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -126,10 +127,17 @@ def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite
     out = Path(out)
     with exactly(config.deterministic, config.device):
         check_device(config.device)
+        fresh = not out.exists()
         check_folder(out)  # before anything large is read
-        pairs, tokenizer = load_pairs(config.data), load_tokens(config)
-        check_room(config, out)
-        identity, about = identify(config, pairs, tokenizer), {"data": config.data, "save_every": config.save_every}
+        try:
+            pairs, tokenizer = load_pairs(config.data), load_tokens(config)
+            check_room(config, out)
+            identity, about = identify(config, pairs, tokenizer), {"data": config.data, "save_every": config.save_every}
+        except InputError:
+            if fresh:
+                with suppress(OSError):  # not empty: somebody else is there
+                    out.rmdir()
+            raise
         run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
         try:
             if (ended := ended_result(run.folder)) is not None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_result_holds_what_is_the_same_and_timing_what_is_not(folder: Path) -> N
     log = [json.loads(line) for line in (folder / "a/log.jsonl").read_text().splitlines()]
     assert result["loss"] == log[-1]["loss"]
     assert result["dev_loss"] == log[-1]["dev_loss"]
+
+
+def test_bad_input_leaves_no_folder_behind(folder: Path) -> None:
+    for changes in ({"data": "nope.json"}, {"model": "nope/"}):
+        given = TuneConfig(**{**asdict(config(folder)), **changes})
+        with pytest.raises(minipeft.InputError):
+            tune(given, folder / "out", say=lambda _: None)
+        assert not (folder / "out").exists()
+    (folder / "mine").mkdir()
+    with pytest.raises(minipeft.InputError):
+        tune(TuneConfig(str(folder / "model"), "nope.json"), folder / "mine", say=lambda _: None)
+    assert (folder / "mine").is_dir()  # it was there before
 
 
 def test_pairs_held_out_and_trained_on_are_counted(folder: Path) -> None:
