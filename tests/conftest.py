@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,12 @@ from typing import NoReturn
 
 import pytest
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared by forked processes: a child that a test kills while it holds it would stop all others.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")
