@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, method_of
 from minipeft.adapters.files import save_adapter
 from minipeft.adapters.lora import plan
-from minipeft.data.packing import Batches, pack, rows_of_one
+from minipeft.data.packing import Batch, Batches, pack
 from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
 from minipeft.errors import InputError
@@ -44,7 +44,7 @@ from minipeft.training.runs import RESULT, Run, check_folder, check_space, open_
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
 MOST_LAYERS = 512  # of known models; more are held against the weights before any layer is built
-DEV_BATCH = 8  # held-out pairs at a time
+DEV_LENGTH = 1024  # tokens of a row of held-out pairs
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def length_of(config: TuneConfig, model: Decoder) -> int:
 def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Callable[[str], None]
              ) -> tuple[Batches, list[Any]]:  # fmt: skip
     """The batches to train on, and those held out."""
-    kept, held = split_by_question(pairs, config.held_out, config.seed) if config.held_out else (pairs, None)
+    kept, held = split_by_question(pairs, config.held_out) if config.held_out else (pairs, None)
     if held is not None and (both := shared_pairs(kept, held)):
         say(f"warning: {both} of the {len(held)} pairs held out are also trained on: the held-out loss flatters")
     shared: dict[str, Any] = {"length": length_of(config, model), "learned": model.learned}
@@ -280,10 +280,17 @@ def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pa
         encode_pairs(kept, tokenizer), tokenizer, batch=config.batch, seed=config.seed, loss=config.loss,
         isolate=config.isolate, **shared,
     )  # fmt: skip
-    if held is None:
-        return batches, []
-    rows = rows_of_one(encode_pairs(held, tokenizer), tokenizer, batch=DEV_BATCH, loss=config.loss, **shared)
-    return batches, [rows[i] for i in range(len(rows))]
+    return batches, [] if held is None else held_rows(config, model, tokenizer, held)
+
+
+def held_rows(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, held: Pairs) -> list[Batch]:
+    """The held-out pairs, whole wherever the context allows, however short the rows are that are trained on; isolated,
+    so that packing changes no loss. Every seed has the same ones."""
+    rows = pack(
+        encode_pairs(held, tokenizer), tokenizer, length=min(DEV_LENGTH, model.config.context), batch=1,
+        learned=model.learned, loss=config.loss, shuffle=False,
+    )  # fmt: skip
+    return list(rows)
 
 
 def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ PRESETS = {
     "paper": Preset(tuple(MODELS.values()), "conala", {"epochs": 5.0}, {"prefix": NETWORK}),
     "prefix": Preset(("demo",), "demo", seeds=3),
 }
-EXAMPLE_TOKENS = 55  # of a row, for each example that a step of the prefix experiment sees
 # The demo model is a thirtieth of the smallest that the recipes were made for, and takes larger rates. Held-out nats
 # per token of the answer after 150 steps: full 1.80 at 1e-3; LoRA 2.24 at 3e-3, 2.09 at 1e-2; prefix with MLP 2.71 at
 # 3e-3; prompt 2.92 at 3e-2, 2.93 at 1e-1 (120 steps).
@@ -176,10 +175,10 @@ def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> 
                   "dtype": config.dtype or quick}  # fmt: skip
         if source in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
             shared["legacy_bin"] = True
-        found = [untrained(config, model, shared, seed) for seed in range(seeds)]
         if config.preset == "prefix":
-            found += experiment(config, model, shared, seeds)
+            found = [untrained(config, model, shared, 0), *experiment(config, model, shared, seeds)]
         else:
+            found = [untrained(config, model, shared, seed) for seed in range(seeds)]
             found += [tuned(config, model, shared, method, seed) for method in config.method for seed in range(seeds)]
         cells |= {cell.name: cell for cell in found}
     return list(cells.values())
@@ -206,19 +205,18 @@ def tuned(config: StudyConfig, model: str, shared: Mapping[str, Any], method: st
 
 
 def experiment(config: StudyConfig, model: str, shared: Mapping[str, Any], seeds: int) -> list[Cell]:
-    """The prefix experiment's two parts: the grid, by its held-out loss alone; then longer runs, which answer."""
+    """The prefix experiment's two parts: the grid, by its held-out loss alone; then longer runs, whose first seed
+    answers."""
+    trials = [*prefix_experiment.grid(), *prefix_experiment.long_runs(seeds=seeds)]
+    answering = set(prefix_experiment.long_runs(seeds=1))
     found = []
-    for part, answers in ((prefix_experiment.grid(), False), (prefix_experiment.long_runs(seeds=seeds), True)):
-        for cell in part:
-            if cell.method not in config.method:
-                continue
-            steps = config.steps or cell.steps
-            tune = {**shared, "seed": cell.seed, "method": cell.method, "learning_rate": cell.learning_rate,
-                    "steps": steps, "length": EXAMPLE_TOKENS * cell.examples}  # fmt: skip
-            tune |= {"init": cell.init, "reparam": cell.reparam} if cell.init else {}
-            parts = (cell.init, "mlp" if cell.reparam else None, f"{cell.learning_rate:g}", f"{steps}")
-            name = "-".join(part for part in parts if part)
-            found.append(Cell(model, cell.method, cell.seed, tune, asked(config, cell.seed) if answers else {}, name))
+    for trial in trials:
+        if trial.method not in config.method:
+            continue
+        answers = asked(config, trial.seed) if trial in answering else {}
+        if config.steps is not None:
+            trial = replace(trial, steps=config.steps)
+        found.append(Cell(model, trial.method, trial.seed, {**shared, **trial.tuning()}, answers, trial.variant))
     return found
 
 

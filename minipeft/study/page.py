@@ -16,6 +16,7 @@ from typing import Any
 from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
 from minipeft.study.charts import PATTERNS, Bar, Curve, bars, dumbbells, losses
 from minipeft.study.grid import FIRST_LINE, ZERO_SHOT
+from minipeft.study.prefix_experiment import MEANING, Grid, tables
 from minipeft.study.table import Group, bleu, names, shown
 
 LONGEST_ANSWER = 400  # characters shown of an answer
@@ -111,6 +112,7 @@ def page(results: dict[str, Any], said: Sequence[str], notes: Sequence[str], run
         f"<h1>{text(heading(results))}</h1>", f"<p>{text(' '.join(said))}</p>", table(groups, "scores"),
         section("Scores", score_bars(groups), "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
                 "Striped: the untrained model. Outlined: answers that need no model."),
+        *(section(f"Prefixes after {grid.steps} steps", grid_table(grid), MEANING) for grid in tables(groups)),
         section("To know before using a number", flag_list(groups)),
         section("What it took, and what the answers are like", table(groups, "rest")),
         section("Loss", losses(runs), "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
@@ -162,6 +164,19 @@ def table(groups: Sequence[Group], part: str) -> str:
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead><tbody>'
         f"{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def grid_table(grid: Grid) -> str:
+    """A grid of the prefix experiment."""
+    head = "".join(f'<th scope="col">{rate:g}</th>' for rate in grid.rates)
+    rows = "".join(
+        f'<tr><th scope="row">{text(start)}</th>{"".join(f"<td>{text(loss)}</td>" for loss in cells)}</tr>'
+        for start, cells in grid.rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -10,6 +10,7 @@ from minipeft.answering import answers_in
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.study.charts import Curve
 from minipeft.study.page import Answered, page
+from minipeft.study.prefix_experiment import MEANING, Grid, tables
 from minipeft.study.run import ANSWERS
 from minipeft.study.table import Group, as_markdown, as_text, names, shown
 
@@ -87,11 +88,21 @@ def markdown(results: dict[str, Any]) -> str:
     flags = "\n".join(f"- {name}: {text}" for name, text in flagged(groups)) or "- none"
     meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in shown(groups))
     where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
+    grids = "".join(
+        f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{grid_text(grid)}\n\n" for grid in tables(groups)
+    )
     return (
         f"# Study: {results['preset']}\n\n    {results['command']}\n\n{' '.join(summary(results))}\n\n"
-        f"{as_markdown(groups)}\n\n## To know before using a number\n\n{flags}\n\n## What the columns are\n\n"
+        f"{as_markdown(groups)}\n\n{grids}## To know before using a number\n\n{flags}\n\n## What the columns are\n\n"
         f"{meanings}\n\n" + "\n\n".join(NOTES) + f"\n\nMade with {where}.\n"
     )
+
+
+def grid_text(grid: Grid) -> str:
+    """A grid in Markdown."""
+    lines = [["start", *(f"{rate:g}" for rate in grid.rates)], ["---", *["---:"] * len(grid.rates)]]
+    lines += [[start, *texts] for start, texts in grid.rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def curves(results: dict[str, Any], out: Path) -> list[Curve]:

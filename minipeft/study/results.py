@@ -28,11 +28,11 @@ from minipeft.study.statistics import by_question, flags, interval, mean_and_sd
 
 AVERAGED = (
     "bleu", "codebleu", "codebleu_compat", "exact_match", "chrf", "valid_python", "empty", "repeated", "hit_limit",
-    "leaked", "length_ratio", "dev_loss", "train_seconds", "tokens_per_second", "peak_memory_bytes",
+    "leaked", "length_ratio", "dev_loss", "dev_loss_start", "train_seconds", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
 ALIKE = (
-    "model", "method", "recipe", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent", "pairs",
-    "signatures",
+    "model", "method", "recipe", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
+    "stored", "pairs", "signatures",
 )  # fmt: skip
 
 
@@ -65,7 +65,6 @@ def key_of(cell: Cell) -> tuple[object, ...]:
     return (
         cell.model,
         cell.method,
-        bool(cell.generate),
         *sorted((name, value) for name, value in cell.tune.items() if name != "seed"),
     )
 
@@ -116,6 +115,8 @@ def group_of(rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: d
         group[name] = float(np.mean(values)) if values else None
     scored = [row for row in done if row["cell"] in counts]
     group["bleu_sd"] = mean_and_sd([row["bleu"] for row in scored])[1] if scored else None
+    held = [row["dev_loss"] for row in done if row.get("dev_loss") is not None]
+    group["dev_loss_sd"] = mean_and_sd(held)[1] if held else None
     group |= compared(first, [counts[row["cell"]] for row in scored], bases)
     group["flags"] = list(dict.fromkeys(flag for row in done for flag in row["flags"]))
     failed = [row for row in rows if row["error"] is not None]

@@ -13,6 +13,7 @@ A process of its own has a peak memory of its own, and whatever kills it does no
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -23,18 +24,18 @@ from typing import Any
 
 import torch
 
+from minipeft.adapters.files import WEIGHTS
 from minipeft.answering import answer_data, answers_in, load_tuned
-from minipeft.data.packing import rows_of_one
-from minipeft.data.pairs import encode_pairs, load_pairs, split_by_question
+from minipeft.data.pairs import load_pairs, split_by_question
 from minipeft.errors import InputError
-from minipeft.files import read_object, write_json
+from minipeft.files import parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, count_pairs
 from minipeft.metrics.text import score_texts
 from minipeft.study.grid import ZERO_SHOT
 from minipeft.training.loop import evaluate
 from minipeft.training.process import Stopped, peak_memory
-from minipeft.tuning import DEV_BATCH, TuneConfig, tune
+from minipeft.tuning import TuneConfig, held_rows, tune
 
 CELL, ANSWERS, ROW, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
 QUESTIONS = "data/test.jsonl"  # from the study's folder, which is where a cell runs
@@ -51,7 +52,7 @@ def work(folder: Path) -> dict[str, Any]:
     cell = read_object(folder / CELL)
     config = TuneConfig(**cell["tune"])
     untrained = cell["method"] == ZERO_SHOT
-    trained = {} if untrained else train_row(tune(config, folder / "run", resume=(folder / "run").exists()))
+    trained = {} if untrained else train_row(tune(config, folder / "run", resume=(folder / "run").exists()), folder)
     row = {**described(cell, config), **trained}
     if cell["generate"]:
         row |= answer(config, GenerateConfig(**cell["generate"]), folder, untrained)
@@ -68,15 +69,19 @@ def described(cell: dict[str, Any], config: TuneConfig) -> dict[str, Any]:
         "model": cell["model"], "method": cell["method"], "seed": cell["seed"], "recipe": "minipeft",
         "init": config.init if learned else None, "reparam": config.reparam if learned else None,
         "learning_rate": None, "steps": 0, "trainable": 0, "trainable_percent": 0.0, "train_seconds": 0.0,
-        "tokens_per_second": None, "dev_loss": None, "adapter_movement": None,
+        "tokens_per_second": None, "dev_loss": None, "dev_loss_start": None, "stored": 0, "adapter_movement": None,
     }  # fmt: skip
 
 
-def train_row(result: dict[str, Any]) -> dict[str, Any]:
-    """The part of a row that training gives."""
+def train_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The part of a row that training gives. `stored`: the numbers on disk; of a prefix or prompt the network that
+    makes it is not among them. `dev_loss_start`: before the first step."""
     names = ("learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second",
              "resumed_at", "loss", "dev_loss", "adapter_movement", "peak_memory_bytes")  # fmt: skip
-    return {name: result[name] for name in names}
+    first = parse_json(read_text(folder / "run" / "log.jsonl").splitlines()[0], "log.jsonl")
+    adapter = folder / "run" / "adapter" / WEIGHTS
+    stored = sum(math.prod(t.shape) for t in read_header(adapter).values()) if adapter.exists() else result["trainable"]
+    return {name: result[name] for name in names} | {"stored": stored, "dev_loss_start": first.get("dev_loss")}
 
 
 def answer(config: TuneConfig, generate: GenerateConfig, folder: Path, untrained: bool) -> dict[str, Any]:
@@ -100,10 +105,8 @@ def answer(config: TuneConfig, generate: GenerateConfig, folder: Path, untrained
         return {}
     loss = None
     if config.held_out:
-        _, held = split_by_question(load_pairs(config.data), config.held_out, config.seed)
-        length = config.length or min(1024, model.config.context)
-        rows = rows_of_one(encode_pairs(held, tokenizer), tokenizer, batch=DEV_BATCH, loss=config.loss, length=length)
-        loss = evaluate(model, [rows[i] for i in range(len(rows))])
+        _, held = split_by_question(load_pairs(config.data), config.held_out)
+        loss = evaluate(model, held_rows(config, model, tokenizer, held))
     return {"dev_loss": loss, "peak_memory_bytes": peak_memory(config.device)}
 
 

@@ -55,6 +55,11 @@ def share(name: str) -> Callable[[Group], str]:
     return lambda group: f"{100 * group[name] / group['pairs']:.0f} %" if group.get(name) else ""
 
 
+def held_out(group: Group) -> str:
+    spread = "" if group.get("dev_loss_sd") is None else f" ± {group['dev_loss_sd']:.3f}"
+    return "" if group.get("dev_loss") is None else f"{group['dev_loss']:.3f}{spread}"
+
+
 def seconds(group: Group) -> str:
     return in_words(group["train_seconds"]) if group.get("train_seconds") else ""
 
@@ -88,13 +93,16 @@ COLUMNS = (
     Column("empty", "empty answers", share("empty"), brief=False, part="rest"),
     Column("repeated", "answers that repeat themselves", share("repeated"), brief=False, part="rest"),
     Column("cut off", "answers that reached the limit of new tokens", share("hit_limit"), brief=False, part="rest"),
-    Column("held-out loss", "nats per token that is learned (demo: the answer's), on pairs held out of training",
-           number("dev_loss", "{:.3f}"), part="rest"),
+    Column("held-out loss", "nats per token that is learned (demo: the answer's), on pairs held out of training; ± the "
+           "standard deviation over seeds", held_out, part="rest"),
+    Column("at step 0", "the same before the first step", number("dev_loss_start", "{:.3f}"), brief=False, part="rest"),
     Column("start", "what a prefix or prompt starts as", started, brief=False, part="rest"),
     Column("rate", "peak learning rate", number("learning_rate", "{:g}"), brief=False, part="rest"),
     Column("steps", "optimizer steps", lambda group: f"{group['steps']}" if group.get("steps") else "", brief=False,
            part="rest"),
     Column("trained", "share of the parameters", trained, part="rest"),
+    Column("stored", "numbers on disk: the network that makes a prefix or prompt is folded into it",
+           lambda group: f"{group['stored']:,}" if group.get("stored") else "", brief=False, part="rest"),
     Column("paper's %", "what the paper prints", printed("percent", "{:g} %"), brief=False, part="rest"),
     Column("training", "time of training alone", seconds, part="rest"),
     Column("memory", "peak of the process, weights included", number("peak_memory_bytes", "{:.2f} GB", 1e-9),

@@ -2,7 +2,8 @@
 
 Learning rates differ by a factor of ten thousand between methods, and a rate that suits one leaves another where it
 started (movement.py). The rates are for AdamW and about 16 examples (700 tokens) a step. "Pilot": the loss on held-out
-pairs of CoNaLa after 60 steps of 4 examples with a 135M Llama, 3.31 nats without training (benchmarks/prefix_grid.py).
+pairs of CoNaLa after 60 steps of 4 examples with a 135M Llama, 3.31 nats without training; results/prefix-135m is that
+experiment again, whole (`minipeft study --preset prefix`).
 """
 
 from __future__ import annotations

@@ -1,129 +1,137 @@
-"""The prefix experiment in small: on stories260K, a few steps a cell."""
+"""The prefix experiment: what it consists of, and a small one on stories260K, a few steps a trial."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
-import torch
 
 from minipeft.data.packing import rows_of_one
-from minipeft.data.pairs import Pair, Pairs, encode_pairs
+from minipeft.data.pairs import encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
-from minipeft.errors import InputError
 from minipeft.models.checkpoint import load_model
 from minipeft.study import prefix_experiment as experiment
-from minipeft.study.prefix_experiment import Cell, Data
-from minipeft.training.loop import TrainConfig, evaluate
-from minipeft.tuning import TuneConfig
-
-
-@pytest.fixture
-def model(assets):
-    return load_model(assets / "fixtures" / "stories260K", dtype=torch.float32)
-
-
-@pytest.fixture
-def data(assets) -> Data:
-    tokenizer = load_tokenizer(assets / "fixtures" / "stories260K")
-    names = ["Lily", "Tom", "Sue", "Ben", "Mia", "Max"]
-    items = [Pair(f"a story of {a} and {b}", f"{a} met {b}. {b} ran.") for a in names for b in names]
-    return Data.split(Pairs(tuple(items), "here", "0" * 64), tokenizer, held_out=8)
+from minipeft.study.conduct import conduct
+from minipeft.study.grid import StudyConfig, cells_of
+from minipeft.study.prefix_experiment import Grid, Trial, tables
+from minipeft.study.report import write_report
+from minipeft.study.results import assemble
+from minipeft.training.loop import evaluate
+from minipeft.tuning import TuneConfig, held_rows
 
 
 def test_the_grid_is_what_it_says():
-    cells = experiment.grid()
-    prefixes = {(c.init, c.learning_rate, bool(c.reparam)) for c in cells if c.method == "prefix"}
+    trials = experiment.grid()
+    prefixes = {(t.init, t.learning_rate, bool(t.reparam)) for t in trials if t.method == "prefix"}
     wanted = {(i, r, m) for i in ("peft", "normal", "text") for r in (2e-4, 1e-3, 5e-3, 3e-2) for m in (False, True)}
     assert prefixes == wanted
-    others = [(c.method, c.learning_rate, c.init) for c in cells if c.method != "prefix"]
+    others = [(t.method, t.learning_rate, t.init) for t in trials if t.method != "prefix"]
     assert sorted(others, key=str) == [("lora", 0.0003, None), ("lora", 0.001, None), ("prompt", 0.03, "text")]
-    assert len({c.name for c in cells}) == len(cells) == 27
+    assert len(trials) == len(set(trials)) == 27
+    assert {t.steps for t in trials} == {60}
     long = experiment.long_runs()
-    assert len({c.name for c in long} - {c.name for c in cells}) == len(long) == 15
+    assert [(t.steps, t.seed) for t in long] == [(300, seed) for seed in (0, 1, 2) for _ in range(5)]
     fields = {field.name for field in dataclasses.fields(TuneConfig)}
-    for cell in (*cells, *long):
-        assert cell.tuning().keys() <= fields
-        TuneConfig(model="m", data="d", **cell.tuning())  # type: ignore[arg-type]
+    assert all(t.tuning().keys() <= fields for t in (*trials, *long))
 
 
-def test_a_step_is_its_examples_side_by_side(model, data, monkeypatch):
-    """The same loss and number of tokens as rows of one example with padding, and every pair once an epoch."""
-    cell = Cell("lora", 1e-3, examples=5)
-    side = data.batches(cell, 0, 512)
-    seen = []
-    for i in range(len(side.rows)):
-        batch, rows = side[i], side.rows[i]
-        assert batch.ids.shape[0] == 1
-        assert (batch.documents >= 0).all()
-        assert batch.ids.shape[1] == (rows.documents >= 0).sum()
-        assert evaluate(model, [batch]) == pytest.approx(evaluate(model, [rows]), rel=1e-5)
-        seen += [tuple(row[owner >= 0].tolist()) for row, owner in zip(rows.ids, rows.documents)]
-    assert len(seen) == len(set(seen)) == len(data.train)
+def test_each_method_sees_the_same_tokens_in_a_step():
+    lengths = {t.method: t.tuning()["length"] for t in experiment.grid()}
+    assert lengths == {"lora": 220, "prefix": 240, "prompt": 240}  # 20 columns stand beside the 220
 
 
-def test_the_development_loss_is_evaluates(model, data):
-    loss, response = data.dev_loss(model)
-    for found, kind in ((loss, "all"), (response, "response")):
-        rows = rows_of_one(encode_pairs(data.dev, data.tokenizer), data.tokenizer, length=512, batch=3, loss=kind)
-        assert found == pytest.approx(evaluate(model, list(rows)), rel=1e-5)
-
-
-def test_cells_are_run_once_and_leave_the_model_plain(model, data, tmp_path, monkeypatch):
-    cells = [
-        Cell("prefix", 2e-4, "peft", steps=6),
-        Cell("prefix", 5e-2, "text", steps=6),
-        Cell("prefix", 5e-3, "text", 32, steps=6),
-        Cell("prompt", 3e-2, "text", steps=6),
-        Cell("lora", 1e-2, steps=6),
+def test_the_first_seed_of_a_long_run_answers():
+    cells = cells_of(StudyConfig(preset="prefix"), {"demo": "demo"}, 100)
+    assert len(cells) == 1 + 27 + 15
+    assert [(c.method, c.seed, c.tune["steps"]) for c in cells[1:] if c.generate] == [
+        (t.method, 0, 300) for t in experiment.long_runs(seeds=1)
     ]
-    before = repr(model)
-    rows = list(experiment.run(model, data, cells[:2], tmp_path))
-    assert repr(model) == before
-    ran = []
-    plain = experiment.run_cell
+    assert [c.seed for c in cells if c.method == "zero-shot"] == [0]
+    assert "lora" not in {c.method for c in cells_of(StudyConfig("prefix", method=("prompt",)), {"demo": "demo"}, 100)}
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Pairs that a model of children's stories can learn."""
+    names = ["Lily", "Tom", "Sue", "Ben", "Mia", "Max"]
+    rows = [{"intent": f"a story of {a} and {b}", "snippet": f"{a} met {b}. {b} ran.", "question_id": n}
+            for n, (a, b) in enumerate(itertools.product(names, names))]  # fmt: skip
+    file = tmp_path_factory.mktemp("stories") / "stories.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
+    trials = [
+        Trial("prefix", 2e-4, "peft"),
+        Trial("prefix", 5e-2, "text"),
+        Trial("prefix", 5e-3, "text", 32),
+        Trial("prompt", 3e-2, "text"),
+        Trial("lora", 1e-2),
+    ]
+    few = lambda found, **change: [dataclasses.replace(t, **change) for t in found]
+    monkeypatch.setattr(experiment, "grid", lambda: few(trials, steps=6))
     monkeypatch.setattr(
-        experiment, "run_cell", lambda m, d, cell, starts: ran.append(cell) or plain(m, d, cell, starts)
+        experiment, "long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[1:2], steps=8, seed=s)]
     )
-    again = list(experiment.run(model, data, cells, tmp_path))
-    assert ran == cells[2:]
-    assert again[:2] == json.loads(json.dumps(rows))
-    noise, text, network, prompt, lora = again
+    config, out = StudyConfig("prefix", model=(str(model),), data=str(stories), seeds=2), tmp_path / "s"
+    results = assemble(conduct(config, out, say=lambda line: None), config, out, "minipeft study")
+    groups = {(g["method"], g["init"], bool(g["reparam"]), g["steps"]): g for g in results["groups"] if g["model"]}
+    noise, text = groups["prefix", "peft", False, 6], groups["prefix", "text", False, 6]
+    network, prompt = groups["prefix", "text", True, 6], groups["prompt", "text", False, 6]
+    lora, base = groups["lora", None, False, 6], groups["zero-shot", None, False, 0]
+
     assert noise["dev_loss_start"] > text["dev_loss_start"] + 1
     assert text["dev_loss_start"] == pytest.approx(network["dev_loss_start"], rel=1e-6)
     assert text["dev_loss_start"] == pytest.approx(prompt["dev_loss_start"], rel=1e-5)  # the free check: one text
-    for row in (text, network, prompt, lora):
-        assert row["dev_loss"] < row["dev_loss_start"] - 0.1
-    assert any(w.startswith("dead adapter") for w in noise["adapter_movement"]["warnings"])
-    assert noise["adapter_movement"]["largest"] <= 1.5 * noise["adapter_movement"]["budget"]
-    assert not any(w.startswith("dead adapter") for w in text["adapter_movement"]["warnings"])
-    for row in (noise, text):  # of a plain table the columns are what is trained
-        assert row["columns_moved"] == pytest.approx(row["adapter_movement"]["largest"])
-    assert network["columns_moved"] > 2 * network["adapter_movement"]["largest"]
-    assert lora["columns_moved"] is None
-    c = model.config
+    assert lora["dev_loss_start"] == pytest.approx(base["dev_loss"], rel=1e-6)
+    assert lora["dev_loss"] < lora["dev_loss_start"] - 0.1
+    for group in (text, network, prompt):
+        assert group["dev_loss"] < group["dev_loss_start"]
+    dead = lambda group: any("dead adapter" in flag for flag in group["flags"])
+    assert dead(noise)
+    assert not dead(text)
+
+    c = load_model(model).config
     assert text["stored"] == network["stored"] == text["trainable"] == 20 * c.layers * 2 * c.kv_heads * c.head_width
     assert network["trainable"] > network["stored"]
     assert (prompt["stored"], lora["stored"]) == (20 * c.width, lora["trainable"])
-    base = experiment.base_row(model, data, tmp_path)
-    assert base["dev_loss"] == data.dev_loss(model)[0]
-    assert experiment.base_row(None, None, tmp_path) == base  # measured once
-    about = {"command": "c", "model": "m", "dev_pairs": 8, "base": base}
-    results = experiment.collect(tmp_path, about)
-    assert [row["dev_loss"] for row in results["cells"]] == sorted(row["dev_loss"] for row in again)
-    said = experiment.as_markdown(results)
-    assert f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D" in said
-    assert "| text + MLP | not run" in said
+
+    long = groups["prefix", "text", False, 8]
+    runs = [row for row in results["cells"] if row.get("steps") == 8]
+    assert [row["seed"] for row in runs] == long["seeds"] == [0, 1]
+    assert long["dev_loss"] == pytest.approx(sum(row["dev_loss"] for row in runs) / 2)
+    assert long["dev_loss_sd"] == pytest.approx(abs(runs[0]["dev_loss"] - runs[1]["dev_loss"]) / 2**0.5)
+    assert runs[0]["dev_loss_start"] == pytest.approx(runs[1]["dev_loss_start"])  # one set is held out for all seeds
+    assert [row.get("bleu") is None for row in runs] == [False, True]
+
+    (grid,) = tables(results["groups"])
+    assert grid.rates == (2e-4, 5e-3, 5e-2)
+    expected = f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D"
+    assert dict(grid.rows)["peft"] == (expected, "", "")
+    write_report(results, out)
+    for report in ("report.md", "report.html"):
+        said = (out / report).read_text()
+        assert "Prefixes after 6 steps" in said
+        assert expected in said
 
 
-def test_another_cells_file_is_refused(model, data, tmp_path):
-    cell = Cell("lora", 1e-2, steps=2)
-    (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / f"{cell.name}.json").write_text('{"method": "prefix"}')
-    with pytest.raises(InputError, match="is another cell's row"):
-        list(experiment.run(model, data, [cell], tmp_path))
+def test_a_grid_needs_two_starts_and_two_rates():
+    row = {"method": "prefix", "error": None, "reparam": None, "dev_loss": 1.0, "flags": [], "steps": 5}
+    one = {**row, "init": "text", "learning_rate": 1e-3}
+    assert tables([one, {**row, "init": "peft", "learning_rate": 1e-3}]) == []
+    assert tables([one, {**row, "init": "peft", "learning_rate": 2e-3, "error": "failed"}]) == []
+    assert tables([one, {**row, "init": "peft", "learning_rate": 2e-3}]) == [
+        Grid(5, (1e-3, 2e-3), (("text", ("1.000", "")), ("peft", ("", "1.000"))))
+    ]
 
 
-def test_only_its_own_methods():
-    with pytest.raises(InputError, match=r"'full' is no part of this experiment \(prefix, prompt, lora\)"):
-        Cell("full", 1e-5).adapter()
-    assert Cell("lora", 1e-3).training() == TrainConfig(steps=60, learning_rate=1e-3, warmup=0.1)
+def test_the_held_out_pairs_are_whole_and_apart(model, stories):
+    """However short the rows are that are trained on, and though they are packed."""
+    tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
+    for kind in ("all", "response"):
+        rows = held_rows(TuneConfig(str(model), str(stories), length=24, loss=kind), base, tokenizer, pairs)
+        alone = rows_of_one(encode_pairs(pairs, tokenizer), tokenizer, batch=3, loss=kind, length=512)
+        whole = sum(len(example.ids) for example in encode_pairs(pairs, tokenizer))
+        assert sum(int((row.documents >= 0).sum()) for row in rows) == whole
+        assert evaluate(base, rows) == pytest.approx(evaluate(base, list(alone)), rel=1e-5)
