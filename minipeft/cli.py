@@ -1,4 +1,4 @@
-"""The command line: `minipeft train`, `generate`, `score`, `inspect`; each flag is a field of the config that it fills.
+"""The command line: `minipeft study`, `train`, `generate`, `score`, `inspect`; each flag is a field of a config.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved. `--debug` shows the traceback instead of the line.
@@ -127,7 +127,6 @@ def chosen(config: type, options: argparse.Namespace) -> Any:
 
 
 TRAIN_HELP = {
-    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
     "model": "folder or hub id of a GPT-2, Llama or Mistral checkpoint",
     "data": "conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)",
     "method": "full, lora, prefix or prompt",
@@ -160,7 +159,6 @@ TRAIN_HELP = {
     "revision": "commit, tag or branch on the hub",
 }
 GENERATE_HELP = {
-    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
     "max_new_tokens": "tokens of an answer at most",
     "temperature": "0 is greedy",
     "top_p": "share of probability that is drawn from",
