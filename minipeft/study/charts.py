@@ -7,6 +7,7 @@ told by colour alone: kinds of bars differ in their pattern, points in their sha
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,24 @@ class Curve:
     name: str
     train: Sequence[tuple[float, float]]
     held_out: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One start: its held-out loss at each rate (None: not run), and its marker's shape, open or filled."""
+
+    name: str
+    losses: Sequence[float | None]
+    shape: str  # circle, square, triangle
+    filled: bool
+
+    def marker(self) -> str:
+        """The shape around (0, 0)."""
+        kind = "filled" if self.filled else "open"
+        if self.shape == "circle":
+            return f'<circle r="5" class="{kind}"/>'
+        points = "-5,-5 5,-5 5,5 -5,5" if self.shape == "square" else "0,-6 6,5 -6,5"
+        return f'<polygon points="{points}" class="{kind}"/>'
 
 
 def bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None) -> str:
@@ -113,6 +132,47 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
     )
     title = html.escape(f"{curve.name}{ends}")
     return f'<div class="panel"><h3>{title}</h3>{figure(body, height + 20, title)}</div>'
+
+
+def by_rate(rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple[float, str]], title: str,
+            height: int = 320) -> str:  # fmt: skip
+    """A line for each start over the learning rates, loss on a logarithmic scale; `marks`: what to compare with."""
+    values = [loss for line in lines for loss in line.losses if loss is not None] + [loss for loss, _ in marks]
+    low, high = math.log(min(values)) - 0.08, math.log(max(values)) + 0.08
+    left = lambda place: 3 + 94 * place / max(1, len(rates) - 1)  # percent of the width
+    down = lambda loss: height * (high - math.log(loss)) / (high - low)
+    parts = [
+        f'<line x1="0" x2="100%" y1="{down(loss):.1f}" y2="{down(loss):.1f}" class="grid"/>'
+        f'<text x="-8" y="{down(loss) + 4:.1f}" text-anchor="end" class="tick">{loss:g}</text>'
+        for loss in (1, 2, 3, 5, 8, 12) if low <= math.log(loss) <= high
+    ]  # fmt: skip
+    above: list[float] = []  # where the texts of the marks stand: near ones take turns at the two sides
+    for loss, said in sorted(marks):
+        near = any(abs(down(loss) - other) < 16 for other in above)
+        above.append(down(loss))
+        x, anchor = ("100%", "end") if near else ("0", "start")
+        parts.append(
+            f'<line x1="0" x2="100%" y1="{down(loss):.1f}" y2="{down(loss):.1f}" class="mark"/>'
+            f'<text x="{x}" y="{down(loss) - 5:.1f}" text-anchor="{anchor}" class="tick">{html.escape(said)}</text>'
+        )
+    for line in lines:
+        points = [(left(place), down(loss)) for place, loss in enumerate(line.losses) if loss is not None]
+        path = " ".join(f"{x:.2f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<svg viewBox="0 0 100 {height}" width="100%" height="{height}" preserveAspectRatio="none">'
+            f'<polyline points="{path}" class="curve"/></svg>'
+        )
+        parts += [f'<svg x="{x:.2f}%" y="{y:.1f}" overflow="visible">{line.marker()}</svg>' for x, y in points]
+    parts += [
+        f'<text x="{left(place):.2f}%" y="{height + 16}" text-anchor="middle" class="tick">{rate:g}</text>'
+        for place, rate in enumerate(rates)
+    ]
+    legend = "".join(
+        f'<li><svg width="14" height="14"><svg x="7" y="7" overflow="visible">{line.marker()}</svg></svg> '
+        f"{html.escape(line.name)}</li>"
+        for line in lines
+    )
+    return f'<div class="panel">{figure("".join(parts), height + 22, title)}<ul class="legend">{legend}</ul></div>'
 
 
 def smooth(points: Sequence[tuple[float, float]], kept: int = 60) -> list[tuple[float, float]]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
-from minipeft.study.charts import PATTERNS, Bar, Curve, bars, dumbbells, losses
+from minipeft.study.charts import PATTERNS, Bar, Curve, Line, bars, by_rate, dumbbells, losses
 from minipeft.study.grid import FIRST_LINE, ZERO_SHOT
-from minipeft.study.prefix_experiment import MEANING, Grid, tables
-from minipeft.study.table import Group, bleu, names, shown
+from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
+from minipeft.study.table import Group, bleu, few, flagged, names, shown
 
 LONGEST_ANSWER = 400  # characters shown of an answer
 MOST_QUESTIONS = 500
@@ -55,6 +55,8 @@ svg{display:block;overflow:visible;fill:var(--ink);font:13px system-ui,sans-seri
 .mark{stroke:var(--soft);stroke-dasharray:3 4}
 .curve{fill:none;stroke:var(--fill);stroke-width:2;vector-effect:non-scaling-stroke}
 .panel{padding-left:30px}.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:24px}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:4px 0 12px;padding:0;font-size:14px}
+.legend svg{display:inline-block;vertical-align:-2px}
 form{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin:8px 0}
 form[hidden],[hidden]{display:none}
 input,select{font:inherit;font-size:14px;padding:6px 8px;color:inherit;background:var(--card);
@@ -113,6 +115,8 @@ def page(results: dict[str, Any], said: Sequence[str], notes: Sequence[str], run
         section("Scores", score_bars(groups), "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
                 "Striped: the untrained model. Outlined: answers that need no model."),
         *(section(f"Prefixes after {grid.steps} steps", grid_table(grid), MEANING) for grid in tables(groups)),
+        *(section(f"Held-out loss after {steps} steps", loss_bars(rows), "Bars are nats per token, lines one standard "
+                  "deviation over seeds to both sides.") for steps, rows in several_seeds(results).items()),
         section("To know before using a number", flag_list(groups)),
         section("What it took, and what the answers are like", table(groups, "rest")),
         section("Loss", losses(runs), "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
@@ -167,17 +171,37 @@ def table(groups: Sequence[Group], part: str) -> str:
     )
 
 
+SHAPES = {"peft": "triangle", "normal": "square", "text": "circle"}  # of a prefix's start; filled: with the network
+
+
 def grid_table(grid: Grid) -> str:
-    """A grid of the prefix experiment."""
-    head = "".join(f'<th scope="col">{rate:g}</th>' for rate in grid.rates)
-    rows = "".join(
-        f'<tr><th scope="row">{text(start)}</th>{"".join(f"<td>{text(loss)}</td>" for loss in cells)}</tr>'
-        for start, cells in grid.rows
+    """A grid of the prefix experiment, drawn and in numbers."""
+    lines = [
+        Line(start, [group["dev_loss"] if group else None for group in found], SHAPES[start.split()[0]], "MLP" in start)
+        for start, found in grid.rows
+    ]
+    title = "Held-out loss by learning rate and start"
+    drawn = by_rate(grid.rates, lines, [(loss, name) for name, loss in grid.others], title)
+    head, *rows = grid.texts()
+    heads = "<th></th>" + "".join(f'<th scope="col">{cell}</th>' for cell in head[1:])
+    body = "".join(
+        f'<tr><th scope="row">{text(row[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'{drawn}<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def loss_bars(rows: Sequence[tuple[str, str, Group]]) -> str:
+    """The held-out loss of each thing that was trained with several seeds."""
+    found = [
+        Bar(name, group["dev_loss"], group["dev_loss"] - group["dev_loss_sd"], group["dev_loss"] + group["dev_loss_sd"],
+            said, "tuned")
+        for name, said, group in rows
+    ]  # fmt: skip
+    return bars(found, "Held-out loss over seeds")
 
 
 def score_bars(groups: Sequence[Group]) -> str:
@@ -194,12 +218,8 @@ def score_bars(groups: Sequence[Group]) -> str:
 
 
 def flag_list(groups: Sequence[Group]) -> str:
-    """Failures and flags."""
-    found = [
-        f"<li><b>{text(name)}</b> {text('; '.join(said))}</li>"
-        for name, group in zip(names(groups), groups)
-        if (said := [f"failed: {group['error']}"] if group["error"] is not None else group["flags"])
-    ]
+    """Failures and flags, each said once."""
+    found = [f"<li><b>{text(few(who))}</b> {text(said)}</li>" for said, who in flagged(groups).items()]
     return f'<ul class="flags">{"".join(found)}</ul>' if found else "<p>Nothing was flagged.</p>"
 
 

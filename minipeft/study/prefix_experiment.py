@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minipeft.adapters import PrefixConfig
+from minipeft.study.table import names
 
 RATES = (2e-4, 1e-3, 5e-3, 3e-2)
 WIDTH = 512  # of the network, as Li & Liang's
@@ -75,11 +76,17 @@ def long_runs(steps: int = 300, seeds: int = 3) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The prefixes of one number of steps as a table: a row for each start, a column for each rate."""
+    """The prefixes of one number of steps: a row for each start, a column for each rate; and what they compare with."""
 
     steps: int
     rates: tuple[float, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]  # (start, a text for each rate)
+    rows: tuple[tuple[str, tuple[dict[str, Any] | None, ...]], ...]  # (start, a group for each rate)
+    others: tuple[tuple[str, float], ...]  # (name, held-out loss): the untrained model, the best LoRA, the best prompt
+
+    def texts(self) -> list[list[str]]:
+        """The table, its head first."""
+        head = ["start", *(f"{rate:g}" for rate in self.rates)]
+        return [head, *([start, *(loss_text(g) if g else "" for g in found)] for start, found in self.rows)]
 
 
 MEANING = (
@@ -89,22 +96,47 @@ MEANING = (
 
 
 def tables(groups: Sequence[dict[str, Any]]) -> list[Grid]:
-    """The grid of each number of steps at which prefixes of several starts and rates were trained."""
+    """The grid of each number of steps at which prefixes of two starts or more were trained at several rates."""
     prefixes = [group for group in groups if group["method"] == "prefix" and group["error"] is None]
     found = []
     for steps in sorted({group["steps"] for group in prefixes}):
         mine = [group for group in prefixes if group["steps"] == steps]
         starts = list(dict.fromkeys((group["init"], bool(group["reparam"])) for group in mine))
         rates = tuple(sorted({group["learning_rate"] for group in mine}))
-        if len(starts) < 2 or len(rates) < 2:
-            continue
-        texts = {(group["init"], bool(group["reparam"]), group["learning_rate"]): loss_text(group) for group in mine}
+        at = {(group["init"], bool(group["reparam"]), group["learning_rate"]): group for group in mine}
         rows = tuple(
-            (f"{init}{' + MLP' if network else ''}", tuple(texts.get((init, network, rate), "") for rate in rates))
+            (f"{init}{' + MLP' if network else ''}", tuple(at.get((init, network, rate)) for rate in rates))
             for init, network in starts
         )
-        found.append(Grid(steps, rates, rows))
+        if sum(sum(group is not None for group in row) > 1 for _, row in rows) > 1:
+            found.append(Grid(steps, rates, rows, compared(groups, steps)))
     return found
+
+
+def several_seeds(results: dict[str, Any]) -> dict[int, list[tuple[str, str, dict[str, Any]]]]:
+    """Number of steps -> (name, its held-out loss and what it stores in words, the group) of each group of this
+    experiment with several seeds, best first."""
+    found: dict[int, list[tuple[str, str, dict[str, Any]]]] = {}
+    if results["preset"] != "prefix":
+        return found
+    groups = [(name, group) for name, group in zip(names(results["groups"]), results["groups"])]
+    groups = [
+        (name, group) for name, group in groups if group["error"] is None and group.get("dev_loss_sd") is not None
+    ]
+    for name, group in sorted(groups, key=lambda pair: pair[1]["dev_loss"]):
+        loss, seeds = f"{group['dev_loss']:.3f} ± {group['dev_loss_sd']:.3f}", len(group["seeds"])
+        said = f"{loss} in {seeds} seeds, {group['stored']:,} numbers stored"
+        found.setdefault(group["steps"], []).append((name, said, group))
+    return found
+
+
+def compared(groups: Sequence[dict[str, Any]], steps: int) -> tuple[tuple[str, float], ...]:
+    """The untrained model's held-out loss, and the least of LoRA and of prompt-tuning after as many steps."""
+    found = []
+    for method, name, at in (("zero-shot", "untrained", 0), ("lora", "LoRA", steps), ("prompt", "prompt", steps)):
+        losses = [g["dev_loss"] for g in groups if g["method"] == method and g["error"] is None and g["steps"] == at]
+        found += [(f"{name} {min(losses):.3f}", min(losses))] if losses else []
+    return tuple(found)
 
 
 def loss_text(group: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from minipeft.answering import answers_in
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.study.charts import Curve
 from minipeft.study.page import Answered, page
-from minipeft.study.prefix_experiment import MEANING, Grid, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
 from minipeft.study.run import ANSWERS
-from minipeft.study.table import Group, as_markdown, as_text, names, shown
+from minipeft.study.table import Group, as_markdown, as_text, few, flagged, names, shown
 
 NOTES = (
     "Intervals are percentile bootstraps over questions: pairs of one question are drawn together. A difference whose "
@@ -65,19 +64,12 @@ def summary(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def flagged(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """(name, what to know) for each flag and each failure."""
-    found = []
-    for name, group in zip(names(groups), groups):
-        said = [f"failed: {group['error']}"] if group["error"] is not None else group["flags"]
-        found += [(name, text) for text in said]
-    return found
-
-
 def terminal(results: dict[str, Any], out: Path) -> str:
     """What the command prints at its end."""
     groups = results["groups"]
-    flags = [f"! {name}: {text}" for name, text in flagged(groups) if not text.startswith("CodeBLEU artefact")]
+    flags = [
+        f"! {few(who)}: {text}" for text, who in flagged(groups).items() if not text.startswith("CodeBLEU artefact")
+    ]
     parts = [as_text(groups), " ".join(summary(results)), "\n".join(flags), f"{out / 'report.html'}"]
     return "\n\n".join(part for part in parts if part)
 
@@ -85,11 +77,15 @@ def terminal(results: dict[str, Any], out: Path) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """report.md"""
     groups = results["groups"]
-    flags = "\n".join(f"- {name}: {text}" for name, text in flagged(groups)) or "- none"
+    flags = "\n".join(f"- {few(who)}: {text}" for text, who in flagged(groups).items()) or "- none"
     meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in shown(groups))
     where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
     grids = "".join(
         f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{grid_text(grid)}\n\n" for grid in tables(groups)
+    )
+    grids += "".join(
+        f"## Held-out loss after {steps} steps\n\n" + "\n".join(f"- {name}: {said}" for name, said, _ in rows) + "\n\n"
+        for steps, rows in several_seeds(results).items()
     )
     return (
         f"# Study: {results['preset']}\n\n    {results['command']}\n\n{' '.join(summary(results))}\n\n"
@@ -100,18 +96,19 @@ def markdown(results: dict[str, Any]) -> str:
 
 def grid_text(grid: Grid) -> str:
     """A grid in Markdown."""
-    lines = [["start", *(f"{rate:g}" for rate in grid.rates)], ["---", *["---:"] * len(grid.rates)]]
-    lines += [[start, *texts] for start, texts in grid.rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    head, *rows = grid.texts()
+    lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return text + "\n\nTo compare with: " + ", ".join(name for name, _ in grid.others) + "."
 
 
 def curves(results: dict[str, Any], out: Path) -> list[Curve]:
-    """The losses of each trained cell, from its log."""
-    found = []
+    """The losses of each trained cell, from its log; of those that answered, where any did."""
+    found, asked = [], any(row.get("bleu") is not None and row.get("steps") for row in results["cells"])
     called = {cell: name for name, group in zip(names(results["groups"]), results["groups"]) for cell in group["cells"]}
     for row in results["cells"]:
         file = out / "cells" / row["cell"] / "run" / "log.jsonl"
-        if row["error"] is not None or not file.exists():
+        if row["error"] is not None or not file.exists() or (asked and row.get("bleu") is None):
             continue
         entries = [parse_json(line, file) for line in read_text(file).splitlines()]
         seeds = f" seed {row['seed']}" if row["seed"] else ""

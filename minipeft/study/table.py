@@ -133,6 +133,20 @@ def names(groups: Sequence[Group]) -> list[str]:
     return found
 
 
+def flagged(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What to know -> the names that it is said of, for each flag and each failure."""
+    found: dict[str, list[str]] = {}
+    for name, group in zip(names(groups), groups):
+        for text in [f"failed: {group['error']}"] if group["error"] is not None else group["flags"]:
+            found.setdefault(text, []).append(name)
+    return found
+
+
+def few(who: Sequence[str]) -> str:
+    """Some names, the first of them where they are many."""
+    return "; ".join(who) if len(who) <= 3 else f"{who[0]} and {len(who) - 1} more"
+
+
 def as_text(groups: Sequence[Group], *, brief: bool = True) -> str:
     """The table for a terminal."""
     columns = shown(groups, brief=brief)

@@ -13,7 +13,7 @@ from minipeft.models.checkpoint import load_model
 from minipeft.study import prefix_experiment as experiment
 from minipeft.study.conduct import conduct
 from minipeft.study.grid import StudyConfig, cells_of
-from minipeft.study.prefix_experiment import Grid, Trial, tables
+from minipeft.study.prefix_experiment import Trial, loss_text, tables
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
 from minipeft.training.loop import evaluate
@@ -64,6 +64,8 @@ def stories(tmp_path_factory):
 def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     trials = [
         Trial("prefix", 2e-4, "peft"),
+        Trial("prefix", 5e-2, "peft"),
+        Trial("prefix", 2e-4, "text"),
         Trial("prefix", 5e-2, "text"),
         Trial("prefix", 5e-3, "text", 32),
         Trial("prompt", 3e-2, "text"),
@@ -72,14 +74,14 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     few = lambda found, **change: [dataclasses.replace(t, **change) for t in found]
     monkeypatch.setattr(experiment, "grid", lambda: few(trials, steps=6))
     monkeypatch.setattr(
-        experiment, "long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[1:2], steps=8, seed=s)]
+        experiment, "long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[3:4], steps=8, seed=s)]
     )
     config, out = StudyConfig("prefix", model=(str(model),), data=str(stories), seeds=2), tmp_path / "s"
     results = assemble(conduct(config, out, say=lambda line: None), config, out, "minipeft study")
-    groups = {(g["method"], g["init"], bool(g["reparam"]), g["steps"]): g for g in results["groups"] if g["model"]}
-    noise, text = groups["prefix", "peft", False, 6], groups["prefix", "text", False, 6]
-    network, prompt = groups["prefix", "text", True, 6], groups["prompt", "text", False, 6]
-    lora, base = groups["lora", None, False, 6], groups["zero-shot", None, False, 0]
+    groups = {(g["method"], g["init"], g["learning_rate"], g["steps"]): g for g in results["groups"] if g["model"]}
+    noise, text = groups["prefix", "peft", 2e-4, 6], groups["prefix", "text", 5e-2, 6]
+    network, prompt = groups["prefix", "text", 5e-3, 6], groups["prompt", "text", 3e-2, 6]
+    lora, base = groups["lora", None, 1e-2, 6], groups["zero-shot", None, None, 0]
 
     assert noise["dev_loss_start"] > text["dev_loss_start"] + 1
     assert text["dev_loss_start"] == pytest.approx(network["dev_loss_start"], rel=1e-6)
@@ -97,7 +99,7 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     assert network["trainable"] > network["stored"]
     assert (prompt["stored"], lora["stored"]) == (20 * c.width, lora["trainable"])
 
-    long = groups["prefix", "text", False, 8]
+    long = groups["prefix", "text", 5e-2, 8]
     runs = [row for row in results["cells"] if row.get("steps") == 8]
     assert [row["seed"] for row in runs] == long["seeds"] == [0, 1]
     assert long["dev_loss"] == pytest.approx(sum(row["dev_loss"] for row in runs) / 2)
@@ -106,24 +108,32 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     assert [row.get("bleu") is None for row in runs] == [False, True]
 
     (grid,) = tables(results["groups"])
+    loud = groups["prefix", "peft", 5e-2, 6]
     assert grid.rates == (2e-4, 5e-3, 5e-2)
     expected = f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D"
-    assert dict(grid.rows)["peft"] == (expected, "", "")
+    assert [row for row in grid.texts() if row[0] == "peft"] == [["peft", expected, "", loss_text(loud)]]
+    assert dict(grid.others) == {
+        f"untrained {base['dev_loss']:.3f}": base["dev_loss"], f"LoRA {lora['dev_loss']:.3f}": lora["dev_loss"],
+        f"prompt {prompt['dev_loss']:.3f}": prompt["dev_loss"],
+    }  # fmt: skip
     write_report(results, out)
     for report in ("report.md", "report.html"):
         said = (out / report).read_text()
         assert "Prefixes after 6 steps" in said
+        assert (
+            f"{long['dev_loss']:.3f} ± {long['dev_loss_sd']:.3f} in 2 seeds, {long['stored']:,} numbers stored" in said
+        )
         assert expected in said
 
 
-def test_a_grid_needs_two_starts_and_two_rates():
+def test_a_grid_needs_two_starts_at_two_rates():
     row = {"method": "prefix", "error": None, "reparam": None, "dev_loss": 1.0, "flags": [], "steps": 5}
-    one = {**row, "init": "text", "learning_rate": 1e-3}
-    assert tables([one, {**row, "init": "peft", "learning_rate": 1e-3}]) == []
-    assert tables([one, {**row, "init": "peft", "learning_rate": 2e-3, "error": "failed"}]) == []
-    assert tables([one, {**row, "init": "peft", "learning_rate": 2e-3}]) == [
-        Grid(5, (1e-3, 2e-3), (("text", ("1.000", "")), ("peft", ("", "1.000"))))
-    ]
+    groups = [{**row, "init": init, "learning_rate": rate} for init in ("text", "peft") for rate in (1e-3, 2e-3)]
+    assert tables(groups[:3]) == []
+    assert tables([*groups[:3], {**groups[3], "error": "failed"}]) == []
+    (found,) = tables(groups)
+    assert found.texts() == [["start", "0.001", "0.002"], ["text", "1.000", "1.000"], ["peft", "1.000", "1.000"]]
+    assert found.others == ()
 
 
 def test_the_held_out_pairs_are_whole_and_apart(model, stories):
