@@ -10,7 +10,6 @@ keep a copy of their own where adapters are float32. Each row carries the bytes 
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +82,6 @@ def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Na
     rows = []
     for row in found:
         extra: dict[str, object] = {
-            "load": round(os.getloadavg()[0], 1),
             "times_frozen": row.median / times["frozen"],
             "kept_bytes": kept[row.variant],
         }

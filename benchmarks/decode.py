@@ -9,7 +9,6 @@ Python, so it pays for each; ours gathers (reference) or reads each row's own (d
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable
 
 import measure
@@ -70,7 +69,7 @@ def compare(batch: int, adapters: int, k: int, n: int, arguments: argparse.Names
     with torch.no_grad():
         errors = {name: ((call().to(wide) - exact).norm() / exact.norm()).item() for name, call in calls.items()}
         if x.is_cuda:
-            calls |= {f"{name}, graph": graphed(call) for name, call in calls.items() if "peft" not in name}
+            calls |= {f"{name}, graph": measure.graphed(call) for name, call in calls.items() if "peft" not in name}
         found = measure.measure(
             calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
             device=device, rounds=arguments.rounds, seconds=0.01, packages=("peft", "triton"),
@@ -84,7 +83,6 @@ def judged(row: measure.Row, rows: list[measure.Row], errors: dict[str, float]) 
     floor = times["base, graph" if row.variant.endswith("graph") else "base"]
     mine, peer = errors[row.variant.removesuffix(", graph")], errors["peft, adapter_names"]
     extra: dict[str, object] = {"times_base": row.median / floor, "error": mine, "peft_error": peer}
-    extra["load"] = round(os.getloadavg()[0], 1)
     extra["faster than peft"] = times["peft, adapter_names"] / row.median
     if mine > 1.25 * peer + 1e-7 and not row.variant.startswith("base"):
         return dataclasses.replace(row, ratio=0.0, note="FAIL", extra={"error": mine, "peft_error": peer})
@@ -106,16 +104,6 @@ def peft_call(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, owner: Tensor) ->
     wrapped.eval()
     names = [str(i) for i in owner.tolist()]
     return lambda: layer(x, adapter_names=names)
-
-
-def graphed(call: Callable[[], Tensor]) -> Callable[[], object]:
-    """Return a CUDA graph of a call: the time of its kernels without that of Python."""
-    for _ in range(3):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 if __name__ == "__main__":

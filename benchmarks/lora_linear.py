@@ -5,8 +5,9 @@
     python benchmarks/lora_linear.py --device cuda --tune               # every tile and path: rows for tiles and choice
 
 PEFT stands in three columns, because its usual setting is its slowest: adapters in the base's dtype; as it is by
-default (float32 adapters on a bfloat16 base); and that under autocast. A time is written only beside its errors against
-float64 (float32 on a GPU) and PEFT's own, and the norms of its gradients; where an error is larger there is no ratio.
+default (float32 adapters on a bfloat16 base); and that under autocast. A time is written only beside its errors
+against float64 (float32 on a GPU) and PEFT's own, and the norms of its gradients; where an error is larger by a quarter
+there is no ratio. On a GPU a second column replays a CUDA graph: the kernels without Python's time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 GPT2 = [(768, 2304), (768, 3072), (3072, 768)]
 LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)]
+REST = [(768, 768), (768, 50257), (4096, 6144), (14336, 4096), (4096, 32000)]  # only with --all
+ALL_ROWS, ALL_RANKS = [1, 4, 16, 64, 512, 2048, 8192, 16384], [8, 16, 64, 128]
 said: set[str] = set()  # why a path is not measured, each reason once
 SETS = 4  # inputs in turn, so that a GPU's L2 cache does not hold the next call's
 
@@ -49,33 +51,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="M; on a CPU 512, on a GPU 8192 and 2048")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--dtypes", nargs="+", help="float32 and bfloat16 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--shapes", nargs="+", help="KxN ...; GPT-2's, on a GPU Llama's too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
+    parser.add_argument("--all", action="store_true", help="every shape of the protocol, M 1 to 16384, ranks 8 to 128")
     parser.add_argument("--tune", action="store_true", help="time every path and tile instead, and print the tables")
     parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     gpu = arguments.device.startswith("cuda")
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes or []] or (GPT2 + LLAMA if gpu else GPT2)
+    if arguments.all:
+        shapes, arguments.rows, arguments.rank = [*shapes, *REST], ALL_ROWS if gpu else ALL_ROWS[:5], ALL_RANKS
+    dtypes = arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
+    many = itertools.product(arguments.rows or ([8192, 2048] if gpu else [512]), shapes, arguments.rank, dtypes,
+                             arguments.dropout)  # fmt: skip
     rows: list[measure.Row] = []
-    for m in arguments.rows or ([8192, 2048] if gpu else [512]):
-        for k, n in shapes:
-            for dtype in arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"]):
-                for dropout in arguments.dropout:
-                    make = lambda: problem(m, k, n, arguments.rank, getattr(torch, dtype), dropout, arguments.device)  # noqa: B023
-                    if arguments.tune:
-                        tune(make(), arguments.device)
-                        continue
-                    found = compare(make(), arguments)
-                    measure.show_rows(found)
-                    rows += found
-                    if arguments.out:
-                        measure.write_rows(arguments.out, rows)
+    for m, (k, n), rank, dtype, dropout in many:
+        given = problem(m, k, n, rank, getattr(torch, dtype), dropout, arguments.device)
+        if arguments.tune:
+            tune(given, arguments.device)
+            continue
+        found = compare(given, arguments)
+        measure.show_rows(found)
+        rows += found
+        if arguments.out:
+            measure.write_rows(arguments.out, rows)
 
 
 def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, device: str) -> Problem:
@@ -114,6 +119,8 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
         calls = {name: repeated(variant, given, kind != "forward") for name, variant in variants.items()}
         if kind == "forward" and not given.dropout:
             calls["k-concat"] = k_concat(given)
+        if x.is_cuda:
+            calls |= replayed(calls)
         rows = measure.measure(
             calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
             dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
@@ -123,14 +130,31 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
     return found
 
 
+def replayed(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Return a CUDA graph of each call that can be recorded, by "NAME, graph"."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[f"{name}, graph"] = measure.graphed(call)
+        except RuntimeError as reason:
+            print(f"# {name} is not replayed: {str(reason).splitlines()[0]}")
+            torch.cuda.synchronize()
+    return found
+
+
 def judged(row: measure.Row, rows: list[measure.Row], checks: dict[str, Check]) -> measure.Row:
     """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
     times = {other.variant: other.median for other in rows}
-    extra: dict[str, object] = {"load": round(os.getloadavg()[0], 1), "times_frozen": row.median / times["frozen"]}
+    graph = ", graph" if row.variant.endswith(", graph") else ""
+    m, k, n = (int(part) for part in row.shape.split()[0].split("x"))
+    tflops = 2e-12 * m * k * n * (2 if "backward" in row.benchmark else 1) / row.median  # of the frozen product alone
+    extra: dict[str, object] = {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": tflops}
+    extra["of_ceiling"] = tflops / float(str(row.surroundings["ceiling_tflops"]))
     extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
-    if row.variant not in checks:
+    variant = row.variant.removesuffix(graph) if graph else row.variant
+    if variant not in checks:
         return dataclasses.replace(row, extra=extra)
-    mine, peer = checks[row.variant], checks["peft, same dtype"]
+    mine, peer = checks[variant], checks["peft, same dtype"]
     shown = {"errors": mine.errors, "peft_errors": peer.errors, "gradient_norms": mine.norms}
     worse = [name for name in mine.errors if mine.errors[name] > 1.25 * peer.errors[name] + 1e-7]
     if worse or not all(norm > 0 for norm in mine.norms.values()):

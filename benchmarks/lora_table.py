@@ -51,11 +51,13 @@ def table(name: str) -> str:
     first = rows[0]
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
     where = f"{first['device']}; {versions}; commit {first['commit']}; `{first['command']}`"
-    loads = [row["extra"]["load"] for row in rows if "load" in row["extra"]]
-    busy = f"; load average {min(loads)} to {max(loads)} during the run" if loads else ""
-    return "\n".join(
-        [*lines, "", f"Median milliseconds (times the floor), one thread unless the command says more. {where}{busy}."]
-    )
+    around = [row["surroundings"] for row in rows]
+    loads, noise = [a["load"] for a in around], max(a["noise"] for a in around)
+    best = "{ceiling_tflops:.3g} TFLOP/s in a product, {ceiling_gb_per_s:.3g} GB/s in a copy".format(**around[0])
+    how = f"load average {min(loads)} to {max(loads)}; the floor, timed twice, differed by at most {100 * noise:.1f} %"
+    what = "Median milliseconds (times the floor), one thread unless the command says more."
+    said = f"{what} {where}; at best {best}; {how}."
+    return "\n".join([*lines, "", said])
 
 
 def cell(row: Row | None) -> str:

@@ -5,8 +5,12 @@
 
 The variants are timed in turn, round by round (ours, theirs, ours, theirs, ...), each round in a new order: a machine
 that grows slower while it is measured, or a neighbour that wakes up, then hits all of them alike and the ratio stands.
+The first variant is timed twice in a round, as if it were two: how far those differ is the noise of the run, and a
+difference below it is no difference. On a GPU the clock is CUDA's events; each row names what the machine can do at
+best (a large product, a large copy), measured in the same process, its clocks and its driver.
 """
 
+import functools
 import json
 import os
 import platform
@@ -22,6 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "numpy")  # named in every row; a benchmark adds those that its peers need
+AGAIN = "the first variant again"
+BUSY = 0.5  # of load above the number of cores from which a row says that the machine was busy
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Row:
     command: str
     note: str = ""
     extra: dict[str, object] = field(default_factory=dict)
+    surroundings: dict[str, object] = field(default_factory=dict)  # load, noise, ceilings; a GPU's driver and clocks
 
 
 def measure(
@@ -62,9 +69,12 @@ def measure(
 ) -> list[Row]:
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
-    A round makes as many calls of a variant as fill `seconds` (at least one). On a device "cuda..." a round ends with
-    a synchronisation, and the memory is the allocator's peak during that variant's rounds.
+    A round makes as many calls of a variant as fill `seconds` (at least one). On a device "cuda..." the time is between
+    two events, and the memory is the allocator's peak during that variant's rounds.
     """
+    around = surroundings(device)
+    first = next(iter(variants))
+    variants = {**variants, AGAIN: variants[first]}
     for call in variants.values():
         for _ in range(warmups):
             call()
@@ -78,10 +88,12 @@ def measure(
             _reset_peak(device)
             times[label].append(_round(variants[label], calls[label], device))
             memory[label] = max(memory[label], _peak(device))
-    first = times[next(iter(variants))]
+    again, base = times.pop(AGAIN), times[first]
+    noise = abs(statistics.median(a / b for a, b in zip(base, again)) - 1)
     shared = {
         "shape": shape, "dtype": dtype, "device": device_name(device), "versions": versions(packages),
         "commit": commit(), "command": command(), "note": note, "rounds": rounds,
+        "surroundings": {**around, "noise": round(noise, 4)},
     }  # fmt: skip
     return [
         Row(
@@ -91,7 +103,7 @@ def measure(
             p20=quantile(taken, 0.2),
             p80=quantile(taken, 0.8),
             calls=calls[label],
-            ratio=statistics.median(a / b for a, b in zip(first, taken)),
+            ratio=statistics.median(a / b for a, b in zip(base, taken)),
             memory_bytes=memory[label],
             **shared,  # type: ignore[arg-type]
         )
@@ -110,7 +122,8 @@ def show_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         spread = f"[{row.p20 * 1e3:.3f}, {row.p80 * 1e3:.3f}]"
         label = f"{row.benchmark:28} {row.shape:26} {row.variant:22}"
-        print(f"{label} {row.median * 1e3:10.3f} ms {spread:24} {row.ratio:7.2f}x")
+        busy = "  (busy machine)" if row.surroundings.get("busy") else ""
+        print(f"{label} {row.median * 1e3:10.3f} ms {spread:24} {row.ratio:7.2f}x{busy}")
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -157,6 +170,57 @@ def device_name(device: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
+def surroundings(device: str) -> dict[str, object]:
+    """What a time depends on beside the code: the load before it, the machine's ceilings, a GPU's driver and clocks."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    found: dict[str, object] = {"load": round(load, 1), "busy": load > cores + BUSY, **ceilings(device)}
+    if device.startswith("cuda"):
+        asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+        query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
+        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+        found |= dict(zip(asked.split(","), said[0].split(", "))) if said else {}
+    return found
+
+
+@functools.cache
+def ceilings(device: str) -> dict[str, float]:
+    """The most that the device reaches: TFLOP/s of a product (bf16 8192^3; float32 1024^3 on a CPU), GB/s of a copy."""
+    import torch
+
+    gpu = device.startswith("cuda")
+    width, dtype, size = (8192, torch.bfloat16, 1 << 32) if gpu else (1024, torch.float32, 1 << 28)
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    source = torch.ones(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    best = {}
+    for name, call, work in (
+        ("ceiling_tflops", lambda: a @ b, 2e-12 * width**3),
+        ("ceiling_gb_per_s", lambda: target.copy_(source), 2e-9 * size),  # read and written
+    ):
+        call()
+        best[name] = round(work / min(_round(call, 1, device) for _ in range(10)), 3)
+    return best
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of a call: the time of its kernels without that of Python.
+
+    Raises: RuntimeError where the call asks the GPU for an answer while it is recorded.
+    """
+    import torch
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def command() -> str:
     """The command that was given; of a path of this machine only the file's name."""
     words = [Path(sys.executable).name, *sys.argv]
@@ -164,19 +228,21 @@ def command() -> str:
 
 
 def _round(call: Callable[[], object], calls: int, device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    _synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
-def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.synchronize(device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
 
 
 def _reset_peak(device: str) -> None:

@@ -13,6 +13,8 @@ COMMANDS = [
     "lora_linear --rows 16 --shapes 32x48 --rounds 2 --dtypes bfloat16 --dropout 0.1 --out {0}/lora-linear.json",
     "blocks --rows 16 --rounds 1 --dropout 0 --out {0}/lora-blocks.json",
     "decode --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
+    "steps --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
+    "steps --cases gpt2 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --checkpointing --out {0}/lora-steps-2.json",
 ]
 PROGRAM = """
 import sys
@@ -23,7 +25,7 @@ for command in sys.argv[1:]:
 
 
 def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) -> None:
-    """One process for the three, since importing peft takes seconds."""
+    """One process for all, since importing peft takes seconds."""
     pytest.importorskip("peft")
     commands = [command.format(tmp_path) for command in COMMANDS]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
@@ -32,11 +34,22 @@ def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert sorted(rows) == ["lora-blocks", "lora-decode", "lora-linear"]
+    assert sorted(rows) == ["lora-blocks", "lora-decode", "lora-linear", "lora-steps", "lora-steps-2"]
     ours = [row for found in rows.values() for row in found if row["variant"] == "reference"]
     assert not [row for row in ours if "FAIL" in row["note"]]
     for row in ours:
         assert row["ratio"] > 0
         assert {"errors", "error", "loss_after_20_steps"} & row["extra"].keys()
+        assert {"load", "noise", "ceiling_tflops", "ceiling_gb_per_s"} <= row["surroundings"].keys()
     columns = {row["variant"] for row in rows["lora-linear"]}
     assert {"frozen", "peft, same dtype", "peft, default", "peft, autocast", "reference"} <= columns
+
+
+def test_what_a_machine_cannot_do_is_refused() -> None:
+    """A 7B is not begun on a CPU."""
+    pytest.importorskip("peft")
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    command = [sys.executable, str(BENCHMARKS / "steps.py"), "--cases", "7b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "--cases: 7b is not measured on cpu" in done.stderr

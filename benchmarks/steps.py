@@ -1,0 +1,244 @@
+"""Whole training steps: one decoder layer, GPT-2 124M, and a 7B on a GPU. Ours, HF transformers + PEFT, and the floor.
+
+    python benchmarks/steps.py --out benchmarks/results/lora-steps-cpu.json                          # 5 minutes
+    python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json           # 4 minutes
+    python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --checkpointing
+
+Weights are random and one memory for all: the variants differ in what is done with them. A step is forward, loss,
+backward and AdamW on the adapters, which all start from one file in PEFT's format. The floor is the same decoder
+without adapters, forward and backward to the embedding. A ratio counts if the loss after 20 steps is PEFT's to 1e-3.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import measure
+import peft
+import torch
+import transformers
+from minipeft_kernels import PATHS, Call, UnavailablePath, choose_path
+from torch import Tensor, nn
+
+from minipeft import LoRAConfig, add_adapter, save_adapter
+from minipeft.errors import InputError
+from minipeft.models import FAMILIES, Decoder
+from minipeft.models.config import config_from
+from minipeft.models.gpt2 import TRANSPOSED
+from minipeft.training.loss import cross_entropy
+
+Config = dict[str, Any]
+MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+ONE = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 512, "max_position_embeddings": 8192}
+WHOLE = {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 8192}
+CASES: dict[str, Config] = {  # name -> config.json; a layer has a vocabulary too small to be seen
+    "layer": ONE | SMOL,
+    "layer, GPU": ONE | MISTRAL,
+    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 50257},
+    "7b": WHOLE | LLAMA,
+}
+CPU = (("layer", 1, 256), ("gpt2", 1, 256))  # case, rows, tokens of a row
+GPU = (("layer, GPU", 4, 2048), ("gpt2", 8, 1024), ("7b", 4, 2048))
+STEPS = 20  # after which losses are compared
+RATE = 1e-3
+
+
+@dataclass
+class Trained:
+    """A model with what it trains: `loss` is nats per token of a batch."""
+
+    loss: Callable[[], Tensor]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
+
+    def step(self) -> Tensor:
+        """Forward, loss, backward and AdamW; returns the loss."""
+        loss = self.loss()
+        loss.backward()
+        if self.parameters:
+            self.optimizer = self.optimizer or torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def main() -> None:
+    """Measure each case, and write and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: what the device can do")
+    parser.add_argument("--rows", type=int, help="of a batch, instead of the case's own")
+    parser.add_argument("--length", type=int, help="tokens of a row, likewise")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", help="of the base: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
+    parser.add_argument("--steps", type=int, default=STEPS, help="after which losses are compared")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", help="where the rows go, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    gpu = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
+    found: list[measure.Row] = []
+    for case, rows, length in GPU if gpu else CPU:
+        if options.cases and case not in options.cases:
+            continue
+        rows_of_case = compare(case, options.rows or rows, options.length or length, options)
+        measure.show_rows(rows_of_case)
+        found += rows_of_case
+    if not found:
+        raise InputError(f"{', '.join(options.cases)} is not measured on {options.device}", where="--cases")
+    if options.out:
+        measure.write_rows(options.out, found)
+
+
+def compare(case: str, rows: int, length: int, options: argparse.Namespace) -> list[measure.Row]:
+    """Time a step of every variant in turn; each row carries its last compared loss, its gradients' norm and the bytes
+    kept for backward."""
+    config, device = CASES[case], options.device
+    weights = fresh_weights(config, getattr(torch, options.dtype), device)
+    random = torch.Generator(device).manual_seed(1)
+    ids = torch.randint(config["vocab_size"], (rows, length), generator=random, device=device)  # [B, T]
+    variants = {"frozen": frozen(decoder(config, weights), ids, options)}
+    with tempfile.TemporaryDirectory() as start:
+        model = decoder(config, weights)
+        add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank))
+        save_adapter(model, start)
+        variants["peft, same dtype"] = theirs(config, weights, start, ids, False, options)
+        if options.dtype != "float32":  # in float32 the two are one
+            variants["peft, default"] = theirs(config, weights, start, ids, True, options)
+    for path in paths_here(model, ids, options.rank):
+        variants[path] = ours(config, weights, path, ids, options)
+    own = {weight.data_ptr() for weight in weights.values()}
+    kept = {name: kept_bytes(variant, own) for name, variant in variants.items()}
+    checks = {name: after(variant, options.steps) for name, variant in variants.items() if variant.parameters}
+    found = measure.measure(
+        {name: variant.step for name, variant in variants.items()}, name=f"step {case}",
+        shape=f"{rows}x{length} r{options.rank}", dtype=options.dtype, device=device, rounds=options.rounds, warmups=1,
+        packages=("peft", "transformers", "triton"), note="checkpointing" if options.checkpointing else "",
+    )  # fmt: skip
+    return [judged(row, found, kept[row.variant], checks, rows * length) for row in found]
+
+
+def judged(row: measure.Row, rows: list[measure.Row], kept: int, checks: dict[str, tuple[float, float]], tokens: int
+           ) -> measure.Row:  # fmt: skip
+    """Add to a row what its ratios rest on; where the loss is not PEFT's: FAIL, and no ratio."""
+    times = {other.variant: other.median for other in rows}
+    extra: dict[str, object] = {"kept_bytes": kept}
+    if row.variant in checks:
+        (loss, norm), (theirs, _) = checks[row.variant], checks["peft, same dtype"]
+        extra |= {"loss_after_20_steps": loss, "peft_loss": theirs, "gradient_norm": norm}
+        if abs(loss - theirs) > 1e-3 * theirs or not norm > 0:
+            return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL".removeprefix("; "), extra=extra)
+    extra |= {"times_frozen": row.median / times["frozen"], "tokens_per_second": tokens / row.median}
+    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    return dataclasses.replace(row, extra=extra)
+
+
+def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Random weights by our names."""
+    of, module = FAMILIES[config["model_type"]]
+    with torch.device("meta"):
+        model = module(config_from(of, config)).to(dtype)
+    model.to_empty(device=device).initialize(torch.Generator(device).manual_seed(0))
+    return model.state_dict()
+
+
+def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
+    """Our decoder on these weights, which it does not copy."""
+    of, module = FAMILIES[config["model_type"]]
+    with torch.device("meta"):
+        model = module(config_from(of, config))
+    model.load_state_dict(weights, assign=True)
+    model.lm_head.weight = model.embedding.weight if model.config.tie_word_embeddings else model.lm_head.weight
+    return model.requires_grad_(False).train()
+
+
+def paths_here(model: Decoder, ids: Tensor, rank: int) -> list[str]:
+    """The kernel's paths that can run on this device and dtype, "decode" apart."""
+    weight, width = model.embedding.weight, model.config.width
+    found = []
+    for path in PATHS:
+        try:
+            choose_path(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, False, True))
+        except UnavailablePath as reason:
+            print(f"# not measured: {reason}")
+            continue
+        found += [path] if path != "decode" else []
+    return found
+
+
+def ours(config: Config, weights: dict[str, Tensor], path: str, ids: Tensor, options: argparse.Namespace) -> Trained:
+    """minipeft, by one of its kernel's paths."""
+    model = decoder(config, weights)
+    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, path=path))
+    model.recompute = options.checkpointing
+    return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
+
+
+def frozen(model: Decoder, ids: Tensor, options: argparse.Namespace) -> Trained:
+    """The floor: nothing is trained, and backward goes down to the embedding."""
+    model.recompute = options.checkpointing
+    model.embedding.register_forward_hook(lambda module, given, x: x.requires_grad_())
+    return Trained(lambda: loss_of(model, ids), [])
+
+
+def loss_of(model: Decoder, ids: Tensor) -> Tensor:
+    """Nats per token."""
+    return cross_entropy(model.hidden(ids), model.lm_head.weight, ids) / ids[:, 1:].numel()
+
+
+def theirs(
+    config: Config, weights: dict[str, Tensor], start: str, ids: Tensor, upcast: bool, options: argparse.Namespace
+) -> Trained:
+    """transformers and PEFT on the same weights, with the adapters of `start`, in float32 if `upcast`."""
+    with torch.device(options.device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config), dtype=getattr(torch, options.dtype)
+        )
+    turned = {name: w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
+    given = {name: nn.Parameter(w, requires_grad=False) for name, w in turned.items()}
+    wrong = model.load_state_dict(given, assign=True, strict=False)
+    assert not wrong.unexpected_keys, wrong
+    assert set(wrong.missing_keys) <= {"lm_head.weight"}, wrong  # tied
+    model.tie_weights()
+    model.config.use_cache = False
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model = peft.PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=upcast).train()
+    return Trained(lambda: model(input_ids=ids, labels=ids).loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def after(variant: Trained, steps: int) -> tuple[float, float]:
+    """The loss after some steps, and the norm of the adapters' gradient there."""
+    for _ in range(steps):
+        variant.step()
+    loss = variant.loss()
+    gradients = torch.autograd.grad(loss, variant.parameters)
+    return loss.item(), torch.stack([g.float().norm() for g in gradients]).norm().item()
+
+
+def kept_bytes(variant: Trained, own: set[int]) -> int:
+    """The bytes that forward keeps for backward, weights apart, each memory once."""
+    own = own | {p.data_ptr() for p in variant.parameters}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = variant.loss()
+    del loss
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+if __name__ == "__main__":
+    main()
