@@ -142,7 +142,8 @@ def heading(results: dict[str, Any]) -> str:
     models = list(dict.fromkeys(group["model"] for group in results["groups"] if group["model"]))
     what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
     source = results["data"]["source"]
-    return f"Ways of tuning compared: {what} on {'the demo pairs' if source == 'demo' else source}"
+    data = "the demo pairs" if source == "demo" else source.rstrip("/").rsplit("/", 1)[-1]
+    return f"Ways of tuning compared: {what} on {data}"
 
 
 def section(title: str, body: str, caption: str = "") -> str:

@@ -130,6 +130,32 @@ def several_seeds(results: dict[str, Any]) -> dict[int, list[tuple[str, str, dic
     return found
 
 
+def conclusion(results: dict[str, Any]) -> list[str]:
+    """What the runs with several seeds say, in sentences; none where there are none, or no prefix among them."""
+    runs = several_seeds(results)
+    longest = runs[max(runs)] if runs else []
+    prefixes = [(name, group) for name, _, group in longest if group["method"] == "prefix"]  # best first
+    if not prefixes:
+        return []
+    said = []
+    (name, best), (_, worst) = prefixes[0], prefixes[-1]
+    loss = f"{best['dev_loss']:.3f} ± {best['dev_loss_sd']:.3f}"
+    said.append(f"Best of the prefixes after {best['steps']} steps is {name}: {loss} nats per held-out token.")
+    for group in (group for _, _, group in longest if group["method"] == "lora"):
+        apart, times = best["dev_loss"] - group["dev_loss"], group["stored"] / best["stored"]
+        said.append(
+            f"LoRA ends at {group['dev_loss']:.3f} ± {group['dev_loss_sd']:.3f}: the prefix is {abs(apart):.3f} "
+            f"{'above' if apart > 0 else 'below'} it, with {times:.1f} times fewer numbers stored."
+        )
+    base = [g["dev_loss"] for g in results["groups"] if g["method"] == "zero-shot" and g["error"] is None]
+    if base and worst["dev_loss"] > base[0]:
+        said.append(
+            f"A prefix that starts as {worst['init']!r} and learns at {worst['learning_rate']:g} ends at "
+            f"{worst['dev_loss']:.3f}, worse than the untrained model's {base[0]:.3f}."
+        )
+    return said
+
+
 def compared(groups: Sequence[dict[str, Any]], steps: int) -> tuple[tuple[str, float], ...]:
     """The untrained model's held-out loss, and the least of LoRA and of prompt-tuning after as many steps."""
     found = []

@@ -9,7 +9,7 @@ from minipeft.answering import answers_in
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.study.charts import Curve
 from minipeft.study.page import Answered, page
-from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, conclusion, several_seeds, tables
 from minipeft.study.run import ANSWERS
 from minipeft.study.table import Group, as_markdown, as_text, few, flagged, names, shown
 
@@ -51,6 +51,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         unsure = [called[id(g)] for g in tuned if g["difference"]["low"] <= 0]
         if unsure:
             said.append(f"Not clearly better than the untrained model: {', '.join(unsure)}.")
+    said += conclusion(results)
     quiet = [group for group in done if group.get("bleu") is None]
     if quiet:
         least = min(quiet, key=lambda group: group["dev_loss"])

@@ -13,7 +13,7 @@ from minipeft.models.checkpoint import load_model
 from minipeft.study import prefix_experiment as experiment
 from minipeft.study.conduct import conduct
 from minipeft.study.grid import StudyConfig, cells_of
-from minipeft.study.prefix_experiment import Trial, loss_text, tables
+from minipeft.study.prefix_experiment import Trial, conclusion, loss_text, tables
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
 from minipeft.training.loop import evaluate
@@ -124,6 +124,23 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
             f"{long['dev_loss']:.3f} ± {long['dev_loss_sd']:.3f} in 2 seeds, {long['stored']:,} numbers stored" in said
         )
         assert expected in said
+
+
+def test_the_conclusion():
+    row = {"model": "m", "error": None, "reparam": None, "steps": 9, "seeds": [0, 1], "dev_loss_sd": 0.01, "flags": []}
+    noise = row | {"method": "prefix", "init": "peft", "learning_rate": 2e-4, "dev_loss": 9.0, "stored": 10}
+    text = noise | {"init": "text", "learning_rate": 5e-3, "dev_loss": 1.7}
+    lora = row | {"method": "lora", "init": None, "learning_rate": 1e-3, "dev_loss": 1.65, "stored": 210}
+    base = row | {"method": "zero-shot", "dev_loss": 3.3, "dev_loss_sd": None, "steps": 0, "learning_rate": None}
+    results = {"preset": "prefix", "groups": [base, noise, text, lora]}
+    assert conclusion(results) == [
+        "Best of the prefixes after 9 steps is prefix-tuning text, rate 0.005, 9 steps: 1.700 ± 0.010 nats per "
+        "held-out token.",
+        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 above it, with 21.0 times fewer numbers stored.",
+        "A prefix that starts as 'peft' and learns at 0.0002 ends at 9.000, worse than the untrained model's 3.300.",
+    ]
+    assert conclusion({**results, "preset": "demo"}) == []
+    assert conclusion({**results, "groups": [base, lora]}) == []
 
 
 def test_a_grid_needs_two_starts_at_two_rates():
