@@ -51,7 +51,7 @@ class Trial:
         return fields | ({"init": self.init, "reparam": self.reparam} if self.init else {})
 
 
-OURS = (Trial("prefix", 5e-3, "text"), Trial("prefix", 1e-3, "text", WIDTH))
+OURS = (Trial("prefix", 5e-3, "text"), Trial("prefix", 3e-2, "text"), Trial("prefix", 1e-3, "text", WIDTH))
 OTHERS = (Trial("lora", 1e-3), Trial("prompt", 3e-2, "text"))
 PAPERS = Trial("prefix", 2e-4, "peft")  # the start that PEFT gives, at a rate that suits LoRA
 

@@ -7,7 +7,7 @@ from minipeft.study.grid import MODELS, PRESETS, StudyConfig, cells_of, labels, 
 from minipeft.tuning import TuneConfig
 
 
-@pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 43)])
+@pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 46)])
 def test_each_cell_is_a_run_that_can_be_started(preset, number):
     config = StudyConfig(preset=preset)
     cells = cells_of(config, {model: model for model in PRESETS[preset].models}, 100)

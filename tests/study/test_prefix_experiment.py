@@ -30,7 +30,7 @@ def test_the_grid_is_what_it_says():
     assert len(trials) == len(set(trials)) == 27
     assert {t.steps for t in trials} == {60}
     long = experiment.long_runs()
-    assert [(t.steps, t.seed) for t in long] == [(300, seed) for seed in (0, 1, 2) for _ in range(5)]
+    assert [(t.steps, t.seed) for t in long] == [(300, seed) for seed in (0, 1, 2) for _ in range(6)]
     fields = {field.name for field in dataclasses.fields(TuneConfig)}
     assert all(t.tuning().keys() <= fields for t in (*trials, *long))
 
@@ -42,7 +42,7 @@ def test_each_method_sees_the_same_tokens_in_a_step():
 
 def test_the_first_seed_of_a_long_run_answers():
     cells = cells_of(StudyConfig(preset="prefix"), {"demo": "demo"}, 100)
-    assert len(cells) == 1 + 27 + 15
+    assert len(cells) == 1 + 27 + 18
     assert [(c.method, c.seed, c.tune["steps"]) for c in cells[1:] if c.generate] == [
         (t.method, 0, 300) for t in experiment.long_runs(seeds=1)
     ]
