@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE / "compiled.json"
 DEVICE = HERE / "minipeft_kernels" / "device.py"
 MATRIX = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "UTCQMMA", "UTCIMMA", "HMMA")}  # tensor cores, in SASS
-SPILL_BYTES = {80: 16, 90: 0, 100: 16}  # a thread's; a few bytes outside the loop are what the assembler prefers there
 NEWEST = {"seeded_forward", "seeded_backward"}  # must use the architecture's own instruction, not that of its ancestors
 NO_MATRIX = {"reduce", "rows_shrink", "rows_expand"}
 FLOATS = {"shrink": set(), "gradient_B": {"dS", "dB"}, "gradient_A": {"dA"}, "reduce": {"parts"}}  # float32 pointers
@@ -42,7 +41,7 @@ POINTERS = {"x", "A", "W", "bias", "s", "B", "b", "y", "dx", "dS", "dA", "dB", "
 
 @dataclass(frozen=True)
 class Result:
-    """What the compiler made of one configuration."""
+    """What the compiler made of one configuration: of each number the worst, where it has several variants."""
 
     triton: str
     architecture: int
@@ -103,56 +102,75 @@ def name_of(configuration: Configuration) -> str:
 
 
 def compile_one(configuration: Configuration, architecture: int, version: str) -> Result:
-    """Compile a configuration as a launch with well-aligned tensors would, and read the result off the machine code."""
+    """Compile a configuration with each set of constants that a launch may give it, and return the worst of each."""
     import triton
     from minipeft_kernels import device
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = getattr(device, configuration.kernel)
-    constants = settings(configuration, kernel.arg_names)
-    types = {name: type_of(name, configuration.kernel) for name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
-    aligned = [
-        i for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and name not in device.KEYS)
-    ]  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
     options = {"num_warps": configuration.tile.warps, "num_stages": configuration.tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    usage, assembly = disassemble(compiled.asm["cubin"])
-    found = [name for name in MATRIX[architecture] if re.search(rf"\b{name}\b", assembly)]
+    registers, spills, shared, matrix, instructions = [], [], [], [], []
+    for constants in variants(configuration, kernel.arg_names):
+        source = typed(kernel, configuration.kernel, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        usage, assembly = disassemble(compiled.asm["cubin"])
+        registers.append(int(re.search(r"REG:(\d+)", usage)[1]))  # type: ignore[index]
+        spills.append(sum(int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL")))  # type: ignore[index]
+        shared.append(compiled.metadata.shared)
+        ranked = [i for i, name in enumerate(MATRIX[architecture]) if re.search(rf"\b{name}\b", assembly)]
+        matrix.append(min(ranked, default=len(MATRIX[architecture])))
+        instructions.append(len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", assembly, re.MULTILINE)))
     return Result(
         triton=version,
         architecture=architecture,
         name=name_of(configuration),
         source=source_hash(configuration.kernel),
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        spills=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),  # type: ignore[index]
-        shared=compiled.metadata.shared,
-        matrix=found[0] if found else "",
-        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", assembly, re.MULTILINE)),
+        registers=max(registers),
+        spills=max(spills),
+        shared=max(shared),
+        matrix=(*MATRIX[architecture], "")[max(matrix)],
+        instructions=max(instructions),
     )
 
 
-def settings(c: Configuration, names: Iterable[str]) -> dict[str, object]:
-    """Return the constants of a configuration that its kernel takes: what launch.py passes by name."""
+def variants(c: Configuration, names: Iterable[str]) -> list[dict[str, object]]:
+    """Return the constants of a configuration that its kernel takes: what launch.py passes by name, each way it does.
+
+    An argument that is 1 at the launch is a constant too: T, the tokens a row, when decoding.
+    """
     known = {
-        "DROPOUT": c.dropout, "SPLIT": c.split, "UPCAST": False, "BIAS": True, "GROUP": tiles.GROUP, "PARTS": c.parts,
-        "OWNED": True, "B_ROWS_ARE_R": True, "BLOCK": tiles.REDUCE, "BLOCK_M": c.tile.m, "BLOCK_N": c.tile.n,
-        "BLOCK_K": c.tile.k, "BLOCK_R": c.rank,
+        "DROPOUT": c.dropout, "UPCAST": False, "GROUP": tiles.GROUP, "PARTS": c.parts, "B_ROWS_ARE_R": True,
+        "BLOCK": c.tile.n, "BLOCK_M": c.tile.m, "BLOCK_N": c.tile.n, "BLOCK_K": c.tile.k, "BLOCK_R": c.rank,
     }  # fmt: skip
     if c.kernel == "reduce":
         del known["PARTS"]  # there it is a number known at the launch
-    chosen: dict[str, object] = {name: known[name] for name in names if name in known}
-    if c.kernel in ("rows_shrink", "rows_expand"):
-        chosen["T"] = 1  # Triton folds an argument of 1 into the code: one token a row
-    return chosen
+    ways: dict[str, list[dict[str, object]]] = {
+        "shrink": [{"SPLIT": 1}, {"SPLIT": tiles.SHRINK_SPLIT}],
+        "seeded_forward": [{"BIAS": True}, {"BIAS": False}],
+    }
+    rows = [{"OWNED": True, "T": 1}, {"OWNED": True}, {"OWNED": False}]
+    ways |= {kernel: [{"SPLIT": tiles.ROWS_SPLIT} | way for way in rows] for kernel in ("rows_shrink", "rows_expand")}
+    common = {name: known[name] for name in names if name in known}
+    return [common | way for way in ways.get(c.kernel, [{}])]
+
+
+def typed(kernel: object, name: str, constants: dict[str, object]) -> object:
+    """Return a kernel as the compiler takes it, its arguments typed and aligned as those of a launch are."""
+    from minipeft_kernels import device
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names  # type: ignore[attr-defined]
+    signature = {n: "constexpr" if n in constants else type_of(n, name) for n in names}
+    aligned = [
+        i for i, n in enumerate(names)
+        if signature[n].startswith("*") or (signature[n] == "i32" and n not in device.KEYS)
+    ]  # fmt: skip
+    return ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
 
 
 def type_of(name: str, kernel: str) -> str:
@@ -181,7 +199,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 def faults_of(result: Result, c: Configuration, old: Result | None) -> list[str]:
     """Return what is wrong with a compilation, and what became worse since it was recorded."""
     where, found = f"sm_{result.architecture} {result.name}", []
-    if result.spills > SPILL_BYTES[result.architecture]:
+    if result.spills:
         found.append(f"{where}: {result.spills} bytes of registers spilled to memory")
     if result.shared > tiles.SHARED_BYTES[result.architecture]:
         found.append(

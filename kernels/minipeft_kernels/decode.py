@@ -4,7 +4,7 @@ With M of 1 to 64 the base product is a stream of W through the memory, and the 
 costs is the number of launches. This path has two beyond the base product, whatever the number of adapters:
 
     s = x A[owner]^T           a program for each token and each quarter of K
-    y += scale s B[owner]^T    a program for each token and 128 columns
+    y += scale s B[owner]^T    a program for each token and 32 or 64 columns
 
 The grids depend on shapes alone and the owners are read on the device, so a CUDA graph may hold the calls.
 """

@@ -264,7 +264,7 @@ def reduce(parts, out, PARTS, M, N, stride_out, factor, UPCAST: tl.constexpr, BL
     inside = at < M * N  # [b]
     total = tl.zeros((BLOCK,), tl.float32)  # [b]
     for _ in range(0, PARTS):
-        total += tl.load(parts + at, mask=inside, other=0.0)  # [b]
+        total += tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)  # [b]
         parts += M * N
     tl.store(out + at // N * stride_out + at % N, narrow(total * factor, out, UPCAST), mask=inside)
 
@@ -298,7 +298,7 @@ def rows_shrink(
     nothing; without owners there is one adapter.
     """
     token, part = tl.program_id(0), tl.program_id(1)
-    adapter = tl.load(owner + token // T) if OWNED else token * 0
+    adapter = tl.load(owner + token // T).to(tl.int32) if OWNED else token * 0
     if adapter >= 0:
         for first in range(0, R, BLOCK_R):
             r = first + tl.arange(0, BLOCK_R)  # [r]
@@ -320,7 +320,7 @@ def rows_expand(
 ):  # fmt: skip
     """y += scales[owner] s B[owner]^T in place (factor where no one owns), one token and BLOCK_N columns a program."""
     token = tl.program_id(0)
-    adapter = tl.load(owner + token // T) if OWNED else token * 0
+    adapter = tl.load(owner + token // T).to(tl.int32) if OWNED else token * 0
     if adapter >= 0:
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [n]
         scale = tl.load(scales + adapter).to(tl.float32) if OWNED else factor
@@ -330,7 +330,7 @@ def rows_expand(
             total = tl.zeros((BLOCK_R,), tl.float32)  # [r]
             for part in tl.static_range(SPLIT):
                 s_at = s + (part * tl.num_programs(0) + token) * R + r  # [r]
-                total += tl.load(s_at, mask=r < R, other=0.0)  # [r]
+                total += tl.load(s_at, mask=r < R, other=0.0).to(tl.float32)  # [r]
             B_at = B + (adapter.to(tl.int64) * N + n)[:, None] * R + r[None, :]  # [n, r]
             B_tile = tl.load(B_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)  # [n, r]
             update += tl.sum(B_tile * total[None, :], axis=1)  # [n]

@@ -40,7 +40,7 @@ def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
     m, k, r = *x.shape, len(A)
     architecture, processors = _gpu(x)
     tile = tiles.pick("shrink", architecture, m, 0, k, r, drop is not None, processors)
-    split = 1 if -(-m // tile.m) >= processors else 4
+    split = 1 if -(-m // tile.m) >= processors else tiles.SHRINK_SPLIT
     out = s if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
     run(
         device.shrink, (-(-m // tile.m), split), x, A, out, m, k, r, x.stride(0), out.stride(-2), *_keys(drop),
@@ -129,20 +129,10 @@ def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
 def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
     """out = factor times the sum of the parts, added in order. parts [P, M, N], out [M, N]."""
     count, m, n = parts.shape
-    grid = (-(-m * n // tiles.REDUCE),)
     run(
-        device.reduce,
-        grid,
-        parts,
-        out,
-        count,
-        m,
-        n,
-        out.stride(0),
-        factor,
-        BLOCK=tiles.REDUCE,
-        **_settings(tiles.SMALL),
-    )
+        device.reduce, (-(-m * n // tiles.REDUCE.n),), parts, out, count, m, n, out.stride(0), factor,
+        BLOCK=tiles.REDUCE.n, **_settings(tiles.REDUCE),
+    )  # fmt: skip
     return out
 
 
@@ -164,17 +154,18 @@ def rows_add(
     """y += scale x A[owner]^T B[owner]^T in place, for few tokens. y [M, N], x [M, K], A [adapters, R, K]."""
     (m, k), (_, n, r) = x.shape, B.shape
     split, block = tiles.ROWS_SPLIT, tiles.rank_block(r)
+    shrink, expand = tiles.ROWS_SHRINK[block], tiles.ROWS_EXPAND[block]
     tokens = m if owner is None else m // len(owner)
     s = x.new_empty(split, m, r, dtype=torch.float32)  # [4, M, R]
     owned = owner is not None
     first = x if owner is None else owner
     run(
         device.rows_shrink, (m, split), x, A, first, s, tokens, k, r,
-        OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_K=tiles.ROWS_K, num_warps=4,
+        OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_K=shrink.k, num_warps=shrink.warps, num_stages=shrink.stages,
     )  # fmt: skip
     run(
-        device.rows_expand, (m, -(-n // tiles.ROWS_N)), y, s, B, first, x if scales is None else scales, tokens, n, r,
-        factor, OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_N=tiles.ROWS_N, **_settings(tiles.SMALL),
+        device.rows_expand, (m, -(-n // expand.n)), y, s, B, first, x if scales is None else scales, tokens, n, r,
+        factor, OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_N=expand.n, **_settings(expand),
     )  # fmt: skip
     return y
 

@@ -33,7 +33,6 @@ class Configuration:
     rank: int  # BLOCK_R
     dropout: bool = False
     parts: int = 1
-    split: int = 1
 
 
 # The first tile of a list is for large shapes; a later one is used where the first would leave most of the GPU idle.
@@ -57,17 +56,25 @@ TILES = {
     "expand_add": (Tile(128, 128, 0, 8, 1),),
 }
 WHOLE_RANK = ("shrink", "gradient_B", "gradient_A")  # kernels that take the padded rank at once
-# What compile_check.py found to spill, so that it is never picked: kernel, architecture, tile, rank, dropout, parts.
-SPILLS = {
-    ("seeded_backward", 90, Tile(128, 256, 64, 8, 3), 16, True, 3),
-    ("seeded_backward", 90, Tile(128, 256, 64, 8, 4), 16, True, 3),
-    ("shrink", 100, Tile(64, 0, 128, 4, 3), 32, True, 1),
+MASKED = ("shrink", "seeded_backward", "gradient_A", "expand_add")  # kernels that make the dropout mask
+# What compile_check.py found to spill under Triton 3.6.0 or 3.9.0, and what is used instead, which spills under neither
+# (None: the list's next tile). Kernel, architecture, tile, rank, dropout, parts.
+INSTEAD = {
+    ("seeded_forward", 80, Tile(128, 256, 64, 8, 3), 16, False, 1): Tile(128, 256, 32, 8, 4),
+    ("seeded_backward", 90, Tile(128, 256, 64, 8, 3), 16, True, 3): None,
+    ("seeded_backward", 90, Tile(128, 256, 64, 8, 4), 16, True, 3): None,
+    ("shrink", 80, Tile(64, 0, 128, 4, 3), 64, True, 1): Tile(64, 0, 64, 4, 3),
+    ("shrink", 80, Tile(32, 0, 128, 4, 3), 64, True, 1): Tile(32, 0, 64, 4, 3),
+    ("shrink", 100, Tile(64, 0, 128, 4, 3), 32, True, 1): None,
 }
-SMALL = Tile(1, 0, 0, 4, 2)  # reduce and decode: no tensor cores, four warps
+# Decode, by padded rank: one token a program, no tensor cores. Columns of K a step; columns of N a program.
+ROWS_SHRINK = {16: Tile(1, 0, 256, 4, 2), 32: Tile(1, 0, 256, 8, 2), 64: Tile(1, 0, 256, 4, 2)}
+ROWS_EXPAND = {16: Tile(1, 64, 0, 4, 2), 32: Tile(1, 32, 0, 4, 2), 64: Tile(1, 32, 0, 2, 2)}
+SHRINK_SPLIT = 4  # programs that share K where there are few rows
+ROWS_SPLIT = 4  # programs that share one token's K
+REDUCE = Tile(1, 1024, 0, 4, 2)  # entries a program of `reduce` sums
 STEP = 16  # ranks that `seeded_*` and `expand_add` take at a time
-ROWS_SPLIT, ROWS_K, ROWS_N = 4, 256, 64  # decode: programs that share one token's K; columns a step
 GROUP = 8  # rows of tiles that are walked together, for the L2 cache
-REDUCE = 1024  # entries a program of `reduce` sums
 
 # (architecture, kernel, N, K, rank, dropout) -> Tile. Nothing has been measured on a GPU yet, so it is empty.
 TUNED: dict[tuple[int, str, int, int, int, bool], Tile] = {}
@@ -96,31 +103,31 @@ def pick(
 def fitting(kernel: str, architecture: int, r: int, dropout: bool = False, parts: int = 1) -> list[Tile]:
     """Return a kernel's tiles whose stages fit the architecture's shared memory, and whose sums fit its registers."""
     limit = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
-    tiles = [t for t in TILES[kernel] if (t.m + t.n) * t.k * 2 * t.stages <= limit]
+    checked = 80 if 80 <= architecture < 90 else architecture  # sm_86 and sm_89 have sm_80's registers and instructions
     rank = rank_block(r) if kernel in WHOLE_RANK else STEP
-    return [t for t in tiles if (kernel, architecture, t, rank, dropout, parts) not in SPILLS]
+    masked = dropout and kernel in MASKED
+    tiles = [INSTEAD.get((kernel, checked, t, rank, masked, parts), t) for t in TILES[kernel]]
+    return [t for t in tiles if t is not None and (t.m + t.n) * t.k * 2 * t.stages <= limit]
 
 
 def live(architecture: int) -> list[Configuration]:
     """Return every configuration that the launcher can ask for on an architecture."""
-    found = [Configuration("reduce", Tile(1, REDUCE, 0, 4, 1), 16)]
-    for kernel, tiles in TILES.items():
-        for c in (c for tile in tiles for c in _switches(kernel, tile)):
-            if c.tile in fitting(kernel, architecture, c.rank, c.dropout, c.parts):
-                found.append(c)
-    found += [Configuration("rows_shrink", Tile(1, 0, ROWS_K, 4, 2), rank, split=ROWS_SPLIT) for rank in RANKS]
-    found += [Configuration("rows_expand", Tile(1, ROWS_N, 0, 4, 2), rank, split=ROWS_SPLIT) for rank in RANKS]
+    found = [Configuration("reduce", REDUCE, STEP)]
+    for kernel in TILES:
+        for rank, dropout, parts in _switches(kernel):
+            tiles = fitting(kernel, architecture, rank, dropout, parts)
+            found += [Configuration(kernel, tile, rank, dropout, parts) for tile in tiles]
+    for kernel, by_rank in (("rows_shrink", ROWS_SHRINK), ("rows_expand", ROWS_EXPAND)):
+        found += [Configuration(kernel, tile, rank) for rank, tile in by_rank.items()]
     return found
 
 
-def _switches(kernel: str, tile: Tile) -> list[Configuration]:
-    """Return the ranks, dropout, shared projections and split sums with which a kernel's tile is used."""
-    if kernel == "seeded_forward":
-        return [Configuration(kernel, tile, STEP)]
+def _switches(kernel: str) -> list[tuple[int, bool, int]]:
+    """Return the ranks, dropout and shared projections with which a kernel is used."""
     if kernel == "seeded_backward":
-        return [Configuration(kernel, tile, STEP, dropout, parts) for parts in (1, 3) for dropout in (False, True)]
+        return [(STEP, dropout, parts) for parts in (1, 3) for dropout in (False, True)]
+    if kernel in ("seeded_forward", "expand_add"):
+        return [(STEP, kernel == "expand_add", 1)]
     if kernel == "gradient_B":
-        return [Configuration(kernel, tile, rank) for rank in RANKS]
-    if kernel == "expand_add":
-        return [Configuration(kernel, tile, STEP, dropout=True)]
-    return [Configuration(kernel, tile, rank, dropout) for rank in RANKS for dropout in (False, True)]
+        return [(rank, False, 1) for rank in RANKS]
+    return [(rank, dropout, 1) for rank in RANKS for dropout in (False, True)]
