@@ -114,8 +114,9 @@ def compile_one(configuration: Configuration, architecture: int, version: str) -
         source = typed(kernel, configuration.kernel, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         usage, assembly = disassemble(compiled.asm["cubin"])
-        registers.append(int(re.search(r"REG:(\d+)", usage)[1]))  # type: ignore[index]
-        spills.append(sum(int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL")))  # type: ignore[index]
+        used = {kind: int(count) for kind, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        registers.append(used["REG"])
+        spills.append(used["STACK"] + used["LOCAL"])
         shared.append(compiled.metadata.shared)
         ranked = [i for i, name in enumerate(MATRIX[architecture]) if re.search(rf"\b{name}\b", assembly)]
         matrix.append(min(ranked, default=len(MATRIX[architecture])))
@@ -148,8 +149,8 @@ def variants(c: Configuration, names: Iterable[str]) -> list[dict[str, object]]:
         "shrink": [{"SPLIT": 1}, {"SPLIT": tiles.SHRINK_SPLIT}],
         "seeded_forward": [{"BIAS": True}, {"BIAS": False}],
     }
-    rows = [{"OWNED": True, "T": 1}, {"OWNED": True}, {"OWNED": False}]
-    ways |= {kernel: [{"SPLIT": tiles.ROWS_SPLIT} | way for way in rows] for kernel in ("rows_shrink", "rows_expand")}
+    rows: list[dict[str, object]] = [{"OWNED": True, "T": 1}, {"OWNED": True}, {"OWNED": False}]
+    ways |= {kernel: [way | {"SPLIT": tiles.ROWS_SPLIT} for way in rows] for kernel in ("rows_shrink", "rows_expand")}
     common = {name: known[name] for name in names if name in known}
     return [common | way for way in ways.get(c.kernel, [{}])]
 

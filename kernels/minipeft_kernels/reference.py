@@ -68,7 +68,9 @@ def backward(
 ) -> Gradients:
     """Return dx (None where nobody asked), and each projection's dA and dB in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    dS = torch.cat([dy @ (p.lora_B * factor(p, drop)).to(x.dtype) for p, dy in zip(parts, dys)], dim=1)  # [M, R]
+    dS = torch.empty_like(s)  # [M, R]
+    for p, dy, dS_i in zip(parts, dys, split(dS, parts)):
+        dS_i.addmm_(dy, p.lora_B.to(x.dtype), beta=0, alpha=factor(p, drop))  # [M, r]
     dB = [(dy.t() @ s_i).to(wide).mul_(factor(p, drop)) for p, dy, s_i in zip(parts, dys, split(s, parts))]  # [N, r]
     dx = None
     if needs_dx:

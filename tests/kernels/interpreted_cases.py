@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minipeft_kernels import Part, choice, keep_mask, launch, lora_linear, lora_linears, lora_rows, make_dropout, tiles
+from test_lora_linear import exact as exact_by_autograd
+from test_lora_linear import pefts, problem, with_gradients
 from torch import Tensor
 
 import minipeft
@@ -63,15 +65,24 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("path", ["hybrid", "fused"])
-def test_error_is_no_larger_than_the_references(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Against float64, with and without dropout. The reference's own error is at most PEFT's (test_lora_linear.py)."""
-    m, k, n, r = shape
-    x, parts = draw(m, k, seed=0, dtype=dtype), [part(k, n, r, 1, dtype, bias=r != 16)]
+def test_error_is_no_larger_than_pefts(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """y, dX, dA and dB against float64, with and without dropout, in 16 bits with no allowance.
+
+    In float32, which no GPU is asked to run on these paths, a short sum in the interpreter's order errs more than in
+    MKL's: there the limit is the reference's error and a quarter (of some 2e-7).
+    """
+    x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
+    bias = None if shape[3] == 16 else b
+    b = torch.zeros_like(b) if bias is None else b
     for dropout in (0.0, 0.25):
-        want = exact(x, parts, dropout)
-        got, reference = run(path, x, parts, dropout), run("reference", x, parts, dropout)
-        for name, a, b, true in zip(("y", "dX", "dA", "dB"), got, reference, want):
-            assert error(a, true) <= 1.25 * error(b, true) + 2 * EPSILON, (name, dropout)
+        drop = make_dropout(dropout, 17)
+        given = (torch.ones(x.shape), 1.0) if drop is None else (keep_mask(drop, *x.shape).float(), drop.keep)
+        call = lambda path: lambda x, A, B: lora_linear(x, W, bias, A, B, 1.3, dropout=dropout, seed=17, path=path)  # noqa: B023
+        got, reference = (with_gradients(call(p), dy, x, A.float(), B.float()) for p in (path, "reference"))
+        peers, want = pefts(x, W, b, A, B, dy, *given), exact_by_autograd(x, W, b, A, B, dy, *given)
+        for name, a, r, peer, true in zip(("y", "dX", "dA", "dB"), got, reference, peers, want):
+            limit = 1.25 * error(r, true) + 2 * EPSILON if dtype == torch.float32 else error(peer, true)
+            assert error(a, true) <= limit, (name, dropout)
 
 
 @pytest.mark.parametrize(("tile", "dropout"), [(0, 0.5), (1, 0.0), (2, 0.5), (3, 0.5)])
@@ -120,11 +131,13 @@ def test_the_mask_is_the_published_one() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode(dtype: torch.dtype) -> None:
     for m, k, n, r in [(1, 96, 130, 4), (5, 600, 257, 24), (3, 70, 40, 100)]:
-        x, p = draw(m, k, seed=0, dtype=dtype), part(k, n, r, 1, dtype)
+        x, W, b, A, B, dy = problem(m, k, n, r, dtype, seed=0)
         with torch.no_grad():
-            got, reference = (lora_linear(x, *p, path=path) for path in ("decode", "reference"))
-        want = exact(x, [p], 0.0)[0]
-        assert error(got, want) <= 1.1 * error(reference, want) + 2 * EPSILON
+            got, reference = (lora_linear(x, W, b, A.float(), B.float(), 1.3, path=p) for p in ("decode", "reference"))
+        given = (x, W, b, A, B, dy, torch.ones(x.shape), 1.0)
+        peer, want = pefts(*given)[0], exact_by_autograd(*given)[0]
+        limit = 1.1 * error(reference, want) + 2 * EPSILON if dtype == torch.float32 else error(peer, want)
+        assert error(got, want) <= limit
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -41,6 +41,17 @@ def with_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> 
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
+class FixedMask(torch.nn.Module):
+    """A dropout whose mask is given, so that PEFT's layer and ours drop the same entries."""
+
+    def __init__(self, mask: Tensor, keep: float) -> None:
+        super().__init__()
+        self.mask, self.keep = mask, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.mask.to(x.dtype) / self.keep)
+
+
 def peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
     """Return HF PEFT's own LoRA linear with these weights, adapters in the dtype of W."""
     base = torch.nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
@@ -55,23 +66,70 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_against_float64_is_no_larger_than_pefts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """1.2: both errors are sums of few random roundings; in float32 the order of a sum alone moves them by 15 %."""
-    x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
-    W64, b64, scale = W.double(), b.double(), 1.3
-    exact = lambda x, A, B: x @ W64.T + b64 + scale * (x @ A.T) @ B.T
-    want = with_gradients(exact, dy.double(), x.double(), A.double(), B.double())
-    ours = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, scale), dy, x, A.float(), B.float())
-    layer = peft_layer(W, b, A, B, scale)
-    weights = [layer.lora_A["a"].weight, layer.lora_B["a"].weight]
+def exact(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float) -> list[Tensor]:
+    """Return y, dX, dA and dB in float64, by autograd on equation 3."""
+    W, b, mask = W.double(), b.double(), mask.double() / keep
+    call = lambda x, A, B: x @ W.T + b + 1.3 * ((x * mask) @ A.T) @ B.T
+    return with_gradients(call, dy.double(), x.double(), A.double(), B.double())
+
+
+def pefts(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float) -> list[Tensor]:
+    """Return the same as HF PEFT computes it, in the dtype of the inputs."""
+    layer = peft_layer(W, b, A, B, 1.3)
+    layer.lora_dropout["a"] = FixedMask(mask, keep)
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
-    theirs = [y, *torch.autograd.grad(y, [leaf, *weights], dy)]
-    for name, got, peer, true in zip(("y", "dX", "dA", "dB"), ours, theirs, want):
-        assert relative_error(got, true) <= 1.2 * relative_error(peer, true), name
-    assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
+    return [y.detach(), *torch.autograd.grad(y, [leaf, layer.lora_A["a"].weight, layer.lora_B["a"].weight], dy)]
+
+
+def shuffled(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Return the same problem with its rows, columns and ranks in another order: every sum is added in another one."""
+    random = torch.Generator().manual_seed(0)
+    m, k, n, r = (torch.randperm(size, generator=random) for size in (*x.shape, *B.shape))
+    return x[m][:, k], W[n][:, k], b[n], A[r][:, k], B[n][:, r], dy[m][:, n], mask[m][:, k]
+
+
+def log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
+    """Return log errors [seed, whose, quantity]: of ours, of PEFT's, of PEFT's with its sums in another order."""
+    rows = []
+    for seed in range(10):
+        x, W, b, A, B, dy = problem(*shape, dtype, seed)
+        drop = make_dropout(dropout, seed)
+        mask = torch.ones(x.shape) if drop is None else keep_mask(drop, *x.shape).float()
+        given, keep = (x, W, b, A, B, dy, mask), 1.0 if drop is None else drop.keep
+        call = lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=dropout, seed=seed)  # noqa: B023
+        ours = with_gradients(call, dy, x, A.float(), B.float())
+        assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
+        again = shuffled(*given)
+        want, want_again = exact(*given, keep), exact(*again, keep)
+        found = [(ours, want), (pefts(*given, keep), want), (pefts(*again, keep), want_again)]
+        rows.append([[relative_error(*pair) for pair in zip(got, true)] for got, true in found])
+    return torch.tensor(rows).log()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mean_error_in_16_bits_is_no_larger_than_pefts(
+    shape: tuple[int, ...], dtype: torch.dtype, dropout: float
+) -> None:
+    """y, dX, dA and dB against float64: no allowance. PEFT rounds each step to 16 bits, we results and s."""
+    ours, peers, _ = log_errors(shape, dtype, dropout).exp().mean(0)
+    assert (ours <= peers).all(), ours / peers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float) -> None:
+    """There both round only where they add, so which errs more is a coin's throw that the order of the sums decides.
+
+    What such a throw is worth is measured here: PEFT's own error against PEFT's error on the same problem shuffled.
+    Over 50 draws the mean (of the logarithm of the ratio) may exceed 0 by four of its standard errors.
+    """
+    errors = torch.cat([log_errors(shape, torch.float32, dropout) for shape in SHAPES])  # [draw, whose, quantity]
+    ours, peers, again = errors.unbind(1)
+    chance = (again - peers).std(0) / len(errors) ** 0.5
+    assert (chance < 0.03).all()
+    assert ((ours - peers).mean(0) <= 4 * chance).all(), ((ours - peers).mean(0), chance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -318,7 +376,7 @@ def test_operators_and_bytes_of_forward_and_backward() -> None:
     passes = {who: [counter.bytes / (m * k * 4) for counter in counters] for who, counters in cost.items()}
     forward, backward = cost["ours"]
     assert forward.operators == ["mm", "addmm", "addmm_"]
-    assert sorted(backward.operators) == ["addmm_", "cat", "mm", "mm", "mm", "mm", "mul", "mul_"]
+    assert sorted(backward.operators) == ["addmm_", "addmm_", "mm", "mm", "mm", "mul_"]
     assert passes["ours"] == pytest.approx([6, 8], abs=0.3)
     assert [len(c.operators) for c in cost["peft"]] > [3, 8]
     assert passes["peft"][0] >= 8.9
