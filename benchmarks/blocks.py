@@ -1,35 +1,39 @@
 """Projections that share x, as a decoder has them: q, k and v; gate, up and down. Ours, HF PEFT's and the frozen ones.
 
     python benchmarks/blocks.py
-    python benchmarks/blocks.py --device cuda --out benchmarks/results/lora-blocks-h200.json        # 2 minutes
+    python benchmarks/blocks.py --device cuda --out benchmarks/results/lora-blocks-h200.json
 
 One call of `lora_linears` reads x once for all its projections and keeps it once; PEFT's modules each read it, and each
-keep a copy of their own where adapters are float32. Each row carries the bytes that backward keeps, and the loss after
-20 steps of SGD from one start: it must be PEFT's to 1e-3, or there is no ratio.
+keep a copy of their own where adapters are float32. Each row has the bytes that backward keeps, its gradients' norms,
+their errors against float64 (float32 on a GPU) beside PEFT's with adapters in the base's dtype, and the loss after 20
+steps of SGD from one start. An error above PEFT's by a quarter, or a loss not PEFT's (in bfloat16: under autocast) to
+1e-3 of the loss at the start, and there is no ratio.
 """
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import measure
 import torch
 import torch.nn.functional as F
-from lora_linear import Problem, paths_here, peft_layer, problem
+from lora_linear import Problem, paths_here, peft_layer, problem, relative, replayed, under_autocast
 from minipeft_kernels import Part, lora_linears
 from torch import Tensor
 
 CPU_SHAPES = {"qkv": (768, (768, 768, 768)), "mlp": (768, (2048, 2048))}  # K, and each N; mlp's down is N -> K
 GPU_SHAPES = {"qkv": (4096, (4096, 1024, 1024)), "mlp": (4096, (14336, 14336))}
-Linear = Callable[[Tensor], Sequence[Tensor]]
+Linear = Callable[[Tensor], Tensor]
+Build = Callable[[list[Problem]], "Block"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block as one call of x, with the matrices that it trains."""
+    """A block as one call of x (q, k and v; or down alone), with the matrices that it trains."""
 
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor], Sequence[Tensor]]
     trained: list[Tensor] = field(default_factory=list)
 
 
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
     parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -56,56 +61,80 @@ def main() -> None:
             found = compare(name, layers, dtype, arguments)
             measure.show_rows(found)
             rows += found
-    if arguments.out:
-        measure.write_rows(arguments.out, rows)
+            if arguments.out:
+                measure.write_rows(arguments.out, rows)
 
 
 def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Namespace) -> list[measure.Row]:
-    """Time forward and backward of each way to compute a block; each row carries its kept bytes and its 20th loss."""
-    build = {"frozen": frozen, "peft, same dtype": lambda given: peft(given, upcast=False)}
-    if dtype != "float32":
-        build["peft, default"] = lambda given: peft(given, upcast=True)
-    for path in paths_here(layers[0]):
-        build[path] = lambda given, path=path: ours(given, path)
+    """Time forward and backward of each way to compute a block; each row carries its kept bytes and its checks."""
+    x = layers[0].inputs[0][0]
+    build = all_builds(layers, arguments)
     plain = [dataclasses.replace(layer, dropout=0.0) for layer in layers]
-    losses = {label: loss_after(20, make(plain), plain) for label, make in build.items() if label != "frozen"}
+    checks = {label: check(make(plain), plain) for label, make in build.items() if label != "frozen"}
     blocks = {label: make(layers) for label, make in build.items()}
     kept = {label: kept_bytes(block, layers) for label, block in blocks.items()}
-    x = layers[0].inputs[0][0]
+    calls = {label: repeated(block, layers) for label, block in blocks.items()}
+    calls |= replayed(calls, len(layers[0].inputs)) if x.is_cuda else {}
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
     found = measure.measure(
-        {label: lambda block=block: step(block, layers) for label, block in blocks.items()},
-        name=f"block {name}", shape=shape, dtype=dtype, device=arguments.device, rounds=arguments.rounds,
+        calls, name=f"block {name}", shape=shape, dtype=dtype, device=arguments.device, rounds=arguments.rounds,
         seconds=0.02 if x.is_cuda else 0.0, packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
     )  # fmt: skip
-    peer, times = losses["peft, same dtype"], {row.variant: row.median for row in found}
-    rows = []
-    for row in found:
-        extra: dict[str, object] = {
-            "times_frozen": row.median / times["frozen"],
-            "kept_bytes": kept[row.variant],
-        }
-        extra |= {f"faster than {label}": t / row.median for label, t in times.items() if "peft" in label}
-        loss = losses.get(row.variant)
-        extra["loss_after_20_steps"] = loss
-        fails = loss is not None and abs(loss - peer) > 1e-3 * abs(peer) and "peft" not in row.variant
-        changes = {"ratio": 0.0, "note": row.note + "; FAIL: loss"} if fails else {"extra": extra}
-        rows.append(dataclasses.replace(row, **changes))
-    return rows
+    work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
+    return [judged(row, found, kept, checks, work) for row in found]
+
+
+def judged(
+    row: measure.Row, rows: list[measure.Row], kept: dict[str, int], checks: dict[str, dict[str, float]], work: float
+) -> measure.Row:
+    """Add to a row its checks and its ratios; where a check of ours is worse than PEFT's: FAIL, and no ratio."""
+    times = {other.variant: other.median for other in rows}
+    variant, graph, _ = row.variant.partition(", graph")
+    extra: dict[str, object] = {"kept_bytes": kept[variant], **checks.get(variant, {})}
+    if variant in checks:
+        mine, peer, twin = checks[variant], checks["peft, same dtype"], checks.get("peft, autocast")
+        extra |= {f"peft_{name}": peer[name] for name in ("error_of_dX", "error_of_adapters")}
+        wanted = (twin or peer)[
+            "loss_after_20_steps"
+        ]  # of the same arithmetic: float32 adapters, cast for each product
+        worse = [name for name in ("error_of_dX", "error_of_adapters") if mine[name] > 1.25 * peer[name] + 1e-7]
+        worse += ["loss"] if abs(mine["loss_after_20_steps"] - wanted) > 1e-3 * mine["loss_at_start"] else []
+        worse += [name for name in ("norm_of_dX", "smallest_norm_of_adapters") if not mine[name] > 0]
+        if worse and "peft" not in variant:
+            return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {', '.join(worse)}", extra=extra)
+    extra |= {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": work / row.median}
+    extra["of_ceiling"] = work / row.median / float(str(row.surroundings["ceiling_tflops"]))
+    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    return dataclasses.replace(row, extra=extra)
+
+
+def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
+    """Return how to build the floor, PEFT's columns and this project's paths that can run here, by name."""
+    build: dict[str, Build] = {"frozen": frozen, "peft, same dtype": lambda given: peft(given, upcast=False)}
+    if layers[0].weight.dtype != torch.float32:  # in float32 the three are one
+        build["peft, default"] = lambda given: peft(given, upcast=True)
+        build["peft, autocast"] = lambda given: peft(given, upcast=True, wrap=under_autocast)
+    if arguments.compile or layers[0].weight.is_cuda:
+        torch.compiler.reset()
+        build["peft, compiled"] = lambda given: compiled(peft(given, upcast=False))
+    return build | {path: lambda given, path=path: ours(given, path) for path in paths_here(layers[0])}
 
 
 def frozen(layers: list[Problem]) -> Block:
     """Return the block without adapters: the floor."""
-    calls = [lambda x, given=given: F.linear(x, given.weight, given.bias) for given in layers]
-    return Block(lambda x: joined(lambda x: [call(x) for call in calls[: shared(layers)]], calls, x))
+    return Block(joined([lambda x, given=given: F.linear(x, given.weight, given.bias) for given in layers], layers))
 
 
-def peft(layers: list[Problem], upcast: bool) -> Block:
+def peft(layers: list[Problem], upcast: bool, wrap: Callable[[Linear], Linear] = lambda call: call) -> Block:
     """Return the block of HF PEFT's linears, one module each."""
     variants = [peft_layer(given, upcast) for given in layers]
-    calls = [variant.call for variant in variants]
-    trained = [matrix for variant in variants for matrix in variant.trained]
-    return Block(lambda x: joined(lambda x: [call(x) for call in calls[: shared(layers)]], calls, x), trained)
+    calls = [wrap(variant.call) for variant in variants]
+    return Block(joined(calls, layers), [matrix for variant in variants for matrix in variant.trained])
+
+
+def compiled(block: Block) -> Block:
+    """Return the block as torch.compile makes it, as one graph."""
+    return Block(torch.compile(block.call, dynamic=False), block.trained)
 
 
 def ours(layers: list[Problem], path: str) -> Block:
@@ -113,10 +142,24 @@ def ours(layers: list[Problem], path: str) -> Block:
     pairs = [(given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()) for given in layers]
     parts = [Part(given.weight, given.bias, A, B, given.scale) for given, (A, B) in zip(layers, pairs)]
     together = lambda x, some: lora_linears(x, some, dropout=layers[0].dropout, path=path)
-    last: list[Callable[[Tensor], Tensor]] = [lambda x, part=part: together(x, [part])[0] for part in parts]
-    return Block(
-        lambda x: joined(lambda x: together(x, parts[: shared(layers)]), last, x), [t for pair in pairs for t in pair]
-    )
+    first, last = parts[: shared(layers)], parts[shared(layers) :]
+
+    def call(x: Tensor) -> Sequence[Tensor]:
+        ys = together(x, first)  # [M, N] each
+        return together(F.silu(ys[0]) * ys[1], last) if last else ys
+
+    return Block(call, [matrix for pair in pairs for matrix in pair])
+
+
+def joined(calls: Sequence[Linear], layers: list[Problem]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Return one call of x from a call a linear: q, k and v; or down(silu(gate) up)."""
+    first, last = calls[: shared(layers)], calls[shared(layers) :]
+
+    def call(x: Tensor) -> Sequence[Tensor]:
+        ys = [linear(x) for linear in first]  # [M, N] each
+        return [last[0](F.silu(ys[0]) * ys[1])] if last else ys
+
+    return call
 
 
 def shared(layers: list[Problem]) -> int:
@@ -124,32 +167,56 @@ def shared(layers: list[Problem]) -> int:
     return sum(layer.weight.shape[1] == layers[0].weight.shape[1] for layer in layers)
 
 
-def joined(first: Linear, calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-    """Return one number a token: of q, k and v their sum; of gate and up, silu(gate) up, and then down."""
-    ys = first(x)
-    if len(ys) == len(calls):
-        return torch.cat([y.float().mean(-1, keepdim=True) for y in ys], -1).sum(-1)  # [M]
-    return calls[-1](F.silu(ys[0]) * ys[1]).float().mean(-1)  # [M]
+def repeated(block: Block, layers: list[Problem]) -> Callable[[], Sequence[Tensor]]:
+    """Return forward and backward as a call without arguments that takes the inputs in turn."""
+    turn = itertools.cycle(range(len(layers[0].inputs)))
+    return lambda: step(block, layers, next(turn))
 
 
-def step(block: Block, layers: list[Problem]) -> Sequence[Tensor]:
+def step(block: Block, layers: list[Problem], number: int) -> Sequence[Tensor]:
     """Do forward and backward once: the gradients of x and of what the block trains."""
-    leaf = layers[0].inputs[0][0].detach().requires_grad_()
-    return torch.autograd.grad(block.call(leaf).square().mean(), [leaf, *block.trained])
+    leaf = layers[0].inputs[number][0].detach().requires_grad_()  # [M, K]
+    ys = block.call(leaf)
+    return torch.autograd.grad(ys, [leaf, *block.trained], [given.inputs[number][1] for given in layers[-len(ys) :]])
+
+
+def check(block: Block, layers: list[Problem]) -> dict[str, float]:
+    """Return the errors and norms of the gradients of x and (the worst) of the adapters, and the loss of 20 steps."""
+    truth = step(*exact(layers), 0)
+    found = step(block, layers, 0)
+    errors = [relative(mine, true) for mine, true in zip(found, truth, strict=True)]
+    norms = [gradient.float().norm().item() for gradient in found]
+    return {
+        "error_of_dX": errors[0], "error_of_adapters": max(errors[1:]),
+        "norm_of_dX": norms[0], "smallest_norm_of_adapters": min(norms[1:]),
+        "loss_at_start": loss_after(0, block, layers), "loss_after_20_steps": loss_after(20, block, layers),
+    }  # fmt: skip
+
+
+def exact(layers: list[Problem]) -> tuple[Block, list[Problem]]:
+    """Return PEFT's block in float64 (float32 on a GPU), and the layers it is made of, which have the first input."""
+    wide = torch.float32 if layers[0].weight.is_cuda else torch.float64
+    cast = lambda given: dataclasses.replace(
+        given,
+        weight=given.weight.to(wide),
+        bias=given.bias.to(wide),
+        inputs=[tuple(t.to(wide) for t in given.inputs[0])],
+    )
+    many = [cast(given) for given in layers]
+    return peft(many, upcast=False), many
 
 
 def loss_after(steps: int, block: Block, layers: list[Problem]) -> float:
-    """Return the loss after some steps of plain SGD on one input."""
-    x, target = (
-        layers[0].inputs[0][0],
-        torch.linspace(-1, 1, len(layers[0].inputs[0][0]), device=layers[0].weight.device),
-    )
+    """Return the mean square of each token's mean output less a target, after some steps of plain SGD on one input."""
+    x = layers[0].inputs[0][0]  # [M, K]
+    target = torch.linspace(-1, 1, len(x), device=x.device)  # [M]
+    loss_of = lambda: (sum(y.float().mean(-1) for y in block.call(x)) - target).square().mean()
     for _ in range(steps):
-        loss = (block.call(x) - target).square().mean()
+        loss = loss_of()
         for matrix, gradient in zip(block.trained, torch.autograd.grad(loss, block.trained)):
-            matrix.data -= 0.02 * gradient / (gradient.norm() + 1e-12)
+            matrix.data -= 0.005 * gradient / (gradient.norm() + 1e-12)
     with torch.no_grad():
-        return (block.call(x) - target).square().mean().item()
+        return loss_of().item()
 
 
 def kept_bytes(block: Block, layers: list[Problem]) -> int:
@@ -162,7 +229,8 @@ def kept_bytes(block: Block, layers: list[Problem]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        block.call(layers[0].inputs[0][0].detach().requires_grad_())
+        ys = block.call(layers[0].inputs[0][0].detach().requires_grad_())
+    del ys
     return sum(size for place, size in kept.items() if place not in own)
 
 

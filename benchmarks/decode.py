@@ -1,22 +1,42 @@
 """Decoding with many adapters in one batch: lora_rows against the base linear alone and HF PEFT's `adapter_names`.
 
     python benchmarks/decode.py
-    python benchmarks/decode.py --device cuda --out benchmarks/results/lora-decode-h200.json         # 2 minutes
+    python benchmarks/decode.py --device cuda --out benchmarks/results/lora-decode-h200.json
 
-A batch of B rows, one token each, and 1, B/4 or B different adapters among them. PEFT loops over the adapters in
-Python, so it pays for each; ours gathers (reference) or reads each row's own (decode). Errors stand by each ratio.
+A batch of B rows, one token each, and 1, B/4 or B different adapters among them; 128 steps a round, a row's time is a
+step's. PEFT loops over the adapters in Python, so it pays for each; ours gathers (reference) or reads each row's own
+(decode). On a GPU the steps go through several layers in turn, as in a model, so that no weight waits in the L2 cache,
+and a second column replays CUDA graphs. A time stands beside its error against float64 (float32 on a GPU). Whole
+generation: benchmarks/bank.py.
 """
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import measure
 import peft
 import torch
 import torch.nn.functional as F
+from lora_linear import relative, replayed
 from minipeft_kernels import Call, UnavailablePath, choose_path, lora_rows
 from torch import Tensor, nn
+
+STEPS = 128  # a round
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear with its adapters, and the token of each row that comes to it."""
+
+    x: Tensor  # [B, 1, K]
+    weight: Tensor  # [N, K]
+    A: Tensor  # [adapters, r, K]
+    B: Tensor  # [adapters, N, r]
+    owner: Tensor  # [B], which adapter a row has
+    scales: Tensor  # [adapters]
 
 
 def main() -> None:
@@ -27,7 +47,7 @@ def main() -> None:
     parser.add_argument("--shape", help="KxN; on a CPU 768x768, on a GPU 4096x4096")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
@@ -38,72 +58,116 @@ def main() -> None:
     rows: list[measure.Row] = []
     for batch in arguments.batches:
         for adapters in sorted({1, max(1, batch // 4), batch}):
-            found = compare(batch, adapters, k, n, arguments)
+            found = compare(draw_layers(batch, adapters, k, n, arguments), arguments)
             measure.show_rows(found)
             rows += found
-    if arguments.out:
-        measure.write_rows(arguments.out, rows)
+            if arguments.out:
+                measure.write_rows(arguments.out, rows)
 
 
-def compare(batch: int, adapters: int, k: int, n: int, arguments: argparse.Namespace) -> list[measure.Row]:
-    """Time one token a row for each way to compute it."""
+def draw_layers(batch: int, adapters: int, k: int, n: int, arguments: argparse.Namespace) -> list[Layer]:
+    """Draw as many layers as a GPU's cache cannot hold, one on a CPU."""
     dtype, device, r = getattr(torch, arguments.dtype), arguments.device, arguments.rank
     random = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
-    weight, x = (draw(n, k) / k**0.5).to(dtype), draw(batch, 1, k).to(dtype)
-    A, B = (draw(adapters, r, k) / k**0.5).to(dtype), (draw(adapters, n, r) / r**0.5).to(dtype)
     owner, scales = torch.arange(batch, device=device) % adapters, torch.full((adapters,), 2.0, device=device)
-    calls: dict[str, Callable[[], Tensor]] = {"base": lambda: F.linear(x, weight)}
-    calls["peft, adapter_names"] = peft_call(x, weight, A, B, owner)
-    for path in ("reference", "decode"):
-        try:
-            choose_path(path, Call(x.device, dtype, batch, k, n, r, False, False, grouped=True))
-        except UnavailablePath as reason:
-            if batch == arguments.batches[0]:
-                print(f"# not measured: {reason}")
-            continue
-        calls[path] = lambda path=path: lora_rows(x, weight, None, A, B, owner, scales, path=path)
-    wide = torch.float32 if x.is_cuda else torch.float64
-    each = torch.stack([x[i].to(wide) @ A[j].to(wide).T @ B[j].to(wide).T for i, j in enumerate(owner.tolist())])
-    exact = x.to(wide) @ weight.to(wide).T + 2.0 * each  # [B, 1, N]
-    with torch.no_grad():
-        errors = {name: ((call().to(wide) - exact).norm() / exact.norm()).item() for name, call in calls.items()}
-        if x.is_cuda:
-            calls |= {f"{name}, graph": measure.graphed(call) for name, call in calls.items() if "peft" not in name}
-        found = measure.measure(
-            calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
-            device=device, rounds=arguments.rounds, seconds=0.01, packages=("peft", "triton"),
-        )  # fmt: skip
+    return [
+        Layer(
+            x=draw(batch, 1, k).to(dtype),
+            weight=(draw(n, k) / k**0.5).to(dtype),
+            A=(draw(adapters, r, k) / k**0.5).to(dtype),
+            B=(draw(adapters, n, r) / r**0.5).to(dtype),
+            owner=owner,
+            scales=scales,
+        )
+        for _ in range(measure.input_sets(k * n * dtype.itemsize, device))
+    ]
+
+
+@torch.no_grad()
+def compare(layers: list[Layer], arguments: argparse.Namespace) -> list[measure.Row]:
+    """Time the steps of each way to compute them."""
+    first = layers[0]
+    truth = exact(first)
+    ways: dict[str, Callable[[Layer], Callable[[], Tensor]]] = {
+        "base": lambda layer: lambda: F.linear(layer.x, layer.weight),
+        "peft, adapter_names": peft_call,
+    }
+    for path in paths_here(first):
+        ways[path] = lambda layer, path=path: lambda: ours(layer, path)
+    calls = {name: in_turn([way(layer) for layer in layers]) for name, way in ways.items()}
+    errors = {name: relative(way(first)(), truth) for name, way in ways.items()}
+    if first.x.is_cuda:
+        calls |= replayed(calls, len(layers))
+    (batch, _, k), (adapters, n, r) = first.x.shape, first.B.shape
+    found = measure.measure(
+        calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
+        device=arguments.device, rounds=arguments.rounds, calls=STEPS, packages=("peft", "triton"),
+    )  # fmt: skip
     return [judged(row, found, errors) for row in found]
 
 
 def judged(row: measure.Row, rows: list[measure.Row], errors: dict[str, float]) -> measure.Row:
     """Add to a row its error and its ratios; where the error is larger than PEFT's: FAIL, and no ratio."""
     times = {other.variant: other.median for other in rows}
-    floor = times["base, graph" if row.variant.endswith("graph") else "base"]
-    mine, peer = errors[row.variant.removesuffix(", graph")], errors["peft, adapter_names"]
-    extra: dict[str, object] = {"times_base": row.median / floor, "error": mine, "peft_error": peer}
+    variant, graph, _ = row.variant.partition(", graph")
+    extra: dict[str, object] = {"times_base": row.median / times[f"base{graph}"]}
+    if variant == "base":  # another function: it has no adapters
+        return dataclasses.replace(row, extra=extra)
+    checked = {"error": errors[variant], "peft_error": errors["peft, adapter_names"]}
+    if checked["error"] > 1.25 * checked["peft_error"] + 1e-7:
+        return dataclasses.replace(row, ratio=0.0, note="FAIL", extra=dict(checked))
     extra["faster than peft"] = times["peft, adapter_names"] / row.median
-    if mine > 1.25 * peer + 1e-7 and not row.variant.startswith("base"):
-        return dataclasses.replace(row, ratio=0.0, note="FAIL", extra={"error": mine, "peft_error": peer})
-    return dataclasses.replace(row, extra=extra)
+    return dataclasses.replace(row, extra=extra | checked)
 
 
-def peft_call(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Callable[[], Tensor]:
+def paths_here(layer: Layer) -> list[str]:
+    """Return the paths of lora_rows that can run on this device and dtype."""
+    (batch, _, k), (_, n, r) = layer.x.shape, layer.B.shape
+    call, found = Call(layer.x.device, layer.x.dtype, batch, k, n, r, False, False, grouped=True), []
+    for path in ("reference", "decode"):
+        try:
+            found.append(choose_path(path, call))
+        except UnavailablePath as reason:
+            if batch == 1:
+                print(f"# not measured: {reason}")
+    return found
+
+
+def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """Return a call that is one of these after the other."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def exact(layer: Layer) -> Tensor:
+    """Return y = x W^T + scale x A^T B^T, row by row, in float64 (float32 on a GPU)."""
+    wide = torch.float32 if layer.x.is_cuda else torch.float64
+    x, weight, A, B = (t.to(wide) for t in (layer.x, layer.weight, layer.A, layer.B))
+    each = torch.stack([x[i] @ A[j].T @ B[j].T for i, j in enumerate(layer.owner.tolist())])  # [B, 1, N]
+    return x @ weight.T + layer.scales[0] * each  # [B, 1, N]
+
+
+def ours(layer: Layer, path: str) -> Tensor:
+    """Return lora_rows of a layer."""
+    return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, path=path)
+
+
+def peft_call(layer: Layer) -> Callable[[], Tensor]:
     """Return HF PEFT's linear with these adapters loaded, called with a name for each row."""
-    r, (n, k) = A.shape[1], weight.shape
-    model = nn.Sequential(nn.Linear(k, n, bias=False, device=x.device, dtype=x.dtype))
+    r, (n, k) = layer.A.shape[1], layer.weight.shape
+    model = nn.Sequential(nn.Linear(k, n, bias=False, device=layer.x.device, dtype=layer.x.dtype))
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"])
     wrapped = peft.get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
-    for i in range(1, len(A)):
+    for i in range(1, len(layer.A)):
         wrapped.add_adapter(str(i), config)
-    layer = model[0]
-    layer.base_layer.weight.data = weight
-    for i in range(len(A)):
-        layer.lora_A[str(i)].weight.data, layer.lora_B[str(i)].weight.data = A[i], B[i]
+    linear = model[0]
+    linear.base_layer.weight.data = layer.weight
+    for i in range(len(layer.A)):
+        linear.lora_A[str(i)].weight.data, linear.lora_B[str(i)].weight.data = layer.A[i], layer.B[i]
     wrapped.eval()
-    names = [str(i) for i in owner.tolist()]
-    return lambda: layer(x, adapter_names=names)
+    names = [str(i) for i in layer.owner.tolist()]
+    return lambda: linear(layer.x, adapter_names=names)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The LoRA linear against HF PEFT's, one layer at a time: time, memory and error, with the frozen linear as the floor.
 
     python benchmarks/lora_linear.py                                    # a CPU: GPT-2's shapes, 512 rows, 2 minutes
-    python benchmarks/lora_linear.py --device cuda --out benchmarks/results/lora-linear-h200.json      # 6 minutes
+    python benchmarks/lora_linear.py --device cuda --quick --out benchmarks/results/lora-linear-h200.json
     python benchmarks/lora_linear.py --device cuda --tune               # every tile and path: rows for tiles and choice
 
 PEFT stands in three columns, because its usual setting is its slowest: adapters in the base's dtype; as it is by
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 GPT2 = [(768, 2304), (768, 3072), (3072, 768)]
 LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)]
+QUICK = [(768, 3072), (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]  # 8192 rows: the protocol's quick set
 REST = [(768, 768), (768, 50257), (4096, 6144), (14336, 4096), (4096, 32000)]  # only with --all
 ALL_ROWS, ALL_RANKS = [1, 4, 16, 64, 512, 2048, 8192, 16384], [8, 16, 64, 128]
 said: set[str] = set()  # why a path is not measured, each reason once
-SETS = 4  # inputs in turn, so that a GPU's L2 cache does not hold the next call's
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
+    parser.add_argument("--quick", action="store_true", help="five shapes with 8192 rows (512 on a CPU)")
     parser.add_argument("--all", action="store_true", help="every shape of the protocol, M 1 to 16384, ranks 8 to 128")
     parser.add_argument("--tune", action="store_true", help="time every path and tile instead, and print the tables")
     parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     gpu = arguments.device.startswith("cuda")
-    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes or []] or (GPT2 + LLAMA if gpu else GPT2)
+    usual = QUICK if arguments.quick else GPT2 + LLAMA if gpu else GPT2
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or []] or usual
     if arguments.all:
         shapes, arguments.rows, arguments.rank = [*shapes, *REST], ALL_ROWS if gpu else ALL_ROWS[:5], ALL_RANKS
     dtypes = arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
-    many = itertools.product(arguments.rows or ([8192, 2048] if gpu else [512]), shapes, arguments.rank, dtypes,
+    default = [512] if not gpu else [8192] if arguments.quick else [8192, 2048]
+    many = itertools.product(arguments.rows or default, shapes, arguments.rank, dtypes,
                              arguments.dropout)  # fmt: skip
     rows: list[measure.Row] = []
     for m, (k, n), rank, dtype, dropout in many:
@@ -87,12 +90,13 @@ def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, 
     """Draw a layer whose update is as large as its base, and inputs that differ from call to call."""
     random = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
+    sets = measure.input_sets(m * (k + n) * dtype.itemsize, device)
     return Problem(
         weight=(draw(n, k) / k**0.5).to(dtype),
         bias=draw(n).to(dtype),
         lora_A=(draw(r, k) / k**0.5).to(dtype).float(),
         lora_B=(draw(n, r) / r**0.5).to(dtype).float(),
-        inputs=[(draw(m, k).to(dtype), draw(m, n).to(dtype)) for _ in range(SETS if device != "cpu" else 1)],
+        inputs=[(draw(m, k).to(dtype), draw(m, n).to(dtype)) for _ in range(sets)],
         scale=2.0,
         dropout=dropout,
     )
@@ -109,6 +113,7 @@ class Variant:
 def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
     """Time forward, and forward with backward, of every variant in turn; each row carries its errors and norms."""
     (x, dy), *_ = given.inputs
+    torch.compiler.reset()  # else the ninth shape would silently run as it is, and the second with unknown sizes
     variants = all_variants(given, arguments)
     plain = dataclasses.replace(given, dropout=0.0)  # PEFT's mask is another, so errors are compared without one
     checks = {
@@ -119,8 +124,9 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
         calls = {name: repeated(variant, given, kind != "forward") for name, variant in variants.items()}
         if kind == "forward" and not given.dropout:
             calls["k-concat"] = k_concat(given)
+            checks["k-concat"] = Check({"y": relative(k_concat(given)(), exact(given)["y"])}, {})
         if x.is_cuda:
-            calls |= replayed(calls)
+            calls |= replayed(calls, len(given.inputs))
         rows = measure.measure(
             calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
             dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
@@ -130,12 +136,12 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
     return found
 
 
-def replayed(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Return a CUDA graph of each call that can be recorded, by "NAME, graph"."""
+def replayed(calls: dict[str, Callable[[], object]], sets: int) -> dict[str, Callable[[], object]]:
+    """Return CUDA graphs of each call that can be recorded, one for each set of inputs, by "NAME, graph"."""
     found = {}
     for name, call in calls.items():
         try:
-            found[f"{name}, graph"] = measure.graphed(call)
+            found[f"{name}, graph"] = measure.graphed(call, sets)
         except RuntimeError as reason:
             print(f"# {name} is not replayed: {str(reason).splitlines()[0]}")
             torch.cuda.synchronize()
@@ -168,16 +174,21 @@ def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Var
     variants["peft, same dtype"] = peft_layer(given, upcast=False)
     if given.weight.dtype != torch.float32:  # in float32 the three are one
         default = variants["peft, default"] = peft_layer(given, upcast=True)
-
-        def under_autocast(x: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, x.dtype):
-                return default.call(x)
-
-        variants["peft, autocast"] = Variant(under_autocast, default.trained)
+        variants["peft, autocast"] = Variant(under_autocast(default.call), default.trained)
     if arguments.compile or given.weight.is_cuda:
         same = peft_layer(given, upcast=False)
-        variants["peft, compiled"] = Variant(torch.compile(same.call), same.trained)
+        variants["peft, compiled"] = Variant(torch.compile(same.call, dynamic=False), same.trained)
     return variants | {path: our_path(given, path) for path in paths_here(given)}
+
+
+def under_autocast(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the call as a trainer with bf16=True makes it: under autocast to the dtype of x."""
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, x.dtype):
+            return call(x)
+
+    return cast
 
 
 def paths_here(given: Problem) -> list[str]:
@@ -261,16 +272,26 @@ def k_concat(given: Problem) -> Callable[[], object]:
 def check(variant: Variant, given: Problem) -> Check:
     """Return the relative errors of y, dX, dA and dB against float64 (float32 on a GPU), and the gradients' norms."""
     x, dy = given.inputs[0]
-    wide = torch.float32 if x.is_cuda else torch.float64
-    W, b, A, B = (t.to(wide) for t in (given.weight, given.bias, given.lora_A, given.lora_B))
-    s, dS = x.to(wide) @ A.T, given.scale * dy.to(wide) @ B
-    exact = {"y": x.to(wide) @ W.T + b + given.scale * s @ B.T, "dX": dy.to(wide) @ W + dS @ A}
-    exact |= {"dA": dS.T @ x.to(wide), "dB": given.scale * dy.to(wide).T @ s}
+    truth = exact(given)
     leaf = x.detach().requires_grad_()
     y = variant.call(leaf)
-    got = dict(zip(exact, [y.detach(), *torch.autograd.grad(y, [leaf, *variant.trained], dy)]))
-    errors = {name: ((got[name].to(wide) - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+    got = dict(zip(truth, [y.detach(), *torch.autograd.grad(y, [leaf, *variant.trained], dy)]))
+    errors = {name: relative(got[name], truth[name]) for name in truth}
     return Check(errors, {name: got[name].float().norm().item() for name in ("dX", "dA", "dB")})
+
+
+def exact(given: Problem) -> dict[str, Tensor]:
+    """Return y, dX, dA and dB of the first input without dropout, in float64 (float32 on a GPU)."""
+    x, dy = (t.to(torch.float32 if t.is_cuda else torch.float64) for t in given.inputs[0])
+    W, b, A, B = (t.to(x.dtype) for t in (given.weight, given.bias, given.lora_A, given.lora_B))
+    s, dS = x @ A.T, given.scale * dy @ B  # [M, r] each
+    y, dX = x @ W.T + b + given.scale * s @ B.T, dy @ W + dS @ A
+    return {"y": y, "dX": dX, "dA": dS.T @ x, "dB": given.scale * dy.T @ s}
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Return |found - truth| / |truth|."""
+    return ((found.to(truth.dtype) - truth).norm() / truth.norm()).item()
 
 
 @dataclass(frozen=True)
@@ -308,7 +329,7 @@ def tune(given: Problem, device: str) -> None:
 def seconds_of(variant: Variant, given: Problem, device: str) -> float:
     """Return the median seconds of forward and backward."""
     call = repeated(variant, given, backward=True)
-    rows = measure.measure({"it": call}, name="tune", shape="", dtype="", device=device, rounds=7, seconds=0.01)
+    rows = measure.measure({"it": call}, name="tune", shape="", dtype="bfloat16", device=device, rounds=7, seconds=0.01)
     return rows[0].median
 
 

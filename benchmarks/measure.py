@@ -11,6 +11,7 @@ best (a large product, a large copy), measured in the same process, its clocks a
 """
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "numpy")  # named in every row; a benchmark adds those that its peers need
 AGAIN = "the first variant again"
+FLOATS = ("float32", "bfloat16", "float16", "float64")  # dtypes whose product is a ceiling; another has float32's
 BUSY = 0.5  # of load above the number of cores from which a row says that the machine was busy
 
 
@@ -45,7 +47,7 @@ class Row:
     shape: str
     dtype: str
     device: str
-    memory_bytes: int  # peak: of the variant alone on a GPU, of the whole process so far on a CPU
+    memory_bytes: int  # peak: on a GPU what the variant takes beside weights and inputs; on a CPU the whole process
     versions: dict[str, str]
     commit: str
     command: str
@@ -63,31 +65,33 @@ def measure(
     device: str = "cpu",
     rounds: int = 20,
     seconds: float = 0.0,
-    warmups: int = 2,
+    calls: int | None = None,
+    warmups: int | None = None,
     packages: Sequence[str] = (),
     note: str = "",
 ) -> list[Row]:
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
-    A round makes as many calls of a variant as fill `seconds` (at least one). On a device "cuda..." the time is between
-    two events, and the memory is the allocator's peak during that variant's rounds.
+    A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
+    on a GPU. On a device "cuda..." the time is between two events, and the memory is the allocator's peak.
     """
-    around = surroundings(device)
+    around = surroundings(device, dtype)
+    warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
     first = next(iter(variants))
     variants = {**variants, AGAIN: variants[first]}
     for call in variants.values():
         for _ in range(warmups):
             call()
-    calls = {label: max(1, int(seconds / max(_round(call, 1, device), 1e-9))) for label, call in variants.items()}
+    counts = {label: calls or _calls(call, seconds, device) for label, call in variants.items()}
     times: dict[str, list[float]] = {label: [] for label in variants}
     memory = dict.fromkeys(variants, 0)
     order, shuffler = list(variants), random.Random(0)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for label in order:
-            _reset_peak(device)
-            times[label].append(_round(variants[label], calls[label], device))
-            memory[label] = max(memory[label], _peak(device))
+            before = _reset_peak(device)
+            times[label].append(_round(variants[label], counts[label], device))
+            memory[label] = max(memory[label], _peak(device) - before)
     again, base = times.pop(AGAIN), times[first]
     noise = abs(statistics.median(a / b for a, b in zip(base, again)) - 1)
     shared = {
@@ -102,7 +106,7 @@ def measure(
             median=statistics.median(taken),
             p20=quantile(taken, 0.2),
             p80=quantile(taken, 0.8),
-            calls=calls[label],
+            calls=counts[label],
             ratio=statistics.median(a / b for a, b in zip(base, taken)),
             memory_bytes=memory[label],
             **shared,  # type: ignore[arg-type]
@@ -170,10 +174,14 @@ def device_name(device: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
-def surroundings(device: str) -> dict[str, object]:
+def surroundings(device: str, dtype: str) -> dict[str, object]:
     """What a time depends on beside the code: the load before it, the machine's ceilings, a GPU's driver and clocks."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    found: dict[str, object] = {"load": round(load, 1), "busy": load > cores + BUSY, **ceilings(device)}
+    found: dict[str, object] = {
+        "load": round(load, 1),
+        "busy": load > cores + BUSY,
+        **ceilings(device, dtype if dtype in FLOATS else FLOATS[0]),
+    }
     if device.startswith("cuda"):
         asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
         query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
@@ -183,13 +191,13 @@ def surroundings(device: str) -> dict[str, object]:
 
 
 @functools.cache
-def ceilings(device: str) -> dict[str, float]:
-    """The most that the device reaches: TFLOP/s of a product (bf16 8192^3; float32 1024^3 on a CPU), GB/s of a copy."""
+def ceilings(device: str, dtype: str) -> dict[str, float]:
+    """The most that the device reaches: TFLOP/s of a product (8192^3; 1024^3 on a CPU) in a dtype, GB/s of a copy."""
     import torch
 
     gpu = device.startswith("cuda")
-    width, dtype, size = (8192, torch.bfloat16, 1 << 32) if gpu else (1024, torch.float32, 1 << 28)
-    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    width, size = (8192, 1 << 32) if gpu else (1024, 1 << 28)
+    a, b = (torch.randn(width, width, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     source = torch.ones(size, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     best = {}
@@ -202,8 +210,22 @@ def ceilings(device: str) -> dict[str, float]:
     return best
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of a call: the time of its kernels without that of Python.
+def input_sets(size: int, device: str) -> int:
+    """How many inputs of `size` bytes to take in turn, so that a GPU's L2 cache never holds the next call's.
+
+    At least 4, and as many (up to 32) as are four times that cache; on a CPU one.
+    """
+    if not device.startswith("cuda"):
+        return 1
+    import torch
+
+    return max(4, min(32, 1 + 4 * torch.cuda.get_device_properties(device).L2_cache_size // size))
+
+
+def graphed(call: Callable[[], object], sets: int) -> Callable[[], object]:
+    """CUDA graphs of so many calls, replayed in turn: the time of the kernels without that of Python.
+
+    They share their memory, which nobody reads: a replay gives a time and no result.
 
     Raises: RuntimeError where the call asks the GPU for an answer while it is recorded.
     """
@@ -215,16 +237,25 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for _ in range(sets):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            call()
+        graphs.append(graph)
+    turn = itertools.cycle(graphs)
+    return lambda: next(turn).replay()
 
 
 def command() -> str:
     """The command that was given; of a path of this machine only the file's name."""
     words = [Path(sys.executable).name, *sys.argv]
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+
+
+def _calls(call: Callable[[], object], seconds: float, device: str) -> int:
+    """How many calls fill so many seconds, at least one."""
+    return max(1, int(seconds / max(_round(call, 1, device), 1e-9))) if seconds else 1
 
 
 def _round(call: Callable[[], object], calls: int, device: str) -> float:
@@ -245,11 +276,14 @@ def _round(call: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _reset_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        import torch
+def _reset_peak(device: str) -> int:
+    """Forget the allocator's peak; returns the bytes that stand already, of which a CPU's process counts none."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _peak(device: str) -> int:
