@@ -5,16 +5,13 @@
 
 A batch of 16 prompts, 1, 4 or 16 different LoRA adapters (rank 16, every linear) among them, prefill and greedy
 decoding from the same files in one process, in turn. PEFT runs every adapter of the batch on every linear in a loop;
-the bank stacks them once a batch. The tokens of both must be equal, else there is no ratio. Beside the clock's seconds
-each row has the processor's: with one thread they say the same on an idle machine, and go on saying it on a busy one.
+the bank stacks them once a batch. The tokens of both must be equal, else there is no ratio. With one thread a time is
+the processor's: the same as the wall's on an idle machine, and still true on a busy one.
 """
 
 import argparse
 import dataclasses
-import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,30 +125,19 @@ def compare(bank: AdapterBank, theirs: torch.nn.Module, count: int, arguments: a
     calls: dict[str, Callable[[], object]] = {
         "peft, adapter_names": peer, "minipeft, bank": lambda: ours(names), "minipeft, base": lambda: ours(None)
     }  # fmt: skip
-    spent: dict[str, list[float]] = {label: [] for label in calls}
-    clocked = {label: (lambda label=label, call=call: clock(call, spent[label])) for label, call in calls.items()}
     found = measure.measure(
-        clocked, name="bank", shape=f"{ROWS}x{PROMPT}+{new} r{arguments.rank} {count} adapters", dtype=arguments.dtype,
-        device=arguments.device, rounds=arguments.rounds, warmups=0, packages=("peft", "transformers"),
+        calls, name="bank", shape=f"{ROWS}x{PROMPT}+{new} r{arguments.rank} {count} adapters", dtype=arguments.dtype,
+        device=arguments.device, rounds=arguments.rounds, warmups=0, clock=measure.clock_of(arguments.threads),
+        packages=("peft", "transformers"),
     )  # fmt: skip
-    cpu = {label: statistics.median(seconds) for label, seconds in spent.items()}
+    base = {row.variant: row.median for row in found}["minipeft, base"]
     for row in found:
         row.extra.update(
-            tokens_per_second=round(ROWS * new / row.median, 2), cpu_seconds=round(cpu[row.variant], 3),
-            tokens_per_cpu_second=round(ROWS * new / cpu[row.variant], 2),
-            cpu_times_base=round(cpu[row.variant] / cpu["minipeft, base"], 3),
-            cpu_faster_than_peft=round(cpu["peft, adapter_names"] / cpu[row.variant], 2),
-            equal_tokens=equal, different_answers=len({tuple(row) for row in mine}), load=round(os.getloadavg()[0], 1),
+            tokens_per_second=round(ROWS * new / row.median, 2), times_base=round(row.median / base, 3),
+            equal_tokens=equal, different_answers=len({tuple(row) for row in mine}),
         )  # fmt: skip
         print("  ", row.variant, row.extra)
     return found if equal > 0.95 else [dataclasses.replace(row, ratio=0.0, note="FAIL: other tokens") for row in found]
-
-
-def clock(call: Callable[[], object], spent: list[float]) -> None:
-    """Call, and note the processor's seconds."""
-    start = time.process_time()
-    call()
-    spent.append(time.process_time() - start)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Na
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
     found = measure.measure(
         calls, name=f"block {name}", shape=shape, dtype=dtype, device=arguments.device, rounds=arguments.rounds,
-        seconds=0.02 if x.is_cuda else 0.0, packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
+        seconds=0.02 if x.is_cuda else 0.0,
+        clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
     )  # fmt: skip
     work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
     return [judged(row, found, kept, checks, work) for row in found]
@@ -104,7 +105,7 @@ def judged(
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {', '.join(worse)}", extra=extra)
     extra |= {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": work / row.median}
     extra["of_ceiling"] = work / row.median / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 

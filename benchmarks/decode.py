@@ -102,7 +102,8 @@ def compare(layers: list[Layer], arguments: argparse.Namespace) -> list[measure.
     (batch, _, k), (adapters, n, r) = first.x.shape, first.B.shape
     found = measure.measure(
         calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
-        device=arguments.device, rounds=arguments.rounds, calls=STEPS, packages=("peft", "triton"),
+        device=arguments.device, rounds=arguments.rounds, calls=STEPS,
+        clock=measure.clock_of(arguments.threads), packages=("peft", "triton"),
     )  # fmt: skip
     return [judged(row, found, errors) for row in found]
 
@@ -117,7 +118,7 @@ def judged(row: measure.Row, rows: list[measure.Row], errors: dict[str, float]) 
     checked = {"error": errors[variant], "peft_error": errors["peft, adapter_names"]}
     if checked["error"] > 1.25 * checked["peft_error"] + 1e-7:
         return dataclasses.replace(row, ratio=0.0, note="FAIL", extra=dict(checked))
-    extra["faster than peft"] = times["peft, adapter_names"] / row.median
+    extra["faster than peft"] = measure.faster(row, times["peft, adapter_names"])
     return dataclasses.replace(row, extra=extra | checked)
 
 

@@ -130,7 +130,8 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
         rows = measure.measure(
             calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
             dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
-            seconds=0.02 if x.is_cuda else 0.0, packages=("peft", "triton"), note=f"dropout {given.dropout}",
+            seconds=0.02 if x.is_cuda else 0.0,
+            clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {given.dropout}",
         )  # fmt: skip
         found += [judged(row, rows, checks) for row in rows]
     return found
@@ -156,7 +157,7 @@ def judged(row: measure.Row, rows: list[measure.Row], checks: dict[str, Check]) 
     tflops = 2e-12 * m * k * n * (2 if "backward" in row.benchmark else 1) / row.median  # of the frozen product alone
     extra: dict[str, object] = {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": tflops}
     extra["of_ceiling"] = tflops / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
     variant = row.variant.removesuffix(graph) if graph else row.variant
     if variant not in checks:
         return dataclasses.replace(row, extra=extra)

@@ -54,9 +54,17 @@ def table(name: str) -> str:
     around = [row["surroundings"] for row in rows]
     loads, noise = [a["load"] for a in around], max(a["noise"] for a in around)
     best = "{ceiling_tflops:.3g} TFLOP/s in a product, {ceiling_gb_per_s:.3g} GB/s in a copy".format(**around[0])
-    how = f"load average {min(loads)} to {max(loads)}; the floor, timed twice, differed by at most {100 * noise:.1f} %"
-    what = "Median milliseconds (times the floor), one thread unless the command says more."
-    said = f"{what} {where}; at best {best}; {how}."
+    clocks = {
+        "process_time": "of the processor",
+        "perf_counter": "of the wall's clock",
+        "cuda events": "between events",
+    }
+    what = (
+        f"Median milliseconds {clocks[around[0]['clock']]} (times the floor), one thread unless the command says more"
+    )
+    how = f"load average {min(loads)} to {max(loads)}"
+    spread = f"the floor, timed twice, differed by at most {100 * noise:.1f} %; = is no more than in its own run"
+    said = f"{what}. {where}; at best {best}; {how}; {spread}."
     return "\n".join([*lines, "", said])
 
 
@@ -68,7 +76,8 @@ def cell(row: Row | None) -> str:
         return "FAIL"
     extra: dict[str, float] = row["extra"]  # type: ignore[assignment]
     floor = extra.get("times_frozen", extra.get("times_base", 1.0))
-    return f"{float(row['median']) * 1e3:.3g} ({floor:.2f})"  # type: ignore[arg-type]
+    within = abs(floor - 1) <= row["surroundings"]["noise"]  # type: ignore[index]
+    return f"{float(row['median']) * 1e3:.3g} ({'=' if within else f'{floor:.2f}'})"  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 The variants are timed in turn, round by round (ours, theirs, ours, theirs, ...), each round in a new order: a machine
 that grows slower while it is measured, or a neighbour that wakes up, then hits all of them alike and the ratio stands.
-The first variant is timed twice in a round, as if it were two: how far those differ is the noise of the run, and a
-difference below it is no difference. On a GPU the clock is CUDA's events; each row names what the machine can do at
-best (a large product, a large copy), measured in the same process, its clocks and its driver.
+The first variant is timed twice in a round, as if it were two: how far those differ, round by round, is the noise of
+the run, and a difference below it is no difference. On a GPU the clock is CUDA's events; each row names what the
+machine can do at best (a large product, a large copy), measured in the same process, its clocks and its driver.
 """
 
 import functools
@@ -52,8 +52,9 @@ class Row:
     commit: str
     command: str
     note: str = ""
+    best: float | None = None  # of all rounds
     extra: dict[str, object] = field(default_factory=dict)
-    surroundings: dict[str, object] = field(default_factory=dict)  # load, noise, ceilings; a GPU's driver and clocks
+    surroundings: dict[str, object] = field(default_factory=dict)  # clock, load, noise, ceilings; a GPU's clocks
 
 
 def measure(
@@ -69,11 +70,13 @@ def measure(
     warmups: int | None = None,
     packages: Sequence[str] = (),
     note: str = "",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
     A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
-    on a GPU. On a device "cuda..." the time is between two events, and the memory is the allocator's peak.
+    on a GPU. On a device "cuda..." the time is between two events, and the memory is the allocator's peak; elsewhere
+    the time is the clock's: with one thread, `time.process_time` does not count what a machine's other processes take.
     """
     around = surroundings(device, dtype)
     warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
@@ -82,7 +85,7 @@ def measure(
     for call in variants.values():
         for _ in range(warmups):
             call()
-    counts = {label: calls or _calls(call, seconds, device) for label, call in variants.items()}
+    counts = {label: calls or _calls(call, seconds, device, clock) for label, call in variants.items()}
     times: dict[str, list[float]] = {label: [] for label in variants}
     memory = dict.fromkeys(variants, 0)
     order, shuffler = list(variants), random.Random(0)
@@ -90,14 +93,15 @@ def measure(
         shuffler.shuffle(order)
         for label in order:
             before = _reset_peak(device)
-            times[label].append(_round(variants[label], counts[label], device))
+            times[label].append(_round(variants[label], counts[label], device, clock))
             memory[label] = max(memory[label], _peak(device) - before)
     again, base = times.pop(AGAIN), times[first]
-    noise = abs(statistics.median(a / b for a, b in zip(base, again)) - 1)
+    twice = [a / b for a, b in zip(base, again)]
+    noise = max(abs(statistics.median(twice) - 1), (quantile(twice, 0.8) - quantile(twice, 0.2)) / 2)
     shared = {
         "shape": shape, "dtype": dtype, "device": device_name(device), "versions": versions(packages),
         "commit": commit(), "command": command(), "note": note, "rounds": rounds,
-        "surroundings": {**around, "noise": round(noise, 4)},
+        "surroundings": {"clock": _clock_name(device, clock), **around, "noise": round(noise, 4)},
     }  # fmt: skip
     return [
         Row(
@@ -106,6 +110,7 @@ def measure(
             median=statistics.median(taken),
             p20=quantile(taken, 0.2),
             p80=quantile(taken, 0.8),
+            best=min(taken),
             calls=counts[label],
             ratio=statistics.median(a / b for a, b in zip(base, taken)),
             memory_bytes=memory[label],
@@ -121,13 +126,21 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
+def faster(row: Row, seconds: float) -> float | str:
+    """How many times faster a row is than something that took so long, or "no difference" within the run's noise."""
+    times = seconds / row.median
+    return times if abs(times - 1) > float(str(row.surroundings["noise"])) else "no difference"
+
+
 def show_rows(rows: Sequence[Row]) -> None:
     """Print the rows as a table: milliseconds, and how many times faster than the first variant."""
     for row in rows:
         spread = f"[{row.p20 * 1e3:.3f}, {row.p80 * 1e3:.3f}]"
         label = f"{row.benchmark:28} {row.shape:26} {row.variant:22}"
         busy = "  (busy machine)" if row.surroundings.get("busy") else ""
-        print(f"{label} {row.median * 1e3:10.3f} ms {spread:24} {row.ratio:7.2f}x{busy}")
+        within = abs(row.ratio - 1) <= float(str(row.surroundings.get("noise", 0.0)))
+        said = "FAIL" if "FAIL" in row.note else "no difference" if within else f"{row.ratio:.2f}x"
+        print(f"{label} {row.median * 1e3:10.3f} ms {spread:24} {said:>13}{busy}")
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -206,8 +219,13 @@ def ceilings(device: str, dtype: str) -> dict[str, float]:
         ("ceiling_gb_per_s", lambda: target.copy_(source), 2e-9 * size),  # read and written
     ):
         call()
-        best[name] = round(work / min(_round(call, 1, device) for _ in range(10)), 3)
+        best[name] = round(work / min(_round(call, 1, device, time.perf_counter) for _ in range(10)), 3)
     return best
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """The processor's seconds for one thread; for more, which it would add up, the wall's."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def input_sets(size: int, device: str) -> int:
@@ -253,12 +271,12 @@ def command() -> str:
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
-def _calls(call: Callable[[], object], seconds: float, device: str) -> int:
+def _calls(call: Callable[[], object], seconds: float, device: str, clock: Callable[[], float]) -> int:
     """How many calls fill so many seconds, at least one."""
-    return max(1, int(seconds / max(_round(call, 1, device), 1e-9))) if seconds else 1
+    return max(1, int(seconds / max(_round(call, 1, device, clock), 1e-9))) if seconds else 1
 
 
-def _round(call: Callable[[], object], calls: int, device: str) -> float:
+def _round(call: Callable[[], object], calls: int, device: str, clock: Callable[[], float]) -> float:
     if device.startswith("cuda"):
         import torch
 
@@ -270,10 +288,14 @@ def _round(call: Callable[[], object], calls: int, device: str) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return begin.elapsed_time(end) / 1e3 / calls
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
+
+
+def _clock_name(device: str, clock: Callable[[], float]) -> str:
+    return "cuda events" if device.startswith("cuda") else clock.__name__
 
 
 def _reset_peak(device: str) -> int:

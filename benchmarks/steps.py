@@ -126,7 +126,8 @@ def compare(case: str, rows: int, length: int, options: argparse.Namespace) -> l
     found = measure.measure(
         {name: variant.step for name, variant in variants.items()}, name=f"step {case}",
         shape=f"{rows}x{length} r{options.rank}", dtype=options.dtype, device=device, rounds=options.rounds, warmups=1,
-        packages=("peft", "transformers", "triton"), note="checkpointing" if options.checkpointing else "",
+        clock=measure.clock_of(options.threads), packages=("peft", "transformers", "triton"),
+        note="checkpointing" if options.checkpointing else "",
     )  # fmt: skip
     return [judged(row, found, kept[row.variant], checks, rows * length) for row in found]
 
@@ -142,7 +143,7 @@ def judged(row: measure.Row, rows: list[measure.Row], kept: int, checks: dict[st
         if (abs(loss - theirs) > 1e-3 * theirs and "peft" not in row.variant) or not norm > 0:
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL".removeprefix("; "), extra=extra)
     extra |= {"times_frozen": row.median / times["frozen"], "tokens_per_second": tokens / row.median}
-    extra |= {f"faster than {name}": seconds / row.median for name, seconds in times.items() if "peft" in name}
+    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 
