@@ -87,6 +87,7 @@ def _why_not_onednn(call: Call) -> str | None:
     return None if path_functions("onednn").works() else "this build of torch has no working oneDNN linear"
 
 
+@functools.cache
 def path_functions(path: str) -> ModuleType:
     """Return the module with a path's forward, backward and rows; the first Triton path imports Triton."""
     return importlib.import_module(f"{__package__}.{path}")

@@ -52,7 +52,7 @@ def lora_linears(
 
     The projections share one dropout mask too: equal to one call each with the same seed.
     """
-    parts = [Part(*projection) for projection in projections]
+    parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
     if torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, parts, dropout, seed, path)
     _check(x, parts)
@@ -60,9 +60,7 @@ def lora_linears(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *(t for part in parts for t in part[:4]))
     )
-    m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
-    n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
-    chosen = choose_path(path, Call(x.device, x.dtype, m, k, n, r, drop is not None, needs_grad))
+    chosen = _chosen(path, x, parts, drop is not None, needs_grad)
     if needs_grad:
         flat = [t for part in parts for t in part[:4]]
         return list(_LoRALinears.apply(x, _Plan(chosen, tuple(p.scale for p in parts), drop), *flat))
@@ -153,6 +151,15 @@ def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]
     return [Part(W, b, A, B, scale) for (W, b, A, B), scale in zip(fours, scales)]  # type: ignore[arg-type]
 
 
+def _chosen(path: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_grad: bool) -> str:
+    """Return the path of a call; what "auto" is on a CPU is known without asking, which a lone token notices."""
+    if path == "reference" or (path == "auto" and x.device.type != "cuda"):
+        return "reference"
+    m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
+    return choose_path(path, Call(x.device, x.dtype, m, k, n, r, dropout, needs_grad))
+
+
 def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, path: str) -> list[Tensor]:
     """Cast x, weights and biases to autocast's dtype, as F.linear would, and compute with autocast off."""
     cast = [p._replace(weight=weight, bias=bias) for p in parts for _, weight, bias in [_cast(x, p.weight, p.bias)]]
@@ -171,8 +178,8 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 def _check(x: Tensor, parts: list[Part]) -> None:
     """Refuse, by name and shape, what does not fit together."""
     for weight, bias, A, B, _ in parts:
-        n, k = weight.shape
-        if x.shape[-1] != k or A.shape[1] != k or B.shape[0] != n or A.shape[0] != B.shape[1]:
+        (n, k), a, b = weight.shape, A.shape, B.shape
+        if x.shape[-1] != k or a[1] != k or b[0] != n or a[0] != b[1]:
             raise ValueError(
                 f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(A.shape)}, "
                 f"lora_B {tuple(B.shape)}; they must be [..., K], [N, K], [r, K], [N, r]"
