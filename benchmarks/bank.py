@@ -130,10 +130,9 @@ def compare(bank: AdapterBank, theirs: torch.nn.Module, count: int, arguments: a
         device=arguments.device, rounds=arguments.rounds, warmups=0, clock=measure.clock_of(arguments.threads),
         packages=("peft", "transformers"),
     )  # fmt: skip
-    base = {row.variant: row.median for row in found}["minipeft, base"]
     for row in found:
         row.extra.update(
-            tokens_per_second=round(ROWS * new / row.median, 2), times_base=round(row.median / base, 3),
+            tokens_per_second=round(ROWS * new / row.median, 2), times_base=round(1 / row.ratios["minipeft, base"], 3),
             equal_tokens=equal, different_answers=len({tuple(row) for row in mine}),
         )  # fmt: skip
         print("  ", row.variant, row.extra)

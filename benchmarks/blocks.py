@@ -82,14 +82,11 @@ def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Na
         clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
     )  # fmt: skip
     work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
-    return [judged(row, found, kept, checks, work) for row in found]
+    return [judged(row, kept, checks, work) for row in found]
 
 
-def judged(
-    row: measure.Row, rows: list[measure.Row], kept: dict[str, int], checks: dict[str, dict[str, float]], work: float
-) -> measure.Row:
+def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, float]], work: float) -> measure.Row:
     """Add to a row its checks and its ratios; where a check of ours is worse than PEFT's: FAIL, and no ratio."""
-    times = {other.variant: other.median for other in rows}
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"kept_bytes": kept[variant], **checks.get(variant, {})}
     if variant in checks:
@@ -103,9 +100,9 @@ def judged(
         worse += [name for name in ("norm_of_dX", "smallest_norm_of_adapters") if not mine[name] > 0]
         if worse and "peft" not in variant:
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {', '.join(worse)}", extra=extra)
-    extra |= {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": work / row.median}
+    extra |= {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tflops": work / row.median}
     extra["of_ceiling"] = work / row.median / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
+    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 

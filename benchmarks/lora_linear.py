@@ -133,7 +133,7 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
             seconds=0.02 if x.is_cuda else 0.0,
             clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {given.dropout}",
         )  # fmt: skip
-        found += [judged(row, rows, checks) for row in rows]
+        found += [judged(row, checks) for row in rows]
     return found
 
 
@@ -149,15 +149,14 @@ def replayed(calls: dict[str, Callable[[], object]], sets: int) -> dict[str, Cal
     return found
 
 
-def judged(row: measure.Row, rows: list[measure.Row], checks: dict[str, Check]) -> measure.Row:
+def judged(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
     """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
-    times = {other.variant: other.median for other in rows}
     graph = ", graph" if row.variant.endswith(", graph") else ""
     m, k, n = (int(part) for part in row.shape.split()[0].split("x"))
     tflops = 2e-12 * m * k * n * (2 if "backward" in row.benchmark else 1) / row.median  # of the frozen product alone
-    extra: dict[str, object] = {"times_frozen": row.median / times[f"frozen{graph}"], "tflops": tflops}
+    extra: dict[str, object] = {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tflops": tflops}
     extra["of_ceiling"] = tflops / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
+    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
     variant = row.variant.removesuffix(graph) if graph else row.variant
     if variant not in checks:
         return dataclasses.replace(row, extra=extra)

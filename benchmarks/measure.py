@@ -53,6 +53,7 @@ class Row:
     command: str
     note: str = ""
     best: float | None = None  # of all rounds
+    ratios: dict[str, float] = field(default_factory=dict)  # as `ratio`, of each variant's time over this one's
     extra: dict[str, object] = field(default_factory=dict)
     surroundings: dict[str, object] = field(default_factory=dict)  # clock, load, noise, ceilings; a GPU's clocks
 
@@ -111,6 +112,7 @@ def measure(
             p20=quantile(taken, 0.2),
             p80=quantile(taken, 0.8),
             best=min(taken),
+            ratios={other: statistics.median(a / b for a, b in zip(times[other], taken)) for other in times},
             calls=counts[label],
             ratio=statistics.median(a / b for a, b in zip(base, taken)),
             memory_bytes=memory[label],
@@ -126,9 +128,9 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def faster(row: Row, seconds: float) -> float | str:
-    """How many times faster a row is than something that took so long, or "no difference" within the run's noise."""
-    times = seconds / row.median
+def faster(row: Row, other: str) -> float | str:
+    """How many times faster a row is than another variant, or "no difference" within the run's noise."""
+    times = row.ratios[other]
     return times if abs(times - 1) > float(str(row.surroundings["noise"])) else "no difference"
 
 

@@ -129,21 +129,20 @@ def compare(case: str, rows: int, length: int, options: argparse.Namespace) -> l
         clock=measure.clock_of(options.threads), packages=("peft", "transformers", "triton"),
         note="checkpointing" if options.checkpointing else "",
     )  # fmt: skip
-    return [judged(row, found, kept[row.variant], checks, rows * length) for row in found]
+    return [judged(row, kept[row.variant], checks, rows * length) for row in found]
 
 
-def judged(row: measure.Row, rows: list[measure.Row], kept: int, checks: dict[str, tuple[float, float]], tokens: int
+def judged(row: measure.Row, kept: int, checks: dict[str, tuple[float, float]], tokens: int
            ) -> measure.Row:  # fmt: skip
     """Add to a row what its ratios rest on; where the loss is not PEFT's: FAIL, and no ratio."""
-    times = {other.variant: other.median for other in rows}
     extra: dict[str, object] = {"kept_bytes": kept}
     if row.variant in checks:
         (loss, norm), (theirs, _) = checks[row.variant], checks.get("peft, autocast", checks["peft, same dtype"])
         extra |= {"loss_after_20_steps": loss, "peft_loss": theirs, "gradient_norm": norm}
         if (abs(loss - theirs) > 1e-3 * theirs and "peft" not in row.variant) or not norm > 0:
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL".removeprefix("; "), extra=extra)
-    extra |= {"times_frozen": row.median / times["frozen"], "tokens_per_second": tokens / row.median}
-    extra |= {f"faster than {name}": measure.faster(row, t) for name, t in times.items() if "peft" in name}
+    extra |= {"times_frozen": 1 / row.ratios["frozen"], "tokens_per_second": tokens / row.median}
+    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 
