@@ -27,7 +27,7 @@ def test_rates() -> None:
     assert recipe("full", parameters=7_000_000_000, family="llama").learning_rate == 1e-5
     assert recipe("full", parameters=7_000_000_000, family="mistral").learning_rate == 3e-6
     rates = [recipe("prefix", init=i, reparam=r).learning_rate for i, r in (("text", 0), ("text", 1), ("peft", 0))]
-    assert rates == [5e-3, 1e-3, 3e-2]
+    assert rates == [3e-2, 1e-3, 3e-2]
     assert recipe("prompt").learning_rate == 3e-2
 
 
