@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import measure
 import peft
@@ -311,16 +312,23 @@ def tune(given: Problem, device: str) -> None:
     rank, dropped = tiles.rank_block(len(given.lora_A)), given.dropout > 0
     picked = tiles.pick
     for kernel in tiles.TILES:
-        times = {}
+        times, keys = {}, set()
         for tile in tiles.fitting(kernel, architecture, len(given.lora_A), dropped):
-            forced = lambda name, *a, tile=tile, kernel=kernel, **b: tile if name == kernel else picked(name, *a, **b)
+
+            def forced(name: str, *where: Any, tile: Any = tile, kernel: str = kernel, keys: set = keys) -> Any:
+                if name != kernel:
+                    return picked(name, *where)
+                keys.add((architecture, kernel, where[2], where[3], rank, where[5]))  # as pick asks its table
+                return tile
+
             tiles.pick = forced
             path = "hybrid" if kernel == "expand_add" else "fused"
             times[tile] = seconds_of(our_path(given, path), given, device)
         tiles.pick = picked
         best = min(times, key=lambda tile: times[tile])
         print(f"{kernel}: " + ", ".join(f"{tile} {1e3 * time:.3f} ms" for tile, time in times.items()))
-        print(f"    TUNED: ({architecture}, {kernel!r}, N, K, {rank}, {dropped}): {best}")
+        for key in sorted(keys):
+            print(f"    TUNED: {key}: {best},")
     paths = {path: seconds_of(our_path(given, path), given, device) for path in paths_here(given)}
     key = (architecture, 1 << (len(x) - 1).bit_length(), x.shape[1], dy.shape[1], rank, dropped)
     print(f"    MEASURED: {key}: {min(paths, key=lambda path: paths[path])!r},  # {paths}")
