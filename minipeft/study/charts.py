@@ -146,15 +146,7 @@ def by_rate(rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple
         f'<text x="-8" y="{down(loss) + 4:.1f}" text-anchor="end" class="tick">{loss:g}</text>'
         for loss in (1, 2, 3, 5, 8, 12) if low <= math.log(loss) <= high
     ]  # fmt: skip
-    above: list[float] = []  # where the texts of the marks stand: near ones take turns at the two sides
-    for loss, said in sorted(marks):
-        near = any(abs(down(loss) - other) < 16 for other in above)
-        above.append(down(loss))
-        x, anchor = ("100%", "end") if near else ("0", "start")
-        parts.append(
-            f'<line x1="0" x2="100%" y1="{down(loss):.1f}" y2="{down(loss):.1f}" class="mark"/>'
-            f'<text x="{x}" y="{down(loss) - 5:.1f}" text-anchor="{anchor}" class="tick">{html.escape(said)}</text>'
-        )
+    parts += [f'<line x1="0" x2="100%" y1="{down(m):.1f}" y2="{down(m):.1f}" class="mark"/>' for m, _ in marks]
     for line in lines:
         points = [(left(place), down(loss)) for place, loss in enumerate(line.losses) if loss is not None]
         path = " ".join(f"{x:.2f},{y:.1f}" for x, y in points)
@@ -172,6 +164,9 @@ def by_rate(rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple
         f"{html.escape(line.name)}</li>"
         for line in lines
     )
+    if marks:
+        names = ", ".join(html.escape(said) for _, said in sorted(marks, reverse=True))
+        legend += f"<li>dashed, from above: {names}</li>"
     return f'<div class="panel">{figure("".join(parts), height + 22, title)}<ul class="legend">{legend}</ul></div>'
 
 
