@@ -13,6 +13,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, object]
+FLOORS = ("frozen", "base")
 
 
 def main() -> None:
@@ -40,10 +41,13 @@ def table(name: str) -> str:
     if not path.exists():
         return f"No rows yet: benchmarks/results/{name}.json is not there."
     rows = json.loads(path.read_text())
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row["benchmark"], row["shape"], row["dtype"], row["note"]), {})[row["variant"]] = row
+        variant, graph, _ = row["variant"].partition(", graph")  # a graph's times are a line of their own
+        note = row["note"].split("; FAIL")[0].removeprefix("FAIL") + graph
+        groups.setdefault((row["benchmark"], row["shape"], row["dtype"], note), {})[variant] = row
+    seen = dict.fromkeys(variant for group in groups.values() for variant in group)
+    variants = sorted(seen, key=lambda variant: (variant not in FLOORS, "peft" not in variant))
     head = ["benchmark", "shape", "dtype", "note", *variants]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * 4 + "---:|" * len(variants)]
     for key, group in groups.items():
@@ -74,6 +78,8 @@ def cell(row: Row | None) -> str:
         return ""
     if "FAIL" in str(row["note"]):
         return "FAIL"
+    if str(row["variant"]).removesuffix(", graph") in FLOORS:
+        return f"{float(row['median']) * 1e3:.3g}"  # type: ignore[arg-type]
     extra: dict[str, float] = row["extra"]  # type: ignore[assignment]
     floor = extra.get("times_frozen", extra.get("times_base", 1.0))
     within = abs(floor - 1) <= row["surroundings"]["noise"]  # type: ignore[index]

@@ -221,7 +221,7 @@ def ceilings(device: str, dtype: str) -> dict[str, float]:
         ("ceiling_gb_per_s", lambda: target.copy_(source), 2e-9 * size),  # read and written
     ):
         call()
-        best[name] = round(work / min(_round(call, 1, device, time.perf_counter) for _ in range(10)), 3)
+        best[name] = round(work / min(_round(call, 1, device, clock_of(torch.get_num_threads())) for _ in range(10)), 3)
     return best
 
 
