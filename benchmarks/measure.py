@@ -169,7 +169,7 @@ def commit() -> str:
     """The commit that was measured, with "+changes" where tracked files differ from it."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../minipeft", "../kernels", ".")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../minipeft", "../kernels", ".", ":!results")
     return (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + ("+changes" if changed.strip() else "")
 
 
