@@ -40,17 +40,18 @@ def summary(results: dict[str, Any]) -> list[str]:
     tuned = [group for group in done if group["difference"] is not None and group.get("trainable")]
     data = results["data"]
     said = [f"{data['pairs']} pairs of {data['questions']} questions ({data['source']}) were answered."]
-    if tuned:
-        best = max(tuned, key=lambda group: group["bleu"])
+    clear = [group for group in tuned if group["difference"]["low"] > 0]
+    if clear:
+        best = max(clear, key=lambda group: group["bleu"])
         low, high = (100 * best["difference"][end] for end in ("low", "high"))
         said.append(
             f"Best is {called[id(best)]}: BLEU {100 * best['bleu']:.1f}, which is "
             f"{100 * best['difference']['value']:+.1f} over the untrained model "
             f"(95 % interval {low:+.1f} to {high:+.1f})."
         )
-        unsure = [called[id(g)] for g in tuned if g["difference"]["low"] <= 0]
-        if unsure:
-            said.append(f"Not clearly better than the untrained model: {', '.join(unsure)}.")
+    unsure = [called[id(group)] for group in tuned if group["difference"]["low"] <= 0]
+    if unsure:
+        said.append(f"Not clearly better than the untrained model: {', '.join(unsure)}.")
     said += conclusion(results)
     quiet = [group for group in done if group.get("bleu") is None]
     if quiet:
