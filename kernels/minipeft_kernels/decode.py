@@ -11,12 +11,14 @@ The grids depend on shapes alone and the owners are read on the device, so a CUD
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch, reference
 from .dropout import Dropout
 from .reference import Part
+from .rows import RowGroups
 
 MOST_TOKENS = 64  # beyond, a product on tensor cores is better than a stream for each token
 
@@ -32,11 +34,21 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     return ys, x.new_empty(0)
 
 
-def rows(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, owner: Tensor, scales: Tensor) -> Tensor:
+def rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    owner: Tensor | RowGroups,
+    scales: Tensor | None,
+) -> Tensor:
     """Return x W^T + b, plus for each row the product with its own adapter. x is [B, T, K], y [B, T, N]."""
     if x.shape[0] * x.shape[1] > MOST_TOKENS:
         return reference.rows(x, weight, bias, A, B, owner, scales)
     x = x.contiguous()
     y = F.linear(x, weight, bias)  # [B, T, N]
+    owner = owner.owner if isinstance(owner, RowGroups) else owner
+    scales = torch.ones(len(A), device=x.device) if scales is None else scales
     launch.rows_add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, owner, scales, 1.0)
     return y

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .choice import Call, choose_path, path_functions
 from .dropout import Dropout, make_dropout
 from .reference import Part
+from .rows import RowGroups
 
 
 def lora_linear(
@@ -74,8 +75,8 @@ def lora_rows(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    rows: Tensor,
-    scales: Tensor,
+    rows: Tensor | RowGroups,
+    scales: Tensor | None = None,
     *,
     path: str = "auto",
 ) -> Tensor:
@@ -83,27 +84,30 @@ def lora_rows(
 
     Many adapters on one base, one per row of the batch, for inference: nothing is recorded for backward. Shapes:
     x [rows, ..., K]; A [adapters, r, K] and B [adapters, N, r], adapters of a smaller rank padded with zeros; rows
-    (int64, [rows]) and scales ([adapters]) on x's device.
+    (int64, [rows]) and scales ([adapters], None: each 1) on x's device. Who calls many linears with the same rows makes
+    their `RowGroups` once.
 
     Raises: ValueError for shapes that do not fit, UnavailablePath where a named path cannot run.
     """
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = _cast(x, weight, bias)
-    if x.dim() < 2 or rows.shape != x.shape[:1]:
-        raise ValueError(f"rows must name one adapter for each row of x: rows {tuple(rows.shape)}, x {tuple(x.shape)}")
+        cast = _cast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_rows(*cast, A, B, rows, scales, path=path)
+    owner = rows.owner if isinstance(rows, RowGroups) else rows
+    if x.dim() < 2 or owner.shape != x.shape[:1]:
+        raise ValueError(f"rows must name one adapter for each row of x: rows {tuple(owner.shape)}, x {tuple(x.shape)}")
     if A.dim() != 3 or B.shape != (A.shape[0], weight.shape[0], A.shape[1]) or A.shape[2] != weight.shape[1]:
         raise ValueError(
             f"A {tuple(A.shape)} and B {tuple(B.shape)} must be [adapters, r, {weight.shape[1]}] and "
             f"[adapters, {weight.shape[0]}, r]"
         )
-    if scales.shape != A.shape[:1]:
+    if scales is not None and scales.shape != A.shape[:1]:
         raise ValueError(f"scales {tuple(scales.shape)} must hold one number for each of the {A.shape[0]} adapters")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, T, K]
         m, (_, r, k) = x3.shape[0] * x3.shape[1], A.shape
         call = Call(x.device, x.dtype, m, k, len(weight), r, dropout=False, needs_grad=False, grouped=True)
-        functions = path_functions(choose_path(path, call))
-        y = functions.rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
+        y = path_functions(choose_path(path, call)).rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
         return y.view(*x.shape[:-1], y.shape[-1])  # [..., N]
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout, keep_mask
+from .rows import RowGroups, add_grouped
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MASK_BLOCK = 1 << 18  # entries of x that a CPU masks at a time: the hashes of one block fit a second-level cache
@@ -92,20 +93,29 @@ def backward(
     return Gradients(dx, list(dA.split([p.lora_A.shape[0] for p in parts])), dB)
 
 
-def rows(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, owner: Tensor, scales: Tensor) -> Tensor:
+def rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    owner: Tensor | RowGroups,
+    scales: Tensor | None,
+) -> Tensor:
     """Return x W^T + b, plus for each row of the batch the product with its own adapter. x is [B, T, K], y [B, T, N].
 
-    An owner of -1 means no adapter: the row borrows adapter 0 with scale 0.
+    An owner of -1 means no adapter. A CPU groups the rows (rows.py). Elsewhere each row takes a copy of its adapter,
+    which asks the device for nothing; a row without one borrows adapter 0 with scale 0.
     """
     y = F.linear(x, weight, bias)  # [B, T, N]
-    if len(A) == 1:  # nothing to gather
-        scale = torch.where(owner < 0, 0.0, scales.float()).to(x.dtype)  # [B]
-        s = F.linear(x, A[0].to(x.dtype)) * scale[:, None, None]  # [B, T, r]
-        return y.add_(F.linear(s, B[0].to(x.dtype)))  # [B, T, N]
+    if x.device.type == "cpu":
+        groups = owner if isinstance(owner, RowGroups) else RowGroups.of(owner.tolist())
+        return add_grouped(y, x, A, B, groups, scales)
+    owner = owner.owner if isinstance(owner, RowGroups) else owner
     mine = owner.clamp(min=0)  # [B]
-    scale = torch.where(owner < 0, 0.0, scales.float()[mine]).to(x.dtype)  # [B]
-    s = torch.bmm(x, A[mine].to(x.dtype).transpose(1, 2)) * scale[:, None, None]  # [B, T, r]
-    return y.baddbmm_(s, B[mine].to(x.dtype).transpose(1, 2))  # [B, T, N]
+    scale = torch.where(owner < 0, 0.0, 1.0 if scales is None else scales.float()[mine]).to(x.dtype)  # [B]
+    s = torch.bmm(x, A[mine].to(x.dtype).mT) * scale[:, None, None]  # [B, T, r]
+    return y.baddbmm_(s, B[mine].to(x.dtype).mT)  # [B, T, N]
 
 
 def split(s: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

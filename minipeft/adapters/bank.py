@@ -9,11 +9,8 @@
     bank.close()                                     a plain model again
 
 An adapter costs its own A and B, in the base's dtype, and the base is not touched. For a batch, the adapters in it are
-stacked once, ranks filled up with zeros, and rows are grouped by adapter, so that a linear is three products whatever
-the number of adapters:
-
-    rows of x        fr  -  de  fr        groups [n, c * T, K]     fr: rows 0, 3      stack [n, K, r], [n, r, N]
-                                                                   de: row 2, filler
+stacked once, ranks filled up with zeros, and the rows are grouped by adapter (minipeft_kernels/rows.py), so that a
+linear is three products whatever the number of adapters.
 """
 
 from __future__ import annotations
@@ -21,45 +18,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapters import adapter_of, add_adapter, lora
 from minipeft.adapters.files import read_adapter
 from minipeft.adapters.linears import linear_paths, replace, restore
-from minipeft.adapters.lora import LoRAConfig, lora_rows
+from minipeft.adapters.lora import LoRAConfig, RowGroups, lora_rows
 from minipeft.adapters.lora_files import ROOT
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
-Pair = tuple[Tensor, Tensor]  # A^T [K, r] and s B^T [r, N]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which adapter of the stack each row of the batch has, -1 for none, and the rows grouped by adapter."""
-
-    owner: Tensor  # [B]
-    groups: Tensor  # [n * c] rows, adapter by adapter, filled up with row 0
-    slots: Tensor  # [m] the places in groups that are no filler
-    targets: Tensor  # [m] the rows that stand there
-    in_order: bool  # groups are just the rows 0, 1, ...: nothing has to be moved
-    adapters: int  # n
-
-    @staticmethod
-    def of(owner: list[int], adapters: int, device: torch.device) -> Rows:
-        """Group the rows: row b has adapter owner[b]."""
-        members = [[row for row, mine in enumerate(owner) if mine == j] for j in range(adapters)]
-        count = max(map(len, members), default=0)
-        groups = [row for group in members for row in group + [0] * (count - len(group))]
-        slots = [j * count + place for j, group in enumerate(members) for place in range(len(group))]
-        to = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
-        return Rows(to(owner), to(groups), to(slots), to([groups[slot] for slot in slots]),
-                    groups == list(range(len(owner))), adapters)  # fmt: skip
+Pair = tuple[Tensor, Tensor]  # A [r, K] and s B [N, r]
 
 
 class BankLinear(nn.Module):
@@ -70,27 +42,16 @@ class BankLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.stack: Pair | None = None  # [n, K, r], [n, r, N]
-        self.rows: Rows | None = None
+        self.stack: Pair | None = None  # [n, r, K], [n, N, r]
+        self.rows: RowGroups | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stack is None or self.rows is None:
             return F.linear(x, self.weight, self.bias)
-        (A, B), rows = self.stack, self.rows
-        if len(rows.owner) != x.shape[0]:
-            raise InputError(
-                f"{len(rows.owner)} adapters were named for a batch of {x.shape[0]} rows", where="adapters"
-            )
-        if x.is_cuda:
-            ones = torch.ones(len(A), device=x.device)
-            return lora_rows(x, self.weight, self.bias, A.mT, B.mT, rows.owner, ones)  # [B, T, N]
-        y = F.linear(x, self.weight, self.bias)  # [B, T, N]
-        grouped = x if rows.in_order else x[rows.groups]  # [n * c, T, K]
-        s = torch.bmm(grouped.reshape(len(A), -1, x.shape[2]), A)  # [n, c * T, r]
-        if rows.in_order:
-            return y.view(len(A), -1, y.shape[2]).baddbmm_(s, B).view_as(y)  # [B, T, N]
-        added = torch.bmm(s, B).view(-1, *y.shape[1:])  # [n * c, T, N]
-        return y.index_add_(0, rows.targets, added[rows.slots])  # [B, T, N]
+        rows = self.rows.owner.shape[0]
+        if rows != x.shape[0]:
+            raise InputError(f"{rows} adapters were named for a batch of {x.shape[0]} rows", where="adapters")
+        return lora_rows(x, self.weight, self.bias, *self.stack, self.rows)  # [B, T, N]
 
     def extra_repr(self) -> str:
         out, width = self.weight.shape
@@ -138,7 +99,7 @@ class AdapterBank:
             weight = self.layers[path].weight
             scale = alpha / (math.sqrt(rank) if config.rslora else rank)
             A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
-            pairs[path] = tuple(t.t().contiguous().to(weight.device, weight.dtype) for t in (A, scale * B))
+            pairs[path] = tuple(t.to(weight.device, weight.dtype, copy=True) for t in (A, scale * B))
         self.adapters[name] = pairs  # type: ignore[assignment]
 
     def drop(self, name: str) -> None:
@@ -186,12 +147,13 @@ class AdapterBank:
         if not self.owner:
             return
         self.owner = [self.owner[place] for place in places]
-        count = max(self.owner) + 1
+        present = sorted(set(self.owner) - {-1})
         for layer in self.layers.values():
-            if layer.stack is not None:
+            if layer.stack is not None and len(present) < len(layer.stack[0]):
                 A, B = layer.stack
-                layer.stack = (A[:count], B[:count]) if count else None
-        rows = Rows.of(self.owner, count, self.model.embedding.weight.device)
+                layer.stack = (A[present], B[present]) if present else None
+        self.owner = [present.index(mine) if mine >= 0 else -1 for mine in self.owner]
+        rows = RowGroups.of(self.owner, self.model.embedding.weight.device)
         for layer in self.layers.values():
             layer.rows = rows
 
@@ -205,17 +167,15 @@ class AdapterBank:
 
 
 def stacked(pairs: Sequence[Pair | None], weight: Tensor) -> Pair:
-    """The adapters' pairs side by side, filled up with zeros to the largest rank. -> [n, K, r], [n, r, N]
+    """The adapters' pairs side by side, filled up with zeros to the largest rank. -> [n, r, K], [n, N, r]
 
-    On a CUDA device they lie as the kernel reads them, [n, r, K] and [n, N, r], and these are views.
+    On a CUDA device B lies as the Triton kernel reads it; a CPU's batched product is faster on [n, r, N].
     """
     (out, width), count = weight.shape, len(pairs)
-    rank = max(A.shape[1] for A, _ in filter(None, pairs))
-    if weight.is_cuda:
-        As, Bs = weight.new_zeros(count, rank, width).mT, weight.new_zeros(count, out, rank).mT
-    else:
-        As, Bs = weight.new_zeros(count, width, rank), weight.new_zeros(count, rank, out)
+    rank = max(A.shape[0] for A, _ in filter(None, pairs))
+    As = weight.new_zeros(count, rank, width)
+    Bs = weight.new_zeros(count, out, rank) if weight.is_cuda else weight.new_zeros(count, rank, out).mT
     for j, pair in enumerate(pairs):
         if pair is not None:
-            As[j, :, : pair[0].shape[1]], Bs[j, : pair[1].shape[0]] = pair
+            As[j, : pair[0].shape[0]], Bs[j, :, : pair[1].shape[1]] = pair
     return As, Bs

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 
 import torch
 from minipeft_kernels import PATHS, Call, Part, UnavailablePath, choose_path, lora_linear, lora_linears
-from minipeft_kernels import lora_rows as lora_rows  # the bank's; minipeft_kernels is imported in this file alone
+from minipeft_kernels import RowGroups as RowGroups  # the bank's, as lora_rows: minipeft_kernels is imported here alone
+from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
 from minipeft.adapters.dora import row_norms

@@ -12,7 +12,7 @@ import torch
 
 import minipeft
 from minipeft.adapters import LoRAConfig, PrefixConfig, add_adapter, remove_adapter
-from minipeft.adapters.bank import AdapterBank, BankLinear, Rows
+from minipeft.adapters.bank import AdapterBank, BankLinear
 from minipeft.adapters.files import load_adapter, save_adapter
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, generate
@@ -107,15 +107,6 @@ def test_generate_gives_each_prompt_what_its_adapter_gives_it_alone(model, bank,
         ]
     assert len(set(mixed)) == len(mixed)
     assert not any(layer.stack or layer.rows for layer in bank.layers.values())
-
-
-def test_rows_are_grouped_by_adapter():
-    rows = Rows.of([1, 0, -1, 1, 1], 2, torch.device("cpu"))
-    assert rows.groups.tolist() == [1, 0, 0, 0, 3, 4]
-    assert rows.slots.tolist() == [0, 3, 4, 5]
-    assert rows.targets.tolist() == [1, 0, 3, 4]
-    assert not rows.in_order
-    assert Rows.of([0, 0, 1, 1], 2, torch.device("cpu")).in_order
 
 
 def test_rows_that_end_are_dropped(model, bank, apart):

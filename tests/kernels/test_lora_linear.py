@@ -10,7 +10,16 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from minipeft_kernels import Part, UnavailablePath, keep_mask, lora_linear, lora_linears, lora_rows, make_dropout
+from minipeft_kernels import (
+    Part,
+    RowGroups,
+    UnavailablePath,
+    keep_mask,
+    lora_linear,
+    lora_linears,
+    lora_rows,
+    make_dropout,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -325,6 +334,34 @@ def test_rows_equal_one_call_each(tokens: int) -> None:
     torch.testing.assert_close(lora_rows(x, W, b, A[:1], B[:1], alone, scales[:1]), want)
 
 
+def test_rows_are_grouped_by_adapter() -> None:
+    groups = RowGroups.of([3, 0, -1, 3, 3])
+    assert groups.present == (0, 3)
+    assert groups.places.tolist() == [1, 0, 0, 0, 3, 4]
+    assert groups.slots.tolist() == [0, 3, 4, 5]
+    assert groups.targets.tolist() == [1, 0, 3, 4]
+    assert not groups.in_order
+    assert RowGroups.of([0, 0, 1, 1]).in_order
+
+
+def test_rows_share_nothing_but_the_base() -> None:
+    """A row without an adapter is the base's own to the bit, and an adapter that no row has may hold anything."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random)
+    x, W, A, B = draw(5, 2, 10), draw(7, 10), draw(4, 3, 10), draw(4, 7, 3)
+    A[2], B[1] = torch.nan, torch.inf
+    rows = torch.tensor([3, -1, 0, -1, 3])
+    y = lora_rows(x, W, None, A, B, rows)
+    assert torch.equal(y[rows < 0], F.linear(x, W)[rows < 0])
+    for i, j in enumerate(rows.tolist()):
+        if j >= 0:
+            torch.testing.assert_close(y[i], lora_linear(x[i], W, None, A[j], B[j], 1.0))
+    assert torch.equal(lora_rows(x, W, None, A, B, RowGroups.of(rows.tolist())), y)
+    assert torch.equal(lora_rows(x, W, None, A, B, torch.full((5,), -1)), F.linear(x, W))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_rows(x, W, None, A, B, rows).dtype == torch.bfloat16
+
+
 # What it costs
 
 
@@ -416,6 +453,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         lora_rows(x, W, b, A[None], B[None], torch.zeros(4, dtype=torch.int64), torch.ones(1))
     with pytest.raises(ValueError, match=r"must be \[adapters"):
         lora_rows(x, W, b, A[None], B[None, :3], torch.zeros(5, dtype=torch.int64), torch.ones(1))
+    for wrong in (1, -2):
+        with pytest.raises(ValueError, match=rf"rows names adapter {wrong}, and there are 1; -1 means none"):
+            lora_rows(x, W, b, A[None], B[None], torch.tensor([0, 0, wrong, 0, 0]), torch.ones(1))
 
 
 def test_importing_imports_no_triton() -> None:
