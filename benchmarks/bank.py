@@ -11,6 +11,7 @@ the processor's: the same as the wall's on an idle machine, and still true on a 
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,24 +42,21 @@ class Numbers:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measure.add_options(parser, rounds=3)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=8, help="new tokens a row")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     rows: list[measure.Row] = []
     with tempfile.TemporaryDirectory() as work, torch.no_grad():
         folders = make_adapters(arguments, Path(work), max(arguments.adapters))
         ours, theirs = our_bank(arguments, folders), their_model(arguments, folders)
-        for count in arguments.adapters:
-            found = compare(ours, theirs, count, arguments)
+        for threads, count in itertools.product(arguments.threads, arguments.adapters):
+            torch.set_num_threads(threads)
+            found = compare(ours, theirs, count, threads, arguments)
             measure.show_rows(found)
             rows += found
     if arguments.out:
@@ -103,7 +101,9 @@ def their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.
     return model.eval()
 
 
-def compare(bank: AdapterBank, theirs: torch.nn.Module, count: int, arguments: argparse.Namespace) -> list[measure.Row]:
+def compare(
+    bank: AdapterBank, theirs: torch.nn.Module, count: int, threads: int, arguments: argparse.Namespace
+) -> list[measure.Row]:
     """Time both on one batch, beside the base alone; tokens a second stand in `extra`."""
     vocabulary, new = bank.model.config.vocab_size, arguments.tokens
     ids = torch.randint(vocabulary, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)).to(arguments.device)
@@ -127,7 +127,7 @@ def compare(bank: AdapterBank, theirs: torch.nn.Module, count: int, arguments: a
     }  # fmt: skip
     found = measure.measure(
         calls, name="bank", shape=f"{ROWS}x{PROMPT}+{new} r{arguments.rank} {count} adapters", dtype=arguments.dtype,
-        device=arguments.device, rounds=arguments.rounds, warmups=0, clock=measure.clock_of(arguments.threads),
+        device=arguments.device, rounds=arguments.rounds, warmups=0, threads=threads, busy=arguments.busy,
         packages=("peft", "transformers"),
     )  # fmt: skip
     for row in found:

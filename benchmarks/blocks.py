@@ -40,32 +40,34 @@ class Block:
 def main() -> None:
     """Measure both blocks, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    measure.add_options(parser, rounds=11)
     parser.add_argument("--rows", type=int, help="M; on a CPU 512, on a GPU 8192")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dtypes", nargs="+", help="float32 and bfloat16 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
-    parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     gpu = arguments.device.startswith("cuda")
-    m, dtype = arguments.rows or (8192 if gpu else 512), arguments.dtype or ("bfloat16" if gpu else "float32")
+    m = arguments.rows or (8192 if gpu else 512)
+    dtypes = arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
+    blocks = (GPU_SHAPES if gpu else CPU_SHAPES).items()
     rows: list[measure.Row] = []
-    for name, (k, widths) in (GPU_SHAPES if gpu else CPU_SHAPES).items():
-        for dropout in arguments.dropout:
-            shapes = [(k, n) for n in widths] + ([(widths[0], k)] if name == "mlp" else [])
-            layers = [problem(m, *s, arguments.rank, getattr(torch, dtype), dropout, arguments.device) for s in shapes]
-            found = compare(name, layers, dtype, arguments)
-            measure.show_rows(found)
-            rows += found
-            if arguments.out:
-                measure.write_rows(arguments.out, rows)
+    for threads, (name, (k, widths)), dtype, dropout in itertools.product(
+        arguments.threads, blocks, dtypes, arguments.dropout
+    ):
+        torch.set_num_threads(threads)
+        shapes = [(k, n) for n in widths] + ([(widths[0], k)] if name == "mlp" else [])
+        layers = [problem(m, *s, arguments.rank, getattr(torch, dtype), dropout, arguments.device) for s in shapes]
+        found = compare(name, layers, dtype, threads, arguments)
+        measure.show_rows(found)
+        rows += found
+        if arguments.out:
+            measure.write_rows(arguments.out, rows)
 
 
-def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Namespace) -> list[measure.Row]:
+def compare(
+    name: str, layers: list[Problem], dtype: str, threads: int, arguments: argparse.Namespace
+) -> list[measure.Row]:
     """Time forward and backward of each way to compute a block; each row carries its kept bytes and its checks."""
     x = layers[0].inputs[0][0]
     build = all_builds(layers, arguments)
@@ -78,8 +80,8 @@ def compare(name: str, layers: list[Problem], dtype: str, arguments: argparse.Na
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
     found = measure.measure(
         calls, name=f"block {name}", shape=shape, dtype=dtype, device=arguments.device, rounds=arguments.rounds,
-        seconds=0.02 if x.is_cuda else 0.0,
-        clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
+        seconds=0.02 if x.is_cuda else 0.0, threads=threads, busy=arguments.busy,
+        packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
     )  # fmt: skip
     work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
     return [judged(row, kept, checks, work) for row in found]

@@ -42,23 +42,20 @@ class Layer:
 def main() -> None:
     """Measure each batch, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    measure.add_options(parser, rounds=11)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--shape", help="KxN; on a CPU 768x768, on a GPU 4096x4096")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", help="float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     gpu = arguments.device.startswith("cuda")
     arguments.dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
     k, n = map(int, (arguments.shape or ("4096x4096" if gpu else "768x768")).split("x"))
     rows: list[measure.Row] = []
-    for batch in arguments.batches:
+    for threads, batch in itertools.product(arguments.threads, arguments.batches):
+        torch.set_num_threads(threads)
         for adapters in sorted({1, max(1, batch // 4), batch}):
-            found = compare(draw_layers(batch, adapters, k, n, arguments), arguments)
+            found = compare(draw_layers(batch, adapters, k, n, arguments), threads, arguments)
             measure.show_rows(found)
             rows += found
             if arguments.out:
@@ -85,7 +82,7 @@ def draw_layers(batch: int, adapters: int, k: int, n: int, arguments: argparse.N
 
 
 @torch.no_grad()
-def compare(layers: list[Layer], arguments: argparse.Namespace) -> list[measure.Row]:
+def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
     """Time the steps of each way to compute them."""
     first = layers[0]
     truth = exact(first)
@@ -104,7 +101,7 @@ def compare(layers: list[Layer], arguments: argparse.Namespace) -> list[measure.
     found = measure.measure(
         calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
         device=arguments.device, rounds=arguments.rounds, calls=STEPS,
-        clock=measure.clock_of(arguments.threads), packages=("peft", "triton"),
+        threads=threads, busy=arguments.busy, packages=("peft", "triton"),
     )  # fmt: skip
     return [judged(row, errors) for row in found]
 

@@ -50,21 +50,17 @@ class Problem:
 def main() -> None:
     """Measure each shape, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    measure.add_options(parser, rounds=15)
     parser.add_argument("--rows", type=int, nargs="+", help="M; on a CPU 512, on a GPU 8192 and 2048")
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--dtypes", nargs="+", help="float32 and bfloat16 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--shapes", nargs="+", help="KxN ...; GPT-2's, on a GPU Llama's too")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
     parser.add_argument("--quick", action="store_true", help="five shapes with 8192 rows (512 on a CPU)")
     parser.add_argument("--all", action="store_true", help="every shape of the protocol, M 1 to 16384, ranks 8 to 128")
     parser.add_argument("--tune", action="store_true", help="time every path and tile instead, and print the tables")
-    parser.add_argument("--out", help="where the rows go, as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     gpu = arguments.device.startswith("cuda")
     usual = QUICK if arguments.quick else GPT2 + LLAMA if gpu else GPT2
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or []] or usual
@@ -72,15 +68,17 @@ def main() -> None:
         shapes, arguments.rows, arguments.rank = [*shapes, *REST], ALL_ROWS if gpu else ALL_ROWS[:5], ALL_RANKS
     dtypes = arguments.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
     default = [512] if not gpu else [8192] if arguments.quick else [8192, 2048]
-    many = itertools.product(arguments.rows or default, shapes, arguments.rank, dtypes,
-                             arguments.dropout)  # fmt: skip
+    many = itertools.product(
+        arguments.threads, arguments.rows or default, shapes, arguments.rank, dtypes, arguments.dropout
+    )
     rows: list[measure.Row] = []
-    for m, (k, n), rank, dtype, dropout in many:
+    for threads, m, (k, n), rank, dtype, dropout in many:
+        torch.set_num_threads(threads)
         given = problem(m, k, n, rank, getattr(torch, dtype), dropout, arguments.device)
         if arguments.tune:
             tune(given, arguments.device)
             continue
-        found = compare(given, arguments)
+        found = compare(given, threads, arguments)
         measure.show_rows(found)
         rows += found
         if arguments.out:
@@ -111,7 +109,7 @@ class Variant:
     trained: tuple[Tensor, ...] = ()
 
 
-def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
+def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
     """Time forward, and forward with backward, of every variant in turn; each row carries its errors and norms."""
     (x, dy), *_ = given.inputs
     torch.compiler.reset()  # else the ninth shape would silently run as it is, and the second with unknown sizes
@@ -131,8 +129,8 @@ def compare(given: Problem, arguments: argparse.Namespace) -> list[measure.Row]:
         rows = measure.measure(
             calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
             dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
-            seconds=0.02 if x.is_cuda else 0.0,
-            clock=measure.clock_of(arguments.threads), packages=("peft", "triton"), note=f"dropout {given.dropout}",
+            seconds=0.02 if x.is_cuda else 0.0, threads=threads, busy=arguments.busy,
+            packages=("peft", "triton"), note=f"dropout {given.dropout}",
         )  # fmt: skip
         found += [judged(row, checks) for row in rows]
     return found

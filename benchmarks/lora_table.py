@@ -44,7 +44,9 @@ def table(name: str) -> str:
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         variant, graph, _ = row["variant"].partition(", graph")  # a graph's times are a line of their own
+        threads = row["surroundings"].get("threads", 1)
         note = row["note"].split("; FAIL")[0].removeprefix("FAIL") + graph
+        note += f", {threads} threads" * (threads > 1)
         groups.setdefault((row["benchmark"], row["shape"], row["dtype"], note), {})[variant] = row
     seen = dict.fromkeys(variant for group in groups.values() for variant in group)
     variants = sorted(seen, key=lambda variant: (variant not in FLOORS, "peft" not in variant))
@@ -58,14 +60,13 @@ def table(name: str) -> str:
     around = [row["surroundings"] for row in rows]
     loads, noise = [a["load"] for a in around], max(a["noise"] for a in around)
     best = "{ceiling_tflops:.3g} TFLOP/s in a product, {ceiling_gb_per_s:.3g} GB/s in a copy".format(**around[0])
-    clocks = {
-        "process_time": "of the processor",
-        "perf_counter": "of the wall's clock",
+    said_of = {
+        "process_time": "of the processor, with one thread",
+        "perf_counter": "by the wall's clock, with several threads",
         "cuda events": "between events",
     }
-    what = (
-        f"Median milliseconds {clocks[around[0]['clock']]} (times the floor), one thread unless the command says more"
-    )
+    clocks = "; ".join(said_of[clock] for clock in dict.fromkeys(a["clock"] for a in around))
+    what = f"Median milliseconds (times the floor) {clocks}"
     how = f"load average {min(loads)} to {max(loads)}"
     spread = f"the floor, timed twice, differed by at most {100 * noise:.1f} %; = is no more than in its own run"
     said = f"{what}. {where}; at best {best}; {how}; {spread}."

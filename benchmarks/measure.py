@@ -10,6 +10,7 @@ the run, and a difference below it is no difference. On a GPU the clock is CUDA'
 machine can do at best (a large product, a large copy), measured in the same process, its clocks and its driver.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -29,7 +30,8 @@ from pathlib import Path
 PACKAGES = ("torch", "numpy")  # named in every row; a benchmark adds those that its peers need
 AGAIN = "the first variant again"
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # dtypes whose product is a ceiling; another has float32's
-BUSY = 0.5  # of load above the number of cores from which a row says that the machine was busy
+BUSY = 0.5  # of load above the number of cores from which nothing is measured
+PATIENCE, WAIT = 300.0, 15.0  # seconds that a busy machine is given to come to rest, and between two looks at it
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class Row:
     surroundings: dict[str, object] = field(default_factory=dict)  # clock, load, noise, ceilings; a GPU's clocks
 
 
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add what all benchmarks of this folder are told: where they run, how often, and where the rows go."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=rounds, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="that torch may use; several: in turn")
+    parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the rows say so")
+    parser.add_argument("--out", help="where the rows go, as JSON")
+
+
 def measure(
     variants: dict[str, Callable[[], object]],
     *,
@@ -71,15 +82,21 @@ def measure(
     warmups: int | None = None,
     packages: Sequence[str] = (),
     note: str = "",
-    clock: Callable[[], float] = time.perf_counter,
+    threads: int = 1,
+    busy: bool = False,
 ) -> list[Row]:
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
     A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
     on a GPU. On a device "cuda..." the time is between two events, and the memory is the allocator's peak; elsewhere
-    the time is the clock's: with one thread, `time.process_time` does not count what a machine's other processes take.
+    the time is the processor's with one thread, which counts nothing that other processes take, else the wall's.
+
+    Raises: SystemExit where a CPU is still busy with other work after five minutes, unless `busy` allows it.
     """
-    around = surroundings(device, dtype)
+    if not busy and not device.startswith("cuda"):
+        wait_for_rest()
+    clock = clock_of(threads)
+    around = surroundings(device, dtype, threads)
     warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
     first = next(iter(variants))
     variants = {**variants, AGAIN: variants[first]}
@@ -189,13 +206,35 @@ def device_name(device: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
-def surroundings(device: str, dtype: str) -> dict[str, object]:
+def overload() -> float:
+    """How far the load average of the last minute is above what lets a benchmark be measured; at most 0 is quiet."""
+    return os.getloadavg()[0] - (os.cpu_count() or 1) - BUSY
+
+
+def wait_for_rest(patience: float = PATIENCE) -> None:
+    """Wait until the machine is quiet.
+
+    Raises: SystemExit where it is not, in so many seconds.
+    """
+    waited = 0.0
+    while (over := overload()) > 0:
+        if waited >= patience:
+            raise SystemExit(
+                f"not measured: the load average is {over:.1f} above {(os.cpu_count() or 1) + BUSY} and a busy "
+                "machine's times say little; end what else runs, or give --busy"
+            )
+        print(f"# waits for other work to end: the load average is {over:.1f} too high", flush=True)
+        time.sleep(WAIT)
+        waited += WAIT
+
+
+def surroundings(device: str, dtype: str, threads: int) -> dict[str, object]:
     """What a time depends on beside the code: the load before it, the machine's ceilings, a GPU's driver and clocks."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
     found: dict[str, object] = {
-        "load": round(load, 1),
-        "busy": load > cores + BUSY,
-        **ceilings(device, dtype if dtype in FLOATS else FLOATS[0]),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 1),
+        "busy": overload() > 0,
+        **ceilings(device, dtype if dtype in FLOATS else FLOATS[0], threads),
     }
     if device.startswith("cuda"):
         asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
@@ -206,7 +245,7 @@ def surroundings(device: str, dtype: str) -> dict[str, object]:
 
 
 @functools.cache
-def ceilings(device: str, dtype: str) -> dict[str, float]:
+def ceilings(device: str, dtype: str, threads: int) -> dict[str, float]:
     """The most that the device reaches: TFLOP/s of a product (8192^3; 1024^3 on a CPU) in a dtype, GB/s of a copy."""
     import torch
 
@@ -221,7 +260,7 @@ def ceilings(device: str, dtype: str) -> dict[str, float]:
         ("ceiling_gb_per_s", lambda: target.copy_(source), 2e-9 * size),  # read and written
     ):
         call()
-        best[name] = round(work / min(_round(call, 1, device, clock_of(torch.get_num_threads())) for _ in range(10)), 3)
+        best[name] = round(work / min(_round(call, 1, device, clock_of(threads)) for _ in range(10)), 3)
     return best
 
 

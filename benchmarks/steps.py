@@ -1,17 +1,19 @@
 """Whole training steps: one decoder layer, GPT-2 124M, and a 7B on a GPU. Ours, HF transformers + PEFT, and the floor.
 
-    python benchmarks/steps.py --out benchmarks/results/lora-steps-cpu.json                          # 5 minutes
+    python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 20 minutes
     python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json
     python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --checkpointing
 
 Weights are random and one memory for all: the variants differ in what is done with them. A step is forward, loss,
 backward and AdamW on the adapters, which all start from one file in PEFT's format. The floor is the same decoder
-without adapters, forward and backward to the embedding. A ratio counts if the loss after 20 steps is PEFT's to 1e-3
-(in bfloat16 under autocast, which casts float32 adapters for each product as ours does).
+without adapters, forward and backward to the embedding. A ratio counts if the loss after 20 steps, without dropout, is
+PEFT's to 1e-3 (in bfloat16 under autocast, which casts float32 adapters for each product as ours does). On a GPU a
+second column replays a CUDA graph of the whole step; a 7B has none, because each graph would keep its activations.
 """
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import measure
 import peft
 import torch
 import transformers
+from lora_linear import replayed
 from minipeft_kernels import PATHS, Call, UnavailablePath, choose_path
 from torch import Tensor, nn
 
@@ -62,7 +65,10 @@ class Trained:
         loss = self.loss()
         loss.backward()
         if self.parameters:
-            self.optimizer = self.optimizer or torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+            on_gpu = self.parameters[0].is_cuda  # capturable: its step counter lies on the GPU, as a graph needs it
+            self.optimizer = self.optimizer or torch.optim.AdamW(
+                self.parameters, lr=RATE, weight_decay=0.0, capturable=on_gpu
+            )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -71,27 +77,26 @@ class Trained:
 def main() -> None:
     """Measure each case, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    measure.add_options(parser, rounds=7)
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: what the device can do")
     parser.add_argument("--rows", type=int, help="of a batch, instead of the case's own")
     parser.add_argument("--length", type=int, help="tokens of a row, likewise")
     parser.add_argument("--layers", type=int, help="of the decoder, likewise: fewer to try a case out")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", help="of the base: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
     parser.add_argument("--steps", type=int, default=STEPS, help="after which losses are compared")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="where the rows go, as JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     gpu = options.device.startswith("cuda")
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     found: list[measure.Row] = []
-    for case, rows, length in GPU if gpu else CPU:
+    for threads, (case, rows, length) in itertools.product(options.threads, GPU if gpu else CPU):
         if options.cases and case not in options.cases:
             continue
-        rows_of_case = compare(case, options.rows or rows, options.length or length, options)
+        torch.set_num_threads(threads)
+        rows_of_case = compare(case, options.rows or rows, options.length or length, threads, options)
         measure.show_rows(rows_of_case)
         found += rows_of_case
         if options.out:
@@ -100,7 +105,7 @@ def main() -> None:
         raise InputError(f"{', '.join(options.cases)} is not measured on {options.device}", where="--cases")
 
 
-def compare(case: str, rows: int, length: int, options: argparse.Namespace) -> list[measure.Row]:
+def compare(case: str, rows: int, length: int, threads: int, options: argparse.Namespace) -> list[measure.Row]:
     """Time a step of every variant in turn; each row carries its last compared loss, its gradients' norm and the bytes
     kept for backward."""
     config, device = CASES[case], options.device
@@ -109,39 +114,60 @@ def compare(case: str, rows: int, length: int, options: argparse.Namespace) -> l
     weights = fresh_weights(config, getattr(torch, options.dtype), device)
     random = torch.Generator(device).manual_seed(1)
     ids = torch.randint(config["vocab_size"], (rows, length), generator=random, device=device)  # [B, T]
+    own = {weight.data_ptr() for weight in weights.values()}
+    checks: dict[str, tuple[float, float]] = {}
+    found = []
+    for dropout in (0.0, *(p for p in options.dropout if p)):  # masks differ from PEFT's: losses are compared without
+        torch.compiler.reset()
+        variants = all_variants(config, weights, ids, dropout, options)
+        if not dropout:
+            checks = {name: after(variant, options.steps) for name, variant in variants.items() if variant.parameters}
+        if dropout not in options.dropout:
+            continue
+        kept = {name: kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
+        steps: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
+        if ids.is_cuda and case != "7b":
+            steps |= replayed(steps, 1)
+        note = f"dropout {dropout}" + ", checkpointing" * options.checkpointing
+        measured = measure.measure(
+            steps, name=f"step {case}", shape=f"{rows}x{length} r{options.rank}", dtype=options.dtype, device=device,
+            rounds=options.rounds, warmups=1, threads=threads, busy=options.busy,
+            packages=("peft", "transformers", "triton"), note=note,
+        )  # fmt: skip
+        found += [judged(row, kept, checks, rows * length) for row in measured]
+    return found
+
+
+def all_variants(
+    config: Config, weights: dict[str, Tensor], ids: Tensor, dropout: float, options: argparse.Namespace
+) -> dict[str, Trained]:
+    """Return the floor, PEFT's columns and this project's paths that can run here, by name."""
     variants = {"frozen": frozen(decoder(config, weights), ids, options)}
     with tempfile.TemporaryDirectory() as start:
         model = decoder(config, weights)
-        add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank))
+        add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout))
         save_adapter(model, start)
         variants["peft, same dtype"] = theirs(config, weights, start, ids, False, options)
         if options.dtype != "float32":  # in float32 the three are one
             variants["peft, default"] = theirs(config, weights, start, ids, True, options)
             variants["peft, autocast"] = theirs(config, weights, start, ids, True, options, autocast=True)
-    for path in paths_here(model, ids, options.rank):
-        variants[path] = ours(config, weights, path, ids, options)
-    own = {weight.data_ptr() for weight in weights.values()}
-    kept = {name: kept_bytes(variant, own) for name, variant in variants.items()}
-    checks = {name: after(variant, options.steps) for name, variant in variants.items() if variant.parameters}
-    found = measure.measure(
-        {name: variant.step for name, variant in variants.items()}, name=f"step {case}",
-        shape=f"{rows}x{length} r{options.rank}", dtype=options.dtype, device=device, rounds=options.rounds, warmups=1,
-        clock=measure.clock_of(options.threads), packages=("peft", "transformers", "triton"),
-        note="checkpointing" if options.checkpointing else "",
-    )  # fmt: skip
-    return [judged(row, kept[row.variant], checks, rows * length) for row in found]
+        if options.compile:
+            variants["peft, compiled"] = theirs(config, weights, start, ids, False, options, compiled=True)
+    for path in paths_here(model, ids, options.rank, dropout):
+        variants[path] = ours(config, weights, path, ids, dropout, options)
+    return variants
 
 
-def judged(row: measure.Row, kept: int, checks: dict[str, tuple[float, float]], tokens: int
-           ) -> measure.Row:  # fmt: skip
+def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float, float]], tokens: int) -> measure.Row:
     """Add to a row what its ratios rest on; where the loss is not PEFT's: FAIL, and no ratio."""
-    extra: dict[str, object] = {"kept_bytes": kept}
-    if row.variant in checks:
-        (loss, norm), (theirs, _) = checks[row.variant], checks.get("peft, autocast", checks["peft, same dtype"])
+    variant, graph, _ = row.variant.partition(", graph")
+    extra: dict[str, object] = {"kept_bytes": kept.get(variant)}
+    if variant in checks:
+        (loss, norm), (theirs, _) = checks[variant], checks.get("peft, autocast", checks["peft, same dtype"])
         extra |= {"loss_after_20_steps": loss, "peft_loss": theirs, "gradient_norm": norm}
-        if (abs(loss - theirs) > 1e-3 * theirs and "peft" not in row.variant) or not norm > 0:
+        if (abs(loss - theirs) > 1e-3 * theirs and "peft" not in variant) or not norm > 0:
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL".removeprefix("; "), extra=extra)
-    extra |= {"times_frozen": 1 / row.ratios["frozen"], "tokens_per_second": tokens / row.median}
+    extra |= {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tokens_per_second": tokens / row.median}
     extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
@@ -165,13 +191,13 @@ def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
     return model.requires_grad_(False).train()
 
 
-def paths_here(model: Decoder, ids: Tensor, rank: int) -> list[str]:
+def paths_here(model: Decoder, ids: Tensor, rank: int, dropout: float) -> list[str]:
     """The kernel's paths that can run on this device and dtype, "decode" apart."""
     weight, width = model.embedding.weight, model.config.width
     found = []
     for path in PATHS:
         try:
-            choose_path(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, False, True))
+            choose_path(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, dropout > 0, True))
         except UnavailablePath as reason:
             print(f"# not measured: {reason}")
             continue
@@ -179,10 +205,12 @@ def paths_here(model: Decoder, ids: Tensor, rank: int) -> list[str]:
     return found
 
 
-def ours(config: Config, weights: dict[str, Tensor], path: str, ids: Tensor, options: argparse.Namespace) -> Trained:
+def ours(
+    config: Config, weights: dict[str, Tensor], path: str, ids: Tensor, dropout: float, options: argparse.Namespace
+) -> Trained:
     """minipeft, by one of its kernel's paths."""
     model = decoder(config, weights)
-    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, path=path))
+    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, path=path))
     model.recompute = options.checkpointing
     return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
 
@@ -201,7 +229,7 @@ def loss_of(model: Decoder, ids: Tensor) -> Tensor:
 
 def theirs(
     config: Config, weights: dict[str, Tensor], start: str, ids: Tensor, upcast: bool, options: argparse.Namespace,
-    autocast: bool = False,
+    autocast: bool = False, compiled: bool = False,
 ) -> Trained:  # fmt: skip
     """transformers and PEFT on the same weights, with the adapters of `start`, in float32 if `upcast`."""
     with torch.device(options.device):
@@ -220,9 +248,11 @@ def theirs(
         model.enable_input_require_grads()
     model = peft.PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=upcast).train()
 
+    call = torch.compile(model, dynamic=False) if compiled else model
+
     def loss() -> Tensor:
         with torch.autocast(ids.device.type, getattr(torch, options.dtype), enabled=autocast):
-            return model(input_ids=ids, labels=ids).loss
+            return call(input_ids=ids, labels=ids).loss
 
     return Trained(loss, [p for p in model.parameters() if p.requires_grad])
 

@@ -1,5 +1,6 @@
 """The LoRA benchmarks run on a CPU too, on small shapes, so that they are ready when a GPU is there."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = [
-    "lora_linear --rows 16 --shapes 32x48 --rounds 2 --dtypes bfloat16 --dropout 0 --out {0}/lora-linear.json",
-    "blocks --rows 16 --rounds 1 --dropout 0.1 --dtype bfloat16 --out {0}/lora-blocks.json",
-    "decode --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
-    "steps --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
-    "steps --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --checkpointing"
-    " --out {0}/lora-steps-2.json",
+    "lora_linear --busy --rows 16 --shapes 32x48 --rounds 2 --dtypes bfloat16 --dropout 0 --threads 1 2"
+    " --out {0}/lora-linear.json",
+    "blocks --busy --rows 16 --rounds 1 --dropout 0.1 --dtypes bfloat16 --out {0}/lora-blocks.json",
+    "decode --busy --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
+    "steps --busy --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
+    "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --checkpointing"
+    " --dropout 0 --out {0}/lora-steps-2.json",
 ]
 REFUSED = "steps --cases 7b"  # the last command: a 7B is not begun on a CPU
 PROGRAM = """
@@ -46,5 +48,25 @@ def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) ->
     for table in ("lora-linear", "lora-blocks", "lora-steps-2"):
         columns = {row["variant"] for row in rows[table]}
         assert {"frozen", "peft, same dtype", "peft, default", "peft, autocast", "reference"} <= columns
+    assert {row["surroundings"]["threads"] for row in rows["lora-linear"]} == {1, 2}
+    assert {row["note"] for row in rows["lora-steps"]} == {"dropout 0.0", "dropout 0.1"}
     assert "times_frozen" in rows["lora-blocks"][0]["extra"]
     assert all(row["calls"] == 128 for row in rows["lora-decode"])
+
+
+def test_a_busy_machine_is_waited_for_and_then_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    loads, waits = [9.0], []
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (loads[0], 0.0, 0.0))
+    monkeypatch.setattr(measure.time, "sleep", waits.append)
+    with pytest.raises(SystemExit, match=r"not measured: the load average is 6\.5 above 2\.5 and .* give --busy"):
+        measure.measure({"it": int}, name="", shape="", dtype="float32")
+    assert waits == [15.0] * 20
+    assert "waits for other work to end: the load average is 6.5 too high" in capsys.readouterr().out
+    assert measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1, busy=True)[0].surroundings["busy"]
+    loads[0] = 2.5
+    assert not measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1)[0].surroundings["busy"]
