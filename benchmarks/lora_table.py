@@ -46,7 +46,7 @@ def table(name: str) -> str:
         variant, graph, _ = row["variant"].partition(", graph")  # a graph's times are a line of their own
         threads = row["surroundings"].get("threads", 1)
         note = row["note"].split("; FAIL")[0].removeprefix("FAIL") + graph
-        note += f", {threads} threads" * (threads > 1)
+        note = ", ".join(filter(None, [note, f"{threads} threads" * (threads > 1)]))
         groups.setdefault((row["benchmark"], row["shape"], row["dtype"], note), {})[variant] = row
     seen = dict.fromkeys(variant for group in groups.values() for variant in group)
     variants = sorted(seen, key=lambda variant: (variant not in FLOORS, "peft" not in variant))
