@@ -32,12 +32,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, h.shape[0], rows):
             part, target = h[start : start + rows], targets[start : start + rows]
             logits = F.linear(part, weight).float()  # [n, V]
-            log_norm = logits.logsumexp(dim=1, keepdim=True)  # [n, 1]
-            total += (log_norm - logits.gather(1, target[:, None])).sum()
+            logits.sub_(logits.amax(dim=1, keepdim=True))  # so that exp cannot overflow; the rest in place too
+            chosen = logits.gather(1, target[:, None])  # [n, 1]
+            mass = logits.exp_().sum(dim=1, keepdim=True)  # [n, 1]
+            total += (mass.log() - chosen).sum()
             if dh is None and dw is None:
                 continue
-            d = logits.sub_(log_norm).exp_()  # softmax, in place  [n, V]
-            d.scatter_add_(1, target[:, None], torch.full_like(log_norm, -1.0))
+            d = logits.div_(mass)  # softmax  [n, V]
+            d.scatter_add_(1, target[:, None], torch.full_like(mass, -1.0))
             d = d.to(part.dtype)
             if dh is not None:
                 dh[start : start + rows] = d @ weight.to(part.dtype)
