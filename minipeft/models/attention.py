@@ -62,12 +62,20 @@ def visible(documents: Tensor, positions: Tensor, queries: int, window: int | No
     return (causal & (own | shared))[:, None]  # [B, 1, T, S]
 
 
+def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to the scores: 0 where one may look, else minus infinity. A bool mask stays one.
+
+    Of a bool mask torch's product makes this itself, in every block, and keeps each for backward; here all share one.
+    """
+    return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
 @dataclass(frozen=True)
 class Layout:
     """What one forward pass has to know of its rows; made once by `lay_out`, used by every block."""
 
     positions: Tensor  # [B, T] of the queries
-    mask: Tensor | None  # [B, 1, T, S]; None: plainly causal, or given by runs
+    mask: Tensor | None  # [B, 1, T, S], as_addend; None: plainly causal, or given by runs
     runs: list[list[tuple[int, Tensor | None]]] | None  # per row, each run's length and mask; None: use mask
     learned: int  # SHARED columns at the head of each row's keys
     prompted: bool  # those columns are queries too (a prompt)
@@ -75,11 +83,13 @@ class Layout:
 
 
 def lay_out(documents: Tensor | None, ids: Tensor, cache: Cache | None, *, learned: int = 0, prompted: bool = False,
-            window: int | None = None, windowed: bool = False) -> Layout:  # fmt: skip
+            window: int | None = None, windowed: bool = False, dtype: torch.dtype = torch.bool
+            ) -> Layout:  # fmt: skip
     """Work out positions and visibility for a forward pass over `ids` [B, T].
 
     `documents` [B, T] gives the owner of each token (None: one document a row). On the first call of a row, `learned`
     SHARED columns are put before them; with `prompted` they are queries too (a prompt), else only keys (a prefix).
+    `dtype` is that of the scores, or bool.
 
     Raises:
         InputError: documents and ids differ in shape, or the cache has no room.
@@ -98,15 +108,15 @@ def lay_out(documents: Tensor | None, ids: Tensor, cache: Cache | None, *, learn
         documents = cache.open(documents)  # [B, S]
     positions = positions_in(documents)  # [B, S]
     if cache is None and documents.device.type == "cpu":
-        runs = runs_in(documents, learned, window, windowed, prompted)
+        runs = runs_in(documents, learned, window, windowed, prompted, dtype)
         if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and learned else 1):
             return Layout(positions[:, -queries:], None, runs, learned, prompted, first)
-    mask = visible(documents, positions, queries, window, windowed)
+    mask = as_addend(visible(documents, positions, queries, window, windowed), dtype)
     return Layout(positions[:, -queries:], mask, None, learned, prompted, first)
 
 
-def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool, prompted: bool
-            ) -> list[list[tuple[int, Tensor | None]]] | None:  # fmt: skip
+def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool, prompted: bool,
+            dtype: torch.dtype) -> list[list[tuple[int, Tensor | None]]] | None:  # fmt: skip
     """Each row's runs of one owner as (length, mask), the learned columns' own run only where they are queries.
 
     A mask is [n, P + n] over the learned columns and the run itself, or None where the run is plainly causal.
@@ -118,9 +128,8 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
         if (length, shared) not in masks:
             alone = F.pad(torch.zeros(1, length, dtype=torch.long), (shared, 0), value=SHARED)  # [1, P + n]
             plain = not shared and (window is None or length <= window)
-            masks[length, shared] = (
-                None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
-            )
+            seen = None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
+            masks[length, shared] = None if seen is None else as_addend(seen, dtype)
         return masks[length, shared]
 
     rows = []
@@ -133,7 +142,8 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
         runs = [(n, mask_of(n, learned)) for n in row_lengths]
         if learned and prompted:
             alone = torch.full((1, learned), SHARED)
-            runs.insert(0, (learned, visible(alone, positions_in(alone), learned, window, windowed)[0, 0]))
+            among = visible(alone, positions_in(alone), learned, window, windowed)[0, 0]  # [P, P]
+            runs.insert(0, (learned, as_addend(among, dtype)))
         rows.append(runs)
     return rows
 
@@ -192,9 +202,19 @@ def product(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None
 ) -> Tensor:
     """torch's fused attention product. q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]"""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None and lacks_masked_groups(q):
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
+        grouped = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def lacks_masked_groups(q: Tensor) -> bool:
+    """Whether no fused kernel takes a mask and grouped heads together: on CUDA torch would form the [T, S] scores of
+    each head in float32 (https://github.com/Comfy-Org/ComfyUI/pull/15135)."""
+    return q.is_cuda
 
 
 def attend_by_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float, scale: float | None) -> Tensor:

@@ -215,7 +215,10 @@ class GPT2(nn.Module):
         Raises:
             InputError: a position lies beyond the table of n_positions, or documents do not fit the ids.
         """
-        layout = lay_out(documents, ids, cache, learned=self.learned, prompted=self.prompt is not None)
+        layout = lay_out(
+            documents, ids, cache, learned=self.learned, prompted=self.prompt is not None,
+            dtype=self.embedding.weight.dtype,
+        )  # fmt: skip
         self.check_positions(layout)
         x = self.embedding(ids)  # [B, T, C]
         if self.prompt is not None and layout.first:
@@ -227,6 +230,8 @@ class GPT2(nn.Module):
 
     def check_positions(self, layout: Layout) -> None:
         """Refuse a position beyond the table. Looked up on the device only when the row is long enough to overrun."""
+        if layout.positions.is_meta:
+            return  # there are no values to look at
         limit = self.config.n_positions
         columns = layout.positions.shape[1] if layout.mask is None else layout.mask.shape[-1]
         if columns + self.learned > limit and int(layout.positions.max()) >= limit:

@@ -308,7 +308,7 @@ class Llama(nn.Module):
         """
         layout = lay_out(
             documents, ids, cache, learned=self.learned, prompted=self.prompt is not None,
-            window=self.window, windowed=self.windowed,
+            window=self.window, windowed=self.windowed, dtype=self.embedding.weight.dtype,
         )  # fmt: skip
         x = self.embedding(ids)  # [B, T, C]
         if self.prompt is not None and layout.first:

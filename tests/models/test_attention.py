@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
@@ -332,3 +333,27 @@ def test_gradient_checks_against_float64():
     full = attention.Layout(layout.positions, mask, None, 3, False, True)
     real = PACKED != PADDING
     assert torch.allclose(attention.attend(q, k, v, layout)[real], attention.attend(q, k, v, full)[real], atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_heads_under_a_mask_are_copied_where_no_fused_kernel_takes_both(monkeypatch, masked):
+    """On CUDA torch would form all scores; without a mask its kernels take grouped heads as they are."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=random, requires_grad=True) for heads in (6, 2, 2))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def noted(q, k, v, **settings):
+        calls.append((k.shape[1], settings["enable_gqa"]))
+        return real(q, k, v, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    found = []
+    for lacking in (False, True):
+        monkeypatch.setattr(attention, "lacks_masked_groups", lambda q, lacking=lacking: lacking)
+        y = attention.product(q, k, v, mask, not masked, 0.0, None)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    assert calls == [(2, True), (6, False) if masked else (2, True)]
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
