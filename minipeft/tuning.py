@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, method_of
 from minipeft.adapters.files import save_adapter
-from minipeft.adapters.lora import plan
+from minipeft.adapters.lora import plan as lora_plan
 from minipeft.data.packing import Batch, Batches, pack
 from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
@@ -34,7 +34,7 @@ from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.checkpoint import fingerprint, load_model, read_config, save_model
-from minipeft.planning import EFFICIENCY, forward_flops, in_words, probe_flops, train_flops
+from minipeft.planning import EFFICIENCY, forward_flops, in_words, plan, probe_flops, train_flops
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
 from minipeft.training.process import Stopped, check_device, enough_memory, exactly, peak_memory, stopping
@@ -250,7 +250,7 @@ def check_room(config: TuneConfig, out: Path) -> None:
     adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
     if isinstance(adapter, LoRAConfig):
         shapes = {
-            path: (rank, model.get_parameter(f"{path}.weight")) for path, (rank, _) in plan(model, adapter).items()
+            path: (rank, model.get_parameter(f"{path}.weight")) for path, (rank, _) in lora_plan(model, adapter).items()
         }
         numbers = sum(rank * sum(weight.shape) for rank, weight in shapes.values())
     elif isinstance(adapter, PrefixConfig):
@@ -259,6 +259,25 @@ def check_room(config: TuneConfig, out: Path) -> None:
     elif isinstance(adapter, PromptConfig):
         numbers = adapter.length * base.width + (adapter.reparam or 0) * 2 * base.width
     check_space(out, numbers, more=4 * numbers)
+
+
+def plan_of(config: TuneConfig) -> dict[str, Any]:
+    """What a run would take, from config.json alone (planning.py): memory in bytes, and seconds a step on this machine.
+
+    Raises:
+        InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
+    """
+    check_device(config.device)
+    file = fetch(config.model, ["config.json"], revision=config.revision) / "config.json"
+    base, own = read_config(file), read_object(file)
+    adapter, named = config.adapter(), own.get("dtype") or own.get("torch_dtype")
+    dtype = DTYPES[config.dtype or ("fp32" if config.method == "full" or named in (None, "float32") else "bf16")]
+    length = config.length or min(1024, base.context - getattr(adapter, "length", 0))
+    found = plan(base, adapter, rows=config.batch, length=length, dtype=dtype, checkpointing=config.checkpointing)
+    seconds = found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(config.device)))
+    shape = {"rows": config.batch, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    return {"model": config.model, **asdict(found), "percent": found.percent, "peak": found.peak, **shape,
+            "checkpointing": config.checkpointing, "seconds": seconds}  # fmt: skip
 
 
 def length_of(config: TuneConfig, model: Decoder) -> int:
@@ -313,7 +332,7 @@ def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfi
 
 
 def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any]) -> str:
-    """How much work lies ahead, evaluations included, and about how long it will take here."""
+    """How much work lies ahead, evaluations included, about how long it will take here, and in how much memory."""
     held, tokens = batches.report, batches.report.tokens_out / len(batches) * settings.accumulate * settings.steps
     weight, document = model.embedding.weight, batches.report.tokens_out // batches.report.documents
     whole, again = config.method == "full", config.checkpointing
@@ -322,7 +341,10 @@ def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches:
     flops += times * forward_flops(model.config, held.tokens_out / held.documents * config.held_out, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     ahead = f"{settings.steps} steps at a rate of {settings.learning_rate:g}, {tokens:,.0f} tokens"
-    return f"{ahead}: about {in_words(seconds)} here"
+    length = min(length_of(config, model), model.config.context - model.learned)
+    shape: dict[str, Any] = {"rows": config.batch, "length": length, "checkpointing": again}
+    peak = plan(model.config, config.adapter(), dtype=weight.dtype, **shape).peak
+    return f"{ahead}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
 
 
 def evaluated_every(config: TuneConfig, batches: Batches) -> int:

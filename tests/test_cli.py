@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft import answering, cli, tuning
+from minipeft import answering, cli, flags, tuning
 from minipeft.generation import Answer
 from tests.small import write_pairs, write_small_model
 
@@ -79,7 +79,7 @@ def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> 
 def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
     from dataclasses import fields
 
-    assert {field.name for field in fields(tuning.TuneConfig)} <= set(cli.TRAIN_HELP)
+    assert {field.name for field in fields(tuning.TuneConfig)} <= set(flags.TRAIN_HELP)
 
 
 def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:

@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR, PATHS = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton_paths.py"
 ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the parts of a kernel are tested through it
-    **dict.fromkeys(("choice", "dropout", "onednn", "reference"), LINEAR),
+    **dict.fromkeys(("choice", "dropout", "onednn", "reference", "rows"), LINEAR),
     **dict.fromkeys(("compile_check", "decode", "device", "fused", "hybrid", "launch", "tiles"), PATHS),
 }
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys(("study/charts", "study/report", "study/results", "study/table"), "tests/study/test_page.py"),
+    "commands": "tests/test_cli.py",
+    "flags": "tests/test_cli.py",
     "study/run": "tests/study/test_conduct.py",
     "training/process": "tests/test_survival.py",
 }

@@ -25,7 +25,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from minipeft import cli, tuning
+from minipeft import cli, commands, tuning
 from minipeft.errors import InputError
 from minipeft.training import runs
 from minipeft.tuning import TuneConfig, tune
@@ -398,7 +398,7 @@ def test_signals(number: signal.Signals, place: Path) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    cli, "report", lambda line: os.write(writer, b"!") if " steps at a rate" in line else None
+                    commands, "report", lambda line: os.write(writer, b"!") if " steps at a rate" in line else None
                 )
                 return cli.main([*command(place, out), "--steps", "60", "--save-every", "1000"])
 

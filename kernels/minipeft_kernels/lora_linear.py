@@ -54,7 +54,7 @@ def lora_linears(
     The projections share one dropout mask too: equal to one call each with the same seed.
     """
     parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_is_on(x):
         return _under_autocast(x, parts, dropout, seed, path)
     _check(x, parts)
     drop = make_dropout(dropout, seed)
@@ -89,7 +89,7 @@ def lora_rows(
 
     Raises: ValueError for shapes that do not fit, UnavailablePath where a named path cannot run.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_is_on(x):
         cast = _cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return lora_rows(*cast, A, B, rows, scales, path=path)
@@ -162,6 +162,11 @@ def _chosen(path: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_gr
     m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
     return choose_path(path, Call(x.device, x.dtype, m, k, n, r, dropout, needs_grad))
+
+
+def _autocast_is_on(x: Tensor) -> bool:
+    """Return whether autocast is on where x is; torch refuses to say so of "meta" (shapes without data)."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, path: str) -> list[Tensor]:
