@@ -26,7 +26,8 @@ from minipeft.generation import GenerateConfig, answer, generate
 from minipeft.metrics.text import TextScores
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import load_model
-from minipeft.tuning import DTYPES, check_device
+from minipeft.settings import DTYPES
+from minipeft.training.process import check_device
 
 
 def load_tuned(options: Namespace) -> tuple[Decoder, Tokenizer]:

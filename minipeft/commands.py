@@ -65,7 +65,7 @@ def command_line(options: argparse.Namespace) -> str:
 
 
 def fill_train(parser: argparse.ArgumentParser) -> None:
-    from minipeft.tuning import TuneConfig
+    from minipeft.settings import TuneConfig
 
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -77,7 +77,9 @@ def fill_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """`minipeft train`"""
-    from minipeft.tuning import Stopped, TuneConfig, tune
+    from minipeft.settings import TuneConfig
+    from minipeft.training.process import Stopped
+    from minipeft.tuning import tune
 
     set_threads(options.threads)
     try:
@@ -164,8 +166,8 @@ PLANNED = ("batch", "length", "dtype", "rank", "targets", "columns", "reparam", 
 
 
 def fill_plan(parser: argparse.ArgumentParser) -> None:
+    from minipeft.settings import TuneConfig
     from minipeft.study.grid import METHODS
-    from minipeft.tuning import TuneConfig
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; of each, config.json is read")
     parser.add_argument("--preset", choices=["paper"], help="the eight models of the paper")
@@ -179,9 +181,10 @@ def fill_plan(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`minipeft plan`"""
+    from minipeft.estimates import plan_of
     from minipeft.planning import as_table
+    from minipeft.settings import TuneConfig
     from minipeft.study.grid import MODELS
-    from minipeft.tuning import TuneConfig, plan_of
 
     models = [*options.models, *(MODELS.values() if options.preset else ())]
     if not models:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,94 +23,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, method_of
+from minipeft.adapters import add_adapter, method_of
 from minipeft.adapters.files import save_adapter
-from minipeft.adapters.lora import plan as lora_plan
 from minipeft.data.packing import Batch, Batches, pack
 from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
 from minipeft.errors import InputError
+from minipeft.estimates import check_room, estimate, evaluated_every, length_of
 from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
-from minipeft.models import FAMILIES, Decoder
-from minipeft.models.checkpoint import fingerprint, load_model, read_config, save_model
-from minipeft.planning import EFFICIENCY, forward_flops, in_words, plan, probe_flops, train_flops
+from minipeft.models import Decoder
+from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.settings import DTYPES, TuneConfig
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
 from minipeft.training.process import Stopped, check_device, enough_memory, exactly, peak_memory, stopping
 from minipeft.training.recipes import recipe
-from minipeft.training.runs import RESULT, Run, check_folder, check_space, open_run
+from minipeft.training.runs import RESULT, Run, check_folder, open_run
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
-MOST_LAYERS = 512  # of known models; more are held against the weights before any layer is built
 DEV_LENGTH = 1024  # tokens of a row of held-out pairs
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """What to train, on what, and how; None takes the method's own default (recipes.py)."""
-
-    model: str  # folder or hub id
-    data: str  # conala, demo, or a file of pairs
-    method: str = "lora"  # full, lora, prefix, prompt
-    steps: int | None = None  # optimizer steps; else epochs decide
-    epochs: float = 3.0
-    batch: int = 1  # rows of `length` tokens
-    accumulate: int = 1  # batches a step
-    length: int | None = None  # tokens of a row; None: 1024, or the model's context
-    learning_rate: float | None = None
-    loss: str = "all"  # tokens that are learned: all, response
-    isolate: bool = True  # documents of a row do not see each other
-    held_out: int = 100  # pairs kept for evaluation, by question
-    evaluate_every: int | None = None  # steps; None: each epoch
-    save_every: int = 50  # steps
-    seed: int = 0
-    dtype: str | None = None  # of the base: fp32, bf16; None: its own (fp32 where it is trained)
-    device: str = "cpu"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str = "all-linear"  # or default, or names with commas between
-    columns: int = 20  # of a prefix or prompt
-    init: str = "text"
-    text: str | None = None  # what a prefix or prompt starts as
-    reparam: int | None = None  # width of the network that makes a prefix or prompt; None: a plain table
-    checkpointing: bool = False  # recompute activations: less memory, more time
-    legacy_bin: bool = False
-    eos_token: str | None = None
-    revision: str | None = None
-    deterministic: bool = False  # on CUDA: the same bits each time, slower; a CPU does so anyway
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "save_every", "batch", "accumulate", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{value} must be >= 1", where=name)
-        if not 0 < self.epochs < float("inf"):
-            raise InputError(f"{self.epochs} must be finite and > 0", where="epochs")
-        if self.held_out < 0:
-            raise InputError(f"{self.held_out} must be >= 0", where="held_out")
-        if self.dtype not in (None, *DTYPES):
-            raise InputError(f"{self.dtype!r} is not known ({', '.join(DTYPES)})", where="dtype")
-        if self.dtype == "bf16" and self.method == "full":
-            raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
-        self.adapter()
-        TrainConfig(steps=1, seed=self.seed, learning_rate=self.learning_rate or recipe(self.method).learning_rate)
-        if self.learning_rate == 0:
-            raise InputError("0 must be > 0", where="learning_rate")
-
-    def adapter(self) -> FullConfig | LoRAConfig | PrefixConfig | PromptConfig:
-        """The adapter's own config."""
-        started: dict[str, Any] = {"length": self.columns, "init": self.init, "reparam": self.reparam}
-        if self.text is not None:
-            started["text"] = self.text
-        if self.method == "prefix":
-            return PrefixConfig(**started)
-        if self.method == "prompt":
-            return PromptConfig(**started)
-        named = self.targets if self.targets in ("all-linear", "default") else tuple(self.targets.split(","))
-        return FullConfig() if self.method == "full" else LoRAConfig(self.rank, self.alpha, self.dropout, named)
 
 
 def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False,
@@ -239,55 +171,6 @@ def load_base(config: TuneConfig, tokenizer: Tokenizer) -> Decoder:
     return model
 
 
-def check_room(config: TuneConfig, out: Path) -> None:
-    """Refuse a disk that is too small for the run: found from config.json, before any weight is read."""
-    folder = fetch(config.model, ["config.json"], revision=config.revision)
-    base = read_config(folder / "config.json")
-    if base.layers > MOST_LAYERS:
-        return
-    with torch.device("meta"):
-        model = FAMILIES[base.model_type][1](base)
-    adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
-    if isinstance(adapter, LoRAConfig):
-        shapes = {
-            path: (rank, model.get_parameter(f"{path}.weight")) for path, (rank, _) in lora_plan(model, adapter).items()
-        }
-        numbers = sum(rank * sum(weight.shape) for rank, weight in shapes.values())
-    elif isinstance(adapter, PrefixConfig):
-        columns = base.layers * 2 * base.kv_heads * base.head_width
-        numbers = adapter.length * columns + (adapter.reparam or 0) * (base.width + columns)
-    elif isinstance(adapter, PromptConfig):
-        numbers = adapter.length * base.width + (adapter.reparam or 0) * 2 * base.width
-    check_space(out, numbers, more=4 * numbers)
-
-
-def plan_of(config: TuneConfig) -> dict[str, Any]:
-    """What a run would take, from config.json alone (planning.py): memory in bytes, and seconds a step on this machine.
-
-    Raises:
-        InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
-    """
-    check_device(config.device)
-    file = fetch(config.model, ["config.json"], revision=config.revision) / "config.json"
-    base, own = read_config(file), read_object(file)
-    adapter, named = config.adapter(), own.get("dtype") or own.get("torch_dtype")
-    dtype = DTYPES[config.dtype or ("fp32" if config.method == "full" or named in (None, "float32") else "bf16")]
-    length = config.length or min(1024, base.context - getattr(adapter, "length", 0))
-    found = plan(base, adapter, rows=config.batch, length=length, dtype=dtype, checkpointing=config.checkpointing)
-    seconds = found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(config.device)))
-    shape = {"rows": config.batch, "length": length, "dtype": str(dtype).removeprefix("torch.")}
-    return {"model": config.model, **asdict(found), "percent": found.percent, "peak": found.peak, **shape,
-            "checkpointing": config.checkpointing, "seconds": seconds}  # fmt: skip
-
-
-def length_of(config: TuneConfig, model: Decoder) -> int:
-    """Tokens of a row."""
-    length = config.length or min(1024, model.config.context)
-    if length > model.config.context:
-        raise InputError(f"{length} exceeds the model's context of {model.config.context}", where="length")
-    return length
-
-
 def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Callable[[str], None]
              ) -> tuple[Batches, list[Any]]:  # fmt: skip
     """The batches to train on, and those held out."""
@@ -329,27 +212,6 @@ def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfi
     return TrainConfig(
         steps=steps, accumulate=config.accumulate, seed=config.seed, checkpointing=config.checkpointing, **chosen
     )
-
-
-def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any]) -> str:
-    """How much work lies ahead, evaluations included, about how long it will take here, and in how much memory."""
-    held, tokens = batches.report, batches.report.tokens_out / len(batches) * settings.accumulate * settings.steps
-    weight, document = model.embedding.weight, batches.report.tokens_out // batches.report.documents
-    whole, again = config.method == "full", config.checkpointing
-    flops = train_flops(model.config, tokens, document, full=whole, checkpointing=again)
-    times = 1 + settings.steps // evaluated_every(config, batches) if dev else 0
-    flops += times * forward_flops(model.config, held.tokens_out / held.documents * config.held_out, document)
-    seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
-    ahead = f"{settings.steps} steps at a rate of {settings.learning_rate:g}, {tokens:,.0f} tokens"
-    length = min(length_of(config, model), model.config.context - model.learned)
-    shape: dict[str, Any] = {"rows": config.batch, "length": length, "checkpointing": again}
-    peak = plan(model.config, config.adapter(), dtype=weight.dtype, **shape).peak
-    return f"{ahead}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
-
-
-def evaluated_every(config: TuneConfig, batches: Batches) -> int:
-    """Steps between evaluations: once an epoch, unless the caller says."""
-    return config.evaluate_every or max(1, len(batches) // config.accumulate)
 
 
 def identify(config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, Any]:

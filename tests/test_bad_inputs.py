@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from minipeft import cli, tuning
+from minipeft import cli, estimates
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.files import save_adapter
 from minipeft.models import FAMILIES
@@ -35,7 +35,7 @@ SECONDS = 2.0
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+    monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
     torch.set_num_threads(1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft import answering, cli, flags, tuning
+from minipeft import answering, cli, estimates, flags, settings
 from minipeft.generation import Answer
 from tests.small import write_pairs, write_small_model
 
@@ -21,7 +21,7 @@ Ran = tuple[int, str, str]
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+    monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
     torch.set_num_threads(1)
 
 
@@ -58,7 +58,7 @@ def train(folder: Path, *more: object, out: str = "out") -> list[object]:
 @pytest.fixture(scope="module")
 def adapter(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+        patch.setattr(estimates, "probe_flops", lambda *_: 1e9)
         assert cli.main([str(part) for part in train(folder, out="tuned")]) == 0
     return folder / "tuned/adapter"
 
@@ -79,7 +79,7 @@ def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> 
 def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
     from dataclasses import fields
 
-    assert {field.name for field in fields(tuning.TuneConfig)} <= set(flags.TRAIN_HELP)
+    assert {field.name for field in fields(settings.TuneConfig)} <= set(flags.TRAIN_HELP)
 
 
 def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from minipeft import cli, commands, tuning
 from minipeft.errors import InputError
+from minipeft.settings import TuneConfig
 from minipeft.training import runs
-from minipeft.tuning import TuneConfig, tune
+from minipeft.tuning import tune
 from tests.faulty_disk import GROWS, Disk, power_cut, write_tree
 from tests.small import write_pairs, write_small_model
 
@@ -48,7 +49,7 @@ def quiet() -> Iterator[None]:
     """No progress bars, no measuring of this machine's speed, one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tqdm", partial(tqdm, disable=True))
-        patch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+        patch.setattr(tuning, "estimate", lambda *_: "so many steps at a rate of so much")
         torch.set_num_threads(1)
         yield
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import tuning
-from minipeft.tuning import TuneConfig, tune
+from minipeft import estimates, tuning
+from minipeft.settings import TuneConfig
+from minipeft.tuning import tune
 from tests.small import write_pairs, write_small_model
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tuning, "probe_flops", lambda *_: 1e9)
+    monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
     torch.set_num_threads(1)
     write_small_model(tmp_path / "model", layers=1)
     write_pairs(tmp_path / "pairs.jsonl", 8)

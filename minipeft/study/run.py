@@ -32,10 +32,11 @@ from minipeft.files import parse_json, read_header, read_object, read_text, writ
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, count_pairs
 from minipeft.metrics.text import score_texts
+from minipeft.settings import TuneConfig
 from minipeft.study.grid import ZERO_SHOT
 from minipeft.training.loop import evaluate
 from minipeft.training.process import Stopped, peak_memory
-from minipeft.tuning import TuneConfig, held_rows, tune
+from minipeft.tuning import held_rows, tune
 
 CELL, ANSWERS, ROW, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
 QUESTIONS = "data/test.jsonl"  # from the study's folder, which is where a cell runs

@@ -10,6 +10,7 @@ from minipeft.data.packing import rows_of_one
 from minipeft.data.pairs import encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
+from minipeft.settings import TuneConfig
 from minipeft.study import prefix_experiment as experiment
 from minipeft.study.conduct import conduct
 from minipeft.study.grid import StudyConfig, cells_of
@@ -17,7 +18,7 @@ from minipeft.study.prefix_experiment import Trial, conclusion, loss_text, table
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
 from minipeft.training.loop import evaluate
-from minipeft.tuning import TuneConfig, held_rows
+from minipeft.tuning import held_rows
 
 
 def test_the_grid_is_what_it_says():
