@@ -88,13 +88,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="the peak (default: %(default)s)")
     parser.add_argument("--files", type=int, help="read only the first so many files")
     sizes = {"vocab": 4096, "width": 256, "layers": 4, "heads": 4, "length": 512}
-    for name, default in {**sizes, "rows": 4, "steps": 2500, "save_every": 100, "seed": 0}.items():
+    for name, default in {**sizes, "rows": 4, "steps": 6557, "save_every": 100, "seed": 0}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="(default: %(default)s)")
     a = parser.parse_args()
     torch.set_num_threads(1)
     batches, held_out, tokenizer = prepare(a)
     shape = {"vocab_size": a.vocab, "n_positions": a.length, "n_embd": a.width, "n_layer": a.layers, "n_head": a.heads}
-    model = GPT2(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    marks = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.require_eos())
+    model = GPT2(GPT2Config(**shape, **marks, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     model.initialize(torch.Generator().manual_seed(a.seed))
     print(minipeft.add_adapter(model, minipeft.FullConfig()), batches.report, held_out.report, sep="\n")
     state, file = minipeft.TrainState(model), a.out / "checkpoint.safetensors"
