@@ -11,13 +11,14 @@ machine can do at best (a large product, a large copy), measured in the same pro
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import itertools
 import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Row:
     shape: str
     dtype: str
     device: str
-    memory_bytes: int  # peak: on a GPU what the variant takes beside weights and inputs; on a CPU the whole process
+    memory_bytes: int  # at the peak of a call, beside what stood before it
     versions: dict[str, str]
     commit: str
     command: str
@@ -88,8 +89,8 @@ def measure(
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
     A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
-    on a GPU. On a device "cuda..." the time is between two events, and the memory is the allocator's peak; elsewhere
-    the time is the processor's with one thread, which counts nothing that other processes take, else the wall's.
+    on a GPU. On a device "cuda..." the time is between two events; elsewhere it is the processor's with one thread, which
+    counts nothing that other processes take, else the wall's.
 
     Raises: SystemExit where a CPU is still busy with other work after five minutes, unless `busy` allows it.
     """
@@ -105,14 +106,12 @@ def measure(
             call()
     counts = {label: calls or _calls(call, seconds, device, clock) for label, call in variants.items()}
     times: dict[str, list[float]] = {label: [] for label in variants}
-    memory = dict.fromkeys(variants, 0)
     order, shuffler = list(variants), random.Random(0)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for label in order:
-            before = _reset_peak(device)
             times[label].append(_round(variants[label], counts[label], device, clock))
-            memory[label] = max(memory[label], _peak(device) - before)
+    memory = {label: peak_bytes(call, device) for label, call in variants.items()}  # apart: it disturbs the time
     again, base = times.pop(AGAIN), times[first]
     twice = [a / b for a, b in zip(base, again)]
     noise = max(abs(statistics.median(twice) - 1), (quantile(twice, 0.8) - quantile(twice, 0.2)) / 2)
@@ -339,20 +338,30 @@ def _clock_name(device: str, clock: Callable[[], float]) -> str:
     return "cuda events" if device.startswith("cuda") else clock.__name__
 
 
-def _reset_peak(device: str) -> int:
-    """Forget the allocator's peak; returns the bytes that stand already, of which a CPU's process counts none."""
-    if not device.startswith("cuda"):
-        return 0
-    import torch
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The most memory that one call takes beside what stood before: the allocator's on a GPU, resident pages on Linux.
 
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _peak(device: str) -> int:
+    Elsewhere 0: what getrusage says there is the most that the process ever had, which other variants have raised.
+    """
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return 0
+    with contextlib.suppress(OSError, AttributeError):  # a libc without it keeps freed pages, and less is seen
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten (man proc_pid_clear_refs)
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    """A number of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

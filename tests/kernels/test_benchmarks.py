@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = [
@@ -70,3 +71,15 @@ def test_a_busy_machine_is_waited_for_and_then_refused(
     assert measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1, busy=True)[0].surroundings["busy"]
     loads[0] = 2.5
     assert not measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1)[0].surroundings["busy"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident pages are counted on Linux")
+def test_the_memory_of_a_call_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each variant's peak, not that of the one before it: 64 MB, then 16 MB, beside what stands."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    standing = torch.ones(32 << 20, dtype=torch.uint8)
+    variants = {f"{size} MB": lambda size=size: int(torch.ones(size << 20, dtype=torch.uint8)[-1]) for size in (64, 16)}
+    rows = measure.measure(variants, name="", shape="", dtype="uint8", rounds=2, busy=True)
+    assert {row.variant: round(row.memory_bytes / 2**20, -1) for row in rows} == {"64 MB": 60, "16 MB": 20}
+    assert len(standing)
