@@ -89,8 +89,8 @@ def measure(
     """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
 
     A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
-    on a GPU. On a device "cuda..." the time is between two events; elsewhere it is the processor's with one thread, which
-    counts nothing that other processes take, else the wall's.
+    on a GPU. On a device "cuda..." the time is between two events; elsewhere it is the processor's with one thread,
+    which counts nothing that other processes take, else the wall's.
 
     Raises: SystemExit where a CPU is still busy with other work after five minutes, unless `busy` allows it.
     """
