@@ -210,14 +210,14 @@ def overload() -> float:
     return os.getloadavg()[0] - (os.cpu_count() or 1) - BUSY
 
 
-def wait_for_rest(patience: float = PATIENCE) -> None:
+def wait_for_rest() -> None:
     """Wait until the machine is quiet.
 
-    Raises: SystemExit where it is not, in so many seconds.
+    Raises: SystemExit where it is not in PATIENCE seconds.
     """
     waited = 0.0
     while (over := overload()) > 0:
-        if waited >= patience:
+        if waited >= PATIENCE:
             raise SystemExit(
                 f"not measured: the load average is {over:.1f} above {(os.cpu_count() or 1) + BUSY} and a busy "
                 "machine's times say little; end what else runs, or give --busy"

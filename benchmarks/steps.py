@@ -1,6 +1,6 @@
 """Whole training steps: one decoder layer, GPT-2 124M, and a 7B on a GPU. Ours, HF transformers + PEFT, and the floor.
 
-    python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 5 minutes
+    python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 6 minutes
     python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json
     python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --checkpointing
 

@@ -190,11 +190,13 @@ def run_plan(options: argparse.Namespace) -> int:
     if not models:
         raise InputError("give models, or --preset paper", where="plan")
     given = {name: getattr(options, name) for name in PLANNED}
+    of_method = {
+        "full": {**given, "dtype": None}
+    }  # --dtype is of the frozen base; full tuning trains the weights, in fp32
     rows = [
-        plan_of(TuneConfig(model=model, data="", method=method, device=options.device, **given))
+        plan_of(TuneConfig(model=model, data="", method=method, device=options.device, **of_method.get(method, given)))
         for model in models
         for method in options.method
-        if not (method == "full" and options.dtype == "bf16")  # full tuning trains the weights, in fp32
     ]
     print(json.dumps(rows, indent=2) if options.json else as_table(rows))
     return 0

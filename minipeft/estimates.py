@@ -14,25 +14,31 @@ from minipeft.data.packing import Batches
 from minipeft.errors import InputError
 from minipeft.files import read_object
 from minipeft.hub import fetch
-from minipeft.models import FAMILIES, Decoder
+from minipeft.models import Decoder
 from minipeft.models.checkpoint import read_config
-from minipeft.planning import EFFICIENCY, forward_flops, in_words, plan, probe_flops, train_flops
+from minipeft.planning import (
+    EFFICIENCY,
+    MOST_LAYERS,
+    forward_flops,
+    in_words,
+    plan,
+    probe_flops,
+    train_flops,
+    without_data,
+)
 from minipeft.settings import DTYPES, TuneConfig
 from minipeft.training.loop import TrainConfig
 from minipeft.training.process import check_device
 from minipeft.training.runs import check_space
-
-MOST_LAYERS = 512  # of known models; more are held against the weights before any layer is built
 
 
 def check_room(config: TuneConfig, out: Path) -> None:
     """Refuse a disk that is too small for the run: found from config.json, before any weight is read."""
     folder = fetch(config.model, ["config.json"], revision=config.revision)
     base = read_config(folder / "config.json")
-    if base.layers > MOST_LAYERS:
+    if base.layers > MOST_LAYERS:  # held against the weights before any layer is built
         return
-    with torch.device("meta"):
-        model = FAMILIES[base.model_type][1](base)
+    model = without_data(base)
     adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
     if isinstance(adapter, LoRAConfig):
         shapes = {
@@ -56,14 +62,14 @@ def plan_of(config: TuneConfig) -> dict[str, Any]:
     check_device(config.device)
     file = fetch(config.model, ["config.json"], revision=config.revision) / "config.json"
     base, own = read_config(file), read_object(file)
-    adapter, named = config.adapter(), own.get("dtype") or own.get("torch_dtype")
+    named = own.get("dtype") or own.get("torch_dtype")
     dtype = DTYPES[config.dtype or ("fp32" if config.method == "full" or named in (None, "float32") else "bf16")]
-    length = config.length or min(1024, base.context - getattr(adapter, "length", 0))
-    found = plan(base, adapter, rows=config.batch, length=length, dtype=dtype, checkpointing=config.checkpointing)
+    shape: dict[str, Any] = {"rows": config.batch, "length": config.length, "checkpointing": config.checkpointing}
+    found = plan(base, config.adapter(), dtype=dtype, **shape)
     seconds = found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(config.device)))
-    shape = {"rows": config.batch, "length": length, "dtype": str(dtype).removeprefix("torch.")}
-    return {"model": config.model, **asdict(found), "percent": found.percent, "peak": found.peak, **shape,
-            "checkpointing": config.checkpointing, "seconds": seconds}  # fmt: skip
+    return {"model": config.model, **asdict(found), "percent": found.percent, "peak": found.peak,
+            "dtype": str(dtype).removeprefix("torch."), "checkpointing": config.checkpointing,
+            "seconds": seconds}  # fmt: skip
 
 
 def length_of(config: TuneConfig, model: Decoder) -> int:

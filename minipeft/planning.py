@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minipeft.errors import InputError
-from minipeft.models import FAMILIES, attention
+from minipeft.models import FAMILIES, Decoder, attention
 from minipeft.training.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PROBE = (256, 1024, 1024)  # a product of the size that training has
 PROBE_SECONDS = 0.15
+MOST_LAYERS = 512  # of known models
 EFFICIENCY = 0.6  # of the probe's speed that whole steps reach: 135M Llama, LoRA, one core, fp32 and bf16
 
 
@@ -41,6 +42,8 @@ class Plan:
     """What training takes; memory in bytes."""
 
     method: str
+    rows: int
+    length: int  # tokens of a row
     trainable: int  # numbers
     total: int
     weights: int  # of the model, the adapter's included
@@ -64,27 +67,27 @@ def plan(
     adapter: AdapterConfig,
     *,
     rows: int = 1,
-    length: int = 1024,
+    length: int | None = None,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
 ) -> Plan:
     """What it takes to train `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
-    `dtype` is that of the base (full tuning: float32). Each row is counted as one document, with attention by a fused
-    kernel, which keeps its inputs, its output and a number for each head and query; the reference path of the LoRA
-    linear is counted, and on a GPU the fused one takes less.
+    `length` None is 1024, or what the model has room for. `dtype` is that of the base (full tuning: float32). Each row
+    is counted as one document, with attention by a fused kernel, which keeps its inputs, its output and a number for
+    each head and query; the reference path of the LoRA linear is counted, and on a GPU the fused one takes less.
 
     Raises:
-        InputError: the adapter does not fit the model, or the rows do not fit its context.
+        InputError: the adapter does not fit the model, the rows do not fit its context, or no model has so many layers.
     """
     from minipeft.adapters import FullConfig, add_adapter
 
     room = config.context - getattr(adapter, "length", 0)
+    length = min(1024, room) if length is None else length
     if length > room:
         raise InputError(f"{length} exceeds the {room} columns that the model has room for", where="length")
     full = isinstance(adapter, FullConfig)
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type][1](config)
+    model = without_data(config)
     report = add_adapter(model.to(torch.float32 if full else dtype), adapter)
     model.train()
     model.recompute = checkpointing
@@ -92,7 +95,9 @@ def plan(
     moments = 2 * bytes_of([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     flops = train_flops(config, rows * length, length, full=full, checkpointing=checkpointing)
-    return Plan(report.method, report.trainable, report.total, weights, moments, step_bytes(model, ids), flops)
+    return Plan(
+        report.method, rows, length, report.trainable, report.total, weights, moments, step_bytes(model, ids), flops
+    )
 
 
 def step_bytes(model: Any, ids: Tensor) -> int:
@@ -174,10 +179,21 @@ class KeptByAttention(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
+def without_data(config: Any) -> Decoder:
+    """A model of this config.json on the meta device: shapes alone.
+
+    Raises:
+        InputError: more layers than any known model has, each of which would be built.
+    """
+    if config.layers > MOST_LAYERS:
+        raise InputError(f"{config.layers} are more than the {MOST_LAYERS} that any known model has", where="layers")
+    with torch.device("meta"):
+        return FAMILIES[config.model_type][1](config)
+
+
 def linear_weights(config: Any) -> int:
     """The weights that every token is multiplied with: all linears of the blocks, and the head."""
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type][1](config)
+    model = without_data(config)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     return blocks + config.vocab_size * config.width
 

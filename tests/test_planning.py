@@ -70,6 +70,10 @@ def test_durations_in_words(seconds, said):
     assert in_words(seconds) == said
 
 
+def test_short_durations_have_a_decimal_where_asked():
+    assert [in_words(seconds, fine=True) for seconds in (0.123, 4.56, 12.3)] == ["0.12 s", "4.6 s", "12 s"]
+
+
 WIDER = {
     "gpt2": GPT2Config(vocab_size=500, n_positions=512, n_embd=64, n_layer=4, n_head=4, resid_pdrop=0.0,
                        embd_pdrop=0.0, attn_pdrop=0.0),
@@ -154,6 +158,19 @@ def test_the_command_plans_what_it_is_told(capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:6] == ["model", "method", "rows", "base", "trained", "%"]
     assert lines[0].split()[:8] == ["demo", "lora", "2", "x", "64", "bfloat16", "262,144", "5.7"]
+
+
+def test_the_dtype_is_of_the_frozen_base(capsys):
+    """Full tuning trains the weights, in float32: its row is there and says so."""
+    assert main(["plan", "demo", "--method", "full", "lora", "--dtype", "bf16", "--length", "16", "--json"]) == 0
+    assert [row["dtype"] for row in json.loads(capsys.readouterr().out)] == ["float32", "bfloat16"]
+
+
+def test_layers_beyond_reason_are_refused_before_they_are_built(tmp_path, capsys):
+    config = {"model_type": "gpt2", "n_layer": 10**9, "n_embd": 32, "n_head": 4, "vocab_size": 50, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--method", "lora"]) == 2
+    assert "layers: 1000000000 are more than the 512 that any known model has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import launch, reference
 from .dropout import Dropout
 from .reference import Part
-from .rows import RowGroups
+from .rows import RowGroups, owner_of
 
 MOST_TOKENS = 64  # beyond, a product on tensor cores is better than a stream for each token
 
@@ -48,7 +48,6 @@ def rows(
         return reference.rows(x, weight, bias, A, B, owner, scales)
     x = x.contiguous()
     y = F.linear(x, weight, bias)  # [B, T, N]
-    owner = owner.owner if isinstance(owner, RowGroups) else owner
     scales = torch.ones(len(A), device=x.device) if scales is None else scales
-    launch.rows_add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, owner, scales, 1.0)
+    launch.rows_add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, owner_of(owner), scales, 1.0)
     return y

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .choice import Call, choose_path, path_functions
 from .dropout import Dropout, make_dropout
 from .reference import Part
-from .rows import RowGroups
+from .rows import RowGroups, owner_of
 
 
 def lora_linear(
@@ -93,7 +93,7 @@ def lora_rows(
         cast = _cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return lora_rows(*cast, A, B, rows, scales, path=path)
-    owner = rows.owner if isinstance(rows, RowGroups) else rows
+    owner = owner_of(rows)  # [B]
     if x.dim() < 2 or owner.shape != x.shape[:1]:
         raise ValueError(f"rows must name one adapter for each row of x: rows {tuple(owner.shape)}, x {tuple(x.shape)}")
     if A.dim() != 3 or B.shape != (A.shape[0], weight.shape[0], A.shape[1]) or A.shape[2] != weight.shape[1]:

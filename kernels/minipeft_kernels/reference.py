@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Dropout, keep_mask
-from .rows import RowGroups, add_grouped
+from .rows import RowGroups, add_grouped, owner_of
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MASK_BLOCK = 1 << 18  # entries of x that a CPU masks at a time: the hashes of one block fit a second-level cache
@@ -111,7 +111,7 @@ def rows(
     if x.device.type == "cpu":
         groups = owner if isinstance(owner, RowGroups) else RowGroups.of(owner.tolist())
         return add_grouped(y, x, A, B, groups, scales)
-    owner = owner.owner if isinstance(owner, RowGroups) else owner
+    owner = owner_of(owner)  # [B]
     mine = owner.clamp(min=0)  # [B]
     scale = torch.where(owner < 0, 0.0, 1.0 if scales is None else scales.float()[mine]).to(x.dtype)  # [B]
     s = torch.bmm(x, A[mine].to(x.dtype).mT) * scale[:, None, None]  # [B, T, r]

@@ -46,6 +46,11 @@ class RowGroups(NamedTuple):
         )
 
 
+def owner_of(rows: Tensor | RowGroups) -> Tensor:
+    """Return which adapter each row has. -> [B]"""
+    return rows.owner if isinstance(rows, RowGroups) else rows
+
+
 def add_grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, groups: RowGroups, scales: Tensor | None) -> Tensor:
     """y[b] += scales[j] (x[b] A[j]^T) B[j]^T in place, j the adapter of row b. y [B, T, N], x [B, T, K].
 
