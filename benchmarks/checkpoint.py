@@ -21,12 +21,12 @@ import torch
 from measure import measure, show_rows, write_rows
 
 from minipeft.adapters import LoRAConfig, add_adapter
+from minipeft.data.examples import encode_pairs, load_pairs
 from minipeft.data.packing import pack
-from minipeft.data.pairs import encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
+from minipeft.runs.checkpoints import open_run
 from minipeft.training.loop import TrainConfig, TrainState, train, trained
-from minipeft.training.runs import open_run
 
 
 def ours(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int, Callable[[], int]]:

@@ -32,7 +32,7 @@ from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.config import config_from
 from minipeft.models.gpt2 import TRANSPOSED
-from minipeft.training.loss import cross_entropy
+from minipeft.models.loss import cross_entropy
 
 Config = dict[str, Any]
 MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minipeft
+from minipeft.data.examples import Example
 from minipeft.data.packing import Batches
-from minipeft.data.pairs import Example
 from minipeft.data.tokens import Tokenizer
 from minipeft.demo import corpus
 from minipeft.models import GPT2, GPT2Config

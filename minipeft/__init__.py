@@ -15,9 +15,9 @@ from minipeft.adapters import (
     remove_adapter,
 )
 from minipeft.adapters.bank import AdapterBank
-from minipeft.adapters.files import load_adapter, save_adapter
+from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.data.examples import Pair, encode_pairs, load_pairs
 from minipeft.data.packing import Batch, pack
-from minipeft.data.pairs import Pair, encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, generate

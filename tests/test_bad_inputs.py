@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from minipeft import cli, estimates
+from minipeft import cli
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.files import save_adapter
+from minipeft.adapters.peft_format import save_adapter
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import save_model
+from minipeft.runs import estimates
 from tests.adapters.conftest import TINY
-from tests.adapters.test_files import BAD as ADAPTERS
-from tests.data.test_pairs import CASES as PAIRS
+from tests.adapters.test_peft_format import BAD as ADAPTERS
+from tests.data.test_examples import CASES as PAIRS
 from tests.data.test_tokens import CASES as TOKENIZERS
 from tests.small import write_pairs, write_small_model, write_tokenizer
 
@@ -158,7 +159,7 @@ def test_adapters(case: str, tuned: Path, tmp_path: Path, capsys: pytest.Capture
     spoil, text = ADAPTERS[case]
     shutil.copytree(tuned / "adapter", tmp_path / "adapter")
     spoil(tmp_path / "adapter")
-    monkeypatch.setattr("minipeft.adapters.linears.DEADLINE", 0.5)
+    monkeypatch.setattr("minipeft.adapters.surgery.DEADLINE", 0.5)
     said = refused(capsys, *answer(tuned, tmp_path / "adapter", "--raw"))
     assert said.startswith(str(tmp_path / "adapter"))
     assert text in said

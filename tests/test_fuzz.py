@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft.adapters.files import config_from as adapter_config
-from minipeft.answering import read_answers
+from minipeft.adapters.peft_format import config_from as adapter_config
+from minipeft.data.examples import Example, load_pairs
 from minipeft.data.packing import Batches, pack
-from minipeft.data.pairs import Example, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
 from minipeft.files import read_header, read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config
-from minipeft.training.runs import sealed, verified
+from minipeft.runs.answers import read_answers
+from minipeft.runs.checkpoints import sealed, verified
 from tests.small import write_tokenizer
 
 SCALE = float(os.environ.get("MINIPEFT_FUZZ", "1"))

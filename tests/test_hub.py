@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants as constants
 import pytest
 
-from minipeft.data.pairs import CONALA_COMMIT, load_pairs
+from minipeft.data.examples import CONALA_COMMIT, load_pairs
 from minipeft.errors import InputError
 from minipeft.hub import commit_of, fetch
 

@@ -15,12 +15,10 @@ ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the p
 }
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys(("study/charts", "study/report", "study/results", "study/table"), "tests/study/test_page.py"),
-    "commands": "tests/test_cli.py",
-    "estimates": "tests/test_tuning.py",
-    "settings": "tests/test_tuning.py",
-    "flags": "tests/test_cli.py",
-    "study/run": "tests/study/test_conduct.py",
-    "training/process": "tests/test_survival.py",
+    **dict.fromkeys(("cli/commands", "cli/flags"), "tests/cli/test_cli.py"),
+    **dict.fromkeys(("runs/config", "runs/estimates"), "tests/runs/test_finetune.py"),
+    "runs/process": "tests/test_survival.py",
+    "study/cells": "tests/study/test_runner.py",
 }
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
-from minipeft.answering import read_answers
-from minipeft.data.pairs import load_pairs
+from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.data.examples import load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import load_model
-from minipeft.training import runs
+from minipeft.runs import checkpoints as runs
+from minipeft.runs.answers import read_answers
 from tests.small import write_pairs, write_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +36,8 @@ MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "she
 ALLOWED = {
     ("minipeft/models/checkpoint.py", "import pickle"): "the name UnpicklingError, to catch it",
     ("minipeft/models/checkpoint.py", "torch.load"): "legacy_bin=True, with weights_only=True",
-    ("minipeft/adapters/linears.py", "subprocess"): "tries a regular expression in a process that can be killed",
-    ("minipeft/study/conduct.py", "subprocess"): "a cell of a study in a process of its own: this package's module",
+    ("minipeft/adapters/surgery.py", "subprocess"): "tries a regular expression in a process that can be killed",
+    ("minipeft/study/runner.py", "subprocess"): "a cell of a study in a process of its own: this package's module",
     ("minipeft/demo/corpus.py", "import_module"): "modules that it names itself, for their documentation",
     ("kernels/minipeft_kernels/choice.py", "import_module"): "one of the kernel paths that the module itself names",
 }

@@ -25,11 +25,13 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from minipeft import cli, commands, tuning
+from minipeft import cli
+from minipeft.cli import commands
 from minipeft.errors import InputError
-from minipeft.settings import TuneConfig
-from minipeft.training import runs
-from minipeft.tuning import tune
+from minipeft.runs import checkpoints as runs
+from minipeft.runs import finetune as tuning
+from minipeft.runs.config import TuneConfig
+from minipeft.runs.finetune import tune
 from tests.faulty_disk import GROWS, Disk, power_cut, write_tree
 from tests.small import write_pairs, write_small_model
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from minipeft.adapters.ia3 import IA3Config, add_ia3, merge_ia3, remove_ia3
-from minipeft.adapters.linears import MergeReport
 from minipeft.adapters.lora import LoRAConfig, add_lora, kernel_path, merge_lora, remove_lora
 from minipeft.adapters.prefix import Encoder, PrefixConfig, add_prefix, remove_prefix
 from minipeft.adapters.prompt import PromptConfig, add_prompt, remove_prompt
+from minipeft.adapters.surgery import MergeReport
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

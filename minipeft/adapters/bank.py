@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapters import adapter_of, add_adapter, lora
-from minipeft.adapters.files import read_adapter
-from minipeft.adapters.linears import linear_paths, replace, restore
 from minipeft.adapters.lora import LoRAConfig, RowGroups, lora_rows
-from minipeft.adapters.lora_files import ROOT
+from minipeft.adapters.peft_format import read_adapter
+from minipeft.adapters.peft_lora import ROOT
+from minipeft.adapters.surgery import linear_paths, replace, restore
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapters.linears import MergeReport, Targets, keep_float32, merge, replace, restore, targeted
 from minipeft.adapters.lora import freeze_targets
+from minipeft.adapters.surgery import MergeReport, Targets, keep_float32, merge, replace, restore, targeted
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

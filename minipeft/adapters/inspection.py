@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minipeft.adapters.files import CONFIG, PEFT_TYPES, WEIGHTS
-from minipeft.adapters.own import STATE
+from minipeft.adapters.peft_format import CONFIG, PEFT_TYPES, WEIGHTS
+from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_plain, read_header, read_object
 from minipeft.models.checkpoint import find_tensors, read_config

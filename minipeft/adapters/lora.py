@@ -29,7 +29,8 @@ from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
 from minipeft.adapters.dora import row_norms
-from minipeft.adapters.linears import (
+from minipeft.adapters.pissa import principal
+from minipeft.adapters.surgery import (
     MergeReport,
     Targets,
     by_pattern,
@@ -39,7 +40,6 @@ from minipeft.adapters.linears import (
     restore,
     targeted,
 )
-from minipeft.adapters.pissa import principal
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

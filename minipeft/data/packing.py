@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipeft.data.pairs import Example
+from minipeft.data.examples import Example
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
 from minipeft.models.attention import PADDING

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from minipeft.data.pairs import Pair
+from minipeft.data.examples import Pair
 
 
 def empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
 from minipeft.study.charts import PATTERNS, Bar, Curve, Line, bars, by_rate, dumbbells, losses
-from minipeft.study.grid import FIRST_LINE, ZERO_SHOT
 from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
+from minipeft.study.presets import FIRST_LINE, ZERO_SHOT
 from minipeft.study.table import Group, bleu, few, flagged, names, shown
 
 LONGEST_ANSWER = 400  # characters shown of an answer

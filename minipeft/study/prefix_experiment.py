@@ -1,6 +1,6 @@
 """Why the paper's prefix-tuning did not train: start x learning rate x network, against LoRA and prompt tuning.
 
-    trial               = one training run on one seed -> one cell of a study (grid.py)
+    trial               = one training run on one seed -> one cell of a study (presets.py)
     grid (part 1)       = start {N(0,1), normal, text} x rate {2e-4, 1e-3, 5e-3, 3e-2} x network {none, MLP},
                           beside LoRA at two rates and a text prompt at its own: 60 steps, held-out loss alone
     long runs (part 2)  = the paper's start, ours, LoRA and prompt: 300 steps, three seeds; the first seed answers

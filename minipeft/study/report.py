@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minipeft.answering import answers_in
 from minipeft.files import parse_json, read_text, write_json, write_whole
+from minipeft.runs.answers import answers_in
+from minipeft.study.cells import ANSWERS
 from minipeft.study.charts import Curve
 from minipeft.study.page import Answered, page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclusion, several_seeds, tables
-from minipeft.study.run import ANSWERS
 from minipeft.study.table import Group, as_markdown, as_text, few, flagged, names, shown
 
 NOTES = (

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minipeft.answering import answers_in
 from minipeft.files import read_object
 from minipeft.metrics.bleu import Interval, count_pairs
-from minipeft.study.conduct import FORMAT, Outcome
-from minipeft.study.grid import PRESETS, ZERO_SHOT, Cell, StudyConfig, printed
-from minipeft.study.run import ANSWERS
+from minipeft.runs.answers import answers_in
+from minipeft.study.cells import ANSWERS
+from minipeft.study.presets import PRESETS, ZERO_SHOT, Cell, StudyConfig, printed
+from minipeft.study.runner import FORMAT, Outcome
 from minipeft.study.statistics import by_question, flags, interval, mean_and_sd
 
 AVERAGED = (

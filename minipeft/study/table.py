@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minipeft.planning import in_words
+from minipeft.runs.planning import in_words
 
 Group = dict[str, Any]
 NAMES = {"full": "full tuning", "lora": "LoRA", "prefix": "prefix-tuning", "prompt": "prompt-tuning"}

@@ -29,7 +29,7 @@ from torch.optim.adamw import adamw
 from minipeft.data.packing import Batch, derived_seed
 from minipeft.errors import InputError
 from minipeft.models import Decoder
-from minipeft.training.loss import count_targets, cross_entropy
+from minipeft.models.loss import count_targets, cross_entropy
 
 DECAYS = ("linear", "cosine", "constant")
 

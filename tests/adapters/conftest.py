@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minipeft.data.packing import Batch
 from minipeft.models import FAMILIES
-from minipeft.training.loss import count_targets, cross_entropy
+from minipeft.models.loss import count_targets, cross_entropy
 
 GPT2 = {"vocab_size": 61, "n_positions": 96, "n_embd": 32, "n_layer": 3, "n_head": 4,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip

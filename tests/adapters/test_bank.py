@@ -13,7 +13,7 @@ import torch
 import minipeft
 from minipeft.adapters import LoRAConfig, PrefixConfig, add_adapter, remove_adapter
 from minipeft.adapters.bank import AdapterBank, BankLinear
-from minipeft.adapters.files import load_adapter, save_adapter
+from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, generate
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, add_adapter
-from minipeft.adapters.files import save_adapter
 from minipeft.adapters.inspection import as_table, describe
+from minipeft.adapters.peft_format import save_adapter
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import save_model
 

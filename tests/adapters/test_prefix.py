@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
-from minipeft.adapters.own import columns_of
+from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.adapters.peft_virtual import columns_of
 from minipeft.adapters.prefix import TASK_LINE, attentions, prefixes, run_text, text_ids
 from minipeft.data.packing import Batch
 from minipeft.data.tokens import load_tokenizer

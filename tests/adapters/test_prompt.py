@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from minipeft.adapters import PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
+from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import save_model

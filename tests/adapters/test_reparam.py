@@ -6,7 +6,7 @@ import torch
 from peft.tuners.prefix_tuning import PrefixEncoder
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.own import columns_of
+from minipeft.adapters.peft_virtual import columns_of
 from minipeft.adapters.prefix import prefixes
 from minipeft.training.loop import TrainConfig, train
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipeft.data.examples import Example
 from minipeft.data.packing import IGNORED, Batches, derived_seed, first_fit, pack, rows_of_one
-from minipeft.data.pairs import Example
 from minipeft.errors import InputError
 from minipeft.models.attention import PADDING
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import minipeft
-from minipeft.data.pairs import encode_pairs, load_pairs
+from minipeft.data.examples import encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.demo import demo_model_path, demo_pairs_path
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minipeft.training.loss import LinearCrossEntropy
+from minipeft.models.loss import LinearCrossEntropy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = {"LoRA linear": 1.01, "with dropout": 1.02, "one token": 1.63, "cross-entropy": 1.13}

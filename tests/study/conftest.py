@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.study import conduct, run
+from minipeft.study import cells as run
+from minipeft.study import runner as conduct
 
 
 @pytest.fixture(scope="session")

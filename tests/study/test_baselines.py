@@ -2,7 +2,7 @@
 
 import pytest
 
-from minipeft.data.pairs import Pair, load_pairs
+from minipeft.data.examples import Pair, load_pairs
 from minipeft.metrics.bleu import bleu
 from minipeft.metrics.codebleu import codebleu
 from minipeft.study.baselines import BASELINES, nearest

@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import pytest
 
 from minipeft.study.charts import Bar, Curve, bars, losses, smooth, ticks
-from minipeft.study.conduct import conduct
-from minipeft.study.grid import StudyConfig
 from minipeft.study.page import text
+from minipeft.study.presets import StudyConfig
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
+from minipeft.study.runner import conduct
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

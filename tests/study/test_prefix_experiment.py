@@ -6,19 +6,19 @@ import json
 
 import pytest
 
+from minipeft.data.examples import encode_pairs, load_pairs
 from minipeft.data.packing import rows_of_one
-from minipeft.data.pairs import encode_pairs, load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
-from minipeft.settings import TuneConfig
+from minipeft.runs.config import TuneConfig
+from minipeft.runs.finetune import held_rows
 from minipeft.study import prefix_experiment as experiment
-from minipeft.study.conduct import conduct
-from minipeft.study.grid import StudyConfig, cells_of
 from minipeft.study.prefix_experiment import Trial, conclusion, loss_text, tables
+from minipeft.study.presets import StudyConfig, cells_of
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
+from minipeft.study.runner import conduct
 from minipeft.training.loop import evaluate
-from minipeft.tuning import held_rows
 
 
 def test_the_grid_is_what_it_says():

@@ -4,7 +4,7 @@ import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.lora import lora_layers, plan
-from minipeft.adapters.lora_files import doubled, lora_config, lora_json, lora_shapes, lora_tensors
+from minipeft.adapters.peft_lora import doubled, lora_config, lora_json, lora_shapes, lora_tensors
 
 CONFIG = LoRAConfig(3, 1.5, dropout=0.25, targets=["up_proj", "q_proj"], layers=(1, 2), rank_pattern={"q_proj": 5},
                     alpha_pattern={"1.mlp.up_proj": 4.0}, rslora=True)  # fmt: skip

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
-from minipeft.adapters.own import OWN, STATE
+from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models import Decoder

@@ -4,7 +4,7 @@ check models and data -> baselines -> each cell in its own process, one bar for 
 
 DIR/study.json    what the study's questions are; a folder without it that holds anything is left alone
     data/         the pairs as this study uses them: train.jsonl, test.jsonl
-    cells/NAME/   run.py says what is there
+    cells/NAME/   cells.py says what is there
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, split_by_question
 from minipeft.data.packing import pack
-from minipeft.data.pairs import Pair, Pairs, encode_pairs, load_pairs, split_by_question
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
 from minipeft.files import parse_json, read_object, read_text, write_json, write_whole
@@ -35,8 +35,8 @@ from minipeft.hub import fetch
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import read_config
 from minipeft.study.baselines import BASELINES
-from minipeft.study.grid import FIRST_LINE, PRESETS, ZERO_SHOT, Cell, StudyConfig, cells_of, is_folder, labels
-from minipeft.study.run import ANSWERS, CELL, LOG, QUESTIONS, ROW, text_row
+from minipeft.study.cells import ANSWERS, CELL, LOG, QUESTIONS, ROW, text_row
+from minipeft.study.presets import FIRST_LINE, PRESETS, ZERO_SHOT, Cell, StudyConfig, cells_of, is_folder, labels
 
 FORMAT = 1
 HELD_OUT = 100  # pairs for the held-out loss, at most a tenth of the training pairs
@@ -241,7 +241,7 @@ def run_cell(cell: Cell, out: Path, config: StudyConfig, refused: str | None, ba
 
 def apart(out: Path, cell: Cell, threads: int | None, bar: Bar) -> str | None:
     """Run a cell's process to its end; returns why it failed."""
-    command = [sys.executable, "-m", "minipeft.study.run", str(out), f"cells/{cell.name}"]
+    command = [sys.executable, "-m", "minipeft.study.cells", str(out), f"cells/{cell.name}"]
     command += [] if threads is None else [str(threads)]
     with open(out / "cells" / cell.name / LOG, "a", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TQDM_DISABLE": "1"})

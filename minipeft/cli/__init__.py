@@ -1,4 +1,4 @@
-"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect` (commands.py has what they do).
+"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect` (cli/commands.py has what they do).
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved. `--debug` shows the traceback instead of the line.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.commands import COMMANDS, report
+from minipeft.cli.commands import COMMANDS, report
 from minipeft.errors import InputError
 
 EXAMPLES = {

@@ -1,4 +1,4 @@
-"""The settings of a run: TuneConfig, which `minipeft train` fills from its flags (flags.py)."""
+"""The settings of a run: TuneConfig, which `minipeft train` fills from its flags (cli/flags.py)."""
 
 from __future__ import annotations
 

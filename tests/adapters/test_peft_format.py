@@ -15,8 +15,8 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
 from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import save_model
@@ -391,7 +391,7 @@ def sound(decoder, stir, tmp_path):
 def test_what_is_wrong_is_said_and_the_model_is_not_touched(decoder, sound, monkeypatch, name):
     spoil, said = BAD[name]
     spoil(sound)
-    monkeypatch.setattr("minipeft.adapters.linears.DEADLINE", 0.5)
+    monkeypatch.setattr("minipeft.adapters.surgery.DEADLINE", 0.5)
     model = decoder("llama")
     before, shown = copy.deepcopy(model.state_dict()), repr(model)
     trains = {key: p.requires_grad for key, p in model.named_parameters()}

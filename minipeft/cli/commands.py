@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from minipeft.cli.flags import GENERATE_HELP, TRAIN_HELP, add_fields, chosen
 from minipeft.errors import InputError
-from minipeft.flags import GENERATE_HELP, TRAIN_HELP, add_fields, chosen
 
 
 def fill_study(parser: argparse.ArgumentParser) -> None:
-    from minipeft.study.grid import METHODS, PRESETS
+    from minipeft.study.presets import METHODS, PRESETS
 
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="what to compare (default demo)")
     parser.add_argument("--model", nargs="+", default=[], metavar="M", help="folders, hub ids or demo")
@@ -34,10 +34,10 @@ def fill_study(parser: argparse.ArgumentParser) -> None:
 
 def run_study(options: argparse.Namespace) -> int:
     """`minipeft study`: status 0, or 2 where a cell failed."""
-    from minipeft.study.conduct import conduct
-    from minipeft.study.grid import StudyConfig
+    from minipeft.study.presets import StudyConfig
     from minipeft.study.report import terminal, write_report
     from minipeft.study.results import assemble
+    from minipeft.study.runner import conduct
 
     config = chosen(StudyConfig, options)
     try:
@@ -65,7 +65,7 @@ def command_line(options: argparse.Namespace) -> str:
 
 
 def fill_train(parser: argparse.ArgumentParser) -> None:
-    from minipeft.settings import TuneConfig
+    from minipeft.runs.config import TuneConfig
 
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -77,9 +77,9 @@ def fill_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """`minipeft train`"""
-    from minipeft.settings import TuneConfig
-    from minipeft.training.process import Stopped
-    from minipeft.tuning import tune
+    from minipeft.runs.config import TuneConfig
+    from minipeft.runs.finetune import tune
+    from minipeft.runs.process import Stopped
 
     set_threads(options.threads)
     try:
@@ -126,8 +126,8 @@ def fill_generate(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     """`minipeft generate`"""
-    from minipeft.answering import answer_data, answer_prompts, load_tuned
     from minipeft.generation import GenerateConfig
+    from minipeft.runs.answers import answer_data, answer_prompts, load_tuned
 
     set_threads(options.threads)
     if bool(options.prompts) == bool(options.data):
@@ -153,8 +153,8 @@ def fill_score(parser: argparse.ArgumentParser) -> None:
 
 def run_score(options: argparse.Namespace) -> int:
     """`minipeft score`"""
-    from minipeft.answering import read_answers, scores_in_words
     from minipeft.metrics.text import score_texts
+    from minipeft.runs.answers import read_answers, scores_in_words
 
     predictions, references, cut = read_answers(options.file)
     scores = score_texts(predictions, references, hit_limit=cut)
@@ -166,8 +166,8 @@ PLANNED = ("batch", "length", "dtype", "rank", "targets", "columns", "reparam", 
 
 
 def fill_plan(parser: argparse.ArgumentParser) -> None:
-    from minipeft.settings import TuneConfig
-    from minipeft.study.grid import METHODS
+    from minipeft.runs.config import TuneConfig
+    from minipeft.study.presets import METHODS
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; of each, config.json is read")
     parser.add_argument("--preset", choices=["paper"], help="the eight models of the paper")
@@ -181,10 +181,10 @@ def fill_plan(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(options: argparse.Namespace) -> int:
     """`minipeft plan`"""
-    from minipeft.estimates import plan_of
-    from minipeft.planning import as_table
-    from minipeft.settings import TuneConfig
-    from minipeft.study.grid import MODELS
+    from minipeft.runs.config import TuneConfig
+    from minipeft.runs.estimates import plan_of
+    from minipeft.runs.planning import as_table
+    from minipeft.study.presets import MODELS
 
     models = [*options.models, *(MODELS.values() if options.preset else ())]
     if not models:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.training import loss as module
-from minipeft.training.loss import IGNORED, count_targets, cross_entropy
+from minipeft.models import loss as module
+from minipeft.models.loss import IGNORED, count_targets, cross_entropy
 
 
 def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.files import load_adapter, save_adapter
-from minipeft.adapters.own import OWN, STATE, columns_of
+from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.adapters.peft_virtual import OWN, STATE, columns_of
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

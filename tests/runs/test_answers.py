@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from minipeft.answering import begin, read_answers, scores_in_words
 from minipeft.errors import InputError
 from minipeft.metrics.text import score_texts
+from minipeft.runs.answers import begin, read_answers, scores_in_words
 
 
 def write(file, *rows):

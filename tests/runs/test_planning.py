@@ -11,8 +11,8 @@ from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig
 from minipeft.cli import main
 from minipeft.errors import InputError
 from minipeft.models import GPT2, GPT2Config, Llama, LlamaConfig, attention
-from minipeft.planning import forward_flops, in_words, linear_weights, plan, probe_flops, train_flops
-from minipeft.training.loss import cross_entropy
+from minipeft.models.loss import cross_entropy
+from minipeft.runs.planning import forward_flops, in_words, linear_weights, plan, probe_flops, train_flops
 
 DECODERS = {
     "gpt2": GPT2(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=3, n_head=4)),

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft import answering, cli, estimates, flags, settings
+from minipeft import cli
+from minipeft.cli import flags
 from minipeft.generation import Answer
+from minipeft.runs import answers as answering
+from minipeft.runs import config as settings
+from minipeft.runs import estimates
 from tests.small import write_pairs, write_small_model
 
 Ran = tuple[int, str, str]

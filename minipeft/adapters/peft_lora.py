@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minipeft.adapters import ia3, lora
 from minipeft.adapters.ia3 import IA3Config, ia3_layers
-from minipeft.adapters.linears import Targets
 from minipeft.adapters.lora import LoRAConfig, lora_layers
+from minipeft.adapters.surgery import Targets
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import minipeft
-from minipeft import estimates, tuning
-from minipeft.settings import TuneConfig
-from minipeft.tuning import tune
+from minipeft.runs import estimates
+from minipeft.runs import finetune as tuning
+from minipeft.runs.config import TuneConfig
+from minipeft.runs.finetune import tune
 from tests.small import write_pairs, write_small_model
 
 

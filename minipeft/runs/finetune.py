@@ -24,22 +24,22 @@ import torch
 from tqdm import tqdm
 
 from minipeft.adapters import add_adapter, method_of
-from minipeft.adapters.files import save_adapter
+from minipeft.adapters.peft_format import save_adapter
+from minipeft.data.examples import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.packing import Batch, Batches, pack
-from minipeft.data.pairs import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
 from minipeft.errors import InputError
-from minipeft.estimates import check_room, estimate, evaluated_every, length_of
 from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import fingerprint, load_model, save_model
-from minipeft.settings import DTYPES, TuneConfig
+from minipeft.runs.checkpoints import RESULT, Run, check_folder, open_run
+from minipeft.runs.config import DTYPES, TuneConfig
+from minipeft.runs.estimates import check_room, estimate, evaluated_every, length_of
+from minipeft.runs.process import Stopped, check_device, enough_memory, exactly, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
-from minipeft.training.process import Stopped, check_device, enough_memory, exactly, peak_memory, stopping
 from minipeft.training.recipes import recipe
-from minipeft.training.runs import RESULT, Run, check_folder, open_run
 
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
 DEV_LENGTH = 1024  # tokens of a row of held-out pairs

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from minipeft.cli import main
-from minipeft.data.pairs import load_pairs
+from minipeft.data.examples import load_pairs
 from minipeft.errors import InputError
-from minipeft.study import conduct
-from minipeft.study.conduct import feasible, first_line, load_data
+from minipeft.study import runner as conduct
+from minipeft.study.runner import feasible, first_line, load_data
 
 FIELDS = [
     "model", "method", "recipe", "seed", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",

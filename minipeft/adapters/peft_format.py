@@ -1,6 +1,6 @@
 """Adapters on disk in Hugging Face PEFT's format, both ways: adapter_config.json + adapter_model.safetensors.
 
-    LoRA     base_model.model.<path of the linear>.lora_A.weight [r, in]   .lora_B.weight [out, r]     (lora_files.py)
+    LoRA     base_model.model.<path of the linear>.lora_A.weight [r, in]   .lora_B.weight [out, r]     (peft_lora.py)
     (IA)3    base_model.model.<path of the linear>.ia3_l [out, 1]
     prefix   prompt_embeddings [P, L * 2 * K * D]: of each column, in each layer, its key, then its value (after rotary)
     gated    the same, and gates [L, H]; a type of its own, that PEFT does not know
@@ -33,7 +33,7 @@ from minipeft.adapters import (
     method_of,
     remove_adapter,
 )
-from minipeft.adapters.lora_files import (
+from minipeft.adapters.peft_lora import (
     fill_ia3,
     fill_lora,
     ia3_config,
@@ -45,7 +45,7 @@ from minipeft.adapters.lora_files import (
     lora_shapes,
     lora_tensors,
 )
-from minipeft.adapters.own import GATED, columns_of, fill_state, with_own, write_own
+from minipeft.adapters.peft_virtual import GATED, columns_of, fill_state, with_own, write_own
 from minipeft.adapters.prefix import attentions, prefixes
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, read_header, read_object, write_json, write_tensors

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.data import pairs as module
-from minipeft.data.pairs import Pair, Pairs, encode_pairs, load_pairs, prompt_text, shared_pairs, split_by_question
+from minipeft.data import examples as module
+from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, prompt_text, shared_pairs, split_by_question
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
 

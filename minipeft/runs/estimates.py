@@ -16,7 +16,9 @@ from minipeft.files import read_object
 from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import read_config
-from minipeft.planning import (
+from minipeft.runs.checkpoints import check_space
+from minipeft.runs.config import DTYPES, TuneConfig
+from minipeft.runs.planning import (
     EFFICIENCY,
     MOST_LAYERS,
     forward_flops,
@@ -26,10 +28,8 @@ from minipeft.planning import (
     train_flops,
     without_data,
 )
-from minipeft.settings import DTYPES, TuneConfig
+from minipeft.runs.process import check_device
 from minipeft.training.loop import TrainConfig
-from minipeft.training.process import check_device
-from minipeft.training.runs import check_space
 
 
 def check_room(config: TuneConfig, out: Path) -> None:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder, attention
-from minipeft.training.loss import LinearCrossEntropy
+from minipeft.models.loss import LinearCrossEntropy
 
 if TYPE_CHECKING:
     from minipeft.adapters import AdapterConfig

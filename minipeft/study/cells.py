@@ -1,9 +1,9 @@
 """One cell of a study, in a process of its own: train, answer, score; each part goes on where it was stopped.
 
-    python -m minipeft.study.run STUDY cells/NAME [THREADS]
+    python -m minipeft.study.cells STUDY cells/NAME [THREADS]
 
     cells/NAME/cell.json          what the cell is
-               run/               its training run (training/runs.py); none for the untrained model
+               run/               its training run (runs/checkpoints.py); none for the untrained model
                predictions.jsonl  its answers (answering.py)
                log.txt            all that was said
                result.json        its row of the table; its being there says: finished
@@ -24,19 +24,19 @@ from typing import Any
 
 import torch
 
-from minipeft.adapters.files import WEIGHTS
-from minipeft.answering import answer_data, answers_in, load_tuned
-from minipeft.data.pairs import load_pairs, split_by_question
+from minipeft.adapters.peft_format import WEIGHTS
+from minipeft.data.examples import load_pairs, split_by_question
 from minipeft.errors import InputError
 from minipeft.files import parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, count_pairs
 from minipeft.metrics.text import score_texts
-from minipeft.settings import TuneConfig
-from minipeft.study.grid import ZERO_SHOT
+from minipeft.runs.answers import answer_data, answers_in, load_tuned
+from minipeft.runs.config import TuneConfig
+from minipeft.runs.finetune import held_rows, tune
+from minipeft.runs.process import Stopped, peak_memory
+from minipeft.study.presets import ZERO_SHOT
 from minipeft.training.loop import evaluate
-from minipeft.training.process import Stopped, peak_memory
-from minipeft.tuning import held_rows, tune
 
 CELL, ANSWERS, ROW, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
 QUESTIONS = "data/test.jsonl"  # from the study's folder, which is where a cell runs

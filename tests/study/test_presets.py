@@ -3,8 +3,8 @@
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.settings import TuneConfig
-from minipeft.study.grid import MODELS, PRESETS, StudyConfig, cells_of, labels, printed
+from minipeft.runs.config import TuneConfig
+from minipeft.study.presets import MODELS, PRESETS, StudyConfig, cells_of, labels, printed
 
 
 @pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 46)])

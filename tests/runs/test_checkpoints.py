@@ -10,8 +10,8 @@ from minipeft.adapters import FullConfig, LoRAConfig, add_adapter
 from minipeft.errors import InputError
 from minipeft.files import read_header
 from minipeft.models import FAMILIES, Decoder
+from minipeft.runs.checkpoints import MANIFEST, STATE, Run, check_space, open_run, verified
 from minipeft.training.loop import TrainState, trained
-from minipeft.training.runs import MANIFEST, STATE, Run, check_space, open_run, verified
 from tests.small import LLAMA
 
 

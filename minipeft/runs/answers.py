@@ -17,8 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from minipeft.adapters import merge_adapter
-from minipeft.adapters.files import load_adapter
-from minipeft.data.pairs import load_pairs, prompt_text
+from minipeft.adapters.peft_format import load_adapter
+from minipeft.data.examples import load_pairs, prompt_text
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
 from minipeft.files import kind_of, parse_json, read_text, write_whole
@@ -26,8 +26,8 @@ from minipeft.generation import GenerateConfig, answer, generate
 from minipeft.metrics.text import TextScores
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import load_model
-from minipeft.settings import DTYPES
-from minipeft.training.process import check_device
+from minipeft.runs.config import DTYPES
+from minipeft.runs.process import check_device
 
 
 def load_tuned(options: Namespace) -> tuple[Decoder, Tokenizer]:

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
-from minipeft.adapters import linears as linears_module
-from minipeft.adapters.linears import linear_paths
+from minipeft.adapters import surgery as linears_module
 from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.surgery import linear_paths
 from minipeft.errors import InputError
 
 MATCHLESS = {

@@ -1,0 +1,1 @@
+"""A run: one training on disk, from a config to an adapter, resumable at any moment."""
