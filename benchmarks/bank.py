@@ -123,18 +123,29 @@ def compare(
     mine, wanted = ours(names), peer()[:, PROMPT:].tolist()
     equal = sum(a == b for row in zip(mine, wanted) for a, b in zip(*row)) / (ROWS * new)
     calls: dict[str, Callable[[], object]] = {
-        "peft, adapter_names": peer, "minipeft, bank": lambda: ours(names), "minipeft, base": lambda: ours(None)
-    }  # fmt: skip
+        "peft, adapter_names": peer,
+        "minipeft, bank": lambda: ours(names),
+        "minipeft, base": lambda: ours(None),
+    }
     found = measure.measure(
-        calls, name="bank", shape=f"{ROWS}x{PROMPT}+{new} r{arguments.rank} {count} adapters", dtype=arguments.dtype,
-        device=arguments.device, rounds=arguments.rounds, warmups=0, threads=threads, busy=arguments.busy,
+        calls,
+        name="bank",
+        shape=f"{ROWS}x{PROMPT}+{new} r{arguments.rank} {count} adapters",
+        dtype=arguments.dtype,
+        device=arguments.device,
+        rounds=arguments.rounds,
+        warmups=0,
+        threads=threads,
+        busy=arguments.busy,
         packages=("peft", "transformers"),
-    )  # fmt: skip
+    )
     for row in found:
         row.extra.update(
-            tokens_per_second=round(ROWS * new / row.median, 2), times_base=round(1 / row.ratios["minipeft, base"], 3),
-            equal_tokens=equal, different_answers=len({tuple(row) for row in mine}),
-        )  # fmt: skip
+            tokens_per_second=round(ROWS * new / row.median, 2),
+            times_base=round(1 / row.ratios["minipeft, base"], 3),
+            equal_tokens=equal,
+            different_answers=len({tuple(row) for row in mine}),
+        )
         print("  ", row.variant, row.extra)
     return found if equal > 0.95 else [dataclasses.replace(row, ratio=0.0, note="FAIL: other tokens") for row in found]
 

@@ -79,10 +79,18 @@ def compare(
     calls |= replayed(calls, len(layers[0].inputs)) if x.is_cuda else {}
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
     found = measure.measure(
-        calls, name=f"block {name}", shape=shape, dtype=dtype, device=arguments.device, rounds=arguments.rounds,
-        seconds=0.02 if x.is_cuda else 0.0, threads=threads, busy=arguments.busy,
-        packages=("peft", "triton"), note=f"dropout {layers[0].dropout}",
-    )  # fmt: skip
+        calls,
+        name=f"block {name}",
+        shape=shape,
+        dtype=dtype,
+        device=arguments.device,
+        rounds=arguments.rounds,
+        seconds=0.02 if x.is_cuda else 0.0,
+        threads=threads,
+        busy=arguments.busy,
+        packages=("peft", "triton"),
+        note=f"dropout {layers[0].dropout}",
+    )
     work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
     return [judged(row, kept, checks, work) for row in found]
 
@@ -141,7 +149,7 @@ def ours(layers: list[Problem], path: str) -> Block:
     """Return the block by lora_linears: the projections of one x in one call."""
     pairs = [(given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()) for given in layers]
     parts = [Part(given.weight, given.bias, A, B, given.scale) for given, (A, B) in zip(layers, pairs)]
-    together = lambda x, some: lora_linears(x, some, dropout=layers[0].dropout, path=path)
+    together = lambda x, some: lora_linears(x, some, dropout=layers[0].dropout, backend=path)
     first, last = parts[: shared(layers)], parts[shared(layers) :]
 
     def call(x: Tensor) -> Sequence[Tensor]:
@@ -187,10 +195,13 @@ def check(block: Block, layers: list[Problem]) -> dict[str, float]:
     errors = [relative(mine, true) for mine, true in zip(found, truth, strict=True)]
     norms = [gradient.float().norm().item() for gradient in found]
     return {
-        "error_of_dX": errors[0], "error_of_adapters": max(errors[1:]),
-        "norm_of_dX": norms[0], "smallest_norm_of_adapters": min(norms[1:]),
-        "loss_at_start": loss_after(0, block, layers), "loss_after_20_steps": loss_after(20, block, layers),
-    }  # fmt: skip
+        "error_of_dX": errors[0],
+        "error_of_adapters": max(errors[1:]),
+        "norm_of_dX": norms[0],
+        "smallest_norm_of_adapters": min(norms[1:]),
+        "loss_at_start": loss_after(0, block, layers),
+        "loss_after_20_steps": loss_after(20, block, layers),
+    }
 
 
 def exact(layers: list[Problem]) -> tuple[Block, list[Problem]]:

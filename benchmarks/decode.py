@@ -21,7 +21,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from lora_linear import relative, replayed
-from minipeft_kernels import Call, UnavailablePath, choose_path, lora_rows
+from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_rows
 from torch import Tensor, nn
 
 STEPS = 128  # a round
@@ -99,10 +99,17 @@ def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) ->
         calls |= replayed(recorded, len(layers))
     (batch, _, k), (adapters, n, r) = first.x.shape, first.B.shape
     found = measure.measure(
-        calls, name="decode", shape=f"{batch}x{k}x{n} r{r} {adapters} adapters", dtype=arguments.dtype,
-        device=arguments.device, rounds=arguments.rounds, calls=STEPS,
-        threads=threads, busy=arguments.busy, packages=("peft", "triton"),
-    )  # fmt: skip
+        calls,
+        name="decode",
+        shape=f"{batch}x{k}x{n} r{r} {adapters} adapters",
+        dtype=arguments.dtype,
+        device=arguments.device,
+        rounds=arguments.rounds,
+        calls=STEPS,
+        threads=threads,
+        busy=arguments.busy,
+        packages=("peft", "triton"),
+    )
     return [judged(row, errors) for row in found]
 
 
@@ -125,8 +132,8 @@ def paths_here(layer: Layer) -> list[str]:
     call, found = Call(layer.x.device, layer.x.dtype, batch, k, n, r, False, False, grouped=True), []
     for path in ("reference", "decode"):
         try:
-            found.append(choose_path(path, call))
-        except UnavailablePath as reason:
+            found.append(choose_backend(path, call))
+        except UnavailableBackend as reason:
             if batch == 1:
                 print(f"# not measured: {reason}")
     return found
@@ -148,7 +155,7 @@ def exact(layer: Layer) -> Tensor:
 
 def ours(layer: Layer, path: str) -> Tensor:
     """Return lora_rows of a layer."""
-    return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, path=path)
+    return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, backend=path)
 
 
 def peft_call(layer: Layer) -> Callable[[], Tensor]:

@@ -23,7 +23,7 @@ import measure
 import peft
 import torch
 import torch.nn.functional as F
-from minipeft_kernels import Call, UnavailablePath, choose_path, lora_linear
+from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_linear
 from torch import Tensor, nn
 
 GPT2 = [(768, 2304), (768, 3072), (3072, 768)]
@@ -127,11 +127,18 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
         if x.is_cuda:
             calls |= replayed(calls, len(given.inputs))
         rows = measure.measure(
-            calls, name=f"lora_linear {kind}", shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
-            dtype=str(x.dtype).removeprefix("torch."), device=arguments.device, rounds=arguments.rounds,
-            seconds=0.02 if x.is_cuda else 0.0, threads=threads, busy=arguments.busy,
-            packages=("peft", "triton"), note=f"dropout {given.dropout}",
-        )  # fmt: skip
+            calls,
+            name=f"lora_linear {kind}",
+            shape=f"{len(x)}x{x.shape[1]}x{dy.shape[1]} r{len(given.lora_A)}",
+            dtype=str(x.dtype).removeprefix("torch."),
+            device=arguments.device,
+            rounds=arguments.rounds,
+            seconds=0.02 if x.is_cuda else 0.0,
+            threads=threads,
+            busy=arguments.busy,
+            packages=("peft", "triton"),
+            note=f"dropout {given.dropout}",
+        )
         found += [judged(row, checks) for row in rows]
     return found
 
@@ -197,8 +204,8 @@ def paths_here(given: Problem) -> list[str]:
     found = []
     for path in ("reference", "onednn", "hybrid", "fused"):
         try:
-            found.append(choose_path(path, call))
-        except UnavailablePath as reason:
+            found.append(choose_backend(path, call))
+        except UnavailableBackend as reason:
             if str(reason) not in said:
                 print(f"# not measured: {reason}")
             said.add(str(reason))
@@ -208,7 +215,7 @@ def paths_here(given: Problem) -> list[str]:
 def our_path(given: Problem, path: str) -> Variant:
     """Return one of this project's paths."""
     A, B = given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()
-    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, path=path)
+    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=path)
     return Variant(call, (A, B))
 
 

@@ -116,10 +116,16 @@ def measure(
     twice = [a / b for a, b in zip(base, again)]
     noise = max(abs(statistics.median(twice) - 1), (quantile(twice, 0.8) - quantile(twice, 0.2)) / 2)
     shared = {
-        "shape": shape, "dtype": dtype, "device": device_name(device), "versions": versions(packages),
-        "commit": commit(), "command": command(), "note": note, "rounds": rounds,
+        "shape": shape,
+        "dtype": dtype,
+        "device": device_name(device),
+        "versions": versions(packages),
+        "commit": commit(),
+        "command": command(),
+        "note": note,
+        "rounds": rounds,
         "surroundings": {"clock": _clock_name(device, clock), **around, "noise": round(noise, 4)},
-    }  # fmt: skip
+    }
     return [
         Row(
             benchmark=name,

@@ -92,9 +92,15 @@ def loops(rounds: int) -> list[Row]:
         if depth <= 10:
             variants = {"codebleu 0.7.0": lambda text=text: package.calc_codebleu([text], [text], "python")} | variants
         rows += measure(
-            variants, name="nested loops", shape=f"{depth} deep", dtype="text", rounds=rounds, warmups=1,
-            packages=PACKAGES, note="one text against itself",
-        )  # fmt: skip
+            variants,
+            name="nested loops",
+            shape=f"{depth} deep",
+            dtype="text",
+            rounds=rounds,
+            warmups=1,
+            packages=PACKAGES,
+            note="one text against itself",
+        )
     return rows
 
 
@@ -112,9 +118,13 @@ def main() -> None:
         rows += compare("CoNaLa", "500 pairs", rotated, references, arguments.rounds, "references rotated by one")
         counts = count_pairs(rotated, references)
         rows += measure(
-            {"bootstrap": lambda: bootstrap_bleu(counts)}, name="BLEU interval", shape="500 x 1000 resamples",
-            dtype="int64", rounds=arguments.rounds, packages=PACKAGES,
-        )  # fmt: skip
+            {"bootstrap": lambda: bootstrap_bleu(counts)},
+            name="BLEU interval",
+            shape="500 x 1000 resamples",
+            dtype="int64",
+            rounds=arguments.rounds,
+            packages=PACKAGES,
+        )
     long = functions(range(45, 56), 20)
     repeated = [code for code in long for _ in range(5)]
     changed = [rename(code, seed) for seed, code in enumerate(repeated)]

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 6 minutes
     python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json
-    python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --checkpointing
+    python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --activation-checkpointing
 
 Weights are random and one memory for all: the variants differ in what is done with them. A step is forward, loss,
 backward and AdamW on the adapters, which all start from one file in PEFT's format. The floor is the same decoder
@@ -24,7 +24,7 @@ import peft
 import torch
 import transformers
 from lora_linear import replayed
-from minipeft_kernels import PATHS, Call, UnavailablePath, choose_path
+from minipeft_kernels import BACKENDS, Call, UnavailableBackend, choose_backend
 from torch import Tensor, nn
 
 from minipeft import LoRAConfig, add_adapter, save_adapter
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the base: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in backward")
     parser.add_argument("--steps", type=int, default=STEPS, help="after which losses are compared")
     options = parser.parse_args()
     gpu = options.device.startswith("cuda")
@@ -128,12 +128,20 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
         steps: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
         if ids.is_cuda and case != "7b":
             steps |= replayed(steps, 1)
-        note = f"dropout {dropout}" + ", checkpointing" * options.checkpointing
+        note = f"dropout {dropout}" + ", checkpointing" * options.activation_checkpointing
         measured = measure.measure(
-            steps, name=f"step {case}", shape=f"{rows}x{length} r{options.rank}", dtype=options.dtype, device=device,
-            rounds=options.rounds, warmups=1, threads=threads, busy=options.busy,
-            packages=("peft", "transformers", "triton"), note=note,
-        )  # fmt: skip
+            steps,
+            name=f"step {case}",
+            shape=f"{rows}x{length} r{options.rank}",
+            dtype=options.dtype,
+            device=device,
+            rounds=options.rounds,
+            warmups=1,
+            threads=threads,
+            busy=options.busy,
+            packages=("peft", "transformers", "triton"),
+            note=note,
+        )
         found += [judged(row, kept, checks, rows * length) for row in measured]
     return found
 
@@ -195,10 +203,10 @@ def paths_here(model: Decoder, ids: Tensor, rank: int, dropout: float) -> list[s
     """The kernel's paths that can run on this device and dtype, "decode" apart."""
     weight, width = model.embedding.weight, model.config.width
     found = []
-    for path in PATHS:
+    for path in BACKENDS:
         try:
-            choose_path(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, dropout > 0, True))
-        except UnavailablePath as reason:
+            choose_backend(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, dropout > 0, True))
+        except UnavailableBackend as reason:
             print(f"# not measured: {reason}")
             continue
         found += [path] if path != "decode" else []
@@ -210,14 +218,14 @@ def ours(
 ) -> Trained:
     """minipeft, by one of its kernel's paths."""
     model = decoder(config, weights)
-    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, path=path))
-    model.recompute = options.checkpointing
+    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=path))
+    model.activation_checkpointing = options.activation_checkpointing
     return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
 
 
 def frozen(model: Decoder, ids: Tensor, options: argparse.Namespace) -> Trained:
     """The floor: nothing is trained, and backward goes down to the embedding."""
-    model.recompute = options.checkpointing
+    model.activation_checkpointing = options.activation_checkpointing
     model.embedding.register_forward_hook(lambda module, given, x: x.requires_grad_())
     return Trained(lambda: loss_of(model, ids), [])
 
@@ -228,9 +236,15 @@ def loss_of(model: Decoder, ids: Tensor) -> Tensor:
 
 
 def theirs(
-    config: Config, weights: dict[str, Tensor], start: str, ids: Tensor, upcast: bool, options: argparse.Namespace,
-    autocast: bool = False, compiled: bool = False,
-) -> Trained:  # fmt: skip
+    config: Config,
+    weights: dict[str, Tensor],
+    start: str,
+    ids: Tensor,
+    upcast: bool,
+    options: argparse.Namespace,
+    autocast: bool = False,
+    compiled: bool = False,
+) -> Trained:
     """transformers and PEFT on the same weights, with the adapters of `start`, in float32 if `upcast`."""
     with torch.device(options.device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -243,7 +257,7 @@ def theirs(
     assert set(wrong.missing_keys) <= {"lm_head.weight"}, wrong  # tied
     model.tie_weights()
     model.config.use_cache = False
-    if options.checkpointing:
+    if options.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model = peft.PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=upcast).train()

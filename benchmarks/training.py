@@ -129,16 +129,26 @@ def compare(variants: list[str], options: argparse.Namespace) -> list[measure.Ro
         process.communicate()
     return [
         measure.Row(
-            benchmark="training step", variant=v, median=statistics.median(t), p20=measure.quantile(t, 0.2),
-            p80=measure.quantile(t, 0.8), rounds=options.rounds, calls=1,
-            ratio=statistics.median(a / b for a, b in zip(times[variants[0]], t)), shape=f"1x{LENGTH}",
-            dtype=v.split()[2], device=measure.device_name("cpu"), memory_bytes=memory[v],
+            benchmark="training step",
+            variant=v,
+            median=statistics.median(t),
+            p20=measure.quantile(t, 0.2),
+            p80=measure.quantile(t, 0.8),
+            rounds=options.rounds,
+            calls=1,
+            ratio=statistics.median(a / b for a, b in zip(times[variants[0]], t)),
+            shape=f"1x{LENGTH}",
+            dtype=v.split()[2],
+            device=measure.device_name("cpu"),
+            memory_bytes=memory[v],
             versions=measure.versions(("transformers", "peft")),
-            commit=measure.commit(), command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/training.py",
-            note="ratio: to the first variant of the group", extra={"tokens_per_second": statistics.median(rates[v])},
+            commit=measure.commit(),
+            command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/training.py",
+            note="ratio: to the first variant of the group",
+            extra={"tokens_per_second": statistics.median(rates[v])},
         )
         for v, t in times.items()
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

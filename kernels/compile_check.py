@@ -140,9 +140,17 @@ def variants(c: Configuration, names: Iterable[str]) -> list[dict[str, object]]:
     An argument that is 1 at the launch is a constant too: T, the tokens a row, when decoding.
     """
     known = {
-        "DROPOUT": c.dropout, "UPCAST": False, "GROUP": tiles.GROUP, "PARTS": c.parts, "B_ROWS_ARE_R": True,
-        "BLOCK": c.tile.n, "BLOCK_M": c.tile.m, "BLOCK_N": c.tile.n, "BLOCK_K": c.tile.k, "BLOCK_R": c.rank,
-    }  # fmt: skip
+        "DROPOUT": c.dropout,
+        "UPCAST": False,
+        "GROUP": tiles.GROUP,
+        "PARTS": c.parts,
+        "B_ROWS_ARE_R": True,
+        "BLOCK": c.tile.n,
+        "BLOCK_M": c.tile.m,
+        "BLOCK_N": c.tile.n,
+        "BLOCK_K": c.tile.k,
+        "BLOCK_R": c.rank,
+    }
     if c.kernel == "reduce":
         del known["PARTS"]  # there it is a number known at the launch
     ways: dict[str, list[dict[str, object]]] = {
@@ -163,9 +171,10 @@ def typed(kernel: object, name: str, constants: dict[str, object]) -> object:
     names = kernel.arg_names  # type: ignore[attr-defined]
     signature = {n: "constexpr" if n in constants else type_of(n, name) for n in names}
     aligned = [
-        i for i, n in enumerate(names)
+        i
+        for i, n in enumerate(names)
         if signature[n].startswith("*") or (signature[n] == "i32" and n not in device.KEYS)
-    ]  # fmt: skip
+    ]
     return ASTSource(
         fn=kernel,
         signature=signature,

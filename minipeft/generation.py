@@ -63,8 +63,14 @@ class Answer:
     ended: str
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig | None = None, *,
-             adapters: Sequence[str | None] | None = None) -> list[str]:  # fmt: skip
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: GenerateConfig | None = None,
+    *,
+    adapters: Sequence[str | None] | None = None,
+) -> list[str]:
     """The answer to each prompt, in order, without the prompt.
 
     `adapters` names one of the model's AdapterBank for each prompt, None for the base alone.
@@ -77,9 +83,15 @@ def generate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], confi
     return [a.text for a in sorted(answers, key=lambda a: a.index)]
 
 
-def answer(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], config: GenerateConfig, *,
-           only: Sequence[int] | None = None, adapters: Sequence[str | None] | None = None
-           ) -> Iterator[Answer]:  # fmt: skip
+def answer(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    only: Sequence[int] | None = None,
+    adapters: Sequence[str | None] | None = None,
+) -> Iterator[Answer]:
     """As `generate`, but yields each answer as its batch is done (prompts of like length go together).
 
     `only`: the numbers of the prompts to answer, where the others have been; each gets what it would have got.
@@ -107,11 +119,11 @@ def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompt
 
 def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: str) -> None:
     """Refuse a prompt that is empty, or too long for the context, before any is answered."""
-    room = model.config.context - model.learned
+    room = model.config.context - model.virtual_tokens
     if not row:
         raise InputError("has no tokens", where=where)
     if len(row) + config.max_new_tokens > room:
-        taken = f" (of which the adapter takes {model.learned})" if model.learned else ""
+        taken = f" (of which the adapter takes {model.virtual_tokens})" if model.virtual_tokens else ""
         raise InputError(
             f"{len(row)} tokens and {config.max_new_tokens} new ones exceed the context, {model.config.context}{taken}",
             where=where,
@@ -119,8 +131,14 @@ def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: st
         )
 
 
-def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]],
-                 names: list[str | None] | None, config: GenerateConfig) -> list[Answer]:  # fmt: skip
+def answer_batch(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    numbers: list[int],
+    rows: list[list[int]],
+    names: list[str | None] | None,
+    config: GenerateConfig,
+) -> list[Answer]:
     """Answer the prompts `numbers` together."""
     was_training = model.training
     model.eval()
@@ -131,8 +149,9 @@ def answer_batch(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows:
 
 
 @torch.no_grad()
-def decode(model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
-           ) -> tuple[list[list[int]], list[str]]:  # fmt: skip
+def decode(
+    model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
+) -> tuple[list[list[int]], list[str]]:
     """Prefill the rows, then choose a token for each until all have ended; returns the new ids, and how each ended."""
     device = model.embedding.weight.device
     ids, documents = padded_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
@@ -213,8 +232,9 @@ def new_text(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(made)
 
 
-def finished(tokenizer: Tokenizer, number: int, prompt: list[int], made: list[int], ended: str, stop: tuple[str, ...]
-             ) -> Answer:  # fmt: skip
+def finished(
+    tokenizer: Tokenizer, number: int, prompt: list[int], made: list[int], ended: str, stop: tuple[str, ...]
+) -> Answer:
     """An answer's text, cut at the first stop text."""
     text = new_text(tokenizer, prompt, made)
     cuts = [text.index(mark) for mark in stop if mark in text]

@@ -43,9 +43,15 @@ def weights(family: str) -> Tensors:
         shapes = {f"transformer.{name}": shape for name, shape in shapes.items()}
     else:
         shapes = {"model.embed_tokens.weight": (512, 32), "model.norm.weight": (32,), "lm_head.weight": (512, 32)}
-        linears = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-                   "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
-                   "mlp.down_proj": (32, 48)}  # fmt: skip
+        linears = {
+            "self_attn.q_proj": (32, 32),
+            "self_attn.k_proj": (16, 32),
+            "self_attn.v_proj": (16, 32),
+            "self_attn.o_proj": (32, 32),
+            "mlp.gate_proj": (48, 32),
+            "mlp.up_proj": (48, 32),
+            "mlp.down_proj": (32, 48),
+        }
         for layer in range(2):
             shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in linears.items()}
             for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -252,11 +258,17 @@ def cases_of_config() -> list[tuple]:
         ("C17b v5", config(rope_parameters={"rope_theta": 0}), (F, "rope_theta: 0 must be finite and > 0")),
         ("C17c null", config(rope_theta=None), (F, "rope_theta: None is not float")),
         ("C18", config(rms_norm_eps=float("nan")), (F, "NaN is not JSON (key 'rms_norm_eps')")),
-        ("C18b 1e999", cut(F, lambda b: b.replace(b"1e-05", b"1e999")),
-         (F, "beyond 1.8e308, is not JSON (key 'rms_norm_eps')")),
+        (
+            "C18b 1e999",
+            cut(F, lambda b: b.replace(b"1e-05", b"1e999")),
+            (F, "beyond 1.8e308, is not JSON (key 'rms_norm_eps')"),
+        ),
         ("C18c negative", config(rms_norm_eps=-1e-5), (F, "rms_norm_eps: -1e-05 must be finite and > 0")),
-        ("C18d in a list", config(rope_scaling={"x": [1, float("inf")]}),
-         (F, "Infinity, or a number beyond 1.8e308, is not JSON (key 'x')")),
+        (
+            "C18d in a list",
+            config(rope_scaling={"x": [1, float("inf")]}),
+            (F, "Infinity, or a number beyond 1.8e308, is not JSON (key 'x')"),
+        ),
         ("C19", cut(F, lambda b: b.replace(b"{", b'{"hidden_size": 64,', 1)), (F, "key 'hidden_size' given twice")),
         ("C20", config(hidden_act="nope"), (F, "hidden_act: 'nope' is not supported (gelu")),
         ("C20b null", config(hidden_act=None), (F, "hidden_act: None is not str")),
@@ -277,8 +289,11 @@ def cases_of_config() -> list[tuple]:
         ("C30b quantized", config(quantization_config={"bits": 4}), (F, "quantization_config", "not supported")),
         ("C31 nested", put(F, '{"a":' * 100_000 + "1" + "}" * 100_000), (F, "nested too deep")),
         ("C32 link out", link_out(F), (F, "link that leaves the model folder")),
-        ("C33 many keys, one twice", put(F, "{" + ",".join(f'"k{i % 99_999}":1' for i in range(100_000)) + "}"),
-         (F, "key 'k0' given twice")),
+        (
+            "C33 many keys, one twice",
+            put(F, "{" + ",".join(f'"k{i % 99_999}":1' for i in range(100_000)) + "}"),
+            (F, "key 'k0' given twice"),
+        ),
         ("C08 gpt2", config(n_embd=-32), (F, "n_embd: -32 must be >= 1"), "gpt2"),
         ("C10 gpt2", config(n_head=5), (F, "n_head: 5 does not divide n_embd 32"), "gpt2"),
         ("C13 gpt2", config(n_inner=10**18), (F, "n_inner: 1000000000000000000 must be"), "gpt2"),
@@ -287,7 +302,7 @@ def cases_of_config() -> list[tuple]:
         ("C26b gpt2, longer", config(n_positions=128), (SINGLE, "wpe.weight", "[64, 32]", "[128, 32]"), "gpt2"),
         ("C27 gpt2", config(resid_pdrop=1.0), (F, "resid_pdrop: 1.0 must be in [0, 1)"), "gpt2"),
         ("C34 cross-attention", config(add_cross_attention=True), (F, "add_cross_attention", "not supported"), "gpt2"),
-    ]  # fmt: skip
+    ]
 
 
 def cases_of_safetensors() -> list[tuple]:
@@ -311,13 +326,19 @@ def cases_of_safetensors() -> list[tuple]:
         ("S10b beyond 63 bits", entry(shape=[2**64, 1]), (*BAD_TENSOR, "must be lists of integers")),
         ("S10c negative", entry(shape=[-512, -32]), (*BAD_TENSOR, "must be lists of integers >= 0")),
         ("S10d booleans", entry(shape=[True, 16384]), (*BAD_TENSOR, "must be lists of integers")),
-        ("S11", tensor(Q, np.zeros((32, 31), np.float32)),
-         (F, f"tensor '{Q}'", "[32, 31]", "config.json want [32, 32]")),
+        (
+            "S11",
+            tensor(Q, np.zeros((32, 31), np.float32)),
+            (F, f"tensor '{Q}'", "[32, 31]", "config.json want [32, 32]"),
+        ),
         ("S11b more axes", tensor(Q, np.zeros((32, 32, 1), np.float32)), (F, f"tensor '{Q}'", "[32, 32, 1]")),
         ("S12", tensor(Q, None), (F, "missing tensors", Q, "1 in all")),
         ("S13", tensor("foo", np.zeros(3, np.float32)), (F, "tensor 'foo'", "unexpected")),
-        ("S13b a bias", tensor(Q.replace("weight", "bias"), np.zeros(32, np.float32)),
-         (F, "q_proj.bias", "unexpected")),
+        (
+            "S13b a bias",
+            tensor(Q.replace("weight", "bias"), np.zeros(32, np.float32)),
+            (F, "q_proj.bias", "unexpected"),
+        ),
         ("S14", tensor("lm_head.weight", holding(float("nan"))), (F, "'lm_head.weight'", "NaN or Inf (2 of 16384")),
         ("S14b Inf", tensor("lm_head.weight", holding(float("inf"))), (F, "'lm_head.weight'", "NaN or Inf (2 of")),
         ("S15", tensor(Q, np.zeros((32, 32), np.int64)), (F, f"tensor '{Q}'", "dtype I64, want F32/F16/BF16")),
@@ -326,25 +347,37 @@ def cases_of_safetensors() -> list[tuple]:
         ("S17", put(F, "<!DOCTYPE html><html><body>404"), (F, "looks like an HTML page")),
         ("S18", put(F, b"PK\x03\x04" + b"\0" * 99 + b"\xff" * 99), (F, "looks like a pickle")),
         ("S18b bare pickle", put(F, b"\x80\x04\x95\x0b\0\0\0\0\0\0\0\x8c\x02os\x94."), (F, "looks like a pickle")),
-        ("S19", in_turn(remove(F), put("pytorch_model.bin", b"never read")),
-         ("no model.safetensors", "found: config.json, pytorch_model.bin", "legacy_bin=True")),
-        ("S20", header(lambda h: {f"encoder.{name}": said for name, said in h.items()}),
-         (F, "no tensor 'model.layers.0.", "encoder.lm_head.weight")),
+        (
+            "S19",
+            in_turn(remove(F), put("pytorch_model.bin", b"never read")),
+            ("no model.safetensors", "found: config.json, pytorch_model.bin", "legacy_bin=True"),
+        ),
+        (
+            "S20",
+            header(lambda h: {f"encoder.{name}": said for name, said in h.items()}),
+            (F, "no tensor 'model.layers.0.", "encoder.lm_head.weight"),
+        ),
         ("S21 no tensor", lambda folder: write_safetensors(folder / F, {}), (F, "no tensor")),
         ("S22 not UTF-8", put(F, struct.pack("<Q", 4) + b"{\xff\xff}"), (F, "header is not UTF-8 at byte 9")),
         ("S23 not JSON", put(F, struct.pack("<Q", 4) + b"{...}"[:4]), (F, "header", "not valid JSON")),
         ("S24 a list", put(F, struct.pack("<Q", 2) + b"[]"), (F, "header must be an object, but is a list")),
         ("S25 metadata", header(lambda h: {"__metadata__": 5, **h}), (F, "__metadata__", "must map text to text")),
         ("S25b numbers", header(lambda h: {"__metadata__": {"a": 1}, **h}), (F, "__metadata__", "must map text")),
-        ("S26 twice", cut(F, lambda b: (t := b"{" + b'"a":1,"a":1' + b"}") and struct.pack("<Q", len(t)) + t),
-         (F, "key 'a' given twice")),
+        (
+            "S26 twice",
+            cut(F, lambda b: (t := b"{" + b'"a":1,"a":1' + b"}") and struct.pack("<Q", len(t)) + t),
+            (F, "key 'a' given twice"),
+        ),
         ("S27 half an entry", entry(extra=1), (*BAD_TENSOR, "must have dtype, shape and data_offsets")),
-        ("S28 a number", header(lambda h: {**h, "model.norm.weight": 7}),
-         (F, "'model.norm.weight'", "must have dtype")),
+        (
+            "S28 a number",
+            header(lambda h: {**h, "model.norm.weight": 7}),
+            (F, "'model.norm.weight'", "must have dtype"),
+        ),
         ("S29 lone surrogate", header(lambda h: {**h, "\ud800": h.pop("model.norm.weight")}), (F, r"\ud800")),
         ("S30 a directory", directory(F), (F, "is a directory")),
         ("S31 a pipe", pipe(F), (F, "is not a plain file")),
-    ]  # fmt: skip
+    ]
 
 
 def cases_of_index() -> list[tuple]:
@@ -355,8 +388,11 @@ def cases_of_index() -> list[tuple]:
         ("I01", index(lambda said: said.pop("weight_map") and None), (F, "weight_map: must map tensor names")),
         ("I01b empty", index(lambda said: {"weight_map": {}}), (F, "weight_map: must map tensor names")),
         ("I01c a list", index(lambda said: {"weight_map": ["a"]}), (F, "weight_map: must map tensor names")),
-        ("I02", shard_named("../outside/model.safetensors"),
-         (F, "weight_map", "'../outside/model.safetensors'", plain)),
+        (
+            "I02",
+            shard_named("../outside/model.safetensors"),
+            (F, "weight_map", "'../outside/model.safetensors'", plain),
+        ),
         ("I03", shard_named("/abs/model.safetensors"), (F, "weight_map", "'/abs/model.safetensors'", plain)),
         ("I03b backslash", shard_named("..\\x.safetensors"), ("is not a plain",)),
         ("I03c a .bin", shard_named("pytorch_model.bin"), (F, "'pytorch_model.bin'", plain)),
@@ -367,19 +403,27 @@ def cases_of_index() -> list[tuple]:
         ("I05", index(wrong_shard), ("tensor 'model.norm.weight'", F)),
         ("I06", index(lambda said: {"weight_map": 5}), (F, "weight_map: must map tensor names")),
         ("I06b to numbers", shard_named(3), (F, "weight_map: must map tensor names")),  # type: ignore[arg-type]
-        ("I07", index(lambda said: said["metadata"].update(total_size=1)),
-         (F, "metadata.total_size", "1, but the shards")),
+        (
+            "I07",
+            index(lambda said: said["metadata"].update(total_size=1)),
+            (F, "metadata.total_size", "1, but the shards"),
+        ),
         ("I08", shard_named("a\0.safetensors"), (F, "weight_map", plain)),
-        ("I09", index(lambda said: said["weight_map"].update(foo=SHARD2)),
-         ("tensor 'foo'", f"not in shard {SHARD2}", F)),
+        (
+            "I09",
+            index(lambda said: said["weight_map"].update(foo=SHARD2)),
+            ("tensor 'foo'", f"not in shard {SHARD2}", F),
+        ),
         ("I10", in_turn(index(unchanged), cut(F, lambda b: b[:-9])), (F, "not valid JSON: line 1 column")),
         ("I11", link_out(SINGLE), (SINGLE, "link that leaves the model folder")),
-        ("I11b a shard", in_turn(index(unchanged), link_out(SHARD2)),
-         (SHARD2, "link that leaves the model folder")),
+        ("I11b a shard", in_turn(index(unchanged), link_out(SHARD2)), (SHARD2, "link that leaves the model folder")),
         ("I11c the index", in_turn(index(unchanged), link_out(F)), (F, "link that leaves the model folder")),
-        ("I12 a shard is truncated", in_turn(index(unchanged), cut(SHARD2, lambda b: b[:-1])),
-         (SHARD2, "data incomplete")),
-    ]  # fmt: skip
+        (
+            "I12 a shard is truncated",
+            in_turn(index(unchanged), cut(SHARD2, lambda b: b[:-1])),
+            (SHARD2, "data incomplete"),
+        ),
+    ]
 
 
 CHECKPOINTS = [BadCheckpoint(*case) for case in (*cases_of_config(), *cases_of_safetensors(), *cases_of_index())]

@@ -87,8 +87,17 @@ class Disk:
         place = Path(os.path.abspath(path))
         return place if place.is_relative_to(self.root) else None
 
-    def open(self, file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
-             newline: Any = None, closefd: bool = True, opener: Any = None) -> Any:  # fmt: skip
+    def open(
+        self,
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: Any = None,
+        errors: Any = None,
+        newline: Any = None,
+        closefd: bool = True,
+        opener: Any = None,
+    ) -> Any:
         path = self.inside(file) if set(mode) & set("wxa+") else None
         if path is None:
             return self.plain_open(file, mode, buffering, encoding, errors, newline, closefd, opener)

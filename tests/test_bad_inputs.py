@@ -70,8 +70,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object, seconds: flo
 
 
 def train(folder: Path, *more: object, **changes: object) -> list[object]:
-    given = {"model": folder / "model", "data": folder / "pairs.jsonl", "out": folder / "out", "steps": 1, "length": 64,
-             "held-out": 2, **changes}  # fmt: skip
+    given = {
+        "model": folder / "model",
+        "data": folder / "pairs.jsonl",
+        "out": folder / "out",
+        "steps": 1,
+        "length": 64,
+        "held-out": 2,
+        **changes,
+    }
     return ["train", *(part for name, value in given.items() for part in (f"--{name}", value)), *more]
 
 
@@ -153,8 +160,9 @@ def test_the_sound_adapter_answers(tuned: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_adapters(case: str, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_adapters(
+    case: str, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A and W: adapter_config.json and the adapter's tensors."""
     spoil, text = ADAPTERS[case]
     shutil.copytree(tuned / "adapter", tmp_path / "adapter")
@@ -200,7 +208,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "L13 dropout": (["--dropout", "1.5"], "dropout: 1.5 must be in [0, 1)"),
     "L13 init": (["--method", "prefix", "--init", "magic"], "init: 'magic' "),
     "L13 columns": (["--method", "prefix", "--columns", "0"], "length: 0 "),
-    "L13 loss": (["--loss", "some"], "loss: must be 'all' or 'response', is 'some'"),
+    "L13 loss": (["--loss-mask", "some"], "loss_mask: must be 'all' or 'response', is 'some'"),
     "L14 save_every": (["--save-every", "0"], "save_every: 0 must be >= 1"),
     "L14 evaluate_every": (["--evaluate-every", "0"], "evaluate_every: 0 must be >= 1"),
     "L15 held out": (["--held-out", "8"], "held_out: cannot hold out 8 of 8 pairs"),

@@ -164,8 +164,14 @@ def test_the_manifest_of_a_checkpoint(place: Path) -> None:
     folder = place / "step"
     folder.mkdir()
     (folder / "state.safetensors").write_bytes(b"")
-    sound = sealed({"format": 1, "step": 3, "log": {"bytes": 0, "crc32": 0},
-                    "files": {"state.safetensors": {"bytes": 0, "crc32": 0}}})  # fmt: skip
+    sound = sealed(
+        {
+            "format": 1,
+            "step": 3,
+            "log": {"bytes": 0, "crc32": 0},
+            "files": {"state.safetensors": {"bytes": 0, "crc32": 0}},
+        }
+    )
     (folder / "manifest.json").write_bytes(sound)
     assert verified(folder)["step"] == 3
     draw = random.Random(0)
@@ -215,9 +221,14 @@ def test_the_packer() -> None:
     for _ in range(max(20, round(COUNTS["packer"] * SCALE))):
         lengths = [draw.choice((1, 2, 3, 5, 8, 13, 40)) for _ in range(draw.randint(1, 12))]
         examples = [Example([draw.randint(1, 9) for _ in range(n - 1)] + [0], draw.randint(0, n)) for n in lengths]
-        given = {"length": draw.randint(2, 24), "batch": draw.randint(1, 3), "seed": draw.randint(0, 3),
-                 "learned": draw.choice((0, 0, 1)), "loss": draw.choice(("all", "response")),
-                 "isolate": draw.random() < 0.7}  # fmt: skip
+        given = {
+            "length": draw.randint(2, 24),
+            "batch": draw.randint(1, 3),
+            "seed": draw.randint(0, 3),
+            "virtual_tokens": draw.choice((0, 0, 1)),
+            "loss_mask": draw.choice(("all", "response")),
+            "isolate": draw.random() < 0.7,
+        }
         make: Callable[[], Batches] = partial(pack, examples, Eos(), **given)  # type: ignore[arg-type]
         try:
             batches = make()

@@ -18,7 +18,7 @@ FILES = {  # repository -> commit -> file -> bytes
     "models/owner/small": {
         NEW: {"config.json": b"new", "sub/part.json": b"part", "model.py": b"never"},
         OLD: {"config.json": b"old", "only_old.json": b"1"},
-    },
+    }
 }
 REFUSED = {"models/owner/secret": (401, "GatedRepo"), "models/owner/broken": (500, "")}
 
@@ -52,8 +52,15 @@ class Hub(BaseHTTPRequestHandler):
         if files is None:
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if api:
-            said = {"id": "/".join(parts[1:3]), "sha": commit, "siblings": [{"rfilename": name} for name in files],
-                    "private": False, "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+            said = {
+                "id": "/".join(parts[1:3]),
+                "sha": commit,
+                "siblings": [{"rfilename": name} for name in files],
+                "private": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+            }
             return self.answer(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
         name = "/".join(parts[5:])
         if name not in files:

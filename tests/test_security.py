@@ -77,14 +77,28 @@ def test_the_source_has_no_way_to_run_what_it_reads() -> None:
     load = found["minipeft/models/checkpoint.py", "torch.load"]
     assert isinstance(load, ast.Call)
     assert {k.arg: getattr(k.value, "value", None) for k in load.keywords}["weights_only"] is True
-    reader = next(node for node in ast.walk(ast.parse((ROOT / "minipeft/models/checkpoint.py").read_text()))
-                  if isinstance(node, ast.FunctionDef) and node.name == "read_legacy")  # fmt: skip
+    reader = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "minipeft/models/checkpoint.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "read_legacy"
+    )
     assert any(danger == "torch.load" for danger, _ in dangers(ast.unparse(reader)))
 
 
-@pytest.mark.parametrize("source", ["eval(x)", "import pickle", "from marshal import loads", "os.system(x)",
-                                    "subprocess.run(x, shell=True)", "torch.load(f)", "importlib.import_module(n)",
-                                    "__import__(n)", "np.load(f, allow_pickle=True)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(x)",
+        "import pickle",
+        "from marshal import loads",
+        "os.system(x)",
+        "subprocess.run(x, shell=True)",
+        "torch.load(f)",
+        "importlib.import_module(n)",
+        "__import__(n)",
+        "np.load(f, allow_pickle=True)",
+    ],
+)
 def test_the_rule_sees_what_it_is_for(source: str) -> None:
     assert list(dangers(source))
 
@@ -131,33 +145,59 @@ def malicious(mark: Path) -> list[tuple[str, bytes]]:
     evil = pickle.dumps(Evil(mark))
     header = lambda text: struct.pack("<Q", len(text)) + text
     config: list[dict[str, Any]] = [
-        {"auto_map": {"AutoModelForCausalLM": "evil--evil.Model"}}, {"_attn_implementation": "evil/kernel"},
-        {"architectures": ["os.system"]}, {"model_type": "../outside"}, {"activation_function": CODE},
-        {"trust_remote_code": True, "custom_pipelines": {"x": CODE}}, {"_name_or_path": "../outside"},
-        {"quantization_config": {"quant_method": CODE}}, {"transformers_weights": "../outside/secret"},
-    ]  # fmt: skip
+        {"auto_map": {"AutoModelForCausalLM": "evil--evil.Model"}},
+        {"_attn_implementation": "evil/kernel"},
+        {"architectures": ["os.system"]},
+        {"model_type": "../outside"},
+        {"activation_function": CODE},
+        {"trust_remote_code": True, "custom_pipelines": {"x": CODE}},
+        {"_name_or_path": "../outside"},
+        {"quantization_config": {"quant_method": CODE}},
+        {"transformers_weights": "../outside/secret"},
+    ]
     adapter: list[dict[str, Any]] = [
-        {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, {"megatron_core": "evil"},
-        {"megatron_config": {"a": 1}}, {"base_model_name_or_path": "../outside"}, {"target_modules": CODE},
-        {"tokenizer_kwargs": {"trust_remote_code": True}}, {"peft_type": "os.system"}, {"eva_config": {"x": CODE}},
-        {"loftq_config": {"a": CODE}}, {"corda_config": {"cache_file": "../outside/secret"}},
-    ]  # fmt: skip
+        {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}},
+        {"megatron_core": "evil"},
+        {"megatron_config": {"a": 1}},
+        {"base_model_name_or_path": "../outside"},
+        {"target_modules": CODE},
+        {"tokenizer_kwargs": {"trust_remote_code": True}},
+        {"peft_type": "os.system"},
+        {"eva_config": {"x": CODE}},
+        {"loftq_config": {"a": CODE}},
+        {"corda_config": {"cache_file": "../outside/secret"}},
+    ]
     settings: list[dict[str, Any]] = [
-        {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, {"tokenizer_class": "os.system"},
-        {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, {"eos_token": {"__type": "AddedToken"}},
-        {"tokenizer_file": "../outside/secret"}, {"vocab_file": "/etc/passwd"},
-    ]  # fmt: skip
+        {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"},
+        {"tokenizer_class": "os.system"},
+        {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}},
+        {"eos_token": {"__type": "AddedToken"}},
+        {"tokenizer_file": "../outside/secret"},
+        {"vocab_file": "/etc/passwd"},
+    ]
     cases = [("config.json", changed) for changed in config] + [("tokenizer_config.json", s) for s in settings]
     made = [(name, json.dumps(value).encode()) for name, value in cases]
     made += [("adapter/adapter_config.json", json.dumps(value).encode()) for value in adapter]
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "pairs.jsonl", "tokenizer.json",
-                 "config.json", "adapter/adapter_config.json", "answers.jsonl"):  # fmt: skip
+    for name in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "pairs.jsonl",
+        "tokenizer.json",
+        "config.json",
+        "adapter/adapter_config.json",
+        "answers.jsonl",
+    ):
         made += [(name, evil), (name, b"PK\x03\x04" + evil), (name, header(evil)), (name, CODE.encode())]
     for name in NAMES:
         index = {"metadata": {}, "weight_map": {"transformer.wte.weight": name}}
         made.append(("model.safetensors.index.json", json.dumps(index).encode()))
-    made += [("pytorch_model.bin", evil), ("adapter/adapter_model.bin", evil), ("modeling_evil.py", CODE.encode()),
-             ("setup.py", CODE.encode()), ("adapter/__init__.py", CODE.encode())]  # fmt: skip
+    made += [
+        ("pytorch_model.bin", evil),
+        ("adapter/adapter_model.bin", evil),
+        ("modeling_evil.py", CODE.encode()),
+        ("setup.py", CODE.encode()),
+        ("adapter/__init__.py", CODE.encode()),
+    ]
     return made
 
 
@@ -178,10 +218,13 @@ def folder(tmp_path: Path) -> Path:
 def load_all(folder: Path) -> int:
     """Read everything in the folder as the commands do; returns how many kinds were refused."""
     loaders: list[Callable[[], object]] = [
-        lambda: load_tokenizer(folder), lambda: load_model(folder), lambda: load_pairs(folder / "pairs.jsonl"),
-        lambda: read_answers(folder / "answers.jsonl"), lambda: load_model(folder, legacy_bin=True),
+        lambda: load_tokenizer(folder),
+        lambda: load_model(folder),
+        lambda: load_pairs(folder / "pairs.jsonl"),
+        lambda: read_answers(folder / "answers.jsonl"),
+        lambda: load_model(folder, legacy_bin=True),
         lambda: load_adapter(load_model(folder), folder / "adapter"),
-    ]  # fmt: skip
+    ]
     refusals = 0
     for load in loaders:
         try:

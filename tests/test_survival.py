@@ -595,8 +595,11 @@ def test_overwrite_starts_anew(place: Path, stopped: Path, wanted: dict[str, byt
 def test_a_bad_folder_is_found_before_the_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "load_model", None)
     (tmp_path / "file").write_text("")
-    for out, said in ((tmp_path / "file", "is a file"), (tmp_path / "file/run", "cannot write"),
-                      (Path("/proc/run"), "cannot write")):  # fmt: skip
+    for out, said in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file/run", "cannot write"),
+        (Path("/proc/run"), "cannot write"),
+    ):
         with pytest.raises(InputError, match=said) as error:
             run(place, out)
         assert str(error.value).startswith(str(out))
@@ -616,16 +619,16 @@ def test_out_of_memory_says_what_to_do(place: Path, tmp_path: Path, monkeypatch:
         run(place, tmp_path / "big", batch=3)
     said = str(error.value)
     assert said.startswith("cpu: out of memory with batches of 3 x 64 tokens (peak ")
-    assert all(remedy in said for remedy in ("--batch", "--length", "--checkpointing"))
+    assert all(remedy in said for remedy in ("--batch", "--length", "--activation-checkpointing"))
 
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"dropout": 0.3},
-    "lora, checkpointing": {"checkpointing": True, "batch": 2},
+    "lora, checkpointing": {"activation_checkpointing": True, "batch": 2},
     "prefix": {"method": "prefix", "columns": 3, "reparam": 8},
     "prompt": {"method": "prompt", "columns": 3},
-    "prompt, network": {"method": "prompt", "columns": 3, "reparam": 8, "loss": "response"},
+    "prompt, network": {"method": "prompt", "columns": 3, "reparam": 8, "loss_mask": "response"},
 }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-PATHS = ("reference", "onednn", "hybrid", "fused", "decode")
+BACKENDS = ("reference", "onednn", "hybrid", "fused", "decode")
 HALVES = (torch.bfloat16, torch.float16)
 DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
 TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
@@ -22,7 +22,7 @@ TRITON_SPEED = {80: 0.95, 90: 0.92}  # of cuBLAS, what the Triton product is tak
 MEASURED: dict[tuple[int, int, int, int, int, bool], str] = {}
 
 
-class UnavailablePath(RuntimeError):
+class UnavailableBackend(RuntimeError):
     """A path was asked for by name and cannot run here; the message says why."""
 
 
@@ -40,39 +40,39 @@ class Call(NamedTuple):
     grouped: bool = False  # one adapter for each row: lora_rows
 
 
-def choose_path(path: str, call: Call) -> str:
+def choose_backend(backend: str, call: Call) -> str:
     """Return the path that a call takes: `path` itself where it can run, else an error; for "auto", the rule's choice.
 
     The answer depends on nothing but the arguments and the device, so a run can be repeated to the bit.
 
     Raises: ValueError for a name that is no path, UnavailablePath with the reason where a named path cannot run.
     """
-    if path == "reference":
-        return path
-    if path == "auto":
+    if backend == "reference":
+        return backend
+    if backend == "auto":
         return _auto(call) if call.device.type == "cuda" else "reference"
-    if path not in PATHS:
-        raise ValueError(f"no path is named {path!r}; there are {('auto', *PATHS)}")
-    reason = why_not(path, call)
+    if backend not in BACKENDS:
+        raise ValueError(f"no backend is named {backend!r}; there are {('auto', *BACKENDS)}")
+    reason = why_not(backend, call)
     if reason is not None:
-        raise UnavailablePath(f"path={path!r} cannot run here: {reason}")
-    return path
+        raise UnavailableBackend(f"backend={backend!r} cannot run here: {reason}")
+    return backend
 
 
-def why_not(path: str, call: Call) -> str | None:
+def why_not(backend: str, call: Call) -> str | None:
     """Say why a path other than the reference cannot take a call, or None where it can."""
-    if path == "onednn":
+    if backend == "onednn":
         return _why_not_onednn(call)
-    if path == "decode" and (call.needs_grad or call.dropout):
+    if backend == "decode" and (call.needs_grad or call.dropout):
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
-    if call.grouped and path != "decode":
+    if call.grouped and backend != "decode":
         return "adapters by row have the paths 'reference' and 'decode'"
     if not _triton_is_installed():
-        return "Triton is not installed (pip install 'minipeft[kernels]'); path='auto' does without"
+        return "Triton is not installed (pip install 'minipeft[kernels]'); backend='auto' does without"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None  # Triton's interpreter: any dtype, on the CPU, for tests
     if call.device.type != "cuda":
-        return f"x is on {call.device}, and Triton needs a CUDA device; path='auto' does without"
+        return f"x is on {call.device}, and Triton needs a CUDA device; backend='auto' does without"
     if call.dtype not in HALVES:
         return f"x is {call.dtype}, and the tensor cores compute that in full precision no faster than torch"
     if _architecture(call.device) < 80:
@@ -84,13 +84,15 @@ def _why_not_onednn(call: Call) -> str | None:
     """Say why oneDNN's product cannot take a call."""
     if call.device.type != "cpu" or call.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {call.dtype} on {call.device}; it is for float32 and bfloat16 on a CPU"
-    return None if path_functions("onednn").works() else "this build of torch has no working oneDNN linear"
+    if backend_functions("onednn").works(call.dtype):
+        return None
+    return f"oneDNN multiplies no {call.dtype} on this processor, or this build of torch lacks its linear"
 
 
 @functools.cache
-def path_functions(path: str) -> ModuleType:
+def backend_functions(backend: str) -> ModuleType:
     """Return the module with a path's forward, backward and rows; the first Triton path imports Triton."""
-    return importlib.import_module(f"{__package__}.{path}")
+    return importlib.import_module(f"{__package__}.{backend}")
 
 
 def rule(architecture: int, m: int, k: int, n: int) -> str:

@@ -77,10 +77,24 @@ def dropped(tile, rows, column, low, high, limit, WIDTH: tl.constexpr, UPCAST: t
 
 @triton.jit(do_not_specialize=KEYS)
 def shrink(
-    x, A, s, M, K, R, stride_x, stride_s, low, high, limit,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    A,
+    s,
+    M,
+    K,
+    R,
+    stride_x,
+    stride_s,
+    low,
+    high,
+    limit,
+    DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """s = drop(x) A^T: one read of x. x [M, K], A [R, K]; s [SPLIT, M, R], K divided among SPLIT programs."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [m]
     part = tl.program_id(1)
@@ -150,9 +164,20 @@ def add_product(
 
 @triton.jit
 def rank_r(
-    s, b, rows, columns, M, N, R, stride_s, B_ROWS_ARE_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    s,
+    b,
+    rows,
+    columns,
+    M,
+    N,
+    R,
+    stride_s,
+    B_ROWS_ARE_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """s b, with which the big product begins. s [M, R]; b is [N, R] read across (forward), or [R, N] (backward)."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # [m, n]
     for start in range(0, R, BLOCK_R):
@@ -167,10 +192,27 @@ def rank_r(
 
 @triton.jit
 def seeded_forward(
-    x, W, bias, s, B, y, M, N, K, R, stride_x, stride_s, factor,
-    BIAS: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x,
+    W,
+    bias,
+    s,
+    B,
+    y,
+    M,
+    N,
+    K,
+    R,
+    stride_x,
+    stride_s,
+    factor,
+    BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """y = factor s B^T + bias + x W^T: the sum starts at the rank-r product, so y is written once and never read."""
     row, column = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)  # [m], [n]
@@ -184,10 +226,34 @@ def seeded_forward(
 
 @triton.jit(do_not_specialize=KEYS)
 def seeded_backward(
-    dy_0, dy_1, dy_2, W_0, W_1, W_2, dS, A, dx, M, K, N_0, N_1, N_2, R, stride_s, low, high, limit,
-    PARTS: tl.constexpr, DROPOUT: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    dy_0,
+    dy_1,
+    dy_2,
+    W_0,
+    W_1,
+    W_2,
+    dS,
+    A,
+    dx,
+    M,
+    K,
+    N_0,
+    N_1,
+    N_2,
+    R,
+    stride_s,
+    low,
+    high,
+    limit,
+    PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """dx = drop(dS A) + dY_0 W_0 + dY_1 W_1 + dY_2 W_2: up to three projections of one x; dx is written once."""
     row, column = place(M, K, BLOCK_M, BLOCK_N, GROUP)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)  # [m], [k]
@@ -205,9 +271,21 @@ def seeded_backward(
 
 @triton.jit
 def gradient_B(
-    dy, B, s, dS, dB, M, N, R, stride_s, SLAB,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    dy,
+    B,
+    s,
+    dS,
+    dB,
+    M,
+    N,
+    R,
+    stride_s,
+    SLAB,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """dS = dY B and dB = dY^T s from one read of dY [M, N]: a program walks down SLAB rows of BLOCK_N columns.
 
     Its part of dS is one of cdiv(N, BLOCK_N), its part of dB one of cdiv(M, SLAB): dS [parts, M, R], dB [parts, N, R].
@@ -234,10 +312,24 @@ def gradient_B(
 
 @triton.jit(do_not_specialize=KEYS)
 def gradient_A(
-    x, dS, dA, M, K, R, stride_x, stride_s, SLAB, low, high, limit,
-    DROPOUT: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    x,
+    dS,
+    dA,
+    M,
+    K,
+    R,
+    stride_x,
+    stride_s,
+    SLAB,
+    low,
+    high,
+    limit,
+    DROPOUT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """dA = dS^T drop(x) from one read of x [M, K]: dA [cdiv(M, SLAB), R, K], one part for each slab of rows."""
     column = tl.program_id(0) * BLOCK_K
     columns = column + tl.arange(0, BLOCK_K)  # [k]
@@ -271,10 +363,23 @@ def reduce(parts, out, PARTS, M, N, stride_out, factor, UPCAST: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=KEYS)
 def expand_add(
-    y, s, b, M, N, R, stride_s, low, high, limit,
-    DROPOUT: tl.constexpr, B_ROWS_ARE_R: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    y,
+    s,
+    b,
+    M,
+    N,
+    R,
+    stride_s,
+    low,
+    high,
+    limit,
+    DROPOUT: tl.constexpr,
+    B_ROWS_ARE_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """y += drop(s b) in place, for the hybrid path's backward: torch's addmm_ has no mask."""
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)  # [m], [n]
@@ -289,9 +394,8 @@ def expand_add(
 
 @triton.jit
 def rows_shrink(
-    x, A, owner, s, T, K, R,
-    OWNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x, A, owner, s, T, K, R, OWNED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """s = x A[owner]^T for one token a program: a few rows are a stream of A, not a product for tensor cores.
 
     x [B * T, K], A [adapters, R, K], owner [B]; s [SPLIT, B * T, R] in float32. An owner of -1 reads and writes
@@ -315,9 +419,21 @@ def rows_shrink(
 
 @triton.jit
 def rows_expand(
-    y, s, B, owner, scales, T, N, R, factor,
-    OWNED: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    y,
+    s,
+    B,
+    owner,
+    scales,
+    T,
+    N,
+    R,
+    factor,
+    OWNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """y += scales[owner] s B[owner]^T in place (factor where no one owns), one token and BLOCK_N columns a program."""
     token = tl.program_id(0)
     adapter = tl.load(owner + token // T).to(tl.int32) if OWNED else token * 0

@@ -16,7 +16,7 @@ from .dropout import Dropout
 from .hybrid import rows_of, small_gradients
 from .reference import Gradients, Part, factor, split, stack_A
 
-SHARED = 3  # projections that one product for dX takes (q, k and v)
+VIRTUAL = 3  # projections that one product for dX takes (q, k and v)
 
 
 def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -40,7 +40,7 @@ def backward(
     if not needs_dx:
         return Gradients(None, dA, dB)
     weights = [p.weight for p in parts]
-    dx = launch.seeded_backward(dys[:SHARED], weights[:SHARED], dS, stack_A(parts, x.dtype), drop)  # [M, K]
-    for dy, weight in zip(dys[SHARED:], weights[SHARED:]):
+    dx = launch.seeded_backward(dys[:VIRTUAL], weights[:VIRTUAL], dS, stack_A(parts, x.dtype), drop)  # [M, K]
+    for dy, weight in zip(dys[VIRTUAL:], weights[VIRTUAL:]):
         dx.addmm_(dy, weight)  # [M, K]: a fourth projection of one x is added by torch
     return Gradients(dx, dA, dB)

@@ -43,10 +43,24 @@ def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
     split = 1 if -(-m // tile.m) >= processors else tiles.SHRINK_SPLIT
     out = s if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
     run(
-        device.shrink, (-(-m // tile.m), split), x, A, out, m, k, r, x.stride(0), out.stride(-2), *_keys(drop),
-        DROPOUT=drop is not None, SPLIT=split, BLOCK_M=tile.m, BLOCK_R=tiles.rank_block(r), BLOCK_K=tile.k,
+        device.shrink,
+        (-(-m // tile.m), split),
+        x,
+        A,
+        out,
+        m,
+        k,
+        r,
+        x.stride(0),
+        out.stride(-2),
+        *_keys(drop),
+        DROPOUT=drop is not None,
+        SPLIT=split,
+        BLOCK_M=tile.m,
+        BLOCK_R=tiles.rank_block(r),
+        BLOCK_K=tile.k,
         **_settings(tile),
-    )  # fmt: skip
+    )
     if split > 1:
         reduce(out, s)
 
@@ -58,11 +72,29 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
     architecture, processors = _gpu(x)
     tile = tiles.pick("seeded_forward", architecture, m, n, k, r, False, processors)
     run(
-        device.seeded_forward, (-(-m // tile.m) * -(-n // tile.n),),
-        x, W, x if bias is None else bias, s, B, y, m, n, k, r, x.stride(0), s.stride(0), factor,
-        BIAS=bias is not None, GROUP=tiles.GROUP, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        BLOCK_R=tiles.STEP, **_settings(tile),
-    )  # fmt: skip
+        device.seeded_forward,
+        (-(-m // tile.m) * -(-n // tile.n),),
+        x,
+        W,
+        x if bias is None else bias,
+        s,
+        B,
+        y,
+        m,
+        n,
+        k,
+        r,
+        x.stride(0),
+        s.stride(0),
+        factor,
+        BIAS=bias is not None,
+        GROUP=tiles.GROUP,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        BLOCK_R=tiles.STEP,
+        **_settings(tile),
+    )
     return y
 
 
@@ -78,12 +110,31 @@ def seeded_backward(
     parts = 1 if absent == 2 else 3
     tile = tiles.pick("seeded_backward", architecture, m, k, sum(wide), r, drop is not None, processors, parts)
     run(
-        device.seeded_backward, (-(-m // tile.m) * -(-k // tile.n),),
-        *dys, *[dys[0]] * absent, *weights, *[weights[0]] * absent, dS, A, dx, m, k, *wide, *[0] * absent,
-        r, dS.stride(0), *_keys(drop),
-        PARTS=parts, DROPOUT=drop is not None, GROUP=tiles.GROUP,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=tiles.STEP, **_settings(tile),
-    )  # fmt: skip
+        device.seeded_backward,
+        (-(-m // tile.m) * -(-k // tile.n),),
+        *dys,
+        *[dys[0]] * absent,
+        *weights,
+        *[weights[0]] * absent,
+        dS,
+        A,
+        dx,
+        m,
+        k,
+        *wide,
+        *[0] * absent,
+        r,
+        dS.stride(0),
+        *_keys(drop),
+        PARTS=parts,
+        DROPOUT=drop is not None,
+        GROUP=tiles.GROUP,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        BLOCK_R=tiles.STEP,
+        **_settings(tile),
+    )
     return dx
 
 
@@ -102,9 +153,23 @@ def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> T
     dS_parts = dy.new_empty(chunks, m, r, dtype=torch.float32)  # [N / n, M, r]
     dB_parts = dy.new_empty(slabs, n, r, dtype=torch.float32)  # [M / slab, N, r]
     run(
-        device.gradient_B, (chunks, slabs), dy, B, s, dS_parts, dB_parts, m, n, r, s.stride(0), slab,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tiles.rank_block(r), **_settings(tile),
-    )  # fmt: skip
+        device.gradient_B,
+        (chunks, slabs),
+        dy,
+        B,
+        s,
+        dS_parts,
+        dB_parts,
+        m,
+        n,
+        r,
+        s.stride(0),
+        slab,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=tiles.rank_block(r),
+        **_settings(tile),
+    )
     reduce(dS_parts, dS, factor)
     return reduce(dB_parts, dB_parts.new_empty(n, r), factor)
 
@@ -120,9 +185,24 @@ def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
     slab = _slab(m, tile.m, chunks, processors)
     parts = x.new_empty(-(-m // slab), r, k, dtype=torch.float32)  # [M / slab, R, K]
     run(
-        device.gradient_A, (chunks, len(parts)), x, dS, parts, m, k, r, x.stride(0), dS.stride(0), slab, *_keys(drop),
-        DROPOUT=drop is not None, BLOCK_M=tile.m, BLOCK_K=tile.k, BLOCK_R=tiles.rank_block(r), **_settings(tile),
-    )  # fmt: skip
+        device.gradient_A,
+        (chunks, len(parts)),
+        x,
+        dS,
+        parts,
+        m,
+        k,
+        r,
+        x.stride(0),
+        dS.stride(0),
+        slab,
+        *_keys(drop),
+        DROPOUT=drop is not None,
+        BLOCK_M=tile.m,
+        BLOCK_K=tile.k,
+        BLOCK_R=tiles.rank_block(r),
+        **_settings(tile),
+    )
     return reduce(parts, parts.new_empty(r, k))
 
 
@@ -130,9 +210,18 @@ def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
     """out = factor times the sum of the parts, added in order. parts [P, M, N], out [M, N]."""
     count, m, n = parts.shape
     run(
-        device.reduce, (-(-m * n // tiles.REDUCE.n),), parts, out, count, m, n, out.stride(0), factor,
-        BLOCK=tiles.REDUCE.n, **_settings(tiles.REDUCE),
-    )  # fmt: skip
+        device.reduce,
+        (-(-m * n // tiles.REDUCE.n),),
+        parts,
+        out,
+        count,
+        m,
+        n,
+        out.stride(0),
+        factor,
+        BLOCK=tiles.REDUCE.n,
+        **_settings(tiles.REDUCE),
+    )
     return out
 
 
@@ -141,10 +230,23 @@ def expand_add(y: Tensor, s: Tensor, b: Tensor, drop: Dropout) -> Tensor:
     (m, n), r = y.shape, len(b)
     tile = tiles.pick("expand_add", _gpu(y)[0], m, n, 0, r, True, 0)
     run(
-        device.expand_add, (-(-m // tile.m), -(-n // tile.n)), y, s, b, m, n, r, s.stride(0), *_keys(drop),
-        DROPOUT=True, B_ROWS_ARE_R=True, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tiles.STEP,
+        device.expand_add,
+        (-(-m // tile.m), -(-n // tile.n)),
+        y,
+        s,
+        b,
+        m,
+        n,
+        r,
+        s.stride(0),
+        *_keys(drop),
+        DROPOUT=True,
+        B_ROWS_ARE_R=True,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=tiles.STEP,
         **_settings(tile),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -160,13 +262,40 @@ def rows_add(
     owned = owner is not None
     first = x if owner is None else owner
     run(
-        device.rows_shrink, (m, split), x, A, first, s, tokens, k, r,
-        OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_K=shrink.k, num_warps=shrink.warps, num_stages=shrink.stages,
-    )  # fmt: skip
+        device.rows_shrink,
+        (m, split),
+        x,
+        A,
+        first,
+        s,
+        tokens,
+        k,
+        r,
+        OWNED=owned,
+        SPLIT=split,
+        BLOCK_R=block,
+        BLOCK_K=shrink.k,
+        num_warps=shrink.warps,
+        num_stages=shrink.stages,
+    )
     run(
-        device.rows_expand, (m, -(-n // expand.n)), y, s, B, first, x if scales is None else scales, tokens, n, r,
-        factor, OWNED=owned, SPLIT=split, BLOCK_R=block, BLOCK_N=expand.n, **_settings(expand),
-    )  # fmt: skip
+        device.rows_expand,
+        (m, -(-n // expand.n)),
+        y,
+        s,
+        B,
+        first,
+        x if scales is None else scales,
+        tokens,
+        n,
+        r,
+        factor,
+        OWNED=owned,
+        SPLIT=split,
+        BLOCK_R=block,
+        BLOCK_N=expand.n,
+        **_settings(expand),
+    )
     return y
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .choice import Call, choose_path, path_functions
+from .choice import Call, backend_functions, choose_backend
 from .dropout import Dropout, make_dropout
 from .reference import Part
 from .rows import RowGroups, owner_of
@@ -28,7 +28,7 @@ def lora_linear(
     *,
     dropout: float = 0.0,
     seed: int | None = None,
-    path: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """y = x weight^T + bias + scale * (drop(x) lora_A^T) lora_B^T.
 
@@ -38,7 +38,7 @@ def lora_linear(
 
     Raises: ValueError for shapes or dtypes that do not fit, UnavailablePath where a named path cannot run.
     """
-    return lora_linears(x, [Part(weight, bias, lora_A, lora_B, scale)], dropout=dropout, seed=seed, path=path)[0]
+    return lora_linears(x, [Part(weight, bias, lora_A, lora_B, scale)], dropout=dropout, seed=seed, backend=backend)[0]
 
 
 def lora_linears(
@@ -47,7 +47,7 @@ def lora_linears(
     *,
     dropout: float = 0.0,
     seed: int | None = None,
-    path: str = "auto",
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Return lora_linear(x, *projection) for several that share x (q, k and v; gate and up), reading x once.
 
@@ -55,17 +55,17 @@ def lora_linears(
     """
     parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
     if _autocast_is_on(x):
-        return _under_autocast(x, parts, dropout, seed, path)
+        return _under_autocast(x, parts, dropout, seed, backend)
     _check(x, parts)
     drop = make_dropout(dropout, seed)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *(t for part in parts for t in part[:4]))
     )
-    chosen = _chosen(path, x, parts, drop is not None, needs_grad)
+    chosen = _chosen(backend, x, parts, drop is not None, needs_grad)
     if needs_grad:
         flat = [t for part in parts for t in part[:4]]
         return list(_LoRALinears.apply(x, _Plan(chosen, tuple(p.scale for p in parts), drop), *flat))
-    ys, _ = path_functions(chosen).forward(x.reshape(-1, x.shape[-1]), parts, drop)  # [M, N] each
+    ys, _ = backend_functions(chosen).forward(x.reshape(-1, x.shape[-1]), parts, drop)  # [M, N] each
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]  # [..., N] each
 
 
@@ -78,7 +78,7 @@ def lora_rows(
     rows: Tensor | RowGroups,
     scales: Tensor | None = None,
     *,
-    path: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """y[b] = x[b] weight^T + bias + scales[j] (x[b] A[j]^T) B[j]^T with j = rows[b]; j = -1 means no adapter.
 
@@ -92,7 +92,7 @@ def lora_rows(
     if _autocast_is_on(x):
         cast = _cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return lora_rows(*cast, A, B, rows, scales, path=path)
+            return lora_rows(*cast, A, B, rows, scales, backend=backend)
     owner = owner_of(rows)  # [B]
     if x.dim() < 2 or owner.shape != x.shape[:1]:
         raise ValueError(f"rows must name one adapter for each row of x: rows {tuple(owner.shape)}, x {tuple(x.shape)}")
@@ -107,14 +107,14 @@ def lora_rows(
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, T, K]
         m, (_, r, k) = x3.shape[0] * x3.shape[1], A.shape
         call = Call(x.device, x.dtype, m, k, len(weight), r, dropout=False, needs_grad=False, grouped=True)
-        y = path_functions(choose_path(path, call)).rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
+        y = backend_functions(choose_backend(backend, call)).rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
         return y.view(*x.shape[:-1], y.shape[-1])  # [..., N]
 
 
 class _Plan(NamedTuple):
     """What backward must know besides tensors."""
 
-    path: str
+    backend: str
     scales: tuple[float, ...]
     drop: Dropout | None
 
@@ -125,7 +125,9 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = _parts(flat, plan.scales)
-        ys, s = path_functions(plan.path).forward(x.reshape(-1, x.shape[-1]), parts, plan.drop)  # [M, N] each, [M, R]
+        ys, s = backend_functions(plan.backend).forward(
+            x.reshape(-1, x.shape[-1]), parts, plan.drop
+        )  # [M, N] each, [M, R]
         ctx.save_for_backward(x, s, *flat)
         ctx.plan = plan
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # [..., N] each
@@ -137,7 +139,7 @@ class _LoRALinears(torch.autograd.Function):
         parts = _parts(flat, ctx.plan.scales)
         x2 = x.reshape(-1, x.shape[-1])  # [M, K]
         dys2 = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [M, N] each
-        functions = path_functions(ctx.plan.path)
+        functions = backend_functions(ctx.plan.backend)
         dx, dA, dB = functions.backward(x2, s, dys2, parts, ctx.plan.drop, ctx.needs_input_grad[0])
         grads: list[Tensor | None] = [None if dx is None else dx.view(x.shape), None]
         for i, (part, dy) in enumerate(zip(parts, dys2)):
@@ -155,13 +157,13 @@ def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]
     return [Part(W, b, A, B, scale) for (W, b, A, B), scale in zip(fours, scales)]  # type: ignore[arg-type]
 
 
-def _chosen(path: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_grad: bool) -> str:
+def _chosen(backend: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_grad: bool) -> str:
     """Return the path of a call; what "auto" is on a CPU is known without asking, which a lone token notices."""
-    if path == "reference" or (path == "auto" and x.device.type != "cuda"):
+    if backend == "reference" or (backend == "auto" and x.device.type != "cuda"):
         return "reference"
     m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
-    return choose_path(path, Call(x.device, x.dtype, m, k, n, r, dropout, needs_grad))
+    return choose_backend(backend, Call(x.device, x.dtype, m, k, n, r, dropout, needs_grad))
 
 
 def _autocast_is_on(x: Tensor) -> bool:
@@ -169,11 +171,11 @@ def _autocast_is_on(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, path: str) -> list[Tensor]:
+def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, backend: str) -> list[Tensor]:
     """Cast x, weights and biases to autocast's dtype, as F.linear would, and compute with autocast off."""
     cast = [p._replace(weight=weight, bias=bias) for p in parts for _, weight, bias in [_cast(x, p.weight, p.bias)]]
     with torch.autocast(x.device.type, enabled=False):
-        return lora_linears(_cast(x, x, None)[0], cast, dropout=dropout, seed=seed, path=path)
+        return lora_linears(_cast(x, x, None)[0], cast, dropout=dropout, seed=seed, backend=backend)
 
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

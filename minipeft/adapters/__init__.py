@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minipeft.adapters.ia3 import IA3Config, add_ia3, merge_ia3, remove_ia3
-from minipeft.adapters.lora import LoRAConfig, add_lora, kernel_path, merge_lora, remove_lora
+from minipeft.adapters.lora import LoRAConfig, add_lora, kernel_backend, merge_lora, remove_lora
 from minipeft.adapters.prefix import Encoder, PrefixConfig, add_prefix, remove_prefix
 from minipeft.adapters.prompt import PromptConfig, add_prompt, remove_prompt
 from minipeft.adapters.surgery import MergeReport
@@ -46,9 +46,9 @@ class AdapterReport:
     total: int
     base_dtype: str
     adapter_dtype: str
-    learned: int  # columns that the adapter takes from the context
+    virtual_tokens: int  # columns that the adapter takes from the context
     modules: list[str] = field(repr=False)
-    path: str | None = None  # LoRA: which kernel computes it
+    backend: str | None = None  # LoRA: the kernel's implementation
     notes: tuple[str, ...] = ()  # what a reader of the file should know
 
     @property
@@ -64,10 +64,10 @@ class AdapterReport:
             ("at", where),
             ("dtype", f"base {self.base_dtype}, trained {self.adapter_dtype}, computed in {self.base_dtype}"),
         ]
-        if self.learned:
-            rows.append(("columns", f"{self.learned} of each row's context"))
-        if self.path is not None:
-            rows.append(("computed", f"by minipeft_kernels, path {self.path!r}"))
+        if self.virtual_tokens:
+            rows.append(("virtual", f"{self.virtual_tokens} tokens of each row's context"))
+        if self.backend is not None:
+            rows.append(("backend", self.backend))
         rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
@@ -92,9 +92,9 @@ def add_adapter(
         )
     generator = torch.Generator().manual_seed(seed)
     modules: list[str] = []
-    path = None
+    backend = None
     if isinstance(config, LoRAConfig):
-        path = kernel_path(model, config)
+        backend = kernel_backend(model, config)
         modules = add_lora(model, config, generator)
     elif isinstance(config, IA3Config):
         modules = add_ia3(model, config)
@@ -107,7 +107,7 @@ def add_adapter(
     added = {id(p) for name in modules for p in own_parameters(model, name)}
     for p in model.parameters():
         p.requires_grad_(full or id(p) in added)
-    return report_on(model, modules, path)
+    return report_on(model, modules, backend)
 
 
 def own_parameters(model: Decoder, name: str) -> list[torch.nn.Parameter]:
@@ -119,7 +119,7 @@ def own_parameters(model: Decoder, name: str) -> list[torch.nn.Parameter]:
     ]
 
 
-def report_on(model: Decoder, modules: list[str], path: str | None = None) -> AdapterReport:
+def report_on(model: Decoder, modules: list[str], backend: str | None = None) -> AdapterReport:
     """Count what is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
@@ -128,9 +128,9 @@ def report_on(model: Decoder, modules: list[str], path: str | None = None) -> Ad
         total=sum(p.numel() for p in model.parameters()),
         base_dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         adapter_dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trained})),
-        learned=model.learned,
+        virtual_tokens=model.virtual_tokens,
         modules=modules,
-        path=path,
+        backend=backend,
     )
 
 

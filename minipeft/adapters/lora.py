@@ -13,7 +13,7 @@ Variants, each a field of LoRAConfig:
     lora_bias         B gets a bias: h = W0 x + s (B A x + b)
 
 LoRA+ (Hayou et al. 2024) is not a change of the layer but of the rate: B learns faster than A, by 16 in the paper. That
-is TrainConfig(rates={"lora_B": 16.0}).
+is TrainConfig(lr_multipliers={"lora_B": 16.0}).
 """
 
 from __future__ import annotations
@@ -23,23 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from minipeft_kernels import PATHS, Call, Part, UnavailablePath, choose_path, lora_linear, lora_linears
+from minipeft_kernels import BACKENDS, Call, Part, UnavailableBackend, choose_backend, lora_linear, lora_linears
 from minipeft_kernels import RowGroups as RowGroups  # the bank's, as lora_rows: minipeft_kernels is imported here alone
 from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
 from minipeft.adapters.dora import row_norms
 from minipeft.adapters.pissa import principal
-from minipeft.adapters.surgery import (
-    MergeReport,
-    Targets,
-    by_pattern,
-    keep_float32,
-    merge,
-    replace,
-    restore,
-    targeted,
-)
+from minipeft.adapters.surgery import MergeReport, Targets, by_pattern, keep_float32, merge, replace, restore, targeted
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
@@ -54,7 +45,7 @@ class LoRAConfig:
     targets: "all-linear" (every linear of the blocks, not the head), "default" (HF PEFT's choice for the family), a
     list of names, each a module's own (`q_proj`) or the end of its path (`attn.c_proj`), or a regular expression over
     the whole path. rank_pattern, alpha_pattern: another rank or alpha for some of them (linears.by_pattern).
-    path: which kernel computes it: "auto", or one of minipeft_kernels.PATHS.
+    backend: which implementation of the kernel: "auto", or one of minipeft_kernels.BACKENDS.
     """
 
     rank: int = 16
@@ -68,7 +59,7 @@ class LoRAConfig:
     dora: bool = False
     lora_bias: bool = False
     init: str = "uniform"
-    path: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_rank(self.rank, "rank")
@@ -89,8 +80,8 @@ class LoRAConfig:
                 raise InputError(f"{getattr(self, name)!r} must be true or false", where=name)
         if self.init not in INITS:
             raise InputError(f"{self.init!r} is not known ({', '.join(INITS)})", where="init")
-        if self.path not in ("auto", *PATHS):
-            raise InputError(f"{self.path!r} is not known (auto, {', '.join(PATHS)})", where="path")
+        if self.backend not in ("auto", *BACKENDS):
+            raise InputError(f"{self.backend!r} is not known (auto, {', '.join(BACKENDS)})", where="backend")
         chosen = [name for name in ("dora", "lora_bias") if getattr(self, name)] + ["pissa"] * (self.init == "pissa")
         if len(chosen) > 1:
             raise InputError(f"{' and '.join(chosen)} cannot be combined", where="LoRAConfig")
@@ -140,7 +131,7 @@ class LoRALinear(nn.Module):
         pissa = config.init == "pissa"
         self.register_buffer("A0", torch.zeros_like(self.lora_A) if pissa else None, persistent=False)  # [r, in]
         self.register_buffer("B0", torch.zeros_like(self.lora_B) if pissa else None, persistent=False)  # [out, r]
-        self.rank, self.alpha, self.dropout, self.path = rank, alpha, config.dropout, config.path
+        self.rank, self.alpha, self.dropout, self.backend = rank, alpha, config.dropout, config.backend
         self.scale = alpha / (math.sqrt(rank) if config.rslora else rank)
 
     def initialize(self, init: str, generator: torch.Generator) -> None:
@@ -182,9 +173,11 @@ class LoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         part = self.part()
         if self.lora_magnitude_vector is None:
-            return lora_linear(x, *part, dropout=dropout, path=self.path)  # [B, T, out]
+            return lora_linear(x, *part, dropout=dropout, backend=self.backend)  # [B, T, out]
         gain = self.lora_magnitude_vector / row_norms(self.weight, part.lora_A, part.lora_B, self.scale)  # [out]
-        y = lora_linear(x, *part._replace(bias=None), dropout=dropout, path=self.path) * gain.to(x.dtype)  # [B, T, out]
+        y = lora_linear(x, *part._replace(bias=None), dropout=dropout, backend=self.backend) * gain.to(
+            x.dtype
+        )  # [B, T, out]
         return y if self.bias is None else y + self.bias
 
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -192,7 +185,7 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             return tuple(linear(x) for linear in linears)
         parts = [linear.part() for linear in linears if isinstance(linear, LoRALinear)]
-        ys = iter(lora_linears(x, parts, dropout=self.dropout if self.training else 0.0, path=self.path))
+        ys = iter(lora_linears(x, parts, dropout=self.dropout if self.training else 0.0, backend=self.backend))
         return tuple(next(ys) if isinstance(linear, LoRALinear) else linear(x) for linear in linears)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +239,7 @@ def add_lora(model: Decoder, config: LoRAConfig, generator: torch.Generator) -> 
     return list(layers)
 
 
-def kernel_path(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
+def kernel_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
     """Which of the kernel's paths a training pass over so many tokens takes here.
 
     Raises:
@@ -257,9 +250,9 @@ def kernel_path(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
     out, width = weight.shape
     call = Call(weight.device, weight.dtype, tokens, width, out, rank, config.dropout > 0, needs_grad=True)
     try:
-        return choose_path(config.path, call)
-    except UnavailablePath as error:
-        raise InputError(str(error), where="path") from error
+        return choose_backend(config.backend, call)
+    except UnavailableBackend as error:
+        raise InputError(str(error), where="backend") from error
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -30,13 +30,13 @@ Learned = PrefixConfig | PromptConfig
 
 def write_own(model: Decoder, config: object, folder: Path) -> None:
     """Write what a prefix or prompt needs beside PEFT's files; of any other adapter only clear such files away."""
-    learned = config if isinstance(config, PrefixConfig | PromptConfig) else None
-    if learned is not None and learned.reparam is not None:
+    virtual_tokens = config if isinstance(config, PrefixConfig | PromptConfig) else None
+    if virtual_tokens is not None and virtual_tokens.reparam is not None:
         write_tensors(folder / STATE, state_of(model))
     else:
         (folder / STATE).unlink(missing_ok=True)  # an older adapter's, in the same folder
-    if learned is not None:
-        write_json(folder / OWN, dataclasses.asdict(learned))
+    if virtual_tokens is not None:
+        write_json(folder / OWN, dataclasses.asdict(virtual_tokens))
     else:
         (folder / OWN).unlink(missing_ok=True)
 
@@ -110,9 +110,10 @@ def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
     apart = float((made - table).abs().max() / table.abs().max().clamp(min=1e-6))
     if apart > ROUNDING:
         raise InputError(
-            f"makes other columns than adapter_model.safetensors holds (by {apart:.1e} of the largest)", file=file,
+            f"makes other columns than adapter_model.safetensors holds (by {apart:.1e} of the largest)",
+            file=file,
             hint=f"Delete {OWN} and {STATE} to go by the stored columns",
-        )  # fmt: skip
+        )
 
 
 def columns_of(model: Decoder) -> Tensor:

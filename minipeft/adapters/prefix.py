@@ -27,7 +27,7 @@ from minipeft.adapters.lora import keep_float32
 from minipeft.adapters.reparam import Reparam, make_trunk
 from minipeft.errors import InputError
 from minipeft.models import Decoder
-from minipeft.models.attention import SHARED, product
+from minipeft.models.attention import VIRTUAL, product
 
 TASK_LINE = "Generate Python code given a natural language instruction."
 INITS = ("text", "normal", "peft")
@@ -199,7 +199,7 @@ def run_text(model: Decoder, ids: list[int], windowed: bool = False) -> tuple[Te
     model.eval()
     model.windowed = windowed
     with torch.no_grad():
-        model.hidden(row, documents=torch.full_like(row, SHARED), cache=cache)
+        model.hidden(row, documents=torch.full_like(row, VIRTUAL), cache=cache)
     model.train(was_training)
     model.windowed = False
     return cache.keys[:, 0], cache.values[:, 0]
@@ -256,7 +256,7 @@ def add_prefix(
         else:
             attention.prefix = prefix
     if not config.gate:
-        model.learned, model.windowed = config.length, config.windowed
+        model.virtual_tokens, model.windowed = config.length, config.windowed
     kind = GatedPrefix if config.gate else Prefix
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
@@ -283,7 +283,7 @@ def remove_prefix(model: Decoder) -> None:
     for attention in attentions(model):
         for slot in ("prefix", "beside"):
             empty_slot(attention, slot)
-    model.learned, model.windowed = 0, False
+    model.virtual_tokens, model.windowed = 0, False
 
 
 def empty_slot(module: nn.Module, slot: str) -> None:

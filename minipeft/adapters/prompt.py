@@ -84,11 +84,11 @@ def add_prompt(
     mlp = None
     if config.reparam is not None:
         mlp = Reparam(make_trunk(config.length, c.width, config.reparam, table.device, generator), c.width)
-    model.prompt, model.learned, model.windowed = Prompt(weight, mlp), config.length, config.windowed
+    model.prompt, model.virtual_tokens, model.windowed = Prompt(weight, mlp), config.length, config.windowed
     return ["prompt"]
 
 
 def remove_prompt(model: Decoder) -> None:
     """Empty the slot."""
     empty_slot(model, "prompt")
-    model.learned, model.windowed = 0, False
+    model.virtual_tokens, model.windowed = 0, False

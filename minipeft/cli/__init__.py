@@ -1,4 +1,4 @@
-"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect` (cli/commands.py has what they do).
+"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect`.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved. `--debug` shows the traceback instead of the line.
@@ -23,7 +23,8 @@ EXAMPLES = {
     "generate": "minipeft generate --model gpt2 --adapter runs/lora/adapter 'sort a list of tuples by second element'\n"
     "  minipeft generate --model gpt2 --adapter runs/lora/adapter --data conala --split test --out answers.jsonl",
     "score": "minipeft score answers.jsonl",
-    "plan": "minipeft plan gpt2 --method lora --length 1024 --batch 4\n  minipeft plan --preset paper --checkpointing",
+    "plan": "minipeft plan gpt2 --method lora --length 1024 --batch 4\n"
+    "  minipeft plan --preset paper --activation-checkpointing",
     "inspect": "minipeft inspect runs/lora/adapter",
 }
 HELP = {
@@ -84,9 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, fill) in COMMANDS.items():
         command = commands.add_parser(
-            name, help=HELP[name], description=HELP[name].capitalize() + ".", allow_abbrev=False,
-            epilog=f"example:\n  {EXAMPLES[name]}", formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+            name,
+            help=HELP[name],
+            description=HELP[name].capitalize() + ".",
+            allow_abbrev=False,
+            epilog=f"example:\n  {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         fill(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=run)

@@ -19,8 +19,14 @@ def fill_study(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="what to compare (default demo)")
     parser.add_argument("--model", nargs="+", default=[], metavar="M", help="folders, hub ids or demo")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-                        help="of full, lora, prefix, prompt (default all)")  # fmt: skip
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="of full, lora, prefix, prompt (default all)",
+    )
     parser.add_argument("--data", metavar="DATA", help="demo, conala, or a file of pairs, a fifth of which is asked")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each cell (default 1; prefix: 3)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the study's folder")
@@ -95,8 +101,10 @@ def run_train(options: argparse.Namespace) -> int:
     speed = f", {result['tokens_per_second']:.0f} tokens/s" if result["tokens_per_second"] else ""
     dev = f", held-out loss {result['dev_loss']:.3f}" if result["dev_loss"] is not None else ""
     kind = "model" if options.method == "full" else "adapter"
-    print(f"{options.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{dev}{speed}, "
-          f"peak {result['peak_memory_bytes'] / 1e9:.1f} GB")  # fmt: skip
+    print(
+        f"{options.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{dev}{speed}, "
+        f"peak {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
     return 0
 
 
@@ -162,7 +170,7 @@ def run_score(options: argparse.Namespace) -> int:
     return 0
 
 
-PLANNED = ("batch", "length", "dtype", "rank", "targets", "columns", "reparam", "checkpointing", "revision")
+PLANNED = ("batch", "length", "dtype", "rank", "targets", "columns", "reparam", "activation_checkpointing", "revision")
 
 
 def fill_plan(parser: argparse.ArgumentParser) -> None:
@@ -171,8 +179,14 @@ def fill_plan(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; of each, config.json is read")
     parser.add_argument("--preset", choices=["paper"], help="the eight models of the paper")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-                        help="of full, lora, prefix, prompt (default all)")  # fmt: skip
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="of full, lora, prefix, prompt (default all)",
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="whose speed is probed: cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     others = tuple(field.name for field in fields(TuneConfig) if field.name not in PLANNED)

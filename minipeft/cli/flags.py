@@ -18,7 +18,7 @@ TRAIN_HELP = {
     "accumulate": "batches a step",
     "length": "tokens of a row; default 1024, or the model's context",
     "learning_rate": "peak rate; default the method's own",
-    "loss": "tokens that are learned: all or response",
+    "loss_mask": "which tokens are supervised: all or response",
     "isolate": "keep the documents of a row from seeing each other",
     "held_out": "pairs kept for evaluation, by question",
     "evaluate_every": "steps between evaluations; default once an epoch",
@@ -35,7 +35,7 @@ TRAIN_HELP = {
     "text": "what a prefix or prompt starts as",
     "reparam": "width of the network that makes a prefix or prompt while it trains (Li & Liang); default none",
     "deterministic": "on CUDA: the same bits each time, slower (a CPU gives them anyway)",
-    "checkpointing": "recompute activations: less memory, more time",
+    "activation_checkpointing": "recompute activations: less memory, more time",
     "legacy_bin": "read pytorch_model.bin where there are no safetensors",
     "eos_token": "the token that ends a text, where the tokenizer names none",
     "revision": "commit, tag or branch on the hub",
@@ -69,8 +69,14 @@ def add_fields(
             parser.add_argument(flag, action="append", default=[], metavar="TEXT", help=said)
         else:
             shown = "" if required or field.default is None else f" (default {field.default})"
-            parser.add_argument(flag, type=kind, required=required, default=None if required else field.default,
-                                metavar=kind.__name__.upper(), help=said + shown)  # fmt: skip
+            parser.add_argument(
+                flag,
+                type=kind,
+                required=required,
+                default=None if required else field.default,
+                metavar=kind.__name__.upper(),
+                help=said + shown,
+            )
 
 
 def chosen(config: type, options: argparse.Namespace) -> Any:

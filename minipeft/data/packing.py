@@ -9,8 +9,8 @@
     one document a row        ids        a a a E .                     no packing; padded to the longest of the batch
                                          b b b b E
 
-`labels[t]` is `ids[t]` or -100: the model, not the data, shifts by one. T = length - learned, because the model puts an
-adapter's learned columns before each row itself. What is cut, padded or left out is counted in the report.
+`labels[t]` is `ids[t]` or -100: the model, not the data, shifts by one. T = length - virtual_tokens, because the model
+puts an adapter's virtual tokens before each row itself. What is cut, padded or left out is counted in the report.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PackReport:
     batches: int
     padded: int
     fill: float
-    learned: int
+    virtual_tokens: int
 
     def __str__(self) -> str:
         said = f"{self.documents:,} documents of {self.tokens_in:,} tokens"
@@ -77,8 +77,8 @@ class PackReport:
             )
         if self.left_out:
             lines.append(f"{self.left_out:,} without a token to learn from left out ({self.tokens_left_out:,} tokens)")
-        if self.learned:
-            lines.append(f"{self.learned} columns of each row are left to the adapter")
+        if self.virtual_tokens:
+            lines.append(f"{self.virtual_tokens} positions of each row are left to virtual tokens")
         return "\n".join(lines)
 
 
@@ -91,9 +91,16 @@ class Batches:
     """
 
     def __init__(
-        self, documents: list[Document], rows: list[list[int]], *, batch: int, width: int | None, pad: int,
-        seed: int | None, report: PackReport,
-    ):  # fmt: skip
+        self,
+        documents: list[Document],
+        rows: list[list[int]],
+        *,
+        batch: int,
+        width: int | None,
+        pad: int,
+        seed: int | None,
+        report: PackReport,
+    ):
         self.documents, self.rows = documents, rows
         self.batch, self.width, self.pad, self.seed = batch, width, pad, seed
         self.report = report
@@ -133,73 +140,91 @@ class Batches:
 
 
 def pack(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, length: int = 1024, batch: int = 4, learned: int = 0,
-    seed: int = 0, loss: str = "all", isolate: bool = True, shuffle: bool = True,
-) -> Batches:  # fmt: skip
-    """Pack examples into rows of `length - learned` tokens, `batch` rows a batch.
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    length: int = 1024,
+    batch: int = 4,
+    virtual_tokens: int = 0,
+    seed: int = 0,
+    loss_mask: str = "all",
+    isolate: bool = True,
+    shuffle: bool = True,
+) -> Batches:
+    """Pack examples into rows of `length - virtual_tokens` tokens, `batch` rows a batch.
 
-    `learned`: the columns of a row that an adapter takes (`model.learned`). `loss`: on "all" tokens or on the
-    "response" only. `isolate`: documents keep apart; without it they are joined in order, as the paper did.
+    `virtual_tokens`: positions that the adapter takes from each row (`model.virtual_tokens`). `loss_mask`: supervise
+    "all" tokens or the "response" only. `isolate`: keep documents apart; without it they are joined in order, as the
+    paper did.
 
     Raises:
         InputError: an argument out of range, no examples, or no token left to take a loss on.
     """
-    width = check(examples, length, batch, learned, seed, loss)
+    width = check(examples, length, batch, virtual_tokens, seed, loss_mask)
     if isolate:
-        documents = [document_of(example, loss, width) for example in examples]
+        documents = [document_of(example, loss_mask, width) for example in examples]
     else:
-        documents = joined(examples, tokenizer, loss, width)
+        documents = joined(examples, tokenizer, loss_mask, width)
     kept = [document for document in documents if learns(document)]
     rows = first_fit([len(ids) for ids, _ in kept], width) if isolate else [[number] for number in range(len(kept))]
-    report = reported(examples, documents, kept, rows, len(rows) * width, batch, learned)
+    report = reported(examples, documents, kept, rows, len(rows) * width, batch, virtual_tokens)
     order = seed if shuffle else None
     return Batches(kept, rows, batch=batch, width=width, pad=padding_of(tokenizer), seed=order, report=report)
 
 
 def rows_of_one(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, length: int = 1024, batch: int = 4, learned: int = 0,
-    seed: int = 0, loss: str = "all", shuffle: bool = False,
-) -> Batches:  # fmt: skip
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    length: int = 1024,
+    batch: int = 4,
+    virtual_tokens: int = 0,
+    seed: int = 0,
+    loss_mask: str = "all",
+    shuffle: bool = False,
+) -> Batches:
     """Lay out one example a row, in their own order unless `shuffle`: for evaluation, or to train without packing.
 
-    Arguments and errors as for `pack`; a batch is as wide as its longest document, at most `length - learned`.
+    Arguments and errors as for `pack`; a batch is as wide as its longest document, at most `length - virtual_tokens`.
     """
-    width = check(examples, length, batch, learned, seed, loss)
-    documents = [document_of(example, loss, width) for example in examples]
+    width = check(examples, length, batch, virtual_tokens, seed, loss_mask)
+    documents = [document_of(example, loss_mask, width) for example in examples]
     kept = [document for document in documents if learns(document)]
     rows = [[number] for number in range(len(kept))]
     order = seed if shuffle else None
     sizes = [len(kept[number][0]) for number in ordered(len(kept), order, 0).tolist()]
     groups = [sizes[start : start + batch] for start in range(0, len(sizes), batch)]
-    report = reported(examples, documents, kept, rows, sum(len(g) * max(g) for g in groups), batch, learned)
+    report = reported(examples, documents, kept, rows, sum(len(g) * max(g) for g in groups), batch, virtual_tokens)
     return Batches(kept, rows, batch=batch, width=None, pad=padding_of(tokenizer), seed=order, report=report)
 
 
-def check(examples: Sequence[Example], length: int, batch: int, learned: int, seed: int, loss: str) -> int:
+def check(examples: Sequence[Example], length: int, batch: int, virtual_tokens: int, seed: int, loss_mask: str) -> int:
     """Check the arguments of `pack`; return how many tokens a row holds."""
     if not examples:
         raise InputError("no examples to pack", where="examples")
     if batch < 1:
         raise InputError(f"must be at least 1, is {batch}", where="batch")
-    if learned < 0:
-        raise InputError(f"must be at least 0, is {learned}", where="learned")
+    if virtual_tokens < 0:
+        raise InputError(f"must be at least 0, is {virtual_tokens}", where="virtual_tokens")
     if not 0 <= seed < 2**63:
         raise InputError(f"must be from 0 to 2**63 - 1, is {seed}", where="seed")
-    if loss not in ("all", "response"):
-        raise InputError(f"must be 'all' or 'response', is {loss!r}", where="loss")
-    if length - learned < 2:  # one token to see and one to predict
-        raise InputError(f"{length} leaves {length - learned} tokens beside {learned} learned columns", where="length")
-    return length - learned
+    if loss_mask not in ("all", "response"):
+        raise InputError(f"must be 'all' or 'response', is {loss_mask!r}", where="loss_mask")
+    if length - virtual_tokens < 2:  # one token to see and one to predict
+        raise InputError(
+            f"{length} leaves {length - virtual_tokens} tokens beside {virtual_tokens} virtual tokens", where="length"
+        )
+    return length - virtual_tokens
 
 
-def document_of(example: Example, loss: str, width: int) -> Document:
+def document_of(example: Example, loss_mask: str, width: int) -> Document:
     """An example's ids and labels, cut to `width`."""
     ids = example.ids[:width]
-    silent = max(1, example.prompt_tokens if loss == "response" else 0)  # the first token is never a label
+    silent = max(1, example.prompt_tokens if loss_mask == "response" else 0)  # the first token is never a label
     return ids, [IGNORED] * min(silent, len(ids)) + ids[silent:]
 
 
-def joined(examples: Sequence[Example], tokenizer: Tokenizer, loss: str, width: int) -> list[Document]:
+def joined(examples: Sequence[Example], tokenizer: Tokenizer, loss_mask: str, width: int) -> list[Document]:
     """All examples, each ended by EOS, as one text cut every `width` tokens; the tail is a shorter row."""
     eos = tokenizer.require_eos()
     for number, example in enumerate(examples):
@@ -209,7 +234,7 @@ def joined(examples: Sequence[Example], tokenizer: Tokenizer, loss: str, width: 
     labels = list(ids)
     start = 0
     for example in examples:
-        if loss == "response":
+        if loss_mask == "response":
             labels[start : start + example.prompt_tokens] = [IGNORED] * example.prompt_tokens
         start += len(example.ids)
     cuts = range(0, len(ids), width)
@@ -245,16 +270,22 @@ def first_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def reported(
-    examples: Sequence[Example], documents: list[Document], kept: list[Document], rows: list[list[int]], cells: int,
-    batch: int, learned: int,
-) -> PackReport:  # fmt: skip
+    examples: Sequence[Example],
+    documents: list[Document],
+    kept: list[Document],
+    rows: list[list[int]],
+    cells: int,
+    batch: int,
+    virtual_tokens: int,
+) -> PackReport:
     """Count what went into the rows, and what did not."""
     if not kept:
         longest = max(len(example.ids) for example in examples)
         raise InputError(
             f"no token is left to take a loss on (the longest of {len(examples)} documents has {longest} tokens)",
-            where="examples", hint="Give more room (length), or take the loss on all tokens",
-        )  # fmt: skip
+            where="examples",
+            hint="Give more room (length), or take the loss on all tokens",
+        )
     tokens_in = sum(len(example.ids) for example in examples)
     tokens_cut = tokens_in - sum(len(ids) for ids, _ in documents)
     tokens_out = sum(len(ids) for ids, _ in kept)
@@ -271,7 +302,7 @@ def reported(
         batches=-(-len(rows) // batch),
         padded=cells - tokens_out,
         fill=tokens_out / cells,
-        learned=learned,
+        virtual_tokens=virtual_tokens,
     )
 
 

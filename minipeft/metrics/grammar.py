@@ -118,8 +118,13 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
     """The tree below a root without the text of its tokens, and from which byte to which one they stand."""
     tree = Tree([], [], [], [], [], [], {}, set(), root.has_error)
     kinds, named, fields, ends, places, broken = (
-        tree.kinds, tree.named, tree.fields, tree.ends, tree.places, tree.broken
-    )  # fmt: skip
+        tree.kinds,
+        tree.named,
+        tree.fields,
+        tree.ends,
+        tree.places,
+        tree.broken,
+    )
     cursor, names = root.walk(), _kinds()
     down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
     spans: list[tuple[int, int]] = []

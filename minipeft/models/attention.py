@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.errors import InputError
 
 PADDING = -1
-SHARED = -2
+VIRTUAL = -2
 
 
 def positions_in(documents: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def positions_in(documents: Tensor) -> Tensor:
     opens = torch.ones_like(documents, dtype=torch.bool)
     opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
     place = slot - torch.where(opens, slot, 0).cummax(dim=1).values  # [B, S]
-    shared = documents == SHARED
+    shared = documents == VIRTUAL
     place = torch.where(shared, place, place + shared.sum(dim=1, keepdim=True))
     return torch.where(documents == PADDING, 0, place)  # [B, S]; else a long run of padding overruns GPT-2's table
 
@@ -55,7 +55,7 @@ def visible(documents: Tensor, positions: Tensor, queries: int, window: int | No
     columns = torch.arange(documents.shape[1], device=documents.device)
     causal = columns[-queries:, None] >= columns  # [T, S]; by column: a number used twice must not show the future
     own = documents[:, -queries:, None] == documents[:, None, :]  # [B, T, S]
-    shared = (documents == SHARED)[:, None, :].expand_as(own)
+    shared = (documents == VIRTUAL)[:, None, :].expand_as(own)
     if window is not None:
         near = positions[:, -queries:, None] - positions[:, None, :] < window  # [B, T, S]
         own, shared = own & near, (shared & near if windowed else shared)
@@ -77,14 +77,22 @@ class Layout:
     positions: Tensor  # [B, T] of the queries
     mask: Tensor | None  # [B, 1, T, S], as_addend; None: plainly causal, or given by runs
     runs: list[list[tuple[int, Tensor | None]]] | None  # per row, each run's length and mask; None: use mask
-    learned: int  # SHARED columns at the head of each row's keys
+    virtual_tokens: int  # SHARED columns at the head of each row's keys
     prompted: bool  # those columns are queries too (a prompt)
     first: bool  # the row's first call: the one that brings in the learned columns
 
 
-def lay_out(documents: Tensor | None, ids: Tensor, cache: Cache | None, *, learned: int = 0, prompted: bool = False,
-            window: int | None = None, windowed: bool = False, dtype: torch.dtype = torch.bool
-            ) -> Layout:  # fmt: skip
+def lay_out(
+    documents: Tensor | None,
+    ids: Tensor,
+    cache: Cache | None,
+    *,
+    virtual_tokens: int = 0,
+    prompted: bool = False,
+    window: int | None = None,
+    windowed: bool = False,
+    dtype: torch.dtype = torch.bool,
+) -> Layout:
     """Work out positions and visibility for a forward pass over `ids` [B, T].
 
     `documents` [B, T] gives the owner of each token (None: one document a row). On the first call of a row, `learned`
@@ -95,28 +103,29 @@ def lay_out(documents: Tensor | None, ids: Tensor, cache: Cache | None, *, learn
         InputError: documents and ids differ in shape, or the cache has no room.
     """
     first = cache is None or cache.length == 0
-    queries = ids.shape[1] + (learned if prompted and first else 0)
-    if documents is None and first and not learned and cache is None and (window is None or queries <= window):
+    queries = ids.shape[1] + (virtual_tokens if prompted and first else 0)
+    if documents is None and first and not virtual_tokens and cache is None and (window is None or queries <= window):
         positions = torch.arange(queries, device=ids.device).expand_as(ids)  # [B, T]
         return Layout(positions, None, None, 0, False, first)
     documents = torch.zeros_like(ids) if documents is None else documents
     if documents.shape != ids.shape:
         raise InputError(f"shape {list(documents.shape)}, but ids have {list(ids.shape)}", where="documents")
     if first:
-        documents = F.pad(documents, (learned, 0), value=SHARED)  # [B, P + T]
+        documents = F.pad(documents, (virtual_tokens, 0), value=VIRTUAL)  # [B, P + T]
     if cache is not None:
         documents = cache.open(documents)  # [B, S]
     positions = positions_in(documents)  # [B, S]
     if cache is None and documents.device.type == "cpu":
-        runs = runs_in(documents, learned, window, windowed, prompted, dtype)
-        if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and learned else 1):
-            return Layout(positions[:, -queries:], None, runs, learned, prompted, first)
+        runs = runs_in(documents, virtual_tokens, window, windowed, prompted, dtype)
+        if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
+            return Layout(positions[:, -queries:], None, runs, virtual_tokens, prompted, first)
     mask = as_addend(visible(documents, positions, queries, window, windowed), dtype)
-    return Layout(positions[:, -queries:], mask, None, learned, prompted, first)
+    return Layout(positions[:, -queries:], mask, None, virtual_tokens, prompted, first)
 
 
-def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool, prompted: bool,
-            dtype: torch.dtype) -> list[list[tuple[int, Tensor | None]]] | None:  # fmt: skip
+def runs_in(
+    documents: Tensor, virtual_tokens: int, window: int | None, windowed: bool, prompted: bool, dtype: torch.dtype
+) -> list[list[tuple[int, Tensor | None]]] | None:
     """Each row's runs of one owner as (length, mask), the learned columns' own run only where they are queries.
 
     A mask is [n, P + n] over the learned columns and the run itself, or None where the run is plainly causal.
@@ -126,7 +135,7 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
 
     def mask_of(length: int, shared: int) -> Tensor | None:
         if (length, shared) not in masks:
-            alone = F.pad(torch.zeros(1, length, dtype=torch.long), (shared, 0), value=SHARED)  # [1, P + n]
+            alone = F.pad(torch.zeros(1, length, dtype=torch.long), (shared, 0), value=VIRTUAL)  # [1, P + n]
             plain = not shared and (window is None or length <= window)
             seen = None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
             masks[length, shared] = None if seen is None else as_addend(seen, dtype)
@@ -134,16 +143,16 @@ def runs_in(documents: Tensor, learned: int, window: int | None, windowed: bool,
 
     rows = []
     for row in documents:
-        owners, lengths = torch.unique_consecutive(row[learned:], return_counts=True)
+        owners, lengths = torch.unique_consecutive(row[virtual_tokens:], return_counts=True)
         real = [owner for owner in owners.tolist() if owner != PADDING]
-        if SHARED in real or len(set(real)) < len(real):
+        if VIRTUAL in real or len(set(real)) < len(real):
             return None
         row_lengths: list[int] = lengths.tolist()
-        runs = [(n, mask_of(n, learned)) for n in row_lengths]
-        if learned and prompted:
-            alone = torch.full((1, learned), SHARED)
-            among = visible(alone, positions_in(alone), learned, window, windowed)[0, 0]  # [P, P]
-            runs.insert(0, (learned, as_addend(among, dtype)))
+        runs = [(n, mask_of(n, virtual_tokens)) for n in row_lengths]
+        if virtual_tokens and prompted:
+            alone = torch.full((1, virtual_tokens), VIRTUAL)
+            among = visible(alone, positions_in(alone), virtual_tokens, window, windowed)[0, 0]  # [P, P]
+            runs.insert(0, (virtual_tokens, as_addend(among, dtype)))
         rows.append(runs)
     return rows
 
@@ -227,13 +236,13 @@ def attend_by_run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: floa
     pieces = []
     for row, runs in enumerate(layout.runs):
         lengths = [n for n, _ in runs]
-        ahead = 1 if layout.learned and not layout.prompted else 0  # a prefix: a piece of keys without queries
-        of_keys = [layout.learned] * ahead + lengths
+        ahead = 1 if layout.virtual_tokens and not layout.prompted else 0  # a prefix: a piece of keys without queries
+        of_keys = [layout.virtual_tokens] * ahead + lengths
         qs = q[row].transpose(0, 1).split(lengths)  # each [n, H, D]
         ks, vs = k[row].transpose(0, 1).split(of_keys), v[row].transpose(0, 1).split(of_keys)  # each [n, K, D]
         for i, (_, mask) in enumerate(runs):
             k_run, v_run = ks[i + ahead], vs[i + ahead]
-            if layout.learned and i + ahead > 0:
+            if layout.virtual_tokens and i + ahead > 0:
                 k_run, v_run = torch.cat([ks[0], k_run]), torch.cat([vs[0], v_run])  # [P + n, K, D]
             y = product(heads_first(qs[i]), heads_first(k_run), heads_first(v_run), mask, mask is None, dropout, scale)
             pieces.append(y[0].transpose(0, 1).flatten(1))  # [n, H * D]
@@ -251,6 +260,6 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     return tuple(linear(x) for linear in linears) if together is None else together(x, linears)
 
 
-def run_block(block: nn.Module, recompute: bool, *arguments: object) -> Tensor:
+def run_block(block: nn.Module, activation_checkpointing: bool, *arguments: object) -> Tensor:
     """Apply a decoder block; with `recompute` keep only its input and run it again in backward (Chen et al. 2016)."""
-    return checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+    return checkpoint(block, *arguments, use_reentrant=False) if activation_checkpointing else block(*arguments)

@@ -51,9 +51,13 @@ Where = dict[str, tuple[Path, str, TensorInfo]]  # our name -> file, the file's 
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-    revision: str | None = None, legacy_bin: bool = False,
-) -> Decoder:  # fmt: skip
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    legacy_bin: bool = False,
+) -> Decoder:
     """Load a GPT-2, Llama or Mistral checkpoint from a folder or hub id, in eval mode.
 
     `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no

@@ -175,9 +175,9 @@ class GPT2(nn.Module):
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.prompt: Any = None
         self.adapter: Any = None  # the config of what fills the slots; kept here, never read here
-        self.learned = 0  # columns that the prefix or the prompt takes
+        self.virtual_tokens = 0  # columns that the prefix or the prompt takes
         self.windowed = False
-        self.recompute = False  # activation checkpointing, one block at a time
+        self.activation_checkpointing = False  # activation checkpointing, one block at a time
         self.tie()
 
     def tie(self) -> None:
@@ -207,7 +207,7 @@ class GPT2(nn.Module):
     def new_cache(self, rows: int, length: int) -> Cache:
         """A decode cache for `rows` rows of `length` tokens, with room for the learned columns."""
         c, weight = self.config, self.embedding.weight
-        return Cache(c.n_layer, rows, c.n_head, length + self.learned, c.head_width, weight.dtype, weight.device)
+        return Cache(c.n_layer, rows, c.n_head, length + self.virtual_tokens, c.head_width, weight.dtype, weight.device)
 
     def hidden(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """ids [B, T] -> what the head reads [B, T, C]; `documents` [B, T] as in attention.py.
@@ -216,16 +216,20 @@ class GPT2(nn.Module):
             InputError: a position lies beyond the table of n_positions, or documents do not fit the ids.
         """
         layout = lay_out(
-            documents, ids, cache, learned=self.learned, prompted=self.prompt is not None,
+            documents,
+            ids,
+            cache,
+            virtual_tokens=self.virtual_tokens,
+            prompted=self.prompt is not None,
             dtype=self.embedding.weight.dtype,
-        )  # fmt: skip
+        )
         self.check_positions(layout)
         x = self.embedding(ids)  # [B, T, C]
         if self.prompt is not None and layout.first:
             x = self.prompt(x)  # [B, P + T, C]
         x = self.transformer["drop"](x + self.transformer["wpe"](layout.positions))  # [B, P + T, C]
         for block in self.blocks:
-            x = run_block(block, self.recompute and self.training, x, layout, cache)
+            x = run_block(block, self.activation_checkpointing and self.training, x, layout, cache)
         return self.transformer["ln_f"](x[:, -ids.shape[1] :])  # [B, T, C]
 
     def check_positions(self, layout: Layout) -> None:
@@ -234,12 +238,12 @@ class GPT2(nn.Module):
             return  # there are no values to look at
         limit = self.config.n_positions
         columns = layout.positions.shape[1] if layout.mask is None else layout.mask.shape[-1]
-        if columns + self.learned > limit and int(layout.positions.max()) >= limit:
+        if columns + self.virtual_tokens > limit and int(layout.positions.max()) >= limit:
             raise InputError(
                 f"the longest reaches position {int(layout.positions.max())}, but this model has n_positions={limit}"
-                + (f", of which the adapter takes {self.learned}" if self.learned else ""),
+                + (f", of which the adapter takes {self.virtual_tokens}" if self.virtual_tokens else ""),
                 where="documents",
-                hint=f"cut each document to {limit - self.learned} tokens",
+                hint=f"cut each document to {limit - self.virtual_tokens} tokens",
             )
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -267,9 +267,9 @@ class Llama(nn.Module):
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.prompt: Any = None
         self.adapter: Any = None  # the config of what fills the slots; kept here, never read here
-        self.learned = 0  # columns that the prefix or the prompt takes
+        self.virtual_tokens = 0  # columns that the prefix or the prompt takes
         self.windowed = False  # whether a sliding window hides them
-        self.recompute = False  # activation checkpointing, one block at a time
+        self.activation_checkpointing = False  # activation checkpointing, one block at a time
         self.tie()
 
     def tie(self) -> None:
@@ -298,7 +298,9 @@ class Llama(nn.Module):
     def new_cache(self, rows: int, length: int) -> Cache:
         """A decode cache for `rows` rows of `length` tokens, with room for the learned columns."""
         c, weight = self.config, self.embedding.weight
-        return Cache(c.layers, rows, c.kv_heads, length + self.learned, c.head_width, weight.dtype, weight.device)
+        return Cache(
+            c.layers, rows, c.kv_heads, length + self.virtual_tokens, c.head_width, weight.dtype, weight.device
+        )
 
     def hidden(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """ids [B, T] -> what the head reads [B, T, C]; `documents` [B, T] as in attention.py.
@@ -307,15 +309,21 @@ class Llama(nn.Module):
             InputError: documents do not fit the ids, or the cache has no room.
         """
         layout = lay_out(
-            documents, ids, cache, learned=self.learned, prompted=self.prompt is not None,
-            window=self.window, windowed=self.windowed, dtype=self.embedding.weight.dtype,
-        )  # fmt: skip
+            documents,
+            ids,
+            cache,
+            virtual_tokens=self.virtual_tokens,
+            prompted=self.prompt is not None,
+            window=self.window,
+            windowed=self.windowed,
+            dtype=self.embedding.weight.dtype,
+        )
         x = self.embedding(ids)  # [B, T, C]
         if self.prompt is not None and layout.first:
             x = self.prompt(x)  # [B, P + T, C]
         rotary = rotation(self.config, layout.positions, x.dtype)
         for block in self.blocks:
-            x = run_block(block, self.recompute and self.training, x, layout, rotary, cache)
+            x = run_block(block, self.activation_checkpointing and self.training, x, layout, rotary, cache)
         return self.model["norm"](x[:, -ids.shape[1] :])  # [B, T, C]
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -37,9 +37,12 @@ def load_tuned(options: Namespace) -> tuple[Decoder, Tokenizer]:
         raise InputError(f"{options.dtype!r} is not known ({', '.join(DTYPES)})", where="dtype")
     tokenizer = load_tokenizer(options.model, revision=options.revision)
     model = load_model(
-        options.model, dtype=DTYPES.get(options.dtype), device=options.device, revision=options.revision,
+        options.model,
+        dtype=DTYPES.get(options.dtype),
+        device=options.device,
+        revision=options.revision,
         legacy_bin=options.legacy_bin,
-    )  # fmt: skip
+    )
     tokenizer.check_fits(model.config.vocab_size, options.model)
     if options.adapter is not None:
         load_adapter(model, options.adapter)
@@ -65,8 +68,14 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, op
         raise InputError("exists already", file=out, hint="Name another --out, or remove it")
     pairs = load_pairs(options.data, split=options.split)
     items = pairs.items[: options.limit]
-    begun = {"settings": asdict(config), "model": options.model, "adapter": str(options.adapter),
-             "merge": options.merge, "data_sha256": pairs.sha256, "questions": len(items)}  # fmt: skip
+    begun = {
+        "settings": asdict(config),
+        "model": options.model,
+        "adapter": str(options.adapter),
+        "merge": options.merge,
+        "data_sha256": pairs.sha256,
+        "questions": len(items),
+    }
     part = out.with_name(out.name + ".part")
     done = begin(part, json.loads(json.dumps(begun)))
     left = [number for number in range(len(items)) if number not in done]
@@ -77,8 +86,13 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: GenerateConfig, op
     ):
         for a in answer(model, tokenizer, prompts, config, only=left):
             pair = items[a.index]
-            done[a.index] = {"prediction": a.text, "reference": pair.snippet, "question_id": pair.question_id,
-                             "intent": pair.intent, "ended": a.ended}  # fmt: skip
+            done[a.index] = {
+                "prediction": a.text,
+                "reference": pair.snippet,
+                "question_id": pair.question_id,
+                "intent": pair.intent,
+                "ended": a.ended,
+            }
             stream.write(json.dumps({"index": a.index, **done[a.index]}) + "\n")
             stream.flush()
             bar.update()

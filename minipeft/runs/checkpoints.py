@@ -187,8 +187,9 @@ def check_space(folder: Path, numbers: int, more: int = 0) -> None:
         raise InputError(problem, file=folder, hint="Make room, or name an --out elsewhere")
 
 
-def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool,
-             about: Mapping[str, Any] | None = None) -> Run:  # fmt: skip
+def open_run(
+    folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, about: Mapping[str, Any] | None = None
+) -> Run:
     """Take the run folder for this process: new, or the same run again with `resume`. `about` may differ then.
 
     Raises:

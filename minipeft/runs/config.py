@@ -28,7 +28,7 @@ class TuneConfig:
     accumulate: int = 1  # batches a step
     length: int | None = None  # tokens of a row; None: 1024, or the model's context
     learning_rate: float | None = None
-    loss: str = "all"  # tokens that are learned: all, response
+    loss_mask: str = "all"  # which tokens are supervised: all, response
     isolate: bool = True  # documents of a row do not see each other
     held_out: int = 100  # pairs kept for evaluation, by question
     evaluate_every: int | None = None  # steps; None: each epoch
@@ -44,7 +44,7 @@ class TuneConfig:
     init: str = "text"
     text: str | None = None  # what a prefix or prompt starts as
     reparam: int | None = None  # width of the network that makes a prefix or prompt; None: a plain table
-    checkpointing: bool = False  # recompute activations: less memory, more time
+    activation_checkpointing: bool = False  # recompute activations: less memory, more time
     legacy_bin: bool = False
     eos_token: str | None = None
     revision: str | None = None

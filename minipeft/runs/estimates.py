@@ -64,12 +64,22 @@ def plan_of(config: TuneConfig) -> dict[str, Any]:
     base, own = read_config(file), read_object(file)
     named = own.get("dtype") or own.get("torch_dtype")
     dtype = DTYPES[config.dtype or ("fp32" if config.method == "full" or named in (None, "float32") else "bf16")]
-    shape: dict[str, Any] = {"rows": config.batch, "length": config.length, "checkpointing": config.checkpointing}
+    shape: dict[str, Any] = {
+        "rows": config.batch,
+        "length": config.length,
+        "activation_checkpointing": config.activation_checkpointing,
+    }
     found = plan(base, config.adapter(), dtype=dtype, **shape)
     seconds = found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(config.device)))
-    return {"model": config.model, **asdict(found), "percent": found.percent, "peak": found.peak,
-            "dtype": str(dtype).removeprefix("torch."), "checkpointing": config.checkpointing,
-            "seconds": seconds}  # fmt: skip
+    return {
+        "model": config.model,
+        **asdict(found),
+        "percent": found.percent,
+        "peak": found.peak,
+        "dtype": str(dtype).removeprefix("torch."),
+        "activation_checkpointing": config.activation_checkpointing,
+        "seconds": seconds,
+    }
 
 
 def length_of(config: TuneConfig, model: Decoder) -> int:
@@ -89,13 +99,13 @@ def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches:
     """How much work lies ahead, evaluations included, about how long it will take here, and in how much memory."""
     held, tokens = batches.report, batches.report.tokens_out / len(batches) * settings.accumulate * settings.steps
     weight, document = model.embedding.weight, batches.report.tokens_out // batches.report.documents
-    whole, again = config.method == "full", config.checkpointing
-    flops = train_flops(model.config, tokens, document, full=whole, checkpointing=again)
+    whole, again = config.method == "full", config.activation_checkpointing
+    flops = train_flops(model.config, tokens, document, full=whole, activation_checkpointing=again)
     times = 1 + settings.steps // evaluated_every(config, batches) if dev else 0
     flops += times * forward_flops(model.config, held.tokens_out / held.documents * config.held_out, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     ahead = f"{settings.steps} steps at a rate of {settings.learning_rate:g}, {tokens:,.0f} tokens"
-    length = min(length_of(config, model), model.config.context - model.learned)
-    shape: dict[str, Any] = {"rows": config.batch, "length": length, "checkpointing": again}
+    length = min(length_of(config, model), model.config.context - model.virtual_tokens)
+    shape: dict[str, Any] = {"rows": config.batch, "length": length, "activation_checkpointing": again}
     peak = plan(model.config, config.adapter(), dtype=weight.dtype, **shape).peak
     return f"{ahead}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

@@ -45,8 +45,14 @@ TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.j
 DEV_LENGTH = 1024  # tokens of a row of held-out pairs
 
 
-def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False,
-         say: Callable[[str], None] = print) -> dict[str, Any]:  # fmt: skip
+def tune(
+    config: TuneConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Do the run that `config` describes in the folder `out`; returns what result.json and timing.json hold.
 
     `say` is given each line that a person should read. With `resume` a run goes on from its newest checkpoint and ends
@@ -80,8 +86,9 @@ def tune(config: TuneConfig, out: str | Path, *, resume: bool = False, overwrite
             run.close()
 
 
-def tune_in(run: Run, config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer, say: Callable[[str], None]
-            ) -> dict[str, Any]:  # fmt: skip
+def tune_in(
+    run: Run, config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, Any]:
     """`tune` once the folder is ours."""
     model = load_base(config, tokenizer)
     report = add_adapter(model, config.adapter(), tokenizer, seed=config.seed)
@@ -107,8 +114,16 @@ def tune_in(run: Run, config: TuneConfig, pairs: Pairs, tokenizer: Tokenizer, sa
     return write_result(run.folder, config, settings, result, save_result(run.folder, model, config))
 
 
-def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any],
-         state: TrainState, say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+def loop(
+    run: Run,
+    config: TuneConfig,
+    settings: TrainConfig,
+    model: Decoder,
+    batches: Batches,
+    dev: list[Any],
+    state: TrainState,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     """Train to the end: log each step, evaluate and save now and then, stop when asked."""
     every = evaluated_every(config, batches)
     begun_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
@@ -122,8 +137,14 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
         mark = time.perf_counter()
         for step in noted(train(model, batches, settings, state), run, state):
             seconds += time.perf_counter() - mark
-            entry: dict[str, Any] = {"step": step.number, "loss": step.loss, "rate": step.rate, "norm": step.norm,
-                                     "tokens": step.tokens, "targets": step.targets}  # fmt: skip
+            entry: dict[str, Any] = {
+                "step": step.number,
+                "loss": step.loss,
+                "learning_rate": step.learning_rate,
+                "grad_norm": step.grad_norm,
+                "tokens": step.tokens,
+                "targets": step.targets,
+            }
             if dev and (step.number % every == 0 or step.number == settings.steps):
                 entry["dev_loss"] = evaluate(model, dev)
             run.log(entry)
@@ -136,8 +157,14 @@ def loop(run: Run, config: TuneConfig, settings: TrainConfig, model: Decoder, ba
                 raise Stopped(stop[0], step.number)
             mark = time.perf_counter()
     last = last or finished_entry(run)
-    return {"steps": state.step, "resumed_at": begun_at, "train_seconds": seconds, "dev_loss": last.get("dev_loss"),
-            "loss": last.get("loss"), "tokens_per_second": tokens / seconds if tokens else None}  # fmt: skip
+    return {
+        "steps": state.step,
+        "resumed_at": begun_at,
+        "train_seconds": seconds,
+        "dev_loss": last.get("dev_loss"),
+        "loss": last.get("loss"),
+        "tokens_per_second": tokens / seconds if tokens else None,
+    }
 
 
 def noted(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[Step]:
@@ -171,17 +198,23 @@ def load_base(config: TuneConfig, tokenizer: Tokenizer) -> Decoder:
     return model
 
 
-def rows_for(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Callable[[str], None]
-             ) -> tuple[Batches, list[Any]]:  # fmt: skip
+def rows_for(
+    config: TuneConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Callable[[str], None]
+) -> tuple[Batches, list[Any]]:
     """The batches to train on, and those held out."""
     kept, held = split_by_question(pairs, config.held_out) if config.held_out else (pairs, None)
     if held is not None and (both := shared_pairs(kept, held)):
         say(f"warning: {both} of the {len(held)} pairs held out are also trained on: the held-out loss flatters")
-    shared: dict[str, Any] = {"length": length_of(config, model), "learned": model.learned}
+    shared: dict[str, Any] = {"length": length_of(config, model), "virtual_tokens": model.virtual_tokens}
     batches = pack(
-        encode_pairs(kept, tokenizer), tokenizer, batch=config.batch, seed=config.seed, loss=config.loss,
-        isolate=config.isolate, **shared,
-    )  # fmt: skip
+        encode_pairs(kept, tokenizer),
+        tokenizer,
+        batch=config.batch,
+        seed=config.seed,
+        loss_mask=config.loss_mask,
+        isolate=config.isolate,
+        **shared,
+    )
     return batches, [] if held is None else held_rows(config, model, tokenizer, held)
 
 
@@ -189,9 +222,14 @@ def held_rows(config: TuneConfig, model: Decoder, tokenizer: Tokenizer, held: Pa
     """The held-out pairs, whole wherever the context allows, however short the rows are that are trained on; isolated,
     so that packing changes no loss. Every seed has the same ones."""
     rows = pack(
-        encode_pairs(held, tokenizer), tokenizer, length=min(DEV_LENGTH, model.config.context), batch=1,
-        learned=model.learned, loss=config.loss, shuffle=False,
-    )  # fmt: skip
+        encode_pairs(held, tokenizer),
+        tokenizer,
+        length=min(DEV_LENGTH, model.config.context),
+        batch=1,
+        virtual_tokens=model.virtual_tokens,
+        loss_mask=config.loss_mask,
+        shuffle=False,
+    )
     return list(rows)
 
 
@@ -210,7 +248,11 @@ def train_config(config: TuneConfig, model: Decoder, batches: int) -> TrainConfi
         chosen["learning_rate"] = config.learning_rate
     steps = config.steps or max(1, round(config.epochs * batches / config.accumulate))
     return TrainConfig(
-        steps=steps, accumulate=config.accumulate, seed=config.seed, checkpointing=config.checkpointing, **chosen
+        steps=steps,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        activation_checkpointing=config.activation_checkpointing,
+        **chosen,
     )
 
 
@@ -251,13 +293,19 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_result(folder: Path, config: TuneConfig, settings: TrainConfig, result: dict[str, Any], files: dict[str, str]
-                 ) -> dict[str, Any]:  # fmt: skip
+def write_result(
+    folder: Path, config: TuneConfig, settings: TrainConfig, result: dict[str, Any], files: dict[str, str]
+) -> dict[str, Any]:
     """timing.json: what differs from run to run; then result.json: what does not. Its being there says: ended."""
     timing = {name: result.pop(name) for name in ("resumed_at", "train_seconds", "tokens_per_second")}
     timing["peak_memory_bytes"] = peak_memory(config.device)
-    whole = {"method": config.method, "model": config.model, "learning_rate": settings.learning_rate, **result,
-             "files": files}  # fmt: skip
+    whole = {
+        "method": config.method,
+        "model": config.model,
+        "learning_rate": settings.learning_rate,
+        **result,
+        "files": files,
+    }
     write_json(folder / "timing.json", timing)
     write_json(folder / RESULT, whole)
     return whole | timing

@@ -69,7 +69,7 @@ def plan(
     rows: int = 1,
     length: int | None = None,
     dtype: torch.dtype = torch.float32,
-    checkpointing: bool = False,
+    activation_checkpointing: bool = False,
 ) -> Plan:
     """What it takes to train `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
@@ -90,11 +90,11 @@ def plan(
     model = without_data(config)
     report = add_adapter(model.to(torch.float32 if full else dtype), adapter)
     model.train()
-    model.recompute = checkpointing
+    model.activation_checkpointing = activation_checkpointing
     weights = bytes_of([*model.parameters(), *model.buffers()])
     moments = 2 * bytes_of([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    flops = train_flops(config, rows * length, length, full=full, checkpointing=checkpointing)
+    flops = train_flops(config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing)
     return Plan(
         report.method, rows, length, report.trainable, report.total, weights, moments, step_bytes(model, ids), flops
     )
@@ -203,9 +203,11 @@ def forward_flops(config: Any, tokens: float, document: int) -> float:
     return tokens * (2 * linear_weights(config) + 4 * document * config.heads * config.head_width * config.layers)
 
 
-def train_flops(config: Any, tokens: float, document: int, *, full: bool, checkpointing: bool = False) -> float:
+def train_flops(
+    config: Any, tokens: float, document: int, *, full: bool, activation_checkpointing: bool = False
+) -> float:
     """FLOPs of training on them: forward, backward through the activations, and what is trained or recomputed."""
-    return forward_flops(config, tokens, document) * (1 + 1 + full + checkpointing)
+    return forward_flops(config, tokens, document) * (1 + 1 + full + activation_checkpointing)
 
 
 def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
@@ -232,13 +234,18 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     heads = ("model", "method", "rows", "base", "trained", "%", "weights", "AdamW", "step", "peak GB", "TFLOP", "here")
     cells = [heads] + [
         (
-            row["model"], row["method"], f"{row['rows']} x {row['length']}", row["dtype"],
-            f"{row['trainable']:,}", f"{row['percent']:.3g}",
+            row["model"],
+            row["method"],
+            f"{row['rows']} x {row['length']}",
+            row["dtype"],
+            f"{row['trainable']:,}",
+            f"{row['percent']:.3g}",
             *(f"{row[name] / 1e9:.2f}" for name in ("weights", "moments", "step", "peak")),
-            f"{row['flops'] / 1e12:.3g}", in_words(row["seconds"], fine=True),
+            f"{row['flops'] / 1e12:.3g}",
+            in_words(row["seconds"], fine=True),
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     sides = ("<",) * 4 + (">",) * (len(heads) - 4)
     lines = ["  ".join(f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths)).rstrip() for line in cells]

@@ -102,5 +102,5 @@ def enough_memory(batch: int, length: int, device: str) -> Iterator[None]:
         raise InputError(
             f"out of memory with batches of {batch} x {length} tokens (peak {peak:.1f} GiB)",
             where=device,
-            hint="Take a smaller --batch with more --accumulate, a smaller --length, or --checkpointing",
+            hint="Take a smaller --batch with more --accumulate, a smaller --length, or --activation-checkpointing",
         ) from error

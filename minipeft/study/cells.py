@@ -65,20 +65,43 @@ def work(folder: Path) -> dict[str, Any]:
 
 def described(cell: dict[str, Any], config: TuneConfig) -> dict[str, Any]:
     """What a row says of its cell; null for what the method has not."""
-    learned = cell["method"] in ("prefix", "prompt")
+    virtual_tokens = cell["method"] in ("prefix", "prompt")
     return {
-        "model": cell["model"], "method": cell["method"], "seed": cell["seed"], "recipe": "minipeft",
-        "init": config.init if learned else None, "reparam": config.reparam if learned else None,
-        "learning_rate": None, "steps": 0, "trainable": 0, "trainable_percent": 0.0, "train_seconds": 0.0,
-        "tokens_per_second": None, "dev_loss": None, "dev_loss_start": None, "stored": 0, "adapter_movement": None,
-    }  # fmt: skip
+        "model": cell["model"],
+        "method": cell["method"],
+        "seed": cell["seed"],
+        "recipe": "minipeft",
+        "init": config.init if virtual_tokens else None,
+        "reparam": config.reparam if virtual_tokens else None,
+        "learning_rate": None,
+        "steps": 0,
+        "trainable": 0,
+        "trainable_percent": 0.0,
+        "train_seconds": 0.0,
+        "tokens_per_second": None,
+        "dev_loss": None,
+        "dev_loss_start": None,
+        "stored": 0,
+        "adapter_movement": None,
+    }
 
 
 def train_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The part of a row that training gives. `stored`: the numbers on disk; of a prefix or prompt the network that
     makes it is not among them. `dev_loss_start`: before the first step."""
-    names = ("learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second",
-             "resumed_at", "loss", "dev_loss", "adapter_movement", "peak_memory_bytes")  # fmt: skip
+    names = (
+        "learning_rate",
+        "steps",
+        "trainable",
+        "trainable_percent",
+        "train_seconds",
+        "tokens_per_second",
+        "resumed_at",
+        "loss",
+        "dev_loss",
+        "adapter_movement",
+        "peak_memory_bytes",
+    )
     first = parse_json(read_text(folder / "run" / "log.jsonl").splitlines()[0], "log.jsonl")
     adapter = folder / "run" / "adapter" / WEIGHTS
     stored = sum(math.prod(t.shape) for t in read_header(adapter).values()) if adapter.exists() else result["trainable"]
@@ -94,9 +117,16 @@ def answer(config: TuneConfig, generate: GenerateConfig, folder: Path, untrained
     options = Namespace(
         model=str(folder / "run" / "model") if full else config.model,
         adapter=None if full or untrained else folder / "run" / "adapter",
-        merge=False, device=config.device, dtype=config.dtype, revision=config.revision, legacy_bin=config.legacy_bin,
-        data=QUESTIONS, split="test", limit=None, out=folder / ANSWERS,
-    )  # fmt: skip
+        merge=False,
+        device=config.device,
+        dtype=config.dtype,
+        revision=config.revision,
+        legacy_bin=config.legacy_bin,
+        data=QUESTIONS,
+        split="test",
+        limit=None,
+        out=folder / ANSWERS,
+    )
     if options.out.exists() and not untrained:
         return {}
     model, tokenizer = load_tuned(options)
@@ -118,8 +148,22 @@ def text_row(file: Path) -> dict[str, Any]:
     cut = [row["ended"] == "limit" for row in rows] if all("ended" in row for row in rows) else None
     scores = score_texts(predictions, references, hit_limit=cut)
     sums = count_pairs(predictions, references).sum(axis=0)
-    names = ("pairs", "bleu", "codebleu", "codebleu_compat", "ngram", "weighted_ngram", "syntax", "dataflow",
-             "exact_match", "chrf", "valid_python", "empty", "repeated", "hit_limit")  # fmt: skip
+    names = (
+        "pairs",
+        "bleu",
+        "codebleu",
+        "codebleu_compat",
+        "ngram",
+        "weighted_ngram",
+        "syntax",
+        "dataflow",
+        "exact_match",
+        "chrf",
+        "valid_python",
+        "empty",
+        "repeated",
+        "hit_limit",
+    )
     return {
         **{name: getattr(scores, name) for name in names},
         "leaked": sum(any(part in text for part in TEMPLATE_PARTS) for text in predictions),

@@ -118,12 +118,14 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
     grid = "".join(
         f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
         f'<text x="-8" y="{y + 4:.1f}" text-anchor="end" class="tick">{loss:g}</text>'
-        for loss in ticks(low, high) for y in [place(0, loss)[1]]
-    )  # fmt: skip
+        for loss in ticks(low, high)
+        for y in [place(0, loss)[1]]
+    )
     circles = "".join(
         f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="open"><title>step {step:g}: {loss:.3f}</title></circle>'
-        for step, loss in curve.held_out for x, y in [place(step, loss)]
-    )  # fmt: skip
+        for step, loss in curve.held_out
+        for x, y in [place(step, loss)]
+    )
     ends = f", held out {curve.held_out[0][1]:.2f} → {curve.held_out[-1][1]:.2f}" if curve.held_out else ""
     body = (
         f'{grid}<svg viewBox="0 0 100 {height}" width="100%" height="{height}" preserveAspectRatio="none">'
@@ -134,8 +136,9 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
     return f'<div class="panel"><h3>{title}</h3>{figure(body, height + 20, title)}</div>'
 
 
-def by_rate(rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple[float, str]], title: str,
-            height: int = 320) -> str:  # fmt: skip
+def by_rate(
+    rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple[float, str]], title: str, height: int = 320
+) -> str:
     """A line for each start over the learning rates, loss on a logarithmic scale; `marks`: what to compare with."""
     values = [loss for line in lines for loss in line.losses if loss is not None] + [loss for loss, _ in marks]
     low, high = math.log(min(values)) - 0.08, math.log(max(values)) + 0.08
@@ -144,8 +147,9 @@ def by_rate(rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple
     parts = [
         f'<line x1="0" x2="100%" y1="{down(loss):.1f}" y2="{down(loss):.1f}" class="grid"/>'
         f'<text x="-8" y="{down(loss) + 4:.1f}" text-anchor="end" class="tick">{loss:g}</text>'
-        for loss in (1, 2, 3, 5, 8, 12) if low <= math.log(loss) <= high
-    ]  # fmt: skip
+        for loss in (1, 2, 3, 5, 8, 12)
+        if low <= math.log(loss) <= high
+    ]
     parts += [f'<line x1="0" x2="100%" y1="{down(m):.1f}" y2="{down(m):.1f}" class="mark"/>' for m, _ in marks]
     for line in lines:
         points = [(left(place), down(loss)) for place, loss in enumerate(line.losses) if loss is not None]

@@ -103,30 +103,51 @@ def text(value: object) -> str:
     return html.escape(seen)
 
 
-def page(results: dict[str, Any], said: Sequence[str], notes: Sequence[str], runs: Sequence[Curve],
-         cells: Sequence[Answered]) -> str:  # fmt: skip
+def page(
+    results: dict[str, Any], said: Sequence[str], notes: Sequence[str], runs: Sequence[Curve], cells: Sequence[Answered]
+) -> str:
     """The whole page."""
     groups: list[Group] = results["groups"]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
     parts = [
-        f"<h1>{text(heading(results))}</h1>", f"<p>{text(' '.join(said))}</p>", table(groups, "scores"),
-        section("Scores", score_bars(groups), "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
-                "Striped: the untrained model. Outlined: answers that need no model."),
+        f"<h1>{text(heading(results))}</h1>",
+        f"<p>{text(' '.join(said))}</p>",
+        table(groups, "scores"),
+        section(
+            "Scores",
+            score_bars(groups),
+            "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
+            "Striped: the untrained model. Outlined: answers that need no model.",
+        ),
         *(section(f"Prefixes after {grid.steps} steps", grid_table(grid), MEANING) for grid in tables(groups)),
-        *(section(f"Held-out loss after {steps} steps", loss_bars(rows), "Bars are nats per token, lines one standard "
-                  "deviation over seeds to both sides.") for steps, rows in several_seeds(results).items()),
+        *(
+            section(
+                f"Held-out loss after {steps} steps",
+                loss_bars(rows),
+                "Bars are nats per token, lines one standard deviation over seeds to both sides.",
+            )
+            for steps, rows in several_seeds(results).items()
+        ),
         section("To know before using a number", flag_list(groups)),
         section("What it took, and what the answers are like", table(groups, "rest")),
-        section("Loss", losses(runs), "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
-                "held out of training, in nats per token. All panels have one scale."),
-        section("CodeBLEU, and what its package makes of nothing", codebleu(groups),
-                f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package."),
+        section(
+            "Loss",
+            losses(runs),
+            "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
+            "held out of training, in nats per token. All panels have one scale.",
+        ),
+        section(
+            "CodeBLEU, and what its package makes of nothing",
+            codebleu(groups),
+            f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package.",
+        ),
         browser(cells),
-        "<h2>How this was made</h2>", *(f"<p>{text(note)}</p>" for note in notes[:-1]),
+        "<h2>How this was made</h2>",
+        *(f"<p>{text(note)}</p>" for note in notes[:-1]),
         f'<p class="command"><code>{text(results["command"])}</code></p><p class="soft">{text(where)}</p>',
-    ]  # fmt: skip
+    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -198,10 +219,16 @@ def grid_table(grid: Grid) -> str:
 def loss_bars(rows: Sequence[tuple[str, str, Group]]) -> str:
     """The held-out loss of each thing that was trained with several seeds."""
     found = [
-        Bar(name, group["dev_loss"], group["dev_loss"] - group["dev_loss_sd"], group["dev_loss"] + group["dev_loss_sd"],
-            said, "tuned")
+        Bar(
+            name,
+            group["dev_loss"],
+            group["dev_loss"] - group["dev_loss_sd"],
+            group["dev_loss"] + group["dev_loss_sd"],
+            said,
+            "tuned",
+        )
         for name, said, group in rows
-    ]  # fmt: skip
+    ]
     return bars(found, "Held-out loss over seeds")
 
 

@@ -43,11 +43,14 @@ class Trial:
 
     def tuning(self) -> dict[str, Any]:
         """The trial as fields of TuneConfig; warm-up, decay and clipping are the method's own (recipes.py)."""
-        learned = PrefixConfig().length if self.init else 0
+        virtual_tokens = PrefixConfig().length if self.init else 0
         fields: dict[str, Any] = {
-            "method": self.method, "learning_rate": self.learning_rate, "steps": self.steps, "seed": self.seed,
-            "length": EXAMPLE_TOKENS * self.examples + learned,
-        }  # fmt: skip
+            "method": self.method,
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "seed": self.seed,
+            "length": EXAMPLE_TOKENS * self.examples + virtual_tokens,
+        }
         return fields | ({"init": self.init, "reparam": self.reparam} if self.init else {})
 
 

@@ -57,10 +57,7 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
         "prefix": {"percent": 0.20, "memory": 39.72},
         "prompt": {"percent": 0.002, "memory": 42.19},
     },
-    "CodeGPT-small": {
-        "full": {"bleu": 0.122},
-        "prefix": {"bleu": 0.0009, "codebleu": 0.133},
-    },
+    "CodeGPT-small": {"full": {"bleu": 0.122}, "prefix": {"bleu": 0.0009, "codebleu": 0.133}},
     "CodeGPT-adapted": {"full": {"bleu": 0.202}},
     "CodeLlama-7B": {
         "full": {"memory": 50.23},
@@ -91,7 +88,7 @@ class Preset:
 
 NETWORK = {"reparam": 512}  # the prefix's better recipe: text start and MLP (training/recipes.py)
 PRESETS = {
-    "demo": Preset(("demo",), "demo", {"epochs": 3.0, "loss": "response"}, {"prefix": NETWORK}),
+    "demo": Preset(("demo",), "demo", {"epochs": 3.0, "loss_mask": "response"}, {"prefix": NETWORK}),
     "paper": Preset(tuple(MODELS.values()), "conala", {"epochs": 5.0}, {"prefix": NETWORK}),
     "prefix": Preset(("demo",), "demo", seeds=3),
 }
@@ -171,8 +168,13 @@ def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> 
     cells: dict[str, Cell] = {}
     for model, source in sources.items():
         quick = "fp32" if model == "demo" and config.device == "cpu" else None  # its bf16 is slow on most CPUs
-        shared = {"model": source, "data": "data/train.jsonl", "held_out": held_out, "device": config.device,
-                  "dtype": config.dtype or quick}  # fmt: skip
+        shared = {
+            "model": source,
+            "data": "data/train.jsonl",
+            "held_out": held_out,
+            "device": config.device,
+            "dtype": config.dtype or quick,
+        }
         if source in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
             shared["legacy_bin"] = True
         if config.preset == "prefix":
@@ -187,7 +189,9 @@ def cells_of(config: StudyConfig, sources: Mapping[str, str], held_out: int) -> 
 def untrained(config: StudyConfig, model: str, shared: Mapping[str, Any], seed: int) -> Cell:
     """The cell that all others of its model are compared with."""
     settings = PRESETS[config.preset].settings
-    loss = {"loss": settings["loss"]} if "loss" in settings else {}  # its held-out loss is of the same tokens
+    loss = (
+        {"loss_mask": settings["loss_mask"]} if "loss_mask" in settings else {}
+    )  # its held-out loss is of the same tokens
     return Cell(model, ZERO_SHOT, seed, {**shared, **loss, "seed": seed}, asked(config, seed))
 
 

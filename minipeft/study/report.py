@@ -56,8 +56,10 @@ def summary(results: dict[str, Any]) -> list[str]:
     quiet = [group for group in done if group.get("bleu") is None]
     if quiet:
         least = min(quiet, key=lambda group: group["dev_loss"])
-        said.append(f"Of {len(quiet)} that were not asked, {called[id(least)]} has the least held-out loss, "
-                    f"{least['dev_loss']:.3f}.")  # fmt: skip
+        said.append(
+            f"Of {len(quiet)} that were not asked, {called[id(least)]} has the least held-out loss, "
+            f"{least['dev_loss']:.3f}."
+        )
     trivial = max((group for group in done if not group["model"]), key=lambda group: group["bleu"])
     said.append(f"Without any model, {called[id(trivial)]!r} scores {100 * trivial['bleu']:.1f}.")
     failed = [called[id(group)] for group in groups if group["error"] is not None]

@@ -55,18 +55,19 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
         alike.setdefault(key_of(outcome.cell), []).append(outcome.cell.name)
     groups = [group_of([rows[name] for name in names], counts, bases) for names in alike.values()]
     return {
-        "format": FORMAT, "command": command, "preset": config.preset, "data": about_data(config, groups, out),
-        "environment": environment(config), "cells": list(rows.values()), "groups": groups,
-    }  # fmt: skip
+        "format": FORMAT,
+        "command": command,
+        "preset": config.preset,
+        "data": about_data(config, groups, out),
+        "environment": environment(config),
+        "cells": list(rows.values()),
+        "groups": groups,
+    }
 
 
 def key_of(cell: Cell) -> tuple[object, ...]:
     """What the seeds of one thing have in common: all but the seed."""
-    return (
-        cell.model,
-        cell.method,
-        *sorted((name, value) for name, value in cell.tune.items() if name != "seed"),
-    )
+    return (cell.model, cell.method, *sorted((name, value) for name, value in cell.tune.items() if name != "seed"))
 
 
 def counted(file: Path) -> np.ndarray:
@@ -100,8 +101,9 @@ def as_json(found: Interval | None) -> dict[str, float | None] | None:
     return {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
 
 
-def group_of(rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: dict[str, list[np.ndarray]]
-             ) -> dict[str, Any]:  # fmt: skip
+def group_of(
+    rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: dict[str, list[np.ndarray]]
+) -> dict[str, Any]:
     """Several seeds of one thing as one row: means, the spread of BLEU, an interval over questions for the mean."""
     done = [row for row in rows if row["error"] is None]
     first = (done or rows)[0]
@@ -135,8 +137,12 @@ def about_data(config: StudyConfig, groups: list[dict[str, Any]], out: Path) -> 
 def environment(config: StudyConfig) -> dict[str, Any]:
     """What the times and the last digits depend on."""
     return {
-        "minipeft": version("minipeft"), "torch": torch.__version__, "python": platform.python_version(),
-        "machine": platform.machine(), "cores": os.cpu_count(), "threads": config.threads or torch.get_num_threads(),
+        "minipeft": version("minipeft"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": config.threads or torch.get_num_threads(),
         "device": config.device,
         "gpu": torch.cuda.get_device_name() if config.device.startswith("cuda") else None,
-    }  # fmt: skip
+    }

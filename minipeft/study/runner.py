@@ -144,8 +144,13 @@ def with_steps(cell: Cell, base: Base | None) -> Cell:
 @contextmanager
 def opened(out: Path, train: Pairs, test: Pairs) -> Iterator[None]:
     """Make the study's folder, or check that it is this study's, and keep other processes out of it."""
-    about = {"format": FORMAT, "train_sha256": train.sha256, "test_sha256": test.sha256, "train": len(train),
-             "questions": len(test)}  # fmt: skip
+    about = {
+        "format": FORMAT,
+        "train_sha256": train.sha256,
+        "test_sha256": test.sha256,
+        "train": len(train),
+        "questions": len(test),
+    }
     marker = out / "study.json"
     if out.exists() and not out.is_dir():
         raise InputError("is a file; a study needs a folder", file=out)
@@ -191,8 +196,10 @@ def baselines() -> list[Cell]:
 def baseline_row(out: Path, cell: Cell, train: Pairs, test: Pairs) -> dict[str, Any]:
     """Answer and score without a model."""
     answers = BASELINES[cell.method](train.items, test.items)
-    rows = [{"prediction": answer, "reference": pair.snippet, "question_id": pair.question_id, "intent": pair.intent}
-            for answer, pair in zip(answers, test)]  # fmt: skip
+    rows = [
+        {"prediction": answer, "reference": pair.snippet, "question_id": pair.question_id, "intent": pair.intent}
+        for answer, pair in zip(answers, test)
+    ]
     return written_row(out, cell, rows)
 
 
@@ -220,8 +227,9 @@ def written_row(out: Path, cell: Cell, rows: list[dict[str, Any]]) -> dict[str, 
     return read_object(folder / ROW)
 
 
-def run_cell(cell: Cell, out: Path, config: StudyConfig, refused: str | None, bar: Bar, say: Callable[[str], None]
-             ) -> list[Outcome]:  # fmt: skip
+def run_cell(
+    cell: Cell, out: Path, config: StudyConfig, refused: str | None, bar: Bar, say: Callable[[str], None]
+) -> list[Outcome]:
     """Run a cell in its own process unless it is finished; the untrained model's first lines are another cell."""
     folder = out / "cells" / cell.name
     if refused is None and not (folder / ROW).exists():
@@ -289,8 +297,9 @@ class Bar:
         shown = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
         total = sum(self.work.values())
         often = 0.5 if sys.stderr.isatty() else 15.0  # seconds between drawings
-        self.bar = tqdm(total=total, initial=self.finished, smoothing=0, file=sys.stderr, bar_format=shown,
-                        mininterval=often)  # fmt: skip
+        self.bar = tqdm(
+            total=total, initial=self.finished, smoothing=0, file=sys.stderr, bar_format=shown, mininterval=often
+        )
 
     def __enter__(self) -> Bar:
         return self

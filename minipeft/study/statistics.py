@@ -35,8 +35,14 @@ def mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
     return np.mean([score_counts(draws @ counts)[0] for counts in runs], axis=0)
 
 
-def interval(runs: Sequence[np.ndarray], base: Sequence[np.ndarray] | None = None, *, resamples: int = RESAMPLES,
-             confidence: float = 0.95, seed: int = 0) -> Interval:  # fmt: skip
+def interval(
+    runs: Sequence[np.ndarray],
+    base: Sequence[np.ndarray] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
     """The percentile bootstrap of a system's BLEU, or of its difference to `base`; `runs` are [Q, 10], one a seed."""
     number = len(runs[0])
     whole = np.ones((1, number), dtype=np.int64)  # every question once: the value itself

@@ -12,7 +12,7 @@ AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
     w = w - rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
-`rates` multiplies the rate of the tensors of a name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
+`lr_multipliers` multiplies the rate of the tensors of a name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class TrainConfig:
     beta2: float = 0.99
     eps: float = 1e-8
     clip: float = 1.0  # the gradient's largest norm
-    rates: Mapping[str, float] = field(default_factory=dict)  # the end of a tensor's name -> its rate's multiplier
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)  # the end of a parameter's name -> multiplier
     seed: int = 0  # of the dropout masks
-    checkpointing: bool = False  # keep each block's input only, and run the block again in backward
+    activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate"):
@@ -69,9 +69,9 @@ class TrainConfig:
         for name in ("learning_rate", "eps", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{getattr(self, name)!r} must be finite and > 0", where=name)
-        for name, factor in self.rates.items():
+        for name, factor in self.lr_multipliers.items():
             if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
-                raise InputError(f"{factor!r} must be finite and > 0", where=f"rates {name!r}")
+                raise InputError(f"{factor!r} must be finite and > 0", where=f"lr_multipliers {name!r}")
         for name in ("warmup", "beta1", "beta2", "weight_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{getattr(self, name)!r} must be in [0, 1)", where=name)
@@ -81,7 +81,7 @@ class TrainConfig:
             raise InputError(f"{self.seed} must be in [0, 2^63)", where="seed")
 
 
-def rate_at(step: int, config: TrainConfig) -> float:
+def learning_rate_at(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ...: a climb over the warm-up, then the decay. Never 0 before the last step."""
     climb = max(1, round(config.warmup * config.steps))
     if step < climb:
@@ -97,8 +97,8 @@ class Step:
 
     number: int  # 1 after the first
     loss: float  # nats per supervised token
-    rate: float
-    norm: float  # of the gradient, before clipping
+    learning_rate: float
+    grad_norm: float  # of the gradient, before clipping
     tokens: int  # that are not padding
     targets: int  # supervised tokens
 
@@ -139,29 +139,35 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
 
 
 def by_rate(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
-    """The trained tensors' names by what their rate is multiplied with; the first of `rates` that names one counts.
+    """The names of the trained parameters by learning-rate multiplier; the first key of `lr_multipliers` to fit counts.
 
     Raises:
-        InputError: an entry of `rates` names no trained tensor.
+        InputError: an entry of `lr_multipliers` names no trained tensor.
     """
     groups: dict[float, list[str]] = {}
-    for key in config.rates:
+    for key in config.lr_multipliers:
         if not any(name == key or name.endswith("." + key) for name in parameters):
             known = sorted({name.rsplit(".", 1)[-1] for name in parameters})
-            raise InputError(f"no trained tensor is named {key!r}; there are {known}", where="rates")
+            raise InputError(f"no trained tensor is named {key!r}; there are {known}", where="lr_multipliers")
     for name in parameters:
-        factors = [factor for key, factor in config.rates.items() if name == key or name.endswith("." + key)]
+        factors = [factor for key, factor in config.lr_multipliers.items() if name == key or name.endswith("." + key)]
         groups.setdefault(factors[0] if factors else 1.0, []).append(name)
     return groups
 
 
-def steps(model: Decoder, parameters: dict[str, nn.Parameter], groups: dict[float, list[str]], batches: Batches,
-          config: TrainConfig, state: TrainState) -> Iterator[Step]:  # fmt: skip
+def steps(
+    model: Decoder,
+    parameters: dict[str, nn.Parameter],
+    groups: dict[float, list[str]],
+    batches: Batches,
+    config: TrainConfig,
+    state: TrainState,
+) -> Iterator[Step]:
     """The generator behind `train`."""
     silent = dict.fromkeys(parameters, 0)  # updates in a row that a tensor had an all-zero gradient
     while state.step < config.steps:
         model.train()
-        model.recompute = config.checkpointing
+        model.activation_checkpointing = config.activation_checkpointing
         model.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
         first = state.step * config.accumulate
@@ -174,7 +180,7 @@ def steps(model: Decoder, parameters: dict[str, nn.Parameter], groups: dict[floa
             loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
         norms = gradient_norms(parameters, loss, state.step, silent)
         norm = norms.norm().item()
-        rate = rate_at(state.step, config)
+        rate = learning_rate_at(state.step, config)
         clip = min(1.0, config.clip / (norm + 1e-6))
         for factor, names in groups.items():
             update({name: parameters[name] for name in names}, state, config, rate * factor, clip)
@@ -229,8 +235,10 @@ def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None
         InputError: one is; names the tensor.
     """
     kinds: tuple[tuple[str, Mapping[str, Tensor]], ...] = (
-        ("", parameters), ("exp_avg of ", state.exp_avg), ("exp_avg_sq of ", state.exp_avg_sq)
-    )  # fmt: skip
+        ("", parameters),
+        ("exp_avg of ", state.exp_avg),
+        ("exp_avg_sq of ", state.exp_avg_sq),
+    )
     with torch.no_grad():
         for kind, tensors in kinds:
             largest = torch.stack(torch._foreach_norm(list(tensors.values()), float("inf")))
@@ -250,11 +258,21 @@ def update(
         if clip < 1:
             torch._foreach_mul_(gradients, clip)
         adamw(
-            weights, gradients, [state.exp_avg[n] for n in parameters], [state.exp_avg_sq[n] for n in parameters], [],
+            weights,
+            gradients,
+            [state.exp_avg[n] for n in parameters],
+            [state.exp_avg_sq[n] for n in parameters],
+            [],
             [torch.tensor(float(state.step), device=p.device) for p in weights],
-            fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=rate,
-            weight_decay=config.weight_decay, eps=config.eps, maximize=False,
-        )  # fmt: skip
+            fused=True,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=rate,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            maximize=False,
+        )
 
 
 @torch.no_grad()

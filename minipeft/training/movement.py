@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.training.loop import TrainConfig, rate_at, trained
+from minipeft.training.loop import TrainConfig, learning_rate_at, trained
 
 STUCK = 0.1  # a start spread over more than 1 / STUCK budgets cannot be left
 FEW_STEPS = 200  # optimizer steps
@@ -138,5 +138,5 @@ class Movement:
             change = (p.float() - first).abs()
             spread = first.std(correction=0).item()
             moved.append(TensorMovement(name, p.numel(), change.mean().item(), change.max().item(), spread))
-        budget = sum(rate_at(step, config) for step in range(config.steps))
+        budget = sum(learning_rate_at(step, config) for step in range(config.steps))
         return MovementReport(config.steps, budget, self.whole, tuple(moved))

@@ -124,7 +124,7 @@ def test_remove_leaves_no_trace(model, ids, stir, config):
     after = dict(model.named_parameters())
     assert list(after) == list(held)
     assert all(after[name] is held[name] and after[name].requires_grad for name in held)
-    assert (model.adapter, model.learned, model.prompt) == (None, 0, None)
+    assert (model.adapter, model.virtual_tokens, model.prompt) == (None, 0, None)
 
 
 @pytest.mark.parametrize("config", LINEARS.values(), ids=list(LINEARS))
@@ -296,11 +296,11 @@ def test_the_seed_decides_the_start(decoder):
     assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_full_tuning_packed_is_separate(model, packed, separate, gradients, apart, recompute):
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_full_tuning_packed_is_separate(model, packed, separate, gradients, apart, activation_checkpointing):
     add_adapter(model, FullConfig())
     model.train()
-    model.recompute = recompute
+    model.activation_checkpointing = activation_checkpointing
     loss, packed_gradients = gradients(model, [packed])
     alone, wanted = gradients(model, separate)
     assert loss == pytest.approx(alone, rel=1e-5)

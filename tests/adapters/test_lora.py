@@ -85,7 +85,7 @@ def test_recomputation_gives_the_same_bits_with_dropout(model, packed, gradients
     stir(model)
     model.train()
     found = []
-    for model.recompute in (False, True, False):
+    for model.activation_checkpointing in (False, True, False):
         torch.manual_seed(11)
         found.append(gradients(model, [packed]))
     for loss, gradient in found[1:]:
@@ -100,7 +100,7 @@ def test_recomputation_gives_the_same_bits_with_dropout(model, packed, gradients
 
 @pytest.mark.parametrize("config", [DROPPED, CONFIGS["dora"]], ids=["dropout", "dora"])
 def test_a_run_taken_up_again_ends_with_the_same_bits(decoder, packed, config):
-    settings = TrainConfig(5, learning_rate=1e-2, accumulate=2, checkpointing=True)
+    settings = TrainConfig(5, learning_rate=1e-2, accumulate=2, activation_checkpointing=True)
 
     def begin():
         model = decoder("llama")
@@ -195,7 +195,7 @@ BAD = {
     "pattern alpha": ({"alpha_pattern": {"q": "1"}}, "alpha_pattern 'q': '1' must be"),
     "rslora": ({"rslora": 1}, "rslora: 1 must be true or false"),
     "init": ({"init": "olora"}, "init: 'olora' is not known (uniform, gaussian, pissa)"),
-    "path": ({"path": "fast"}, "path: 'fast' is not known (auto, reference, "),
+    "backend": ({"backend": "fast"}, "backend: 'fast' is not known (auto, reference, "),
     "both": ({"dora": True, "init": "pissa"}, "dora and pissa cannot be combined"),
     "dora with bias": ({"dora": True, "lora_bias": True}, "dora and lora_bias cannot be combined"),
 }
@@ -210,8 +210,8 @@ def test_a_config_says_what_is_wrong_with_it(given, said):
 def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason(decoder):
     model = decoder("gpt2")
     shown = repr(model)
-    with pytest.raises(InputError, match=r"path: path='fused' cannot run here: "):
-        add_adapter(model, LoRAConfig(path="fused"))
+    with pytest.raises(InputError, match=r"backend: backend='fused' cannot run here: "):
+        add_adapter(model, LoRAConfig(backend="fused"))
     assert repr(model) == shown
 
 
@@ -223,7 +223,7 @@ class TestLoRAPlus:
             model = decoder("llama")
             add_adapter(model, LoRAConfig(rank=2))
             before = {key: p.clone() for key, p in model.named_parameters() if p.requires_grad}
-            config = TrainConfig(1, learning_rate=1e-3, eps=1e-12, rates=rates)
+            config = TrainConfig(1, learning_rate=1e-3, eps=1e-12, lr_multipliers=rates)
             next(iter(train(model, [packed], config)))
             after = dict(model.named_parameters())
             moved[name] = {key: (after[key] - t).abs().max().item() for key, t in before.items()}
@@ -238,7 +238,9 @@ class TestLoRAPlus:
             add_adapter(model, LoRAConfig(rank=2))
         # An eps well above rounding: else AdamW makes a whole step of a gradient that is zero but for its last bit.
         shared = {"weight_decay": 0.1, "eps": 1e-5}
-        config = TrainConfig(4, learning_rate=1e-2, decay="constant", warmup=0, rates={"lora_B": 4.0}, **shared)
+        config = TrainConfig(
+            4, learning_rate=1e-2, decay="constant", warmup=0, lr_multipliers={"lora_B": 4.0}, **shared
+        )
         for _ in train(mine, [packed] * 4, config):
             pass
         named = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
@@ -256,10 +258,10 @@ class TestLoRAPlus:
     def test_a_rate_for_nothing_is_refused(self, decoder, packed):
         model = decoder("gpt2")
         add_adapter(model, LoRAConfig(rank=2))
-        with pytest.raises(InputError, match=r"rates: no trained tensor is named 'lora_b'.*lora_A.*lora_B"):
-            train(model, [packed], TrainConfig(1, rates={"lora_b": 16.0}))
-        with pytest.raises(InputError, match=r"rates 'lora_B': -1 must be finite and > 0"):
-            TrainConfig(1, rates={"lora_B": -1})
+        with pytest.raises(InputError, match=r"lr_multipliers: no trained tensor is named 'lora_b'.*lora_A.*lora_B"):
+            train(model, [packed], TrainConfig(1, lr_multipliers={"lora_b": 16.0}))
+        with pytest.raises(InputError, match=r"lr_multipliers 'lora_B': -1 must be finite and > 0"):
+            TrainConfig(1, lr_multipliers={"lora_B": -1})
 
 
 def test_padding_rows_of_nothing_else_stay_finite(model, stir):

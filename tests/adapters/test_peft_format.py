@@ -209,8 +209,11 @@ def test_dora_trains_as_pefts(pair, ids, stir, apart):
     add_adapter(model, LoRAConfig(4, 12.0, dora=True))
     modules = dict(theirs.named_modules())
     twins = {path: modules[f"base_model.model.{path}"] for path in lora_layers(model)}
-    tensors = lambda twin: {"lora_A": twin.lora_A["default"].weight, "lora_B": twin.lora_B["default"].weight,
-                            "lora_magnitude_vector": twin.lora_magnitude_vector["default"].weight}  # fmt: skip
+    tensors = lambda twin: {
+        "lora_A": twin.lora_A["default"].weight,
+        "lora_B": twin.lora_B["default"].weight,
+        "lora_magnitude_vector": twin.lora_magnitude_vector["default"].weight,
+    }
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
             layer.lora_B.normal_(std=0.2)
@@ -241,7 +244,7 @@ def test_lora_plus_trains_as_pefts(pair, family, ids):
         optimizer.step()
     batch = Batch(ids, torch.cat([torch.full((2, 1), -100), ids[:, 1:]], dim=1), torch.zeros_like(ids))
     settings = TrainConfig(
-        3, learning_rate=1e-3, warmup=0, decay="constant", beta2=0.999, clip=1e9, rates={"lora_B": 8.0}
+        3, learning_rate=1e-3, warmup=0, decay="constant", beta2=0.999, clip=1e9, lr_multipliers={"lora_B": 8.0}
     )
     assert [step.number for step in train(model, [batch] * 3, settings)] == [1, 2, 3]
     for path, layer in lora_layers(model).items():

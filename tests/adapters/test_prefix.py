@@ -153,7 +153,7 @@ def test_the_gate_starts_as_nothing_at_all(model, ids, reparam):
         wanted = model(ids)
         add_adapter(model, PrefixConfig(5, text=TEXT, gate=True, reparam=reparam), Letters())
         assert torch.equal(model(ids), wanted)
-        assert model.learned == 0
+        assert model.virtual_tokens == 0
         cache = model.new_cache(2, 30)
         parts = [model(ids[:, :20], cache=cache), *(model(ids[:, t : t + 1], cache=cache) for t in range(20, 30))]
         remove_adapter(model)
@@ -354,5 +354,5 @@ def test_starting_from_text_needs_text_and_a_tokenizer(decoder, init):
     with pytest.raises(InputError, match=said):
         add_adapter(model, PrefixConfig(5, init=init, text=""), Letters())
     assert model.adapter is None
-    assert model.learned == 0
+    assert model.virtual_tokens == 0
     add_adapter(model, PrefixConfig(5, text=TEXT), Letters())  # nothing was left half done

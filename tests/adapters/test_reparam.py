@@ -57,14 +57,17 @@ def test_pefts_start_with_a_network_is_pefts_projection(decoder):
     add_adapter(model, PrefixConfig(5, init="peft", reparam=width))
     c = model.config
     config = peft.PrefixTuningConfig(
-        num_virtual_tokens=5, token_dim=c.width, num_layers=c.layers, encoder_hidden_size=width, prefix_projection=True,
-        num_attention_heads=c.heads, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        num_virtual_tokens=5,
+        token_dim=c.width,
+        num_layers=c.layers,
+        encoder_hidden_size=width,
+        prefix_projection=True,
+        num_attention_heads=c.heads,
+        task_type="CAUSAL_LM",
+    )
     theirs = PrefixEncoder(config)
     trunk, ups = prefixes(model)[0].mlp.trunk, [p.mlp for p in prefixes(model)]
-    ours = [
-        trunk.seeds, trunk.weight, trunk.bias, torch.cat([u.weight for u in ups]), torch.cat([u.bias for u in ups]),
-    ]  # fmt: skip
+    ours = [trunk.seeds, trunk.weight, trunk.bias, torch.cat([u.weight for u in ups]), torch.cat([u.bias for u in ups])]
     for parameter, tensor in zip(theirs.parameters(), ours):
         assert parameter.std().item() == pytest.approx(tensor.std().item(), rel=0.15)  # drawn alike
         parameter.data.copy_(tensor.detach())

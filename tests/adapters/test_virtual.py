@@ -103,7 +103,7 @@ def test_packed_is_separate(model, packed, separate, gradients, apart):
 def test_recomputed_gradients_are_the_same_bits(model, packed, gradients):
     model.train()
     loss, kept = gradients(model, [packed])
-    model.recompute = True
+    model.activation_checkpointing = True
     loss_again, recomputed = gradients(model, [packed])
     assert loss_again == loss
     for name, gradient in kept.items():
@@ -200,7 +200,7 @@ def test_removal_leaves_no_trace(case, decoder, model, ids):
     assert repr(model) == repr(fresh)
     assert model.state_dict().keys() == fresh.state_dict().keys()
     assert torch.equal(model(ids), fresh(ids))
-    assert (model.learned, model.windowed) == (0, False)
+    assert (model.virtual_tokens, model.windowed) == (0, False)
 
 
 @on_one_base
@@ -217,7 +217,7 @@ def test_a_longer_text_than_the_context_is_refused_before_training(case, config,
     add_adapter(model, config, Letters())
     ids = torch.zeros(1, 20, dtype=torch.long)
     batch = Batch(ids, ids, torch.zeros_like(ids))
-    if model.learned == 0:  # a gated prefix takes no column
+    if model.virtual_tokens == 0:  # a gated prefix takes no column
         next(train(model, [batch], TrainConfig(steps=1)))
         return
     with pytest.raises(InputError, match=r"position 24.*n_positions=24, of which the adapter takes 5.*to 19 tokens"):

@@ -55,8 +55,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *more: object, out: str = "out") -> list[object]:
-    return ["train", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", folder / out, "--steps", 2,
-            "--length", 64, "--held-out", 2, "--rank", 2, *more]  # fmt: skip
+    return [
+        "train",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "pairs.jsonl",
+        "--out",
+        folder / out,
+        "--steps",
+        2,
+        "--length",
+        64,
+        "--held-out",
+        2,
+        "--rank",
+        2,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +109,14 @@ def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:
     assert len(out.splitlines()) == 1
     assert "trainable  " in err
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
-        ".lock", "adapter", "checkpoints", "log.jsonl", "result.json", "run.json", "timing.json"]  # fmt: skip
+        ".lock",
+        "adapter",
+        "checkpoints",
+        "log.jsonl",
+        "result.json",
+        "run.json",
+        "timing.json",
+    ]
     again = run(*train(folder))
     assert again[0] == 2
     assert again[2].count("\n") == 1
@@ -123,8 +146,21 @@ def test_a_data_set_is_answered_and_scored(
     folder: Path, adapter: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    given = ["generate", "--model", folder / "model", "--adapter", adapter, "--max-new-tokens", 4, "--data",
-             folder / "pairs.jsonl", "--out", out, "--batch", 3]  # fmt: skip
+    given = [
+        "generate",
+        "--model",
+        folder / "model",
+        "--adapter",
+        adapter,
+        "--max-new-tokens",
+        4,
+        "--data",
+        folder / "pairs.jsonl",
+        "--out",
+        out,
+        "--batch",
+        3,
+    ]
     assert run(*given)[0] == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["reference"] for row in rows] == [f"x += {n}" for n in range(8)]
@@ -136,11 +172,24 @@ def test_a_data_set_is_answered_and_scored(
     assert "CodeBLEU" in run("score", out)[1]
 
 
-def test_answering_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, run: Callable[..., Ran],
-                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_answering_goes_on_where_it_was_stopped(
+    folder: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def given(out: Path, *more: object) -> list[object]:
-        return ["generate", "--model", folder / "model", "--max-new-tokens", 4, "--data", folder / "pairs.jsonl",
-                "--out", out, "--batch", 2, *more]  # fmt: skip
+        return [
+            "generate",
+            "--model",
+            folder / "model",
+            "--max-new-tokens",
+            4,
+            "--data",
+            folder / "pairs.jsonl",
+            "--out",
+            out,
+            "--batch",
+            2,
+            *more,
+        ]
 
     assert run(*given(tmp_path / "whole.jsonl"))[0] == 0
     plain, made = answering.answer, []
@@ -197,8 +246,20 @@ def test_the_locale_does_not_matter(folder: Path, adapter: Path, tmp_path: Path)
     """With LANG=C a text that is not ASCII is read and written as UTF-8."""
     row = {"intent": "größe → 1", "snippet": "größe = '→'", "question_id": 1}
     (tmp_path / "p.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "minipeft", "generate", "--model", str(folder / "model"), "--max-new-tokens", "2",
-               "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "a.jsonl")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "minipeft",
+        "generate",
+        "--model",
+        str(folder / "model"),
+        "--max-new-tokens",
+        "2",
+        "--data",
+        str(tmp_path / "p.jsonl"),
+        "--out",
+        str(tmp_path / "a.jsonl"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"}
     ran = subprocess.run(command, capture_output=True, env=environment)
     assert ran.returncode == 0, ran.stderr

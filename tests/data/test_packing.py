@@ -28,7 +28,7 @@ def examples_of(sizes: list[tuple[int, int]]) -> list[Example]:
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12)), min_size=1, max_size=30)
-SHAPE = {"length": st.integers(4, 24), "batch": st.integers(1, 5), "learned": st.integers(0, 2)}
+SHAPE = {"length": st.integers(4, 24), "batch": st.integers(1, 5), "virtual_tokens": st.integers(0, 2)}
 LOSS = st.sampled_from(["all", "response"])
 steady = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -71,16 +71,23 @@ def check_report(batches: Batches, rows: list[list[tuple[int, int, int]]], examp
 @steady
 @given(sizes=SIZES, loss=LOSS, seed=st.integers(0, 2**63 - 1), single=st.booleans(), **SHAPE)
 def test_isolated_documents_arrive_whole(
-    sizes: list[tuple[int, int]], loss: str, seed: int, single: bool, length: int, batch: int, learned: int
+    sizes: list[tuple[int, int]], loss: str, seed: int, single: bool, length: int, batch: int, virtual_tokens: int
 ) -> None:
-    examples, width = examples_of(sizes), length - learned
+    examples, width = examples_of(sizes), length - virtual_tokens
     wanted = Counter(expected(example, loss, width) for example in examples)
     silent = Counter({d: n for d, n in wanted.items() if all(label == IGNORED for _, label in d)})
     if wanted == silent:
         return
     lay_out = rows_of_one if single else pack
     batches = lay_out(
-        examples, TOKENIZER, length=length, batch=batch, learned=learned, seed=seed, loss=loss, shuffle=True
+        examples,
+        TOKENIZER,
+        length=length,
+        batch=batch,
+        virtual_tokens=virtual_tokens,
+        seed=seed,
+        loss_mask=loss,
+        shuffle=True,
     )
     rows = kept_of(batches)
     found: Counter[tuple[tuple[int, int], ...]] = Counter()
@@ -101,9 +108,9 @@ def test_isolated_documents_arrive_whole(
 @steady
 @given(sizes=SIZES, loss=LOSS, **SHAPE)
 def test_plain_rows_are_one_text_cut_in_pieces(
-    sizes: list[tuple[int, int]], loss: str, length: int, batch: int, learned: int
+    sizes: list[tuple[int, int]], loss: str, length: int, batch: int, virtual_tokens: int
 ) -> None:
-    examples, width = examples_of(sizes), length - learned
+    examples, width = examples_of(sizes), length - virtual_tokens
     text = []
     for example in examples:
         for place, token in enumerate(example.ids):
@@ -113,7 +120,14 @@ def test_plain_rows_are_one_text_cut_in_pieces(
     if not wanted:
         return
     batches = pack(
-        examples, TOKENIZER, length=length, batch=batch, learned=learned, loss=loss, isolate=False, shuffle=False
+        examples,
+        TOKENIZER,
+        length=length,
+        batch=batch,
+        virtual_tokens=virtual_tokens,
+        loss_mask=loss,
+        isolate=False,
+        shuffle=False,
     )
     rows = kept_of(batches)
     assert rows == wanted
@@ -178,11 +192,11 @@ def test_first_fit_is_the_naive_one(sizes: list[int]) -> None:
 
 def test_the_drawing_at_the_head_of_the_file() -> None:
     a, b, c = Example([5, 6, 7, EOS], 2), Example([8, 9, 10, 11, EOS], 2), Example([12, EOS], 1)
-    (batch,) = pack([a, b, c], TOKENIZER, length=14, learned=1, batch=1)
+    (batch,) = pack([a, b, c], TOKENIZER, length=14, virtual_tokens=1, batch=1)
     assert batch.ids.tolist() == [[8, 9, 10, 11, EOS, 5, 6, 7, EOS, 12, EOS, PAD, PAD]]  # longest first
     assert batch.documents.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, -1, -1]]
     assert batch.labels.tolist() == [[-100, 9, 10, 11, EOS, -100, 6, 7, EOS, -100, EOS, -100, -100]]
-    (batch,) = pack([a, b, c], TOKENIZER, length=14, learned=1, batch=1, loss="response")
+    (batch,) = pack([a, b, c], TOKENIZER, length=14, virtual_tokens=1, batch=1, loss_mask="response")
     assert batch.labels.tolist() == [[-100, -100, 10, 11, EOS, -100, -100, 7, EOS, -100, EOS, -100, -100]]
     (batch,) = rows_of_one([a, b], TOKENIZER, batch=2)
     assert batch.ids.tolist() == [[5, 6, 7, EOS, PAD], [8, 9, 10, 11, EOS]]
@@ -200,13 +214,15 @@ def test_padding_needs_no_token_of_its_own() -> None:
 
 
 def test_the_report_says_where_the_tokens_went() -> None:
-    report = pack(examples_of([(30, 2), (9, 9), (6, 2), (1, 0)]), TOKENIZER, length=10, learned=2, batch=2).report
+    report = pack(
+        examples_of([(30, 2), (9, 9), (6, 2), (1, 0)]), TOKENIZER, length=10, virtual_tokens=2, batch=2
+    ).report
     assert str(report).splitlines() == [
         "4 documents of 46 tokens -> 3 rows in 2 batches, 91.7% full",
         "22 tokens kept, 19 of them with a loss; 2 padded",
         "2 documents were too long: 23 tokens cut off their ends",
         "1 without a token to learn from left out (1 tokens)",
-        "2 columns of each row are left to the adapter",
+        "2 positions of each row are left to virtual tokens",
     ]
 
 
@@ -214,13 +230,13 @@ def test_the_report_says_where_the_tokens_went() -> None:
     ("changed", "said"),
     [
         ({"batch": 0}, "batch: must be at least 1, is 0"),
-        ({"learned": -1}, "learned: must be at least 0, is -1"),
+        ({"virtual_tokens": -1}, "virtual_tokens: must be at least 0, is -1"),
         ({"seed": -1}, "seed: must be from 0 to"),
         ({"seed": 2**63}, "seed: must be from 0 to"),
-        ({"loss": "answer"}, "loss: must be 'all' or 'response', is 'answer'"),
-        ({"length": 20, "learned": 20}, "length: 20 leaves 0 tokens beside 20 learned columns"),
-        ({"length": 1}, "length: 1 leaves 1 tokens beside 0 learned columns"),
-        ({"length": 5, "loss": "response"}, "examples: no token is left to take a loss on (the longest of 3"),
+        ({"loss_mask": "answer"}, "loss_mask: must be 'all' or 'response', is 'answer'"),
+        ({"length": 20, "virtual_tokens": 20}, "length: 20 leaves 0 tokens beside 20 virtual tokens"),
+        ({"length": 1}, "length: 1 leaves 1 tokens beside 0 virtual tokens"),
+        ({"length": 5, "loss_mask": "response"}, "examples: no token is left to take a loss on (the longest of 3"),
         ({"examples": []}, "examples: no examples to pack"),
         ({"examples": [Example([5], 0)]}, "examples: no token is left to take a loss on"),
     ],

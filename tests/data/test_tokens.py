@@ -167,8 +167,14 @@ def test_eos_can_be_named_where_no_file_does(tiny: Path) -> None:
 
 def test_padding_and_truncation_in_the_file_have_no_effect(tiny: Path) -> None:
     want = load_tokenizer(tiny).encode("Once upon a time")
-    padding = {"strategy": {"Fixed": 30_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-               "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+    padding = {
+        "strategy": {"Fixed": 30_000_000},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
     for length, stride in ((1, 0), (0, 0), (1, 5)):
         truncation = {"max_length": length, "stride": stride, "strategy": "LongestFirst", "direction": "Right"}
         change(tiny, padding=padding, truncation=truncation)

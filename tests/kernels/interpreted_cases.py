@@ -41,13 +41,13 @@ def part(k: int, n: int, r: int, seed: int, dtype: torch.dtype, bias: bool = Tru
     return Part(weight, draw(n, seed=seed + 3, dtype=dtype) if bias else None, A, B / r**0.5, 1.3)
 
 
-def run(path: str, x: Tensor, parts: list[Part], dropout: float) -> list[Tensor]:
+def run(backend: str, x: Tensor, parts: list[Part], dropout: float) -> list[Tensor]:
     """Return each y, then dx, dA and dB, for a fixed dY."""
     leaves = [x.clone().requires_grad_()]
     for p in parts:
         leaves += [p.lora_A.clone().requires_grad_(), p.lora_B.clone().requires_grad_()]
     trained = [p._replace(lora_A=leaves[2 * i + 1], lora_B=leaves[2 * i + 2]) for i, p in enumerate(parts)]
-    ys = lora_linears(leaves[0], trained, dropout=dropout, seed=17, path=path)
+    ys = lora_linears(leaves[0], trained, dropout=dropout, seed=17, backend=backend)
     dys = [draw(*y.shape, seed=50 + i, dtype=y.dtype) for i, y in enumerate(ys)]
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
 
@@ -64,8 +64,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("path", ["hybrid", "fused"])
-def test_error_is_no_larger_than_pefts(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["hybrid", "fused"])
+def test_error_is_no_larger_than_pefts(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """y, dX, dA and dB against float64, with and without dropout, in 16 bits with no allowance.
 
     In float32, which no GPU is asked to run on these paths, a short sum in the interpreter's order errs more than in
@@ -77,8 +77,10 @@ def test_error_is_no_larger_than_pefts(path: str, shape: tuple[int, ...], dtype:
     for dropout in (0.0, 0.25):
         drop = make_dropout(dropout, 17)
         given = (torch.ones(x.shape), 1.0) if drop is None else (keep_mask(drop, *x.shape).float(), drop.keep)
-        call = lambda path: lambda x, A, B: lora_linear(x, W, bias, A, B, 1.3, dropout=dropout, seed=17, path=path)  # noqa: B023
-        got, reference = (with_gradients(call(p), dy, x, A.float(), B.float()) for p in (path, "reference"))
+        call = lambda backend: (
+            lambda x, A, B: lora_linear(x, W, bias, A, B, 1.3, dropout=dropout, seed=17, backend=backend)  # noqa: B023
+        )
+        got, reference = (with_gradients(call(p), dy, x, A.float(), B.float()) for p in (backend, "reference"))
         peers, want = pefts(x, W, b, A, B, dy, *given), exact_by_autograd(x, W, b, A, B, dy, *given)
         for name, a, r, peer, true in zip(("y", "dX", "dA", "dB"), got, reference, peers, want):
             limit = 1.25 * error(r, true) + 2 * EPSILON if dtype == torch.float32 else error(peer, true)
@@ -97,15 +99,15 @@ def test_every_tile_size_gives_the_same_answer(tile: int, dropout: float, monkey
         assert error(a, b) < 4 * EPSILON
 
 
-@pytest.mark.parametrize("path", ["hybrid", "fused"])
+@pytest.mark.parametrize("backend", ["hybrid", "fused"])
 @pytest.mark.parametrize(("count", "rank"), [(2, 80), (4, 4), (1, 150)])
-def test_projections_that_share_x(path: str, count: int, rank: int) -> None:
+def test_projections_that_share_x(backend: str, count: int, rank: int) -> None:
     """Up to three share the product for dX; ranks that add up to more than 64 are taken 64 at a time."""
     x, parts = (
         draw(3, 11, 40, seed=0, dtype=torch.float32),
         [part(40, 24, rank, 10 * i, torch.float32) for i in range(count)],
     )
-    for a, b in zip(run(path, x, parts, 0.25), exact(x, parts, 0.25)):
+    for a, b in zip(run(backend, x, parts, 0.25), exact(x, parts, 0.25)):
         assert error(a, b) < 4 * EPSILON
 
 
@@ -133,7 +135,9 @@ def test_decode(dtype: torch.dtype) -> None:
     for m, k, n, r in [(1, 96, 130, 4), (5, 600, 257, 24), (3, 70, 40, 100)]:
         x, W, b, A, B, dy = problem(m, k, n, r, dtype, seed=0)
         with torch.no_grad():
-            got, reference = (lora_linear(x, W, b, A.float(), B.float(), 1.3, path=p) for p in ("decode", "reference"))
+            got, reference = (
+                lora_linear(x, W, b, A.float(), B.float(), 1.3, backend=p) for p in ("decode", "reference")
+            )
         given = (x, W, b, A, B, dy, torch.ones(x.shape), 1.0)
         peer, want = pefts(*given)[0], exact_by_autograd(*given)[0]
         limit = 1.1 * error(reference, want) + 2 * EPSILON if dtype == torch.float32 else error(peer, want)
@@ -147,8 +151,8 @@ def test_decode_with_an_adapter_for_each_row(tokens: int) -> None:
     A, B = draw(4, 3, 300, seed=5, dtype=torch.float32), draw(4, 140, 3, seed=6, dtype=torch.float32)
     A[1], B[1] = torch.nan, torch.inf
     rows, scales = torch.tensor([2, -1, 0, 3, 0, -1]), torch.tensor([0.5, 9.0, 2.0, -1.0])
-    got = lora_rows(x, base.weight, base.bias, A, B, rows, scales, path="decode")
-    want = lora_rows(x, base.weight, base.bias, A, B, rows, scales, path="reference")
+    got = lora_rows(x, base.weight, base.bias, A, B, rows, scales, backend="decode")
+    want = lora_rows(x, base.weight, base.bias, A, B, rows, scales, backend="reference")
     assert error(got, want.double()) < 10 * EPSILON  # two float32 sums of 300
     assert torch.equal(got[rows < 0], F.linear(x, base.weight, base.bias)[rows < 0])
 
@@ -184,7 +188,7 @@ def test_launches_and_bytes_of_the_fused_path(dropout: float, monkeypatch: pytes
     leaves = [x, p.lora_A.requires_grad_(), p.lora_B.requires_grad_()]
     y = []
     forward, forward_bytes = counted(
-        monkeypatch, lambda: y.append(lora_linear(x, *p, dropout=dropout, seed=0, path="fused"))
+        monkeypatch, lambda: y.append(lora_linear(x, *p, dropout=dropout, seed=0, backend="fused"))
     )
     assert forward == ["shrink", "seeded_forward"]
     backward, backward_bytes = counted(monkeypatch, lambda: torch.autograd.grad(y[0], leaves, torch.ones_like(y[0])))
@@ -195,10 +199,12 @@ def test_launches_and_bytes_of_the_fused_path(dropout: float, monkeypatch: pytes
 
 def test_paths_that_cannot_take_a_call_say_why() -> None:
     x, p = draw(4, 8, seed=0, dtype=torch.float32), part(8, 6, 2, 1, torch.float32)
-    with pytest.raises(choice.UnavailablePath, match="keeps nothing for backward"):
-        lora_linear(x.requires_grad_(), *p, path="decode")
-    with pytest.raises(choice.UnavailablePath, match="'reference' and 'decode'"):
-        lora_rows(x, p.weight, None, p.lora_A[None], p.lora_B[None], torch.zeros(4).long(), torch.ones(1), path="fused")
+    with pytest.raises(choice.UnavailableBackend, match="keeps nothing for backward"):
+        lora_linear(x.requires_grad_(), *p, backend="decode")
+    with pytest.raises(choice.UnavailableBackend, match="'reference' and 'decode'"):
+        lora_rows(
+            x, p.weight, None, p.lora_A[None], p.lora_B[None], torch.zeros(4).long(), torch.ones(1), backend="fused"
+        )
 
 
 GPT2 = {"vocab_size": 31, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2,
@@ -210,13 +216,13 @@ LLAMA = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> None:
     """Through the library itself, dropout on: LoRALinear hands q and v to one call where they share x."""
-    losses = {path: losses_of(family, path) for path in ("reference", "hybrid", "fused")}
+    losses = {backend: losses_of(family, backend) for backend in ("reference", "hybrid", "fused")}
     assert losses["reference"][-1] < losses["reference"][0] - 0.1
-    for path in ("hybrid", "fused"):
-        assert losses[path] == pytest.approx(losses["reference"], rel=2e-5)
+    for backend in ("hybrid", "fused"):
+        assert losses[backend] == pytest.approx(losses["reference"], rel=2e-5)
 
 
-def losses_of(family: str, path: str) -> list[float]:
+def losses_of(family: str, backend: str) -> list[float]:
     """Train a tiny model for 20 steps, from one start, on one path."""
     config, decoder = FAMILIES[family]
     model = decoder(
@@ -227,9 +233,9 @@ def losses_of(family: str, path: str) -> list[float]:
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=random).add_(1.0 if parameter.ndim == 1 else 0.0)  # norms, biases
     report = minipeft.add_adapter(
-        model, minipeft.LoRAConfig(rank=4, alpha=8, dropout=0.1, targets="default", path=path), seed=0
+        model, minipeft.LoRAConfig(rank=4, alpha=8, dropout=0.1, targets="default", backend=backend), seed=0
     )
-    assert report.path == path
+    assert report.backend == backend
     ids = torch.randint(0, 31, (2, 10), generator=random)
     batch = minipeft.Batch(ids, ids, torch.zeros_like(ids))
     config_ = minipeft.TrainConfig(steps=20, learning_rate=3e-2, seed=3)

@@ -17,7 +17,7 @@ COMMANDS = [
     "blocks --busy --rows 16 --rounds 1 --dropout 0.1 --dtypes bfloat16 --out {0}/lora-blocks.json",
     "decode --busy --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
     "steps --busy --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
-    "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --checkpointing"
+    "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --activation-checkpointing"
     " --dropout 0 --out {0}/lora-steps-2.json",
 ]
 REFUSED = "steps --cases 7b"  # the last command: a 7B is not begun on a CPU

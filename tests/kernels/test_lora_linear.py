@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from minipeft_kernels import (
     Part,
     RowGroups,
-    UnavailablePath,
+    UnavailableBackend,
     keep_mask,
     lora_linear,
     lora_linears,
@@ -146,10 +146,10 @@ def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float
 def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Its float32 sums are in another order: of the reference's error against float64, not more than twice."""
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
-    call = lambda path: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, path=path)
+    call = lambda backend: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, backend=backend)
     try:
         got = with_gradients(call("onednn"), dy, x, A.float(), B.float())
-    except UnavailablePath as reason:
+    except UnavailableBackend as reason:
         pytest.skip(str(reason))
     again = with_gradients(call("onednn"), dy, x, A.float(), B.float())
     reference = with_gradients(call("reference"), dy, x, A.float(), B.float())
@@ -447,8 +447,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     for dropout in (1.0, -0.1, 1e-6, float("nan")):
         with pytest.raises(ValueError, match="cannot be honoured"):
             lora_linear(x, W, b, A, B, 1.0, dropout=dropout)
-    with pytest.raises(ValueError, match="no path is named 'fast'"):
-        lora_linear(x, W, b, A, B, 1.0, path="fast")
+    with pytest.raises(ValueError, match="no backend is named 'fast'"):
+        lora_linear(x, W, b, A, B, 1.0, backend="fast")
     with pytest.raises(ValueError, match="one adapter for each row"):
         lora_rows(x, W, b, A[None], B[None], torch.zeros(4, dtype=torch.int64), torch.ones(1))
     with pytest.raises(ValueError, match=r"must be \[adapters"):

@@ -59,8 +59,9 @@ def test_no_slower_than_when_it_was_measured(name: str, monkeypatch: pytest.Monk
     }[name]()
     found = []
     for _ in range(ATTEMPTS):
-        rows = measure.measure({"ours": ours, "peer": peers}, name=name, shape="", dtype="float32", rounds=11,
-                               seconds=0.01, busy=True)  # fmt: skip
+        rows = measure.measure(
+            {"ours": ours, "peer": peers}, name=name, shape="", dtype="float32", rounds=11, seconds=0.01, busy=True
+        )
         found.append(rows[0].ratios["peer"])
         if found[-1] > GOLDEN[name] / LOST:
             break

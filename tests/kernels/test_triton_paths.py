@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minipeft_kernels import Call, UnavailablePath, choose_path, lora_linear
+from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_linear
 from minipeft_kernels.choice import rule
 
 HERE = Path(__file__).resolve().parent
@@ -46,21 +46,21 @@ def test_asking_for_triton_without_a_gpu_says_why() -> None:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
         pytest.skip("Triton can run here")
     x, W, A, B = torch.ones(3, 4), torch.ones(5, 4), torch.ones(2, 4), torch.ones(5, 2)
-    for path in ("hybrid", "fused", "decode"):
+    for backend in ("hybrid", "fused", "decode"):
         with pytest.raises(
-            UnavailablePath, match=f"path='{path}' cannot run here: (x is on cpu|Triton is not installed)"
+            UnavailableBackend, match=f"backend='{backend}' cannot run here: (x is on cpu|Triton is not installed)"
         ):
-            lora_linear(x, W, None, A, B, 1.0, path=path)
-    assert torch.equal(lora_linear(x, W, None, A, B, 1.0), lora_linear(x, W, None, A, B, 1.0, path="reference"))
+            lora_linear(x, W, None, A, B, 1.0, backend=backend)
+    assert torch.equal(lora_linear(x, W, None, A, B, 1.0), lora_linear(x, W, None, A, B, 1.0, backend="reference"))
 
 
 def test_auto_on_a_cpu_is_the_reference() -> None:
     call = Call(torch.device("cpu"), torch.float32, 4096, 4096, 4096, 16, dropout=False, needs_grad=True)
-    assert choose_path("auto", call) == "reference"
+    assert choose_backend("auto", call) == "reference"
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n", "path"),
+    ("m", "k", "n", "backend"),
     [
         (8192, 768, 3072, "fused"),  # reading y again costs 48 % of the product
         (8192, 4096, 4096, "fused"),  # 9 % + 9 %, against 17 % that Triton's product is taken to lose
@@ -68,5 +68,5 @@ def test_auto_on_a_cpu_is_the_reference() -> None:
         (1024, 4096, 4096, "hybrid"),  # y fits the L2 cache, so reading it again is free
     ],
 )
-def test_the_rule_weighs_bytes_against_the_speed_of_the_product(m: int, k: int, n: int, path: str) -> None:
-    assert rule(90, m, k, n) == path
+def test_the_rule_weighs_bytes_against_the_speed_of_the_product(m: int, k: int, n: int, backend: str) -> None:
+    assert rule(90, m, k, n) == backend

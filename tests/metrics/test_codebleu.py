@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 
 from minipeft import InputError
 from minipeft.metrics.bleu import bleu
-from minipeft.metrics.codebleu import (
-    KEYWORDS,
-    _analyse,
-    _count_tokens,
-    _drop_as_package,
-    _drop_truly,
-    codebleu,
-)
+from minipeft.metrics.codebleu import KEYWORDS, _analyse, _count_tokens, _drop_as_package, _drop_truly, codebleu
 from minipeft.metrics.grammar import LONGEST
 
 PARTS = {

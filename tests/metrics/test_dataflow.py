@@ -26,11 +26,13 @@ def flows(text: str) -> list[str]:
         ("print('a')", []),
         ("for i in x:\n    pass\nelse:\n    y = i", ["0 comesFrom 0", "1 computedFrom 0"]),
         ("for i in x:\n    y = i", ["0 comesFrom 0", "1 computedFrom 0", "1 comesFrom 1", "2 computedFrom 1"]),
-        ("if a:\n    x = b\nelse:\n    x = c\nx",
-         ["0 comesFrom ", "1 computedFrom 0", "2 comesFrom ", "1 computedFrom 2", "1 comesFrom 1"]),
+        (
+            "if a:\n    x = b\nelse:\n    x = c\nx",
+            ["0 comesFrom ", "1 computedFrom 0", "2 comesFrom ", "1 computedFrom 2", "1 comesFrom 1"],
+        ),
         ("a.b = 'text'", []),  # three pieces on either side: the package finds no token for a quote, and gives up
     ],
-)  # fmt: skip
+)
 def test_rules(code, items):
     assert flows(code) == sorted(items)
 

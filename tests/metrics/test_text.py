@@ -19,8 +19,11 @@ def test_score_texts_gives_each_score_of_the_others(snippets, mutate):
     assert scores.bleu_interval[0] <= scores.bleu <= scores.bleu_interval[1]
     assert (scores.codebleu, scores.codebleu_compat) == (code.score, code.compat)
     assert (scores.ngram, scores.weighted_ngram, scores.syntax, scores.dataflow) == (
-        code.ngram, code.weighted_ngram, code.syntax, code.dataflow
-    )  # fmt: skip
+        code.ngram,
+        code.weighted_ngram,
+        code.syntax,
+        code.dataflow,
+    )
     assert scores.chrf == chrf(predictions, references)
     assert (scores.pairs, scores.hit_limit) == (99, 1)
     assert score_texts(predictions, references).hit_limit is None

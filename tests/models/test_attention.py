@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models import attention
-from minipeft.models.attention import PADDING, SHARED, Cache, lay_out, positions_in, visible
+from minipeft.models.attention import PADDING, VIRTUAL, Cache, lay_out, positions_in, visible
 
 P = 5
 
@@ -49,7 +49,7 @@ def fill(model: nn.Module, kind: str) -> nn.Module:
             )
     elif "prompt" in kind:
         model.prompt = Rows(model.config.width, generator)
-    model.learned = 0 if kind == "none" else P
+    model.virtual_tokens = 0 if kind == "none" else P
     model.windowed = "windowed" in kind
     return model
 
@@ -66,10 +66,7 @@ def model(request, twins) -> nn.Module:
 
 
 PACKED = torch.tensor(
-    [
-        [0] * 9 + [1] * 1 + [2] * 14 + [PADDING] * 6,
-        [PADDING] * 4 + [7] * 3 + [3] * 8 + [PADDING] * 2 + [0] * 13,
-    ]
+    [[0] * 9 + [1] * 1 + [2] * 14 + [PADDING] * 6, [PADDING] * 4 + [7] * 3 + [3] * 8 + [PADDING] * 2 + [0] * 13]
 )  # [2, 30]
 
 
@@ -90,7 +87,7 @@ def literal_positions(row: list[int]) -> list[int]:
         while start > 0 and row[start - 1] == owner:
             start -= 1
         place = column - start
-        found.append(0 if owner == PADDING else place if owner == SHARED else place + row.count(SHARED))
+        found.append(0 if owner == PADDING else place if owner == VIRTUAL else place + row.count(VIRTUAL))
     return found
 
 
@@ -102,7 +99,7 @@ def literal_mask(row: list[int], queries: int, window: int | None, windowed: boo
         line = []
         for k, owner in enumerate(row):
             near = window is None or positions[q] - positions[k] < window
-            shared = owner == SHARED and (near or not windowed)
+            shared = owner == VIRTUAL and (near or not windowed)
             line.append(k <= q and ((owner == row[q] and near) or shared))
         table.append(line)
     return table
@@ -115,16 +112,16 @@ def draw(generator: torch.Generator, most: int) -> int:
 def test_the_rule_on_300_random_rows():
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
-        learned, length = draw(generator, 4), 1 + draw(generator, 20)
-        row = [SHARED] * learned + random_row(generator, length)
+        virtual_tokens, length = draw(generator, 4), 1 + draw(generator, 20)
+        row = [VIRTUAL] * virtual_tokens + random_row(generator, length)
         window = draw(generator, 8) or None
         windowed, prompted = bool(draw(generator, 1)), bool(draw(generator, 1))
-        queries = length + (learned if prompted else 0)
+        queries = length + (virtual_tokens if prompted else 0)
         documents = torch.tensor([row])
         positions = positions_in(documents)
         assert positions[0].tolist() == literal_positions(row)
         mask = visible(documents, positions, queries, window, windowed)
-        assert mask.shape == (1, 1, queries, learned + length)
+        assert mask.shape == (1, 1, queries, virtual_tokens + length)
         assert mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
 
 
@@ -132,16 +129,16 @@ def test_the_rule_through_a_cache_on_random_rows():
     """lay_out in two calls, as prefill and decode make them: each gives the definition's rows for its own queries."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(100):
-        learned, first, second = draw(generator, 3), 1 + draw(generator, 9), 1 + draw(generator, 4)
+        virtual_tokens, first, second = draw(generator, 3), 1 + draw(generator, 9), 1 + draw(generator, 4)
         own = random_row(generator, first + second)
         window, windowed, prompted = draw(generator, 6) or None, bool(draw(generator, 1)), bool(draw(generator, 1))
-        cache = Cache(1, 1, 1, learned + first + second, 2, torch.float32, torch.device("cpu"))
-        given = {"learned": learned, "prompted": prompted, "window": window, "windowed": windowed}
+        cache = Cache(1, 1, 1, virtual_tokens + first + second, 2, torch.float32, torch.device("cpu"))
+        given = {"virtual_tokens": virtual_tokens, "prompted": prompted, "window": window, "windowed": windowed}
         for start, stop in pairwise((0, first, first + second)):
             documents = torch.tensor([own[start:stop]])
             layout = lay_out(documents, torch.zeros_like(documents), cache, **given)
-            row = [SHARED] * learned + own[:stop]
-            queries = stop - start + (learned if prompted and start == 0 else 0)
+            row = [VIRTUAL] * virtual_tokens + own[:stop]
+            queries = stop - start + (virtual_tokens if prompted and start == 0 else 0)
             assert layout.positions[0].tolist() == literal_positions(row)[-queries:]
             assert layout.mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
             assert layout.first == (start == 0)
@@ -151,7 +148,7 @@ def test_the_rows_drawn_in_the_essay_are_the_rule():
     """The picture in attention.py, cell by cell."""
     lines = [line for line in attention.__doc__.splitlines() if line.rstrip().endswith(("#", "no softmax is empty)"))]
     drawn = [[mark == "#" for mark in line.split("(")[0].ljust(70)[51:67:2]] for line in lines]
-    row = [SHARED] * 2 + [0, 0, 0, 1, 1, PADDING]
+    row = [VIRTUAL] * 2 + [0, 0, 0, 1, 1, PADDING]
     assert drawn == literal_mask(row, 6, None, False)
 
 
@@ -185,7 +182,7 @@ def same(found: tuple, wanted: tuple, where: Tensor, tolerance: float = 1e-5) ->
 class TestPackedRows:
     def test_by_run_is_the_dense_mask(self, model, ids, monkeypatch):
         weigh, real = weights(PACKED), PACKED != PADDING
-        layout = lay_out(PACKED, ids, None, learned=model.learned, prompted=model.prompt is not None)
+        layout = lay_out(PACKED, ids, None, virtual_tokens=model.virtual_tokens, prompted=model.prompt is not None)
         assert layout.runs is not None, "the control: these rows are computed by run"
         by_run = outcome(model, ids, PACKED, weigh)
         dense(monkeypatch)
@@ -214,7 +211,7 @@ class TestPackedRows:
 
     def test_shared_tokens_of_the_caller_are_everybodys(self, model, ids, monkeypatch):
         """Text that is run as SHARED (the text init of a prefix) is seen by every document, by run or by mask."""
-        documents = torch.tensor([[SHARED] * 4 + [0] * 10 + [1] * 16] * 2)
+        documents = torch.tensor([[VIRTUAL] * 4 + [0] * 10 + [1] * 16] * 2)
         found = model(ids, documents)
         dense(monkeypatch)
         assert torch.allclose(found, model(ids, documents), atol=1e-4)
@@ -263,7 +260,7 @@ class TestCache:
             cuts = [0, 7, *range(12, 31)]
             found = torch.cat([model(ids[:, a:b], cache=cache) for a, b in pairwise(cuts)], dim=1)
             wanted = model(ids)
-        assert cache.length == 30 + model.learned == cache.documents.shape[1]
+        assert cache.length == 30 + model.virtual_tokens == cache.documents.shape[1]
         assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
     def test_cached_packed_row_is_uncached(self, model, ids):
@@ -298,7 +295,7 @@ class TestRecompute:
         torch.manual_seed(5)
         kept = outcome(model, ids, PACKED, weigh)
         assert len(runs) == 1
-        model.recompute = True
+        model.activation_checkpointing = True
         torch.manual_seed(5)
         again = outcome(model, ids, PACKED, weigh)
         assert len(runs) == 3, "each block runs again in backward"
@@ -308,7 +305,7 @@ class TestRecompute:
 
     def test_evaluation_does_not_recompute(self, twins, ids):
         model = twins("llama")[0]
-        model.recompute = True
+        model.activation_checkpointing = True
         assert "Checkpoint" not in str(model(ids).grad_fn)
         runs = []
         model.blocks[1].register_forward_hook(lambda *_: runs.append(1))
@@ -326,9 +323,9 @@ def test_gradient_checks_against_float64():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 30, 6, dtype=torch.float64, generator=generator)
     k, v = (torch.randn(2, 2, 33, 6, dtype=torch.float64, generator=generator) for _ in "kv")
-    layout = lay_out(PACKED, PACKED, None, learned=3, window=4)
+    layout = lay_out(PACKED, PACKED, None, virtual_tokens=3, window=4)
     assert layout.runs is not None
-    documents = torch.nn.functional.pad(PACKED, (3, 0), value=SHARED)
+    documents = torch.nn.functional.pad(PACKED, (3, 0), value=VIRTUAL)
     mask = visible(documents, positions_in(documents), 30, 4, False)
     full = attention.Layout(layout.positions, mask, None, 3, False, True)
     real = PACKED != PADDING

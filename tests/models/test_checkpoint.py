@@ -425,8 +425,18 @@ class TestBadInputs:
         odd = [None, True, -1, 0, 3, 10**6, 10**30, 1.5, 1e308, "", "x", [], [1], {}, {"a": 1}]
         bad_inputs.write_sound(tmp_path / "m")
         sound = (tmp_path / "m" / "config.json").read_text()
-        names = [*json.loads(sound), "head_dim", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias",
-                 "attention_dropout", "eos_token_id", "initializer_range", "partial_rotary_factor"]  # fmt: skip
+        names = [
+            *json.loads(sound),
+            "head_dim",
+            "rope_scaling",
+            "rope_parameters",
+            "attention_bias",
+            "mlp_bias",
+            "attention_dropout",
+            "eos_token_id",
+            "initializer_range",
+            "partial_rotary_factor",
+        ]
         for name in names:
             for value in odd:
                 (tmp_path / "m" / "config.json").write_text(json.dumps({**json.loads(sound), name: value}))

@@ -72,13 +72,27 @@ def test_a_config_is_frozen():
 @pytest.mark.parametrize(
     ("value", "hint", "answer"),
     [
-        (3, int, True), (True, int, False), (3.0, int, False), ("3", int, False), (None, int, False),
-        (3, float, True), (3.5, float, True), (True, float, False), (float("inf"), float, False),
-        (True, bool, True), (1, bool, False), (None, int | None, True), (7, int | None, True),
-        ([1, 2], int | list[int] | None, True), ("x", int | list[int] | None, False),
-        ({}, dict | None, True), ([], dict | None, False), ("x", str, True), (1, str, False),
+        (3, int, True),
+        (True, int, False),
+        (3.0, int, False),
+        ("3", int, False),
+        (None, int, False),
+        (3, float, True),
+        (3.5, float, True),
+        (True, float, False),
+        (float("inf"), float, False),
+        (True, bool, True),
+        (1, bool, False),
+        (None, int | None, True),
+        (7, int | None, True),
+        ([1, 2], int | list[int] | None, True),
+        ("x", int | list[int] | None, False),
+        ({}, dict | None, True),
+        ([], dict | None, False),
+        ("x", str, True),
+        (1, str, False),
     ],
-)  # fmt: skip
+)
 def test_types(value, hint, answer):
     assert fits(value, hint) is answer
 

@@ -88,8 +88,9 @@ class TestSorter:
 class TestDropout:
     """The dropout of config.json holds in training mode, at GPT-2's four places, and nowhere in eval mode."""
 
-    config = GPT2Config(vocab_size=11, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.2, embd_pdrop=0.4,
-                        attn_pdrop=0.3)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=11, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.2, embd_pdrop=0.4, attn_pdrop=0.3
+    )
 
     def model(self, **changes: float) -> GPT2:
         zero = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -145,9 +146,9 @@ class TestDropout:
 
 
 class TestTableOfPositions:
-    def model(self, learned: int = 0) -> GPT2:
+    def model(self, virtual_tokens: int = 0) -> GPT2:
         model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
-        model.learned = learned
+        model.virtual_tokens = virtual_tokens
         return model
 
     def test_a_row_that_fills_it_passes(self):
@@ -159,7 +160,7 @@ class TestTableOfPositions:
 
     def test_learned_columns_count(self):
         with pytest.raises(InputError, match=r"position 8, .* the adapter takes 3\. cut each document to 5 tokens"):
-            self.model(learned=3)(torch.zeros(1, 6, dtype=torch.long))
+            self.model(virtual_tokens=3)(torch.zeros(1, 6, dtype=torch.long))
 
     def test_a_packed_row_may_be_longer_than_the_table(self):
         documents = torch.tensor([[0] * 8 + [1] * 8 + [-1] * 20])
@@ -190,8 +191,11 @@ def test_fresh_weights_have_gpt2s_spread():
     model = GPT2(GPT2Config(vocab_size=500, n_positions=64, n_embd=64, n_layer=8, n_head=4))
     model.initialize(torch.Generator().manual_seed(0))
     state = model.state_dict()
-    for name, spread in (("transformer.wte.weight", 0.02), ("transformer.h.3.mlp.c_fc.weight", 0.02),
-                         ("transformer.h.3.mlp.c_proj.weight", 0.005)):  # fmt: skip
+    for name, spread in (
+        ("transformer.wte.weight", 0.02),
+        ("transformer.h.3.mlp.c_fc.weight", 0.02),
+        ("transformer.h.3.mlp.c_proj.weight", 0.005),
+    ):
         assert abs(float(state[name].std()) / spread - 1) < 0.05, name
     assert float(state["transformer.h.0.ln_1.weight"].min()) == 1
     assert all(float(p.abs().max()) == 0 for name, p in state.items() if name.endswith("bias"))

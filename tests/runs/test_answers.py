@@ -33,12 +33,14 @@ def test_answers_come_back(tmp_path):
         ([], "holds no answers"),
         (["[1]\n"], "line 1: must be an object, is a list"),
         ([{"reference": "b"}], "line 1: field 'prediction' is missing"),
-        ([{"prediction": "a", "reference": "b"}, {"prediction": None, "reference": "b"}],
-         "line 2: field 'prediction' must be text, is null"),
+        (
+            [{"prediction": "a", "reference": "b"}, {"prediction": None, "reference": "b"}],
+            "line 2: field 'prediction' must be text, is null",
+        ),
         ([{"prediction": "a", "reference": []}], "line 1: field 'reference' must be text, is a list"),
         ([{"prediction": "a", "reference": ["b", 3]}], "line 1: field 'reference' must be text, is a list"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_answer_says_where(tmp_path, rows, said):
     file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(InputError) as error:

@@ -44,7 +44,10 @@ def test_full_training_is_three_forwards(name):
     whole = counted(model, 16, learns=True)
     assert train_flops(model.config, 16, 0, full=True) == pytest.approx(whole, rel=0.02)
     frozen = train_flops(model.config, 16, 0, full=False)
-    assert (frozen, train_flops(model.config, 16, 0, full=False, checkpointing=True)) == (whole * 2 / 3, whole)
+    assert (frozen, train_flops(model.config, 16, 0, full=False, activation_checkpointing=True)) == (
+        whole * 2 / 3,
+        whole,
+    )
 
 
 def test_the_head_is_counted_once_though_it_is_tied():
@@ -90,13 +93,13 @@ ADAPTERS = {
 ROWS, LENGTH = 3, 384
 
 
-def profiled(config, adapter, dtype, checkpointing):
+def profiled(config, adapter, dtype, activation_checkpointing):
     """The most bytes that torch's allocator had given out in a real step, beside what stood before it."""
     model = {"gpt2": GPT2, "llama": Llama}[config.model_type](config).to(dtype)
     model.initialize(torch.Generator().manual_seed(0))
     add_adapter(model, adapter)
     model.train()
-    model.recompute = checkpointing
+    model.activation_checkpointing = activation_checkpointing
     ids = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         cross_entropy(model.hidden(ids), model.lm_head.weight, ids).backward()
@@ -108,14 +111,16 @@ def profiled(config, adapter, dtype, checkpointing):
     return most
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("family", WIDER)
-def test_the_planned_step_takes_the_memory_of_a_real_one(family, name, checkpointing):
+def test_the_planned_step_takes_the_memory_of_a_real_one(family, name, activation_checkpointing):
     config, adapter = WIDER[family], ADAPTERS[name]
     dtype = torch.float32 if name == "full" else torch.bfloat16
-    planned = plan(config, adapter, rows=ROWS, length=LENGTH, dtype=dtype, checkpointing=checkpointing)
-    ratio = planned.step / profiled(config, adapter, dtype, checkpointing)
+    planned = plan(
+        config, adapter, rows=ROWS, length=LENGTH, dtype=dtype, activation_checkpointing=activation_checkpointing
+    )
+    ratio = planned.step / profiled(config, adapter, dtype, activation_checkpointing)
     assert 0.85 < ratio < 1.15
 
 
@@ -194,5 +199,7 @@ def test_trained_shares_are_those_that_the_paper_prints(assets, capsys):
     assert main(["plan", str(folder), "--method", "lora", "prefix", "prompt", "--length", "32", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [float(f"{row['percent']:.1g}") if row["percent"] < 0.1 else round(row["percent"], 2) for row in rows] == [
-        0.59, 0.08, 0.001
-    ]  # fmt: skip
+        0.59,
+        0.08,
+        0.001,
+    ]

@@ -55,8 +55,10 @@ def test_the_first_seed_of_a_long_run_answers():
 def stories(tmp_path_factory):
     """Pairs that a model of children's stories can learn."""
     names = ["Lily", "Tom", "Sue", "Ben", "Mia", "Max"]
-    rows = [{"intent": f"a story of {a} and {b}", "snippet": f"{a} met {b}. {b} ran.", "question_id": n}
-            for n, (a, b) in enumerate(itertools.product(names, names))]  # fmt: skip
+    rows = [
+        {"intent": f"a story of {a} and {b}", "snippet": f"{a} met {b}. {b} ran.", "question_id": n}
+        for n, (a, b) in enumerate(itertools.product(names, names))
+    ]
     file = tmp_path_factory.mktemp("stories") / "stories.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -114,9 +116,10 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     expected = f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D"
     assert [row for row in grid.texts() if row[0] == "peft"] == [["peft", expected, "", loss_text(loud)]]
     assert dict(grid.others) == {
-        f"untrained {base['dev_loss']:.3f}": base["dev_loss"], f"LoRA {lora['dev_loss']:.3f}": lora["dev_loss"],
+        f"untrained {base['dev_loss']:.3f}": base["dev_loss"],
+        f"LoRA {lora['dev_loss']:.3f}": lora["dev_loss"],
         f"prompt {prompt['dev_loss']:.3f}": prompt["dev_loss"],
-    }  # fmt: skip
+    }
     write_report(results, out)
     for report in ("report.md", "report.html"):
         said = (out / report).read_text()
@@ -158,8 +161,8 @@ def test_the_held_out_pairs_are_whole_and_apart(model, stories):
     """However short the rows are that are trained on, and though they are packed."""
     tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
     for kind in ("all", "response"):
-        rows = held_rows(TuneConfig(str(model), str(stories), length=24, loss=kind), base, tokenizer, pairs)
-        alone = rows_of_one(encode_pairs(pairs, tokenizer), tokenizer, batch=3, loss=kind, length=512)
+        rows = held_rows(TuneConfig(str(model), str(stories), length=24, loss_mask=kind), base, tokenizer, pairs)
+        alone = rows_of_one(encode_pairs(pairs, tokenizer), tokenizer, batch=3, loss_mask=kind, length=512)
         whole = sum(len(example.ids) for example in encode_pairs(pairs, tokenizer))
         assert sum(int((row.documents >= 0).sum()) for row in rows) == whole
         assert evaluate(base, rows) == pytest.approx(evaluate(base, list(alone)), rel=1e-5)

@@ -20,7 +20,9 @@ def test_each_cell_is_a_run_that_can_be_started(preset, number):
 def test_what_the_caller_chose_comes_last():
     cells = cells_of(StudyConfig(steps=7, seeds=2, method=("prefix", "full"), dtype="bf16"), {"demo": "demo"}, 100)
     assert [(cell.method, cell.seed) for cell in cells[2:]] == [("prefix", 0), ("prefix", 1), ("full", 0), ("full", 1)]
-    assert {cell.tune["loss"] for cell in cells} == {"response"}  # also the untrained: its loss is of the same tokens
+    assert {cell.tune["loss_mask"] for cell in cells} == {
+        "response"
+    }  # also the untrained: its loss is of the same tokens
     assert all(cell.tune["steps"] == 7 for cell in cells[2:])
     assert {cell.method: cell.tune["dtype"] for cell in cells} == {
         "zero-shot": "bf16",
@@ -44,7 +46,10 @@ def test_labels(tmp_path):
 
 
 def test_what_a_config_refuses():
-    for wrong, text in (({"preset": "x"}, "preset: 'x' is not known"), ({"method": ("y",)}, "method: 'y' is not known"),
-                        ({"limit": 0}, "limit: 0 must be >= 1")):  # fmt: skip
+    for wrong, text in (
+        ({"preset": "x"}, "preset: 'x' is not known"),
+        ({"method": ("y",)}, "method: 'y' is not known"),
+        ({"limit": 0}, "limit: 0 must be >= 1"),
+    ):
         with pytest.raises(InputError, match=text):
             StudyConfig(**wrong)

@@ -33,8 +33,22 @@ def line(out: Path, model: Path, pairs: Path, *more: str) -> list[str]:
 def finished(tmp_path_factory, model, broken, pairs) -> tuple[Path, list[str], int]:
     """A study of a sound and a broken model, each cell in its own process."""
     out = tmp_path_factory.mktemp("studies") / "study"
-    words = ["study", "--model", str(model), str(broken), "--data", str(pairs), "--out", str(out), "--threads", "1",
-             "--method", "prompt", "--steps", "2"]  # fmt: skip
+    words = [
+        "study",
+        "--model",
+        str(model),
+        str(broken),
+        "--data",
+        str(pairs),
+        "--out",
+        str(out),
+        "--threads",
+        "1",
+        "--method",
+        "prompt",
+        "--steps",
+        "2",
+    ]
     return out, words, main(words)
 
 
@@ -91,9 +105,11 @@ def test_seeds_and_a_study_that_grows(inside, tmp_path, model, pairs, capsys):
     assert main(words) == 0
     assert main([*words, "--seeds", "2", "--json"]) == 0
     assert inside == [
-        "stories260K--zero-shot--seed0", "stories260K--prompt--seed0",
-        "stories260K--zero-shot--seed1", "stories260K--prompt--seed1",
-    ]  # fmt: skip
+        "stories260K--zero-shot--seed0",
+        "stories260K--prompt--seed0",
+        "stories260K--zero-shot--seed1",
+        "stories260K--prompt--seed1",
+    ]
     shown = capsys.readouterr().out
     results = json.loads(shown[shown.index("{") :])
     group = next(group for group in results["groups"] if group["method"] == "prompt")

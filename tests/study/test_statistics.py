@@ -80,8 +80,19 @@ def test_mean_and_sd():
 
 
 def test_flags():
-    row = {"model": "m", "pairs": 100, "bleu": 0.3, "empty": 0, "repeated": 0, "leaked": 0, "hit_limit": None,
-           "distinct": 90, "codebleu": 0.3, "codebleu_compat": 0.3, "adapter_movement": None}  # fmt: skip
+    row = {
+        "model": "m",
+        "pairs": 100,
+        "bleu": 0.3,
+        "empty": 0,
+        "repeated": 0,
+        "leaked": 0,
+        "hit_limit": None,
+        "distinct": 90,
+        "codebleu": 0.3,
+        "codebleu_compat": 0.3,
+        "adapter_movement": None,
+    }
     assert flags(row, ("nearest", 0.2)) == []
     said = lambda **changes: " ".join(flags({**row, **changes}, ("nearest", 0.2)))
     assert "6 of 100 answers are empty" in said(empty=6)

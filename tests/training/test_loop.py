@@ -15,7 +15,7 @@ from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.training import loop
-from minipeft.training.loop import TrainConfig, TrainState, evaluate, rate_at, train, trained
+from minipeft.training.loop import TrainConfig, TrainState, evaluate, learning_rate_at, train, trained
 from tests.small import GPT2, LLAMA
 
 CONFIG = TrainConfig(steps=6, learning_rate=1e-2, accumulate=2)
@@ -61,18 +61,20 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_stopped_anywhere_it_goes_on_with_the_same_bits(method: str, family: str, checkpointing: bool) -> None:
-    config = dataclasses.replace(CONFIG, checkpointing=checkpointing)
+def test_stopped_anywhere_it_goes_on_with_the_same_bits(
+    method: str, family: str, activation_checkpointing: bool
+) -> None:
+    config = dataclasses.replace(CONFIG, activation_checkpointing=activation_checkpointing)
     whole = tuned(method, family)
-    want = [(s.loss, s.norm) for s in train(whole, Rows(), config)]
+    want = [(s.loss, s.grad_norm) for s in train(whole, Rows(), config)]
     for stop in (1, 5):
         model = tuned(method, family)
         state, steps = TrainState(model), []
         for step in train(model, Rows(), config, state):
-            steps.append((step.loss, step.norm))
+            steps.append((step.loss, step.grad_norm))
             torch.rand(7), model.eval()  # what the caller does in between changes nothing
             if step.number == stop:
                 break
@@ -81,7 +83,7 @@ def test_stopped_anywhere_it_goes_on_with_the_same_bits(method: str, family: str
         with torch.no_grad():
             for name, p in trained(again).items():
                 p.copy_(kept[name])
-        steps += [(s.loss, s.norm) for s in train(again, Rows(), config, other)]
+        steps += [(s.loss, s.grad_norm) for s in train(again, Rows(), config, other)]
         assert steps == want
         assert equal(copies(again), copies(whole))
 
@@ -147,7 +149,7 @@ def test_k_batches_are_one_batch_of_k(method: str, monkeypatch: pytest.MonkeyPat
     (b,) = train(at_once, Together(), dataclasses.replace(config, accumulate=1))
     assert (a.tokens, a.targets) == (b.tokens, b.targets)
     assert a.loss == pytest.approx(b.loss, rel=1e-6)
-    assert a.norm == pytest.approx(b.norm, rel=1e-5)
+    assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for name, p in trained(apart).items():
         assert torch.allclose(p.grad, trained(at_once)[name].grad, rtol=1e-4, atol=1e-6)
 
@@ -165,7 +167,7 @@ def test_the_callers_random_stream_is_left_alone() -> None:
 def test_checkpointing_gives_the_same_bits() -> None:
     plain, recomputed = tuned(), tuned()
     a = [s.loss for s in train(plain, Rows(), CONFIG)]
-    b = [s.loss for s in train(recomputed, Rows(), dataclasses.replace(CONFIG, checkpointing=True))]
+    b = [s.loss for s in train(recomputed, Rows(), dataclasses.replace(CONFIG, activation_checkpointing=True))]
     assert a == b
     assert equal(copies(plain), copies(recomputed))
 
@@ -192,7 +194,7 @@ def test_the_update_is_adamws() -> None:
         batch = Rows()[step]
         loop.backward(theirs, batch, loop.count_targets(batch.labels), loop.derived_seed(0, step, 0))
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
-        optimizer.param_groups[0]["lr"] = rate_at(step, config)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, config)
         optimizer.step()
     for name, p in trained(ours).items():
         assert torch.allclose(p, trained(theirs)[name], rtol=0, atol=1e-5), name  # 5 steps of at most 1e-2
@@ -210,10 +212,12 @@ def test_under_autocast_each_step_sees_the_new_weights() -> None:
 
 def test_rates() -> None:
     config = TrainConfig(steps=10, learning_rate=1.0, warmup=0.2)
-    assert [rate_at(n, config) for n in range(10)] == pytest.approx([0.5, 1.0, *(n / 8 for n in range(8, 0, -1))])
+    assert [learning_rate_at(n, config) for n in range(10)] == pytest.approx(
+        [0.5, 1.0, *(n / 8 for n in range(8, 0, -1))]
+    )
     cosine = dataclasses.replace(config, decay="cosine")
-    assert rate_at(6, cosine) == pytest.approx((1 - math.cos(math.pi / 2)) / 2)
-    assert rate_at(9, dataclasses.replace(config, decay="constant")) == 1
+    assert learning_rate_at(6, cosine) == pytest.approx((1 - math.cos(math.pi / 2)) / 2)
+    assert learning_rate_at(9, dataclasses.replace(config, decay="constant")) == 1
 
 
 def refused(action: Callable[[], object]) -> str:
@@ -235,10 +239,24 @@ def test_arguments_are_checked_at_the_call() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("steps", 1.5), ("steps", True), ("accumulate", 0), ("learning_rate", 0.0), ("clip", 0.0),
-     ("learning_rate", math.nan), ("eps", math.inf), ("warmup", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("decay", "up"),
-     ("weight_decay", 1.0), ("seed", -1), ("seed", 2**63)],
-)  # fmt: skip
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("steps", True),
+        ("accumulate", 0),
+        ("learning_rate", 0.0),
+        ("clip", 0.0),
+        ("learning_rate", math.nan),
+        ("eps", math.inf),
+        ("warmup", 1.0),
+        ("beta1", -0.1),
+        ("beta2", 1.0),
+        ("decay", "up"),
+        ("weight_decay", 1.0),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
 def test_settings_are_checked(name: str, value: Any) -> None:
     assert refused(lambda: TrainConfig(**{"steps": 1, name: value})).startswith(f"{name}: ")
 
@@ -288,9 +306,14 @@ def test_evaluation_is_the_mean_over_targets_and_changes_nothing() -> None:
     before = copies(model)
     batches = [Rows()[n] for n in range(3)]
     want = sum(
-        nn.functional.cross_entropy(model.eval()(b.ids, b.documents)[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(),
-                                    ignore_index=-100, reduction="sum").item() for b in batches
-    ) / sum(loop.count_targets(b.labels) for b in batches)  # fmt: skip
+        nn.functional.cross_entropy(
+            model.eval()(b.ids, b.documents)[:, :-1].flatten(0, 1),
+            b.labels[:, 1:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
+        ).item()
+        for b in batches
+    ) / sum(loop.count_targets(b.labels) for b in batches)
     model.train()
     assert evaluate(model, batches) == pytest.approx(want, rel=1e-5)
     assert model.training
