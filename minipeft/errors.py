@@ -192,9 +192,6 @@ def shown(value: object, most: int = 200) -> str:
     """A value in an error, cut where it is long: a caller may have given megabytes, or an integer of 10,000 digits."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
         return f"an integer of {value.bit_length()} bits"
-    text = (
-        repr(value)
-        if isinstance(value, (str, bytes, int, float, type(None), list, tuple, dict))
-        else f"a {kind(value)}"
-    )
+    plain = isinstance(value, (str, bytes, int, float, type(None), list, tuple, dict))
+    text = repr(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

@@ -277,7 +277,7 @@ def test_the_report_is_a_table(model):
     said = str(add_adapter(model, LoRAConfig(rank=2)))
     assert "method     lora" in said
     assert "float32" in said
-    assert "path 'reference'" in said
+    assert "backend    reference" in said
     assert f"{len(lora_layers(model))} modules" in said
 
 
