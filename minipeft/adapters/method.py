@@ -1,0 +1,78 @@
+"""What a method is to the rest of the library: one record, looked up in METHODS (adapters/__init__.py).
+
+    add, remove, merge          what it does to a model
+    recipe                      how it is trained by default: plain numbers, each with its source
+    peft                        its files in Hugging Face PEFT's format, both ways
+    label                       what tables call it
+
+`add_adapter`, `save_adapter`, `inspect`, `plan`, the runs, the study and the command line read the record. A new method
+is its file, its format and its record (CONTRIBUTING, "Add a method").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minipeft.models import Decoder
+
+
+class Encoder(Protocol):
+    """What text init needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained by default; the fields but `source` are fields of TrainConfig of the same names."""
+
+    learning_rate: float
+    warmup: float = 0.06  # share of the steps; 5 % in Weyssow et al. 2023
+    decay: str = "linear"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0  # decay would pull a prefix or prompt away from the text that it starts as
+    clip: float = 1.0
+    source: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of TrainConfig: TrainConfig(steps=..., **recipe.settings())"""
+        return {name: value for name, value in vars(self).items() if name != "source"}
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """A method's adapter_config.json and adapter_model.safetensors; `model` is a Decoder, `config` the method's own."""
+
+    types: tuple[str, ...]  # the values of peft_type that it reads
+    to_json: Callable[[Any, Decoder], dict[str, object]]
+    from_json: Callable[[Mapping[str, Any]], Any]  # -> config
+    shapes: Callable[[Decoder, Any], dict[str, tuple[int, ...]]]  # of the tensors that the file must hold
+    tensors: Callable[[Decoder], dict[str, Tensor]]  # of the model's adapter, under PEFT's names
+    fill: Callable[[Decoder, dict[str, Tensor], Path], None]  # copy loaded tensors into the model's adapter
+    fields: Mapping[str, str] = field(default_factory=dict)  # our field -> PEFT's key, for errors
+    known: frozenset[str] = frozenset()  # PEFT's keys that are honoured, or that have no effect on a loaded adapter
+    neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # unsupported keys -> values without effect
+    describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, object]] = lambda given, header: {}  # inspect
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything that the library asks of a method."""
+
+    name: str  # lora: in --method, run folders and results
+    label: str  # LoRA: in tables and reports
+    config: type  # LoRAConfig
+    add: Callable[[Decoder, Any, Encoder | None, torch.Generator], list[str]]  # -> the paths of the modules
+    remove: Callable[[Decoder], None]
+    recipe: Callable[[Any, int, str], Recipe]  # (config, parameters of the base, family)
+    merge: Callable[[Decoder], Any] | None = None  # None: it cannot be merged into weights
+    peft: PeftFormat | None = None  # None: it has no adapter files (full tuning)
+    backend: Callable[[Decoder, Any], str] | None = None  # which kernel computes it here
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other names: {"dora": {"dora": True}}
