@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import measure
 import torch
 import torch.nn.functional as F
-from lora_linear import Problem, paths_here, peft_layer, problem, relative, replayed, under_autocast
+from lora_linear import Problem, find_backends, peft_layer, problem, record_graphs, relative, under_autocast
 from minipeft_kernels import Part, lora_linears
 from torch import Tensor
 
@@ -75,8 +75,8 @@ def compare(
     checks = {label: check(make(plain), plain) for label, make in build.items() if label != "frozen"}
     blocks = {label: make(layers) for label, make in build.items()}
     kept = {label: kept_bytes(block, layers) for label, block in blocks.items()}
-    calls = {label: repeated(block, layers) for label, block in blocks.items()}
-    calls |= replayed(calls, len(layers[0].inputs)) if x.is_cuda else {}
+    calls = {label: repeat_over_inputs(block, layers) for label, block in blocks.items()}
+    calls |= record_graphs(calls, len(layers[0].inputs)) if x.is_cuda else {}
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
     found = measure.measure(
         calls,
@@ -92,10 +92,10 @@ def compare(
         note=f"dropout {layers[0].dropout}",
     )
     work = 4e-12 * len(x) * sum(layer.weight.numel() for layer in layers)  # TFLOP of the frozen products and their dX
-    return [judged(row, kept, checks, work) for row in found]
+    return [judge(row, kept, checks, work) for row in found]
 
 
-def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, float]], work: float) -> measure.Row:
+def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, float]], work: float) -> measure.Row:
     """Add to a row its checks and its ratios; where a check of ours is worse than PEFT's: FAIL, and no ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"kept_bytes": kept[variant], **checks.get(variant, {})}
@@ -117,7 +117,7 @@ def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, f
 
 
 def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
-    """Return how to build the floor, PEFT's columns and this project's paths that can run here, by name."""
+    """Return how to build the floor, PEFT's columns and this project's backends that can run here, by name."""
     build: dict[str, Build] = {"frozen": frozen, "peft, same dtype": lambda given: peft(given, upcast=False)}
     if layers[0].weight.dtype != torch.float32:  # in float32 the three are one
         build["peft, default"] = lambda given: peft(given, upcast=True)
@@ -125,19 +125,21 @@ def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str
     if arguments.compile or layers[0].weight.is_cuda:
         torch.compiler.reset()
         build["peft, compiled"] = lambda given: compiled(peft(given, upcast=False))
-    return build | {path: lambda given, path=path: ours(given, path) for path in paths_here(layers[0])}
+    return build | {
+        backend: lambda given, backend=backend: ours(given, backend) for backend in find_backends(layers[0])
+    }
 
 
 def frozen(layers: list[Problem]) -> Block:
     """Return the block without adapters: the floor."""
-    return Block(joined([lambda x, given=given: F.linear(x, given.weight, given.bias) for given in layers], layers))
+    return Block(join([lambda x, given=given: F.linear(x, given.weight, given.bias) for given in layers], layers))
 
 
 def peft(layers: list[Problem], upcast: bool, wrap: Callable[[Linear], Linear] = lambda call: call) -> Block:
     """Return the block of HF PEFT's linears, one module each."""
     variants = [peft_layer(given, upcast) for given in layers]
     calls = [wrap(variant.call) for variant in variants]
-    return Block(joined(calls, layers), [matrix for variant in variants for matrix in variant.trained])
+    return Block(join(calls, layers), [matrix for variant in variants for matrix in variant.trained])
 
 
 def compiled(block: Block) -> Block:
@@ -145,11 +147,11 @@ def compiled(block: Block) -> Block:
     return Block(torch.compile(block.call, dynamic=False), block.trained)
 
 
-def ours(layers: list[Problem], path: str) -> Block:
+def ours(layers: list[Problem], backend: str) -> Block:
     """Return the block by lora_linears: the projections of one x in one call."""
     pairs = [(given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()) for given in layers]
     parts = [Part(given.weight, given.bias, A, B, given.scale) for given, (A, B) in zip(layers, pairs)]
-    together = lambda x, some: lora_linears(x, some, dropout=layers[0].dropout, backend=path)
+    together = lambda x, some: lora_linears(x, some, dropout=layers[0].dropout, backend=backend)
     first, last = parts[: shared(layers)], parts[shared(layers) :]
 
     def call(x: Tensor) -> Sequence[Tensor]:
@@ -159,7 +161,7 @@ def ours(layers: list[Problem], path: str) -> Block:
     return Block(call, [matrix for pair in pairs for matrix in pair])
 
 
-def joined(calls: Sequence[Linear], layers: list[Problem]) -> Callable[[Tensor], Sequence[Tensor]]:
+def join(calls: Sequence[Linear], layers: list[Problem]) -> Callable[[Tensor], Sequence[Tensor]]:
     """Return one call of x from a call a linear: q, k and v; or down(silu(gate) up)."""
     first, last = calls[: shared(layers)], calls[shared(layers) :]
 
@@ -175,7 +177,7 @@ def shared(layers: list[Problem]) -> int:
     return sum(layer.weight.shape[1] == layers[0].weight.shape[1] for layer in layers)
 
 
-def repeated(block: Block, layers: list[Problem]) -> Callable[[], Sequence[Tensor]]:
+def repeat_over_inputs(block: Block, layers: list[Problem]) -> Callable[[], Sequence[Tensor]]:
     """Return forward and backward as a call without arguments that takes the inputs in turn."""
     turn = itertools.cycle(range(len(layers[0].inputs)))
     return lambda: step(block, layers, next(turn))

@@ -20,7 +20,7 @@ import measure
 import peft
 import torch
 import torch.nn.functional as F
-from lora_linear import relative, replayed
+from lora_linear import record_graphs, relative
 from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_rows
 from torch import Tensor, nn
 
@@ -90,13 +90,13 @@ def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) ->
         "base": lambda layer: lambda: F.linear(layer.x, layer.weight),
         "peft, adapter_names": peft_call,
     }
-    for path in paths_here(first):
-        ways[path] = lambda layer, path=path: lambda: ours(layer, path)
-    calls = {name: in_turn([way(layer) for layer in layers]) for name, way in ways.items()}
+    for backend in find_backends(first):
+        ways[backend] = lambda layer, backend=backend: lambda: ours(layer, backend)
+    calls = {name: alternate([way(layer) for layer in layers]) for name, way in ways.items()}
     errors = {name: relative(way(first)(), truth) for name, way in ways.items()}
     if first.x.is_cuda:
         recorded = {name: call for name, call in calls.items() if "peft" not in name}  # PEFT asks the GPU for its rows
-        calls |= replayed(recorded, len(layers))
+        calls |= record_graphs(recorded, len(layers))
     (batch, _, k), (adapters, n, r) = first.x.shape, first.B.shape
     found = measure.measure(
         calls,
@@ -110,10 +110,10 @@ def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) ->
         busy=arguments.busy,
         packages=("peft", "triton"),
     )
-    return [judged(row, errors) for row in found]
+    return [judge(row, errors) for row in found]
 
 
-def judged(row: measure.Row, errors: dict[str, float]) -> measure.Row:
+def judge(row: measure.Row, errors: dict[str, float]) -> measure.Row:
     """Add to a row its error and its ratios; where the error is larger than PEFT's: FAIL, and no ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"times_base": 1 / row.ratios[f"base{graph}"]}
@@ -126,20 +126,20 @@ def judged(row: measure.Row, errors: dict[str, float]) -> measure.Row:
     return dataclasses.replace(row, extra=extra | checked)
 
 
-def paths_here(layer: Layer) -> list[str]:
-    """Return the paths of lora_rows that can run on this device and dtype."""
+def find_backends(layer: Layer) -> list[str]:
+    """Return the backends of lora_rows that can run on this device and dtype."""
     (batch, _, k), (_, n, r) = layer.x.shape, layer.B.shape
     call, found = Call(layer.x.device, layer.x.dtype, batch, k, n, r, False, False, grouped=True), []
-    for path in ("reference", "decode"):
+    for backend in ("reference", "decode"):
         try:
-            found.append(choose_backend(path, call))
+            found.append(choose_backend(backend, call))
         except UnavailableBackend as reason:
             if batch == 1:
                 print(f"# not measured: {reason}")
     return found
 
 
-def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+def alternate(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
     """Return a call that is one of these after the other."""
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
@@ -153,9 +153,9 @@ def exact(layer: Layer) -> Tensor:
     return x @ weight.T + layer.scales[0] * each  # [B, 1, N]
 
 
-def ours(layer: Layer, path: str) -> Tensor:
+def ours(layer: Layer, backend: str) -> Tensor:
     """Return lora_rows of a layer."""
-    return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, backend=path)
+    return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, backend=backend)
 
 
 def peft_call(layer: Layer) -> Callable[[], Tensor]:

@@ -2,7 +2,7 @@
 
     python benchmarks/lora_linear.py                                    # a CPU: GPT-2's shapes, 512 rows, 2 minutes
     python benchmarks/lora_linear.py --device cuda --quick --out benchmarks/results/lora-linear-h200.json
-    python benchmarks/lora_linear.py --device cuda --tune               # every tile and path: rows for tiles and choice
+    python benchmarks/lora_linear.py --device cuda --tune               # rows for tiles.py and choice.py
 
 PEFT stands in three columns, because its usual setting is its slowest: adapters in the base's dtype; as it is by
 default (float32 adapters on a bfloat16 base); and that under autocast. A time is written only beside its errors
@@ -31,7 +31,7 @@ LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)
 QUICK = [(768, 3072), (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]  # 8192 rows: the protocol's quick set
 REST = [(768, 768), (768, 50257), (4096, 6144), (14336, 4096), (4096, 32000)]  # only with --all
 ALL_ROWS, ALL_RANKS = [1, 4, 16, 64, 512, 2048, 8192, 16384], [8, 16, 64, 128]
-said: set[str] = set()  # why a path is not measured, each reason once
+reasons_shown: set[str] = set()  # why a backend is not measured, each reason once
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
     parser.add_argument("--quick", action="store_true", help="five shapes with 8192 rows (512 on a CPU)")
     parser.add_argument("--all", action="store_true", help="every shape of the protocol, M 1 to 16384, ranks 8 to 128")
-    parser.add_argument("--tune", action="store_true", help="time every path and tile instead, and print the tables")
+    parser.add_argument("--tune", action="store_true", help="time every backend and tile instead, and print the tables")
     arguments = parser.parse_args()
     gpu = arguments.device.startswith("cuda")
     usual = QUICK if arguments.quick else GPT2 + LLAMA if gpu else GPT2
@@ -120,12 +120,12 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
     }
     found = []
     for kind in ("forward", "forward + backward"):
-        calls = {name: repeated(variant, given, kind != "forward") for name, variant in variants.items()}
+        calls = {name: repeat_over_inputs(variant, given, kind != "forward") for name, variant in variants.items()}
         if kind == "forward" and not given.dropout:
             calls["k-concat"] = k_concat(given)
             checks["k-concat"] = Check({"y": relative(k_concat(given)(), exact(given)["y"])}, {})
         if x.is_cuda:
-            calls |= replayed(calls, len(given.inputs))
+            calls |= record_graphs(calls, len(given.inputs))
         rows = measure.measure(
             calls,
             name=f"lora_linear {kind}",
@@ -139,23 +139,23 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
             packages=("peft", "triton"),
             note=f"dropout {given.dropout}",
         )
-        found += [judged(row, checks) for row in rows]
+        found += [judge(row, checks) for row in rows]
     return found
 
 
-def replayed(calls: dict[str, Callable[[], object]], sets: int) -> dict[str, Callable[[], object]]:
+def record_graphs(calls: dict[str, Callable[[], object]], sets: int) -> dict[str, Callable[[], object]]:
     """Return CUDA graphs of each call that can be recorded, one for each set of inputs, by "NAME, graph"."""
     found = {}
     for name, call in calls.items():
         try:
-            found[f"{name}, graph"] = measure.graphed(call, sets)
+            found[f"{name}, graph"] = measure.record_graph(call, sets)
         except RuntimeError as reason:
-            print(f"# {name} is not replayed: {str(reason).splitlines()[0]}")
+            print(f"# {name} is not record_graphs: {str(reason).splitlines()[0]}")
             torch.cuda.synchronize()
     return found
 
 
-def judged(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
+def judge(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
     """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
     graph = ", graph" if row.variant.endswith(", graph") else ""
     m, k, n = (int(part) for part in row.shape.split()[0].split("x"))
@@ -175,7 +175,7 @@ def judged(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
 
 
 def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
-    """Return the floor, PEFT's columns and this project's paths that can run here, by name."""
+    """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
     variants = {"frozen": Variant(lambda x: F.linear(x, given.weight, given.bias))}
     variants["peft, same dtype"] = peft_layer(given, upcast=False)
     if given.weight.dtype != torch.float32:  # in float32 the three are one
@@ -184,7 +184,7 @@ def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Var
     if arguments.compile or given.weight.is_cuda:
         same = peft_layer(given, upcast=False)
         variants["peft, compiled"] = Variant(torch.compile(same.call, dynamic=False), same.trained)
-    return variants | {path: our_path(given, path) for path in paths_here(given)}
+    return variants | {backend: make_ours(given, backend) for backend in find_backends(given)}
 
 
 def under_autocast(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -197,25 +197,25 @@ def under_autocast(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return cast
 
 
-def paths_here(given: Problem) -> list[str]:
-    """Return the training paths that can run on this device and dtype."""
+def find_backends(given: Problem) -> list[str]:
+    """Return the training backends that can run on this device and dtype."""
     (x, dy), *_ = given.inputs
     call = Call(x.device, x.dtype, *x.shape, dy.shape[1], len(given.lora_A), given.dropout > 0, True)
     found = []
-    for path in ("reference", "onednn", "hybrid", "fused"):
+    for backend in ("reference", "onednn", "hybrid", "fused"):
         try:
-            found.append(choose_backend(path, call))
+            found.append(choose_backend(backend, call))
         except UnavailableBackend as reason:
-            if str(reason) not in said:
+            if str(reason) not in reasons_shown:
                 print(f"# not measured: {reason}")
-            said.add(str(reason))
+            reasons_shown.add(str(reason))
     return found
 
 
-def our_path(given: Problem, path: str) -> Variant:
-    """Return one of this project's paths."""
+def make_ours(given: Problem, backend: str) -> Variant:
+    """Return one of this project's backends."""
     A, B = given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()
-    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=path)
+    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=backend)
     return Variant(call, (A, B))
 
 
@@ -234,7 +234,7 @@ def peft_layer(given: Problem, upcast: bool) -> Variant:
     return Variant(layer, (A.weight, B.weight))
 
 
-def repeated(variant: Variant, given: Problem, backward: bool) -> Callable[[], object]:
+def repeat_over_inputs(variant: Variant, given: Problem, backward: bool) -> Callable[[], object]:
     """Return a call without arguments that takes the inputs in turn; backward gives dX, dA and dB."""
     turn = itertools.cycle(given.inputs)
 
@@ -309,7 +309,7 @@ class Check:
 
 
 def tune(given: Problem, device: str) -> None:
-    """Time every tile of every kernel in its path, then the paths; print rows for tiles.TUNED and choice.MEASURED."""
+    """Time each tile of each kernel, then each backend; print rows for tiles.TUNED and choice.MEASURED."""
     from minipeft_kernels import launch, tiles
 
     (x, dy), *_ = given.inputs
@@ -327,21 +327,21 @@ def tune(given: Problem, device: str) -> None:
                 return tile
 
             tiles.pick = forced
-            path = "hybrid" if kernel == "expand_add" else "fused"
-            times[tile] = seconds_of(our_path(given, path), given, device)
+            backend = "hybrid" if kernel == "expand_add" else "fused"
+            times[tile] = seconds_of(make_ours(given, backend), given, device)
         tiles.pick = picked
         best = min(times, key=lambda tile: times[tile])
         print(f"{kernel}: " + ", ".join(f"{tile} {1e3 * time:.3f} ms" for tile, time in times.items()))
         for key in sorted(keys):
             print(f"    TUNED: {key}: {best},")
-    paths = {path: seconds_of(our_path(given, path), given, device) for path in paths_here(given)}
+    backends = {backend: seconds_of(make_ours(given, backend), given, device) for backend in find_backends(given)}
     key = (architecture, 1 << (len(x) - 1).bit_length(), x.shape[1], dy.shape[1], rank, dropped)
-    print(f"    MEASURED: {key}: {min(paths, key=lambda path: paths[path])!r},  # {paths}")
+    print(f"    MEASURED: {key}: {min(backends, key=lambda backend: backends[backend])!r},  # {backends}")
 
 
 def seconds_of(variant: Variant, given: Problem, device: str) -> float:
     """Return the median seconds of forward and backward."""
-    call = repeated(variant, given, backward=True)
+    call = repeat_over_inputs(variant, given, backward=True)
     rows = measure.measure({"it": call}, name="tune", shape="", dtype="bfloat16", device=device, rounds=7, seconds=0.01)
     return rows[0].median
 

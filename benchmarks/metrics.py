@@ -20,7 +20,8 @@ import codebleu as package
 from measure import Row, measure, show_rows, write_rows
 
 from minipeft.metrics import codebleu as ours
-from minipeft.metrics.bleu import bootstrap_bleu, count_pairs
+from minipeft.metrics.bleu import count_pairs
+from minipeft.metrics.bootstrap import bootstrap_bleu
 
 PACKAGES = ("codebleu", "sacrebleu", "tree-sitter", "tree-sitter-python")
 KEPT = (ours._count_tokens, ours._analyse, ours._drop_truly, ours._drop_as_package)
@@ -118,7 +119,7 @@ def main() -> None:
         rows += compare("CoNaLa", "500 pairs", rotated, references, arguments.rounds, "references rotated by one")
         counts = count_pairs(rotated, references)
         rows += measure(
-            {"bootstrap": lambda: bootstrap_bleu(counts)},
+            {"bootstrap": lambda: bootstrap_bleu([counts], resamples=1000)},
             name="BLEU interval",
             shape="500 x 1000 resamples",
             dtype="int64",

@@ -23,7 +23,7 @@ import measure
 import peft
 import torch
 import transformers
-from lora_linear import replayed
+from lora_linear import record_graphs
 from minipeft_kernels import BACKENDS, Call, UnavailableBackend, choose_backend
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from minipeft import LoRAConfig, add_adapter, save_adapter
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.config import config_from
-from minipeft.models.gpt2 import TRANSPOSED
+from minipeft.models.gpt2 import FAMILY as GPT2
 from minipeft.models.loss import cross_entropy
 
 Config = dict[str, Any]
@@ -127,7 +127,7 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
         kept = {name: kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
         steps: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
         if ids.is_cuda and case != "7b":
-            steps |= replayed(steps, 1)
+            steps |= record_graphs(steps, 1)
         note = f"dropout {dropout}" + ", checkpointing" * options.activation_checkpointing
         measured = measure.measure(
             steps,
@@ -142,14 +142,14 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
             packages=("peft", "transformers", "triton"),
             note=note,
         )
-        found += [judged(row, kept, checks, rows * length) for row in measured]
+        found += [judge(row, kept, checks, rows * length) for row in measured]
     return found
 
 
 def all_variants(
     config: Config, weights: dict[str, Tensor], ids: Tensor, dropout: float, options: argparse.Namespace
 ) -> dict[str, Trained]:
-    """Return the floor, PEFT's columns and this project's paths that can run here, by name."""
+    """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
     variants = {"frozen": frozen(decoder(config, weights), ids, options)}
     with tempfile.TemporaryDirectory() as start:
         model = decoder(config, weights)
@@ -161,12 +161,12 @@ def all_variants(
             variants["peft, autocast"] = theirs(config, weights, start, ids, True, options, autocast=True)
         if options.compile:
             variants["peft, compiled"] = theirs(config, weights, start, ids, False, options, compiled=True)
-    for path in paths_here(model, ids, options.rank, dropout):
-        variants[path] = ours(config, weights, path, ids, dropout, options)
+    for backend in find_backends(model, ids, options.rank, dropout):
+        variants[backend] = ours(config, weights, backend, ids, dropout, options)
     return variants
 
 
-def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float, float]], tokens: int) -> measure.Row:
+def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float, float]], tokens: int) -> measure.Row:
     """Add to a row what its ratios rest on; where the loss is not PEFT's: FAIL, and no ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"kept_bytes": kept.get(variant)}
@@ -182,7 +182,7 @@ def judged(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float
 
 def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Random weights by our names."""
-    of, module = FAMILIES[config["model_type"]]
+    of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
         model = module(config_from(of, config)).to(dtype)
     model.to_empty(device=device).initialize(torch.Generator(device).manual_seed(0))
@@ -191,7 +191,7 @@ def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, 
 
 def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
     """Our decoder on these weights, which it does not copy."""
-    of, module = FAMILIES[config["model_type"]]
+    of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
         model = module(config_from(of, config))
     model.load_state_dict(weights, assign=True)
@@ -199,26 +199,28 @@ def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
     return model.requires_grad_(False).train()
 
 
-def paths_here(model: Decoder, ids: Tensor, rank: int, dropout: float) -> list[str]:
-    """The kernel's paths that can run on this device and dtype, "decode" apart."""
+def find_backends(model: Decoder, ids: Tensor, rank: int, dropout: float) -> list[str]:
+    """The kernel's backends that can run on this device and dtype, "decode" apart."""
     weight, width = model.embedding.weight, model.config.width
     found = []
-    for path in BACKENDS:
+    for backend in BACKENDS:
         try:
-            choose_backend(path, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, dropout > 0, True))
+            choose_backend(
+                backend, Call(weight.device, weight.dtype, ids.numel(), width, width, rank, dropout > 0, True)
+            )
         except UnavailableBackend as reason:
             print(f"# not measured: {reason}")
             continue
-        found += [path] if path != "decode" else []
+        found += [backend] if backend != "decode" else []
     return found
 
 
 def ours(
-    config: Config, weights: dict[str, Tensor], path: str, ids: Tensor, dropout: float, options: argparse.Namespace
+    config: Config, weights: dict[str, Tensor], backend: str, ids: Tensor, dropout: float, options: argparse.Namespace
 ) -> Trained:
-    """minipeft, by one of its kernel's paths."""
+    """minipeft, by one of its kernel's backends."""
     model = decoder(config, weights)
-    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=path))
+    add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=backend))
     model.activation_checkpointing = options.activation_checkpointing
     return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
 
@@ -250,7 +252,7 @@ def theirs(
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**config), dtype=getattr(torch, options.dtype)
         )
-    turned = {name: w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
+    turned = {name: w.T if name.endswith(GPT2.transposed) else w for name, w in weights.items()}
     given = {name: nn.Parameter(w, requires_grad=False) for name, w in turned.items()}
     wrong = model.load_state_dict(given, assign=True, strict=False)
     assert not wrong.unexpected_keys, wrong

@@ -1,8 +1,8 @@
-"""The fused LoRA linear: one function, four paths, one meaning. Importing it imports torch and nothing else."""
+"""The fused LoRA linear: one equation, five backends. Importing this package imports torch and NumPy, no Triton."""
 
 from .choice import BACKENDS, Call, UnavailableBackend, choose_backend
 from .dropout import Dropout, keep_mask, make_dropout
-from .lora_linear import lora_linear, lora_linears, lora_rows
+from .lora_linear import lora_linear, lora_linear_reference, lora_linears, lora_rows, make_lora_linear
 from .reference import Part
 from .rows import RowGroups
 
@@ -16,7 +16,9 @@ __all__ = [
     "choose_backend",
     "keep_mask",
     "lora_linear",
+    "lora_linear_reference",
     "lora_linears",
     "lora_rows",
     "make_dropout",
+    "make_lora_linear",
 ]

@@ -1,4 +1,4 @@
-"""Which path a call takes: what can run here, then a measured table, then the rule. It imports no Triton."""
+"""Choose the backend of a call: what can run here, then a measured table, then a rule. No import of Triton here."""
 
 import functools
 import importlib
@@ -17,17 +17,17 @@ L2_BYTES = 40e6  # a y of this size is read again from the L2 cache, nearly free
 FLOPS_PER_BYTE = {80: 165.0, 90: 184.0}  # matrix throughput over memory bandwidth, in bf16 (A100; H200)
 TRITON_SPEED = {80: 0.95, 90: 0.92}  # of cuBLAS, what the Triton product is taken to reach: assumed until measured
 
-# (architecture, M rounded up to a power of two, K, N, rank block, dropout) -> path: benchmarks/lora_linear.py --tune
+# (architecture, M rounded up to a power of two, K, N, rank block, dropout) -> backend: benchmarks/lora_linear.py --tune
 # prints the rows. Nothing has been measured on a GPU yet, so it is empty and the rule decides.
 MEASURED: dict[tuple[int, int, int, int, int, bool], str] = {}
 
 
 class UnavailableBackend(RuntimeError):
-    """A path was asked for by name and cannot run here; the message says why."""
+    """A backend that was named cannot run here; the message says why."""
 
 
 class Call(NamedTuple):
-    """What the choice depends on. N and r are sums over the projections that share x."""
+    """What the choice depends on. n and r are sums over the projections that share x."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,33 +40,45 @@ class Call(NamedTuple):
     grouped: bool = False  # one adapter for each row: lora_rows
 
 
+def is_always_reference(backend: str, device_type: str) -> bool:
+    """Whether every call on such a device takes the reference backend, whatever its shape: "auto" is CUDA's alone."""
+    return backend == "reference" or (backend == "auto" and device_type != "cuda")
+
+
 def choose_backend(backend: str, call: Call) -> str:
-    """Return the path that a call takes: `path` itself where it can run, else an error; for "auto", the rule's choice.
+    """Return the backend that computes a call: the named one where it can run, else an error; for "auto", the rule's.
 
-    The answer depends on nothing but the arguments and the device, so a run can be repeated to the bit.
+    The answer depends on the arguments and the device alone, so a run repeats to the bit.
 
-    Raises: ValueError for a name that is no path, UnavailablePath with the reason where a named path cannot run.
+    Raises:
+        ValueError: the name is no backend's.
+        UnavailableBackend: the named backend cannot run here; the message says why.
     """
-    if backend == "reference":
-        return backend
+    check_name(backend)
+    if is_always_reference(backend, call.device.type):
+        return "reference"
     if backend == "auto":
-        return _auto(call) if call.device.type == "cuda" else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"no backend is named {backend!r}; there are {('auto', *BACKENDS)}")
+        return _choose_on_cuda(call)
     reason = why_not(backend, call)
     if reason is not None:
         raise UnavailableBackend(f"backend={backend!r} cannot run here: {reason}")
     return backend
 
 
+def check_name(backend: str) -> None:
+    """Refuse a name that is no backend's."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"no backend is named {backend!r}; there are {('auto', *BACKENDS)}")
+
+
 def why_not(backend: str, call: Call) -> str | None:
-    """Say why a path other than the reference cannot take a call, or None where it can."""
+    """Say why a backend other than the reference cannot take a call, or None where it can."""
     if backend == "onednn":
         return _why_not_onednn(call)
     if backend == "decode" and (call.needs_grad or call.dropout):
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and backend != "decode":
-        return "adapters by row have the paths 'reference' and 'decode'"
+        return "adapters by row have the backends 'reference' and 'decode'"
     if not _triton_is_installed():
         return "Triton is not installed (pip install 'minipeft[kernels]'); backend='auto' does without"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -84,18 +96,18 @@ def _why_not_onednn(call: Call) -> str | None:
     """Say why oneDNN's product cannot take a call."""
     if call.device.type != "cpu" or call.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {call.dtype} on {call.device}; it is for float32 and bfloat16 on a CPU"
-    if backend_functions("onednn").works(call.dtype):
+    if import_backend("onednn").works(call.dtype):
         return None
     return f"oneDNN multiplies no {call.dtype} on this processor, or this build of torch lacks its linear"
 
 
 @functools.cache
-def backend_functions(backend: str) -> ModuleType:
-    """Return the module with a path's forward, backward and rows; the first Triton path imports Triton."""
+def import_backend(backend: str) -> ModuleType:
+    """Return the module of a backend: its forward, backward and rows. Only a Triton backend imports Triton."""
     return importlib.import_module(f"{__package__}.{backend}")
 
 
-def rule(architecture: int, m: int, k: int, n: int) -> str:
+def choose_by_bytes(architecture: int, m: int, k: int, n: int) -> str:
     """Return "fused" or "hybrid" for a training call, by the bytes that each moves beyond the frozen product.
 
     `hybrid` reads y and dX again: 2 c / K and 2 c / N of a product's time, with c the GPU's flops per byte; nothing
@@ -107,8 +119,8 @@ def rule(architecture: int, m: int, k: int, n: int) -> str:
     return "fused" if again > slower else "hybrid"
 
 
-def _auto(call: Call) -> str:
-    """Return the path of a call on a CUDA device."""
+def _choose_on_cuda(call: Call) -> str:
+    """Return the backend that "auto" means for a call on a CUDA device."""
     few = call.m <= DECODE_TOKENS
     if why_not("decode" if call.grouped or few else "hybrid", call) is not None or (call.grouped and not few):
         return "reference"
@@ -119,7 +131,7 @@ def _auto(call: Call) -> str:
     architecture = _architecture(call.device)
     rank = next((block for block in (16, 32) if call.r <= block), 64)
     key = (architecture, 1 << (call.m - 1).bit_length(), call.k, call.n, rank, call.dropout)
-    return MEASURED.get(key) or rule(architecture, call.m, call.k, call.n)
+    return MEASURED.get(key) or choose_by_bytes(architecture, call.m, call.k, call.n)
 
 
 @functools.cache

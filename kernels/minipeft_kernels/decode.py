@@ -1,7 +1,7 @@
-"""The decode path: few tokens, no gradient, one adapter for all or one for each row of the batch.
+"""The decode backend: few tokens, no gradient, one adapter for all or one for each row of the batch.
 
 With M of 1 to 64 the base product is a stream of W through the memory, and the adapters are a stream of A and B: what
-costs is the number of launches. This path has two beyond the base product, whatever the number of adapters:
+costs is the number of launches. This backend has two beyond the base product, whatever the number of adapters:
 
     s = x A[owner]^T           a program for each token and each quarter of K
     y += scale s B[owner]^T    a program for each token and 32 or 64 columns
@@ -12,7 +12,6 @@ The grids depend on shapes alone and the owners are read on the device, so a CUD
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch, reference
@@ -29,7 +28,7 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     x = x.contiguous()
     ys = []
     for part in parts:
-        y = F.linear(x, part.weight, part.bias)  # [M, N]
+        y = reference.times_weight_t(x, part)  # [M, N]
         ys.append(launch.rows_add(y, x, part.lora_A[None], part.lora_B[None], None, None, part.scale))  # [M, N]
     return ys, x.new_empty(0)
 
@@ -47,7 +46,7 @@ def rows(
     if x.shape[0] * x.shape[1] > MOST_TOKENS:
         return reference.rows(x, weight, bias, A, B, owner, scales)
     x = x.contiguous()
-    y = F.linear(x, weight, bias)  # [B, T, N]
+    y = reference.times_weight_t(x, Part(weight, bias, A, B, 1.0))  # [B, T, N]
     scales = torch.ones(len(A), device=x.device) if scales is None else scales
     launch.rows_add(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), A, B, owner_of(owner), scales, 1.0)
     return y

@@ -1,4 +1,4 @@
-"""The Triton kernels of the LoRA linear. This file imports Triton; nothing imports it until a Triton path is asked for.
+"""The Triton kernels of the LoRA linear. Importing this file imports Triton, so only a Triton backend does.
 
 A kernel is the text of ONE program: it computes one tile of the output, and `tl.program_id` says which. Shapes at line
 ends are those of the tile. Every load has a mask, so any M, N, K and r will do; a masked entry is read as 0.
@@ -380,7 +380,7 @@ def expand_add(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y += drop(s b) in place, for the hybrid path's backward: torch's addmm_ has no mask."""
+    """y += drop(s b) in place, for the hybrid backend's backward: torch's addmm_ has no mask."""
     row, column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)  # [m], [n]
     total = rank_r(s, b, rows, columns, M, N, R, stride_s, B_ROWS_ARE_R, BLOCK_M, BLOCK_N, BLOCK_R, UPCAST)  # [m, n]

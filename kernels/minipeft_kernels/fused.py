@@ -1,4 +1,4 @@
-"""The fused path: the rank-r product is where the big product's sum starts, so y and dX are written once, never read.
+"""The fused backend: the big product's sum starts at the rank-r product, so y and dX are written once and never read.
 
 forward   s = drop(x) A^T                          one pass over x for all projections
           y = x W^T + b + s B^T                    one product, in Triton
@@ -14,9 +14,9 @@ from torch import Tensor
 from . import launch
 from .dropout import Dropout
 from .hybrid import rows_of, small_gradients
-from .reference import Gradients, Part, factor, split, stack_A
+from .reference import Gradients, Part, add_times_weight, factor, split, stack_A
 
-VIRTUAL = 3  # projections that one product for dX takes (q, k and v)
+AT_ONCE = 3  # projections that one product for dX takes (q, k and v)
 
 
 def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -24,7 +24,7 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     x = rows_of(x)
     s = launch.shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = [
-        launch.seeded_forward(x, p.weight, p.bias, s_i, p.lora_B.to(x.dtype), factor(p, drop))  # [M, N]
+        launch.seeded_forward(x, p.dense(x.dtype), p.bias, s_i, p.lora_B.to(x.dtype), factor(p, drop))  # [M, N]
         for p, s_i in zip(parts, split(s, parts))
     ]
     return ys, s
@@ -39,8 +39,8 @@ def backward(
     dS, dA, dB = small_gradients(x, s, dys, parts, drop)
     if not needs_dx:
         return Gradients(None, dA, dB)
-    weights = [p.weight for p in parts]
-    dx = launch.seeded_backward(dys[:VIRTUAL], weights[:VIRTUAL], dS, stack_A(parts, x.dtype), drop)  # [M, K]
-    for dy, weight in zip(dys[VIRTUAL:], weights[VIRTUAL:]):
-        dx.addmm_(dy, weight)  # [M, K]: a fourth projection of one x is added by torch
+    weights = [p.dense(x.dtype) for p in parts[:AT_ONCE]]
+    dx = launch.seeded_backward(dys[:AT_ONCE], weights, dS, stack_A(parts, x.dtype), drop)  # [M, K]
+    for dy, part in zip(dys[AT_ONCE:], parts[AT_ONCE:]):
+        add_times_weight(dx, dy, part)  # [M, K]: a fourth projection of one x is added by torch
     return Gradients(dx, dA, dB)

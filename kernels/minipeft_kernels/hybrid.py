@@ -1,4 +1,4 @@
-"""The hybrid path: torch's big products, and one pass each over x and dY in Triton for the small ones.
+"""The hybrid backend: torch's big products, and one pass each over x and dY in Triton for the small ones.
 
     forward   s = drop(x) A^T              one pass over x, in Triton, for all projections
               y = x W^T + b; y += s B^T    torch (cuBLAS): its product cannot be entered, so y is read and written again
@@ -12,12 +12,11 @@ It wins over `fused` where reading y again is cheap: a long K, or a y that fits 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch
 from .dropout import Dropout
-from .reference import Gradients, Part, factor, split, stack_A
+from .reference import Gradients, Part, add_times_weight, factor, split, stack_A, times_weight, times_weight_t
 
 
 def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -26,7 +25,7 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     s = launch.shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = []
     for part, s_i in zip(parts, split(s, parts)):
-        y = F.linear(x, part.weight, part.bias)  # [M, N]
+        y = times_weight_t(x, part)  # [M, N]
         ys.append(y.addmm_(s_i, part.lora_B.to(x.dtype).t(), alpha=factor(part, drop)))  # [M, N]
     return ys, s
 
@@ -40,9 +39,9 @@ def backward(
     dS, dA, dB = small_gradients(x, s, dys, parts, drop)
     if not needs_dx:
         return Gradients(None, dA, dB)
-    dx = dys[0] @ parts[0].weight  # [M, K]
+    dx = times_weight(dys[0], parts[0])  # [M, K]
     for part, dy in zip(parts[1:], dys[1:]):
-        dx.addmm_(dy, part.weight)  # [M, K]
+        add_times_weight(dx, dy, part)  # [M, K]
     A = stack_A(parts, x.dtype)  # [R, K]
     dx = dx.addmm_(dS, A) if drop is None else launch.expand_add(dx, dS, A, drop)  # [M, K]
     return Gradients(dx, dA, dB)

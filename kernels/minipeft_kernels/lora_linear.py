@@ -1,21 +1,100 @@
 """The LoRA linear, y = x W^T + b + scale (drop(x) A^T) B^T, as one differentiable function (Hu et al. 2021, eq. 3).
 
 Read in this order: reference.py (the equations, forward and backward), dropout.py (a mask that is a hash), this file
-(what autograd sees), choice.py (which path, and why), then tiles.py, device.py and launch.py (Triton). A and B may be
-float32 over a bfloat16 base: they are cast to the dtype of x for the product, and their gradients are float32.
+(what autograd sees), choice.py (which backend, and why), then tiles.py, device.py and launch.py (Triton).
+
+    make_lora_linear        for a layer: decides what can be decided before the first call, and checks nothing in a call
+    lora_linear             for anyone: checks shapes and dtypes, and names what does not fit
+    lora_linears            several projections of one x (q, k and v; gate and up), which is read once
+    lora_rows               one adapter for each row of a batch, for inference
+
+A and B may be float32 over a bfloat16 base: they are cast to the dtype of x for the product, and their gradients are
+float32.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .choice import Call, backend_functions, choose_backend
+from . import reference
+from .choice import Call, check_name, choose_backend, import_backend, is_always_reference
 from .dropout import Dropout, make_dropout
-from .reference import Part
+from .reference import Part, factor, shrink, times_weight_t
 from .rows import RowGroups, owner_of
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """The equation for one projection, in plain torch. Kept for backward: x, and s [M, r]; no mask, no copy of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        drop: Dropout | None,
+    ) -> Tensor:
+        """Return y [..., N]. ctx is None where nothing is recorded: `apply` costs as much as the three products do."""
+        part = Part(weight, bias, A, B, scale)
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
+        low_A, low_B = (A, B) if A.dtype == B.dtype == x.dtype else (A.to(x.dtype), B.to(x.dtype))
+        s = shrink(flat, low_A, drop)  # [M, r]
+        y = times_weight_t(flat, part)  # [M, N]
+        y.addmm_(s, low_B.t(), alpha=factor(part, drop))  # [M, N]
+        if ctx is not None:
+            ctx.save_for_backward(x, s, weight, bias, A, B)
+            ctx.scale, ctx.drop = scale, drop
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])  # [..., N]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, *four = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        return (*_input_gradients(reference, needs, x, s, [dy], [Part(*four, ctx.scale)], ctx.drop), None, None)
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """lora_linear with backend="reference", without its checks: torch's own errors say what does not fit."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return lora_linear(x, weight, bias, lora_A, lora_B, scale, dropout, seed, backend="reference")
+    drop = None if dropout == 0.0 else make_dropout(dropout, seed)
+    if torch.is_grad_enabled():
+        return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scale, drop)  # [..., N]
+    return LoRALinearFunction.forward(None, x, weight, bias, lora_A, lora_B, scale, drop)  # [..., N]
+
+
+def make_lora_linear(backend: str, device: torch.device) -> Callable[..., Tensor]:
+    """Return the function of a layer: (x, weight, bias, lora_A, lora_B, scale, dropout=0.0, seed=None) -> y [..., N].
+
+    Where every call on this device takes the reference backend, that is `lora_linear_reference`; else `lora_linear`,
+    which chooses at each call, since the choice depends on the number of tokens. Should the layer move to another
+    device, ask again: a choice that is out of date gives the same results, only slower.
+
+    Raises:
+        ValueError: the name is no backend's.
+    """
+    check_name(backend)
+    if is_always_reference(backend, device.type):
+        return lora_linear_reference
+    return functools.partial(lora_linear, backend=backend)
 
 
 def lora_linear(
@@ -25,9 +104,9 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scale: float,
-    *,
     dropout: float = 0.0,
     seed: int | None = None,
+    *,
     backend: str = "auto",
 ) -> Tensor:
     """y = x weight^T + bias + scale * (drop(x) lora_A^T) lora_B^T.
@@ -36,7 +115,9 @@ def lora_linear(
     dropout acts whenever it is not 0: leave it at 0 outside training. The mask is a hash of (seed, row of x, column);
     without a seed, one is drawn from torch's CPU generator.
 
-    Raises: ValueError for shapes or dtypes that do not fit, UnavailablePath where a named path cannot run.
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the dropout cannot be honored.
+        UnavailableBackend: a named backend cannot run here.
     """
     return lora_linears(x, [Part(weight, bias, lora_A, lora_B, scale)], dropout=dropout, seed=seed, backend=backend)[0]
 
@@ -49,23 +130,21 @@ def lora_linears(
     seed: int | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """Return lora_linear(x, *projection) for several that share x (q, k and v; gate and up), reading x once.
+    """Return lora_linear(x, *projection) for several projections of one x (q, k and v; gate and up), reading x once.
 
-    The projections share one dropout mask too: equal to one call each with the same seed.
+    They share one dropout mask as well: the results are those of one call each with the same seed.
     """
     parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
-    if _autocast_is_on(x):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # of "meta" (shapes without data) torch cannot say
         return _under_autocast(x, parts, dropout, seed, backend)
     _check(x, parts)
     drop = make_dropout(dropout, seed)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *(t for part in parts for t in part[:4]))
-    )
-    chosen = _chosen(backend, x, parts, drop is not None, needs_grad)
+    flat = [t for part in parts for t in part[:4]]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
+    functions = import_backend(_choose(backend, x, parts, drop is not None, needs_grad))
     if needs_grad:
-        flat = [t for part in parts for t in part[:4]]
-        return list(_LoRALinears.apply(x, _Plan(chosen, tuple(p.scale for p in parts), drop), *flat))
-    ys, _ = backend_functions(chosen).forward(x.reshape(-1, x.shape[-1]), parts, drop)  # [M, N] each
+        return list(_LoRALinears.apply(x, _Plan(functions, tuple(p.scale for p in parts), drop), *flat))
+    ys, _ = functions.forward(x.reshape(-1, x.shape[-1]), parts, drop)  # [M, N] each
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]  # [..., N] each
 
 
@@ -84,12 +163,14 @@ def lora_rows(
 
     Many adapters on one base, one per row of the batch, for inference: nothing is recorded for backward. Shapes:
     x [rows, ..., K]; A [adapters, r, K] and B [adapters, N, r], adapters of a smaller rank padded with zeros; rows
-    (int64, [rows]) and scales ([adapters], None: each 1) on x's device. Who calls many linears with the same rows makes
-    their `RowGroups` once.
+    (int64, [rows]) and scales ([adapters], None: each 1) on x's device. To call many linears with the same rows, make
+    their `RowGroups` once and pass them.
 
-    Raises: ValueError for shapes that do not fit, UnavailablePath where a named path cannot run.
+    Raises:
+        ValueError: shapes do not fit.
+        UnavailableBackend: a named backend cannot run here.
     """
-    if _autocast_is_on(x):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         cast = _cast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return lora_rows(*cast, A, B, rows, scales, backend=backend)
@@ -107,27 +188,25 @@ def lora_rows(
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, T, K]
         m, (_, r, k) = x3.shape[0] * x3.shape[1], A.shape
         call = Call(x.device, x.dtype, m, k, len(weight), r, dropout=False, needs_grad=False, grouped=True)
-        y = backend_functions(choose_backend(backend, call)).rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
+        y = import_backend(choose_backend(backend, call)).rows(x3, weight, bias, A, B, rows, scales)  # [B, T, N]
         return y.view(*x.shape[:-1], y.shape[-1])  # [..., N]
 
 
 class _Plan(NamedTuple):
-    """What backward must know besides tensors."""
+    """What backward needs besides tensors."""
 
-    backend: str
+    functions: ModuleType  # the backend's forward and backward
     scales: tuple[float, ...]
     drop: Dropout | None
 
 
 class _LoRALinears(torch.autograd.Function):
-    """All projections of one x. Kept for backward: x, which others may hold too, and s [M, R]; no mask, no copy."""
+    """All projections of one x, on any backend. Kept for backward: x, and s [M, R]; no mask, no copy of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = _parts(flat, plan.scales)
-        ys, s = backend_functions(plan.backend).forward(
-            x.reshape(-1, x.shape[-1]), parts, plan.drop
-        )  # [M, N] each, [M, R]
+        ys, s = plan.functions.forward(x.reshape(-1, x.shape[-1]), parts, plan.drop)  # [M, N] each, [M, R]
         ctx.save_for_backward(x, s, *flat)
         ctx.plan = plan
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # [..., N] each
@@ -136,19 +215,33 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, s, *flat = ctx.saved_tensors
-        parts = _parts(flat, ctx.plan.scales)
-        x2 = x.reshape(-1, x.shape[-1])  # [M, K]
-        dys2 = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [M, N] each
-        functions = backend_functions(ctx.plan.backend)
-        dx, dA, dB = functions.backward(x2, s, dys2, parts, ctx.plan.drop, ctx.needs_input_grad[0])
-        grads: list[Tensor | None] = [None if dx is None else dx.view(x.shape), None]
-        for i, (part, dy) in enumerate(zip(parts, dys2)):
-            needs_w, needs_b, needs_A, needs_B = ctx.needs_input_grad[2 + 4 * i : 6 + 4 * i]
-            grads.append(dy.t() @ x2 if needs_w else None)  # [N, K]: only where the base is trained as well
-            grads.append(dy.sum(0) if needs_b else None)  # [N]
-            grads.append(dA[i].to(part.lora_A.dtype) if needs_A else None)  # [r, K]
-            grads.append(dB[i].to(part.lora_B.dtype) if needs_B else None)  # [N, r]
-        return tuple(grads)
+        plan, (needs_dx, _, *needs) = ctx.plan, ctx.needs_input_grad
+        parts = _parts(flat, plan.scales)
+        dx, *others = _input_gradients(plan.functions, (needs_dx, *needs), x, s, dys, parts, plan.drop)
+        return (dx, None, *others)
+
+
+def _input_gradients(
+    functions: ModuleType,
+    needs: Sequence[bool],
+    x: Tensor,
+    s: Tensor,
+    dys: Sequence[Tensor],
+    parts: Sequence[Part],
+    drop: Dropout | None,
+) -> list[Tensor | None]:
+    """Return dx, then dW, db, dA and dB of each projection: None where `needs`, in the same order, says so."""
+    x2 = x.reshape(-1, x.shape[-1])  # [M, K]
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [M, N] each
+    dx, dA, dB = functions.backward(x2, s, dys, parts, drop, needs[0])
+    grads: list[Tensor | None] = [None if dx is None else dx.view(x.shape)]
+    for i, (part, dy) in enumerate(zip(parts, dys)):
+        needs_w, needs_b, needs_A, needs_B = needs[1 + 4 * i : 5 + 4 * i]
+        grads.append(dy.t() @ x2 if needs_w else None)  # [N, K]: only where the base is trained as well
+        grads.append(dy.sum(0) if needs_b else None)  # [N]
+        grads.append(dA[i].to(part.lora_A.dtype) if needs_A else None)  # [r, K]
+        grads.append(dB[i].to(part.lora_B.dtype) if needs_B else None)  # [N, r]
+    return grads
 
 
 def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]:
@@ -157,18 +250,13 @@ def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]
     return [Part(W, b, A, B, scale) for (W, b, A, B), scale in zip(fours, scales)]  # type: ignore[arg-type]
 
 
-def _chosen(backend: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_grad: bool) -> str:
-    """Return the path of a call; what "auto" is on a CPU is known without asking, which a lone token notices."""
-    if backend == "reference" or (backend == "auto" and x.device.type != "cuda"):
+def _choose(backend: str, x: Tensor, parts: Sequence[Part], dropout: bool, needs_grad: bool) -> str:
+    """Return the backend of a call; its sizes are added up only where the choice depends on them."""
+    if is_always_reference(backend, x.device.type):
         return "reference"
     m, k = x.numel() // max(1, x.shape[-1]), x.shape[-1]
     n, r = sum(p.weight.shape[0] for p in parts), sum(p.lora_A.shape[0] for p in parts)
     return choose_backend(backend, Call(x.device, x.dtype, m, k, n, r, dropout, needs_grad))
-
-
-def _autocast_is_on(x: Tensor) -> bool:
-    """Return whether autocast is on where x is; torch refuses to say so of "meta" (shapes without data)."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _under_autocast(x: Tensor, parts: list[Part], dropout: float, seed: int | None, backend: str) -> list[Tensor]:

@@ -1,8 +1,8 @@
-"""The onednn path: the reference with oneDNN's product for the frozen weight, on a CPU.
+"""The onednn backend: the reference with oneDNN's product for the frozen weight, on a CPU.
 
 torch's float32 product is MKL's, which on some AMD processors reaches half of what oneDNN does. oneDNN comes with
-torch, behind an operator that torch.compile uses and that is not public. So this path is taken only where it is named:
-"auto" stays with torch's own product, which gives a fresh adapter (B = 0) the frozen linear's own result, bit for bit.
+torch, behind a private operator that torch.compile uses. So this backend runs only where it is named: "auto" keeps
+torch's own product, with which a fresh adapter (B = 0) gives the frozen linear's result bit for bit.
 """
 
 import functools
@@ -37,9 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def works(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether oneDNN multiplies this dtype on this processor, and rightly; asked once a process.
+    """Return whether oneDNN multiplies this dtype correctly on this processor; tried once a process.
 
-    bfloat16 wants AVX-512: on a processor without it the operator raises when it is called.
+    bfloat16 needs AVX-512: on a processor without it the operator raises when it is called.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

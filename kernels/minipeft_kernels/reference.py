@@ -1,13 +1,16 @@
-"""The reference path: the LoRA linear and its derivative in plain torch, on any device (Hu et al. 2021, eq. 3).
+"""The reference backend: the LoRA linear and its derivative in plain torch, on any device (Hu et al. 2021, eq. 3).
 
     y_i = x W_i^T + b_i + scale_i s_i B_i^T,    s_i = drop(x) A_i^T        for each projection i that shares x
 
     dS_i = scale_i dY_i B_i                     dB_i = scale_i dY_i^T s_i
     dA_i = dS_i^T drop(x)                       dX = sum_i dY_i W_i + drop(sum_i dS_i A_i)
 
-drop(x) = mask * x / keep; in the code 1 / keep is part of the scale, and drop is a mask of zeros and ones. This file is
-the oracle of the other paths and the text to read before them. Nothing of size [M, K] or [M, N] is kept for backward
-but x itself: dB needs s, dA needs x, and the mask is a hash. The s of all projections stand side by side, [M, R].
+drop(x) = mask * x / keep; in the code 1 / keep is part of the scale, and drop is a mask of zeros and ones. The other
+backends are tested against this file: read it before them. Of size [M, K] or [M, N], only x itself is kept for
+backward: dB needs s, dA needs x, and the mask is a hash. The s of all projections stand side by side, [M, R].
+
+The frozen weight enters in two places alone, `times_weight_t` (x W^T + b) and `times_weight` (dY W): a weight in
+another format differs there, and in `Part.dense`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +28,7 @@ MASK_BLOCK = 1 << 18  # entries of x that a CPU masks at a time: the hashes of o
 
 
 class Part(NamedTuple):
-    """One projection of a shared x: the frozen linear, and the two small matrices that are trained."""
+    """One projection of a shared x: the frozen linear, and the two low-rank matrices that are trained."""
 
     weight: Tensor  # [N, K]
     bias: Tensor | None  # [N]
@@ -33,13 +36,32 @@ class Part(NamedTuple):
     lora_B: Tensor  # [N, r]
     scale: float  # alpha / r
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the frozen weight as a plain tensor of this dtype. [N, K]"""
+        return self.weight.to(dtype)
+
 
 class Gradients(NamedTuple):
-    """What the adapters' backward returns; dW and db are plain products and are formed by the caller."""
+    """What a backend's backward returns; dW and db, where the base is trained too, are formed by the caller."""
 
     dx: Tensor | None  # [M, K]
     dA: list[Tensor]  # [r, K] each
     dB: list[Tensor]  # [N, r] each
+
+
+def times_weight_t(x: Tensor, part: Part, linear: Linear = F.linear) -> Tensor:
+    """x W^T + b. x [M, K]"""
+    return linear(x, part.weight, part.bias)  # [M, N]
+
+
+def times_weight(dy: Tensor, part: Part, linear: Linear = F.linear) -> Tensor:
+    """dY W. dy [M, N]"""
+    return linear(dy, part.weight.t(), None)  # [M, K]
+
+
+def add_times_weight(dx: Tensor, dy: Tensor, part: Part) -> Tensor:
+    """dX + dY W, in place. dx [M, K], dy [M, N]"""
+    return dx.addmm_(dy, part.weight)  # [M, K]
 
 
 def forward(
@@ -49,10 +71,10 @@ def forward(
 
     The scale is the product's own factor (`alpha`), applied to its float32 sum: it costs neither a pass nor a rounding.
     """
-    s = _shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
+    s = shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = []
     for part, s_i in zip(parts, split(s, parts)):
-        y = linear(x, part.weight, part.bias)  # [M, N]
+        y = times_weight_t(x, part, linear)  # [M, N]
         y.addmm_(s_i, part.lora_B.to(x.dtype).t(), alpha=factor(part, drop))  # [M, N]
         ys.append(y)
     return ys, s
@@ -75,9 +97,9 @@ def backward(
     dB = [(dy.t() @ s_i).to(wide).mul_(factor(p, drop)) for p, dy, s_i in zip(parts, dys, split(s, parts))]  # [N, r]
     dx = None
     if needs_dx:
-        dx = linear(dys[0], parts[0].weight.t(), None)  # [M, K]
+        dx = times_weight(dys[0], parts[0], linear)  # [M, K]
         for part, dy in zip(parts[1:], dys[1:]):
-            dx.addmm_(dy, part.weight)  # [M, K]
+            add_times_weight(dx, dy, part)  # [M, K]
     A = stack_A(parts, x.dtype)  # [R, K]
     if drop is None:
         dA = (dS.t() @ x).to(wide)  # [R, K]
@@ -107,7 +129,7 @@ def rows(
     An owner of -1 means no adapter. A CPU groups the rows (rows.py). Elsewhere each row takes a copy of its adapter,
     which asks the device for nothing; a row without one borrows adapter 0 with scale 0.
     """
-    y = F.linear(x, weight, bias)  # [B, T, N]
+    y = times_weight_t(x, Part(weight, bias, A, B, 1.0))  # [B, T, N]
     if x.device.type == "cpu":
         groups = owner if isinstance(owner, RowGroups) else RowGroups.of(owner.tolist())
         return add_grouped(y, x, A, B, groups, scales)
@@ -134,7 +156,7 @@ def stack_A(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     return stack[0] if len(stack) == 1 else torch.cat(stack)  # [R, K]
 
 
-def _shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
+def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
     """s = drop(x) A^T, block by block where there is a mask to make."""
     if drop is None:
         return F.linear(x, A)  # [M, R]

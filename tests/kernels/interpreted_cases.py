@@ -1,10 +1,12 @@
-"""The Triton paths on the CPU, through Triton's interpreter. Run by test_triton_paths.py in a process of its own.
+"""The Triton backends on the CPU, through Triton's interpreter. Run by test_triton_backends.py in a process of its own.
 
 The interpreter runs each program of a kernel in NumPy, so shapes are small and ragged. bfloat16 is widened after each
 load (device.py says why); what is tested is the arithmetic of the kernels, masks and edges, not the tensor cores.
 """
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def run(backend: str, x: Tensor, parts: list[Part], dropout: float) -> list[Tens
 
 
 def exact(x: Tensor, parts: list[Part], dropout: float) -> list[Tensor]:
-    """Return the same in float64, by the reference path (which test_lora_linear.py checks)."""
+    """Return the same in float64, by the reference backend (which test_lora_linear.py checks)."""
     wide = [Part(*(None if t is None else t.double() for t in p[:4]), p.scale) for p in parts]  # type: ignore[arg-type]
     return run("reference", x.double(), wide, dropout)
 
@@ -68,7 +70,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_error_is_no_larger_than_pefts(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """y, dX, dA and dB against float64, with and without dropout, in 16 bits with no allowance.
 
-    In float32, which no GPU is asked to run on these paths, a short sum in the interpreter's order errs more than in
+    In float32, which no GPU is asked to run on these backends, a short sum in the interpreter's order errs more than in
     MKL's: there the limit is the reference's error and a quarter (of some 2e-7).
     """
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
@@ -157,6 +159,15 @@ def test_decode_with_an_adapter_for_each_row(tokens: int) -> None:
     assert torch.equal(got[rows < 0], F.linear(x, base.weight, base.bias)[rows < 0])
 
 
+def test_the_readmes_first_kernel_runs(tmp_path: Path) -> None:
+    """Its code as it stands there; Triton reads a kernel's source from a file."""
+    readme = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
+    script = tmp_path / "add.py"
+    script.write_text(readme.split("```python\n")[1].split("```")[0])
+    result = runpy.run_path(str(script))
+    assert torch.equal(result["out"], result["x"] + result["y"])
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[list[str], int]:
     """Return the kernels that a call launches, and the bytes of the tensors they are given, each once a kernel."""
     names: list[str] = []
@@ -176,7 +187,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tupl
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_launches_and_bytes_of_the_fused_path(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_and_bytes_of_the_fused_backend(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of the fusion that needs no GPU, in passes over one [M, K] matrix (M = K = N, so W is one too).
 
     Forward: x for s; x, W and y for the product: 4 passes in 2 kernels. Backward: dY for dS and dB; x for dA; dY, W and
@@ -197,7 +208,7 @@ def test_launches_and_bytes_of_the_fused_path(dropout: float, monkeypatch: pytes
     assert backward_bytes / (m * k * 4) == pytest.approx(5, abs=0.25)
 
 
-def test_paths_that_cannot_take_a_call_say_why() -> None:
+def test_backends_that_cannot_take_a_call_say_why() -> None:
     x, p = draw(4, 8, seed=0, dtype=torch.float32), part(8, 6, 2, 1, torch.float32)
     with pytest.raises(choice.UnavailableBackend, match="keeps nothing for backward"):
         lora_linear(x.requires_grad_(), *p, backend="decode")
@@ -223,8 +234,8 @@ def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> 
 
 
 def losses_of(family: str, backend: str) -> list[float]:
-    """Train a tiny model for 20 steps, from one start, on one path."""
-    config, decoder = FAMILIES[family]
+    """Train a tiny model for 20 steps, from one start, on one backend."""
+    config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     model = decoder(
         config(**(GPT2 if family == "gpt2" else LLAMA | ({"sliding_window": 4} if family == "mistral" else {})))
     )

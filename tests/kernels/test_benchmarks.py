@@ -35,7 +35,7 @@ def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) ->
     commands = [command.format(tmp_path) for command in [*COMMANDS, REFUSED]]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *commands], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM, *commands], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.stderr.rstrip().endswith("InputError: --cases: 7b is not measured on cpu"), done.stderr[-3000:]
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
@@ -71,6 +71,16 @@ def test_a_busy_machine_is_waited_for_and_then_refused(
     assert measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1, busy=True)[0].surroundings["busy"]
     loads[0] = 2.5
     assert not measure.measure({"it": int}, name="", shape="", dtype="float32", rounds=1)[0].surroundings["busy"]
+
+
+def test_the_ceiling_of_a_slow_product_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to 3 decimals of a TFLOP/s, less than 0.5 GFLOP/s was 0, and the benchmarks divided by it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    rounds = []
+    monkeypatch.setattr(measure, "_round", lambda *_: rounds.append(5.0) or 5.0)
+    assert measure.ceilings.__wrapped__("cpu", "float32", 1) == {"ceiling_tflops": 0.000429, "ceiling_gb_per_s": 0.107}
+    assert len(rounds) == 4  # a slow one is not timed ten times
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident pages are counted on Linux")

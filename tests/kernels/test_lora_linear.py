@@ -1,10 +1,11 @@
-"""The LoRA linear's reference path against float64, HF PEFT, finite differences, and what it may cost."""
+"""The LoRA linear's reference backend against float64, HF PEFT, finite differences, and what it may cost."""
 
 import copy
 import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import peft
 import pytest
@@ -16,9 +17,11 @@ from minipeft_kernels import (
     UnavailableBackend,
     keep_mask,
     lora_linear,
+    lora_linear_reference,
     lora_linears,
     lora_rows,
     make_dropout,
+    make_lora_linear,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,6 +203,61 @@ def test_without_gradients_equals_with_them() -> None:
     assert lora_linear(x[:0], W, b, A, B, 0.5).shape == (0, 6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_function_of_a_layer_gives_lora_linears_bits(dtype: torch.dtype, dropout: float) -> None:
+    """y, dX, dA, dB and the base's own gradients, for one row, many, and none; as a matrix and as a batch."""
+    product = make_lora_linear("auto", torch.device("cpu"))
+    for shape, size in (((33,), 33), ((3, 11), 33), ((1,), 1), ((0,), 0)):
+        x, W, b, A, B, dy = problem(size, 20, 12, 4, dtype, 3)
+        x, dy = x.view(*shape, 20), dy.view(*shape, 12)
+        leaves = (x, W, b, A.to(torch.promote_types(dtype, torch.float32)), B)
+        got = with_gradients(lambda *five: product(*five, 1.3, dropout, 5), dy, *leaves)
+        want = with_gradients(lambda *five: lora_linear(*five, 1.3, dropout=dropout, seed=5), dy, *leaves)
+        assert all(torch.equal(a, b_) and a.dtype == b_.dtype for a, b_ in zip(got, want, strict=True))
+        with torch.no_grad():
+            assert torch.equal(product(*leaves, 1.3, dropout, 5), want[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+        assert torch.equal(product(x, W, b, A, B, 2.0), lora_linear(x, W, b, A, B, 2.0))
+    assert product(*(t.to("meta") for t in (x, W, b, A, B)), 2.0).shape == (5, 6)
+
+
+def test_what_can_be_decided_before_a_call_is() -> None:
+    """A layer on a CPU gets the equation itself; on a GPU, and for a named backend, the choice depends on the call."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert make_lora_linear("auto", cpu) is make_lora_linear("reference", cuda) is lora_linear_reference
+    for backend, device in (("auto", cuda), ("fused", cpu), ("onednn", cpu)):
+        assert make_lora_linear(backend, device) is not lora_linear_reference
+    with pytest.raises(ValueError, match="no backend is named 'fast'"):
+        make_lora_linear("fast", cpu)
+    with pytest.raises(UnavailableBackend, match="backend='decode' cannot run here"):
+        make_lora_linear("decode", cpu)(*problem(5, 8, 6, 2, torch.float32, 0)[:5], 1.0, 0.5)
+
+
+def test_the_product_is_two_calls_away() -> None:
+    """What a student has to open between a layer and x W^T: functions of this package, in order."""
+    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    opened: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals["__name__"].startswith("minipeft_kernels."):
+            opened.append(frame.f_code.co_name)
+
+    product = make_lora_linear("auto", x.device)
+    sys.setprofile(note)
+    product(x.requires_grad_(), W, b, A, B, 2.0)
+    sys.setprofile(None)
+    assert opened == ["lora_linear_reference", "forward", "shrink", "times_weight_t", "factor"]
+
+
+def test_the_weight_of_a_part_as_a_plain_tensor() -> None:
+    _, W, b, A, B, _ = problem(5, 8, 6, 2, torch.bfloat16, 0)
+    part = Part(W, b, A, B, 1.0)
+    assert part.dense(torch.bfloat16) is W
+    assert torch.equal(part.dense(torch.float32), W.float())
+
+
 def test_zero_b_changes_no_bit() -> None:
     """A fresh adapter: y is the frozen linear's own."""
     for dtype, dropout in itertools.product([torch.float32, torch.bfloat16], [0.0, 0.5]):
@@ -270,6 +328,7 @@ def test_mask_is_the_published_hash(seed: int) -> None:
     drop = make_dropout(0.3, seed)
     assert torch.equal(keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
     assert torch.equal(keep_mask(drop, 3, 11, first=4), keep_mask(drop, 7, 11)[4:])
+    assert torch.equal(keep_mask(drop, 3001, 11)[:7], keep_mask(drop, 7, 11))  # torch's operators, and NumPy's
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])

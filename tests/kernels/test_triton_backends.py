@@ -1,4 +1,4 @@
-"""The Triton paths: run in the interpreter by a process of their own, and chosen by a rule that can be read here."""
+"""The Triton backends: run in the interpreter by a process of their own, and chosen by a rule that can be read here."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_linear
-from minipeft_kernels.choice import rule
+from minipeft_kernels.choice import choose_by_bytes
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,4 +69,4 @@ def test_auto_on_a_cpu_is_the_reference() -> None:
     ],
 )
 def test_the_rule_weighs_bytes_against_the_speed_of_the_product(m: int, k: int, n: int, backend: str) -> None:
-    assert rule(90, m, k, n) == backend
+    assert choose_by_bytes(90, m, k, n) == backend
