@@ -33,8 +33,13 @@ class InputError(ValueError):
         place = [str(part) for part in (file, where) if part is not None]
         text = ": ".join([*place, problem])
         whole = text if hint is None else f"{text}. {hint}"
-        # a name out of a file may hold a line end, an escape sequence or half a character: escaped, never printed raw
-        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in whole))
+        super().__init__(escape(whole))
+
+
+def escape(text: str) -> str:
+    """The text with everything unprintable escaped: a name out of a file may hold a line end, a terminal's escape
+    sequence or half a character."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def option(
@@ -172,7 +177,7 @@ def described(kind: type, least: float | None, most: float | None, above: float 
 
 def power(number: float) -> str:
     """A limit; 2^63 and not 9223372036854775808."""
-    return f"2^{int(number).bit_length() - 1}" if number > 2**20 and int(number).bit_count() == 1 else f"{number:g}"
+    return f"2^{int(number).bit_length() - 1}" if number >= 2**20 and int(number).bit_count() == 1 else f"{number:g}"
 
 
 def check_text(value: object, choices: tuple[str, ...] | None, where: str) -> None:

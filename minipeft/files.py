@@ -1,4 +1,4 @@
-"""Reading and writing files strictly: JSON, the headers of safetensors files, and writes that are whole or not there.
+"""Reading and writing files strictly: JSON, safetensors headers, writes that are whole or not there, the folder lock.
 
 A safetensors file is  N (8 bytes, little-endian) | N bytes of JSON, name -> dtype, shape, data_offsets | the data.
 Its header is read here before any tensor is allocated, so that what a file claims is checked against what it holds.
@@ -6,12 +6,14 @@ Its header is read here before any tensor is allocated, so that what a file clai
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,7 @@ LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
+FLOATS = ("F32", "F16", "BF16")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
@@ -34,6 +37,8 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 class TensorInfo:
     """What a safetensors header says of one tensor; `start` and `stop` are bytes of the data part."""
 
+    file: Path
+    name: str  # in the file
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -56,7 +61,7 @@ def read_text(file: Path) -> str:
 
 
 def check_plain(file: Path) -> None:
-    """Refuse what is missing, a folder, a device, or not to be read."""
+    """Refuse a path that is missing, a folder, a device, or not readable."""
     if file.is_dir():
         raise InputError("is a directory, not a file", file=file)
     if not file.exists():
@@ -71,7 +76,7 @@ def check_plain(file: Path) -> None:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link that leaves the model's folder (a hub cache's own `blobs` apart)."""
+    """Refuse a link out of the model's folder, other than into the `blobs` of a hub cache."""
     check_plain(file)
     target = file.resolve()
     homes = [folder.resolve()]
@@ -123,14 +128,14 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
 
 
 def not_finite(value: object) -> str | None:
-    """What stands for a number in a value or a list, and is none: Python's reader lets NaN, Infinity and 1e999 pass."""
+    """The name of a number in a value or list that JSON does not have: Python reads NaN, Infinity and 1e999."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity, or a number beyond 1.8e308,"
     return next(filter(None, map(not_finite, value)), None) if isinstance(value, list) else None
 
 
 def kind_of(value: object) -> str:
-    """A JSON value's kind, as a user calls it."""
+    """The kind of a JSON value, in a user's words."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -187,7 +192,40 @@ def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
             )
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * BYTES[dtype]:
         raise InputError(f"offsets {offsets} do not fit {dtype} of shape {shape}", file=file, where=where)
-    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(file, name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def check_header(
+    header: Mapping[str, TensorInfo],
+    wanted: Mapping[str, tuple[int, ...]],
+    file: Path,
+    *,
+    dtypes: Sequence[str] = FLOATS,
+    optional: Collection[str] = (),
+    hint: str | None = None,
+) -> None:
+    """Check tensor names, shapes and dtypes against what is wanted, before any data is read.
+
+    Both are by our names; errors give the file's own. `file` is named where a tensor is missing; those of `optional`
+    may be. `hint` follows a wrong shape.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, of another shape, or of a dtype that is not among `dtypes`.
+    """
+    missing = [name for name in wanted if name not in header and name not in optional]
+    if missing:
+        raise InputError(f"missing tensors: {', '.join(missing[:5])} ({len(missing)} in all)", file=file)
+    unexpected = [info for name, info in header.items() if name not in wanted]
+    if unexpected:
+        names = ", ".join(info.name for info in unexpected[:5])
+        raise InputError(f"unexpected tensors: {names} ({len(unexpected)} in all)", file=unexpected[0].file)
+    for name, info in header.items():
+        where = f"tensor {info.name!r}"
+        if info.shape != tuple(wanted[name]):
+            problem = f"shape {list(info.shape)}, want {list(wanted[name])}"
+            raise InputError(problem, file=info.file, where=where, hint=hint)
+        if info.dtype not in dtypes:
+            raise InputError(f"dtype {info.dtype}, want {'/'.join(dtypes)}", file=info.file, where=where)
 
 
 def looks_like(start: bytes, size: int, length: int) -> str:
@@ -205,7 +243,7 @@ def looks_like(start: bytes, size: int, length: int) -> str:
 
 
 def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its place and move it there when it is on disk: readers see the old one or the whole new one.
+    """Write a temporary file, sync it and rename it: readers see the old file or the whole new one.
 
     Never in place: a reader may have the old file mapped, and would crash or see its tensors change. The folder is
     synced too: without that a power cut may take the new name back.
@@ -237,7 +275,7 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, so that their names survive a power cut."""
+    """Make a folder and its parents, and sync them, so that they survive a power cut."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in absent:
@@ -245,7 +283,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that the names in it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -267,7 +305,7 @@ def write_json(file: Path, value: object) -> None:
 
 
 def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
-    """What writes a safetensors file of these tensors to a stream, one at a time: no second copy of them in memory.
+    """A function that writes a safetensors file of these tensors to a stream, one at a time, without copying them all.
 
     A sequence of tensors of one dtype is written as one flat tensor.
     """
@@ -294,3 +332,33 @@ def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with Hugging Face's metadata, whole or not at all."""
     write_whole(file, tensor_stream(tensors))
+
+
+def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
+    """Lock a folder for this process, until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        InputError: another process holds the lock (with its number), or the lock cannot be written.
+    """
+    file = folder / name
+    try:
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the folder is locked)
+    except OSError as error:
+        raise InputError(f"cannot write: {error.strerror}", file=file) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise InputError(f"in use by process {holder}", file=folder, hint="One process at a time") from error
+    number = str(os.getpid())
+    try:
+        lock.truncate(0)
+        lock.write(number)
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # what the disk refused is still in the buffer
+            lock.close()
+        raise InputError(f"cannot write {len(number)} bytes: {error.strerror}", file=file) from error
+    return lock

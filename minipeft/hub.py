@@ -2,7 +2,7 @@
 
 The hub is that of Hugging Face, through its own client (imported only when a hub id is asked for).
 
-The hub is asked once what commit a revision is and which files it holds; every file then comes from that one commit, so
+The hub is asked once which commit a revision is and which files it holds. Every file then comes from that commit, so
 that a push between two downloads cannot mix two versions. Only the names that the caller asks for are downloaded: no
 code, no pickle. The commit is the name of the folder in the cache (`.../snapshots/COMMIT`), read back by `commit_of`.
 
@@ -50,7 +50,7 @@ def fetch(
             )
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise InputError(f"no {missing[0]} in the folder (found: {listed(folder)})", file=folder)
+            raise InputError(f"no {missing[0]} in the folder (found: {list_names(folder)})", file=folder)
         return folder
     if folder.exists():
         raise InputError("is a file; the folder that holds it is wanted", file=folder)
@@ -86,7 +86,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
     present = [*names, *(name for name in optional if name in held)]
     if missing or not present:
         lacks = missing[0] if missing else " and no ".join(optional)
-        raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shortened(sorted(held))})", file=hub_id)
+        raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shorten(sorted(held))})", file=hub_id)
     # The first file is asked for under the revision's own name, which lets the cache find it again offline.
     folder = folder_above(present[0], get(hub_id, present[0], revision, repo_type))
     if commit_of(folder) != commit:
@@ -169,12 +169,12 @@ def folder_above(name: str, path: str | Path) -> Path:
     return Path(path).parents[len(PurePosixPath(name).parts) - 1]
 
 
-def listed(folder: Path) -> str:
+def list_names(folder: Path) -> str:
     """The first few names in a folder, for an error."""
-    return shortened(sorted(entry.name for entry in folder.iterdir()))
+    return shorten(sorted(entry.name for entry in folder.iterdir()))
 
 
-def shortened(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     """At most eight names, then how many more."""
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2) -> Path:
     """A random model of a layer or two with its tokenizer."""
-    config, decoder = FAMILIES[family]
+    config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     given = GPT2 | {"n_layer": layers} if family == "gpt2" else LLAMA | {"num_hidden_layers": layers}
     model = decoder(config(**given))
     model.initialize(torch.Generator().manual_seed(0))

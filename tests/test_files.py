@@ -4,6 +4,8 @@ import json
 import os
 import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,18 @@ from safetensors.torch import load, load_file, save, save_file
 
 from minipeft import files
 from minipeft.errors import InputError
-from minipeft.files import parse_json, read_header, read_object, read_text, write_json, write_tensors, write_whole
+from minipeft.files import (
+    TensorInfo,
+    check_header,
+    lock_folder,
+    parse_json,
+    read_header,
+    read_object,
+    read_text,
+    write_json,
+    write_tensors,
+    write_whole,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -305,3 +318,55 @@ def test_the_library_says_the_same_of_what_is_refused_here(tmp_path):
         refused(read_header, tmp_path / "f")
         with pytest.raises(SafetensorError):
             load((tmp_path / "f").read_bytes())
+
+
+def header_of(file: Path, **tensors: torch.Tensor) -> dict[str, TensorInfo]:
+    write_tensors(file, tensors)
+    return read_header(file)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"a": (2, 3), "b": (4,), "c": (1,), "d": (1,)}, "missing tensors: c, d (2 in all)"),
+        ({"a": (2, 3)}, "unexpected tensors: b (1 in all)"),
+        ({"a": (3, 2), "b": (4,)}, "tensor 'a': shape [2, 3], want [3, 2]. Is it another model's?"),
+        ({"a": (2, 3), "b": (4,), "o": (1,)}, "tensor 'b': dtype I32, want F32/F16/BF16"),
+    ],
+)
+def test_a_header_is_checked_against_what_is_wanted(wanted: dict, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.safetensors"
+    header = header_of(file, a=torch.zeros(2, 3), b=torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(InputError) as error:
+        check_header(header, wanted, file, optional=("o",), hint="Is it another model's?")
+    assert str(error.value) == f"{file}: {said}"
+    check_header(header, {"a": (2, 3), "b": (4,)}, file, dtypes=("F32", "I32"))
+
+
+def test_a_header_under_other_names_is_named_as_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "f.safetensors"
+    ours = {f"transformer.{name}": info for name, info in header_of(file, wte=torch.zeros(2)).items()}
+    with pytest.raises(InputError, match=r"tensor 'wte': shape \[2\], want \[3\]$"):
+        check_header(ours, {"transformer.wte": (3,)}, file)
+
+
+def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
+    """Against another process, whose lock goes when it ends; and unlocked by closing."""
+    code = "import sys; from pathlib import Path; from minipeft.files import lock_folder\n"
+    code += "lock = lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(InputError) as error:
+            lock_folder(tmp_path)
+        assert str(error.value) == f"{tmp_path}: in use by process {other.pid}. One process at a time"
+        other.kill()
+    lock = lock_folder(tmp_path)
+    with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+        lock_folder(tmp_path)
+    lock.close()
+    lock_folder(tmp_path, "other.lock").close()
+    lock_folder(tmp_path).close()
+    with pytest.raises(InputError, match=r"no/\.lock: cannot write: No such file"):
+        lock_folder(tmp_path / "no")

@@ -1,14 +1,6 @@
-"""Pairs of an intent and a snippet: where they come from, how they are split, and the ids that a model trains on.
+"""Pairs of an intent and a snippet: reading them, splitting them, and encoding them as the ids that a model trains on.
 
-CoNaLa (Yin et al. 2018) is 2,379 + 500 of them, mined from Stack Overflow. The text of a pair is that of Männistö,
-Attieh and Tiedemann (2025):
-
-    ### Instruction:
-    {intent}
-    ### Response:
-    {snippet}EOS
-
-up to and with the newline after `### Response:` it is the prompt; what follows is what the model has to say.
+CoNaLa (Yin et al. 2018) holds 2,379 + 500 of them, mined from Stack Overflow. The text of a pair is in templates.py.
 """
 
 from __future__ import annotations
@@ -20,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minipeft.data.templates import TEMPLATE, prompt_text
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
 from minipeft.files import check_plain, kind_of, parse_json
 from minipeft.hub import fetch
 
-TEMPLATE = "### Instruction:\n{intent}\n### Response:\n"
 CONALA, CONALA_COMMIT = "neulab/conala", "fbc749f1c537e5c3834e93b15784302e331debe2"
 LARGEST_FILE = 2**31  # bytes; all pairs are held in memory
 LONGEST_FIELD = 500_000  # characters; a row of 1024 tokens holds about 4,000
@@ -35,7 +27,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "parquet", b"BZh": 
 
 @dataclass(frozen=True)
 class Pair:
-    """What is asked for, in words, and the code that does it. `line` is its place in the file it came from."""
+    """A question in words, and the code that answers it. `line` is its place in the file."""
 
     intent: str
     snippet: str
@@ -45,7 +37,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs in the order of their file; `notes` says what reading them changed, `sha256` is that of the file."""
+    """Pairs in the order of their file; `notes` says what was changed when reading, `sha256` is that of the file."""
 
     items: tuple[Pair, ...]
     file: str
@@ -70,7 +62,7 @@ class Example:
 def load_pairs(source: str | Path, *, split: str = "train", longest_field: int = LONGEST_FIELD) -> Pairs:
     """Read pairs from "conala" (the hub's file), "demo" (ours), a folder that holds CoNaLa's files, or a file.
 
-    A file is a JSON array, or JSON lines: its first sign tells. Each row is an object with `snippet` and `intent` or
+    A file is a JSON array if it begins with "[", else JSON lines. Each row is an object with `snippet` and `intent` or
     `rewritten_intent` (the rewritten one is used, unless it is null), or with `prompt` and `completion`; `question_id`
     may stand beside them, other fields have no effect. `split` ("train" or "test") chooses CoNaLa's file, and the rows
     of "demo"; a file is read whole.
@@ -86,7 +78,7 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
         path = Path(source)
     raw = read_whole(path)
     items, replaced = [], 0
-    for place, line, row in rows_of(decoded(raw, path), path, 20 * longest_field):
+    for place, line, row in read_rows(decode(raw, path), path, 20 * longest_field):
         if source == "demo" and row["split"] != split:
             continue
         pair, was_null = read_pair(row, line, place, longest_field)
@@ -106,15 +98,15 @@ def conala_name(split: str) -> str:
 
 
 def conala_file(split: str) -> Path:
-    """CoNaLa's file of a split, from the hub, at the one revision that our results are for."""
+    """CoNaLa's file of a split, downloaded at the one revision that the published results were measured with."""
     name = f"data/{conala_name(split)}"
     return fetch(CONALA, [name], revision=CONALA_COMMIT, repo_type="dataset") / name
 
 
 def demo_file(split: str) -> Path:
-    """The file of the demo pairs, which holds both splits: each row says which is its own."""
-    if split not in ("train", "test"):
-        raise InputError(f"the demo has no split {split!r}, only 'train' and 'test'", where="split")
+    """The file of the demo pairs, which holds all splits: each row names its own."""
+    if split not in ("train", "test", "hard"):
+        raise InputError(f"the demo has no split {split!r}, only 'train', 'test' and 'hard'", where="split")
     return Path(__file__).parents[1] / "demo" / "pairs.jsonl"
 
 
@@ -135,7 +127,7 @@ def read_whole(path: Path) -> bytes:
     return raw
 
 
-def decoded(raw: bytes, path: Path) -> str:
+def decode(raw: bytes, path: Path) -> str:
     """The text of UTF-8 bytes, with or without a byte order mark."""
     for magic, name in MAGIC.items():
         if raw.startswith(magic):
@@ -149,7 +141,7 @@ def decoded(raw: bytes, path: Path) -> str:
         raise InputError(f"not UTF-8 at byte {error.start}", file=f"{path}:{line}") from error
 
 
-def rows_of(text: str, path: Path, longest_line: int) -> Iterator[tuple[str, int, Any]]:
+def read_rows(text: str, path: Path, longest_line: int) -> Iterator[tuple[str, int, Any]]:
     """Each row of a JSON array or of JSON lines, with its place for errors and its number."""
     if text.lstrip().startswith("["):
         for number, row in enumerate(parse_json(text, path), start=1):
@@ -181,7 +173,7 @@ def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair
 
 
 def read_field(row: dict[str, Any], name: str, place: str, longest: int) -> str:
-    """The text of a field, which must be there, be text, and hold something that a tokenizer can take."""
+    """The text of a field, which must be there, be text, and hold what a tokenizer accepts."""
 
     def refuse(problem: str, hint: str | None = None) -> InputError:
         return InputError(problem, file=place, where=f"field '{name}'", hint=hint)
@@ -207,8 +199,11 @@ def read_field(row: dict[str, Any], name: str, place: str, longest: int) -> str:
 def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple[Pairs, Pairs]:
     """Split into (train, dev) with exactly `held_out` pairs in dev and no question in both; the order is kept.
 
-    Questions come in the order of sha256(seed, question), which no library's random numbers can change; the first that
-    make up the number are taken. Bit n of `sums[k]` says whether some of the first k hold n pairs together.
+    Questions are ordered by sha256(seed, question), which no library's random numbers can change, and the first that
+    make up the number are taken. Bit n of `sums[k]`: whether some of the first k questions hold n pairs together.
+
+    Raises:
+        InputError: `held_out` is not below the number of pairs, or no set of whole questions makes it up.
     """
     if not 0 <= held_out < len(pairs):
         raise InputError(f"cannot hold out {held_out} of {len(pairs)} pairs", file=pairs.file, where="held_out")
@@ -226,31 +221,24 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
         raise InputError(problem, file=pairs.file, where="held_out", hint=f"Hold out {most}")
     dev: set[int] = set()
     for k in reversed(range(len(questions))):
-        if not sums[k] >> (held_out - len(dev)) & 1:  # those before it do not suffice: it is needed
+        if not sums[k] >> (held_out - len(dev)) & 1:  # those before it do not suffice: this one is needed
             dev.update(groups[questions[k]])
     kept = tuple(pair for number, pair in enumerate(pairs.items) if number not in dev)
     return replace(pairs, items=kept), replace(pairs, items=tuple(pairs.items[number] for number in sorted(dev)))
 
 
 def shared_pairs(pairs: Iterable[Pair], others: Iterable[Pair]) -> int:
-    """How many of `others` (a test set) stand in `pairs` (the training set) with the same intent and snippet."""
+    """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet."""
     seen = {(pair.intent, pair.snippet) for pair in pairs}
     return sum((pair.intent, pair.snippet) in seen for pair in others)
-
-
-def prompt_text(intent: str, template: str = TEMPLATE) -> str:
-    """The text that asks for a snippet: what a training text begins with, and all that generation is given."""
-    if template.count("{intent}") != 1:
-        raise InputError(f"must hold {{intent}} once, is {template!r}", where="template")
-    return template.replace("{intent}", intent)
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> list[Example]:
     """Each pair's ids: prompt, snippet, EOS. The prompt's ids are those that generation starts from, always.
 
-    The text is encoded as a whole, since that is what the model saw before: Llama's tokenizer would put a space before
-    a snippet encoded by itself. A whole text need not begin with its prompt's ids, though: a snippet that begins with a
-    blank may merge with the newline before it. There, and only there, the snippet is encoded by itself.
+    The text is encoded as a whole, as in pretraining: Llama's tokenizer would put a space before a snippet encoded by
+    itself. A whole text need not begin with its prompt's ids, though: a snippet that begins with a space may merge with
+    the newline before it. Only there is the snippet encoded by itself.
     """
     eos = tokenizer.require_eos()
     pairs = list(pairs)

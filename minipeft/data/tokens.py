@@ -1,11 +1,11 @@
 """Text <-> ids, with the checkpoint's own tokenizer: tokenizer.json, or GPT-2's vocab.json + merges.txt.
 
-The splitting and merging is done by the `tokenizers` library; here stands what decides *which* ids a text gets:
+The `tokenizers` library splits and merges; this file decides which settings a checkpoint's text is encoded with:
 
     file            tokenizer.json as it is; or byte-level BPE (Radford et al. 2019) from vocab.json, merges.txt and
                     added_tokens.json (all that CodeGPT ships)
-    BOS             where the model's own tokenizer puts it: the post-processor of tokenizer.json says; where there is
-                    no such file add_bos_token of tokenizer_config.json does (GPT-2: none), as in transformers 5
+    BOS             where the model's own tokenizer puts it: as the post-processor of tokenizer.json says; without such
+                    a file as add_bos_token of tokenizer_config.json says (GPT-2: none), as in transformers 5
     EOS, padding    by name in tokenizer_config.json, else special_tokens_map.json; else by id in config.json
     `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token
     padding, truncation, chat templates in the files    have no effect
@@ -26,7 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minipeft.errors import InputError
 from minipeft.files import check_inside, kind_of, read_object, read_text
-from minipeft.hub import fetch, listed
+from minipeft.hub import fetch, list_names
 
 WHOLE = "tokenizer.json"
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
@@ -49,7 +49,7 @@ class Tokenizer:
         self.definition = definition
         self.bos, self.eos, self.pad = (special[name] for name in ("bos", "eos", "pad"))
         backend.encode_special_tokens = True  # special tokens written in a text are text
-        probe = guarded(lambda: backend.encode("a"), file, "post_processor")
+        probe = call_library(lambda: backend.encode("a"), file, "post_processor")
         leading = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else len(probe.ids)
         self.before: list[int] = probe.ids[:leading]  # [BOS], or nothing
         self.size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
@@ -62,7 +62,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, with BOS before them where the model's own tokenizer puts one and `bos` is true.
 
-        An EOS that some tokenizers put at the end (add_eos_token) is not added: a prompt must go on, and
+        An EOS that some tokenizers put at the end (add_eos_token) is left out: a prompt must go on, and
         `encode_pairs` ends each training text with one itself.
 
         Raises:
@@ -75,10 +75,10 @@ class Tokenizer:
         sizes = [size_of(text, number) for number, text in enumerate(texts)]
         run = self.backend.encode_batch_fast
         try:
-            encodings = guarded(partial(run, list(texts), add_special_tokens=False), self.file)
+            encodings = call_library(partial(run, list(texts), add_special_tokens=False), self.file)
         except InputError:  # say which text it was
             for number, text in enumerate(texts):
-                guarded(partial(run, [text], add_special_tokens=False), self.file, f"text {number + 1}")
+                call_library(partial(run, [text], add_special_tokens=False), self.file, f"text {number + 1}")
             raise
         lists = [encoding.ids for encoding in encodings]
         for number, (ids, size) in enumerate(zip(lists, sizes)):
@@ -91,7 +91,7 @@ class Tokenizer:
         return [self.before + ids for ids in lists] if bos else lists
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, ids that no token has become nothing."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def with_eos(self, token: str) -> Tokenizer:
@@ -144,7 +144,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
         if backend.token_to_id(GPT2_SPECIAL) is not None:
             named = {"bos_token": GPT2_SPECIAL, "eos_token": GPT2_SPECIAL} | named
     else:
-        found = f"no {WHOLE}, and no {VOCAB} with {MERGES}, in the folder (found: {listed(folder)})"
+        found = f"no {WHOLE}, and no {VOCAB} with {MERGES}, in the folder (found: {list_names(folder)})"
         raise InputError(found, file=folder)
     special = {name: special_id(backend, name, folder, named, config) for name in ("bos", "eos", "pad")}
     if file.name == VOCAB and named.get("add_bos_token"):
@@ -157,15 +157,18 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
 
 
 def read_whole(file: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json, with its padding and truncation taken out and its ids checked."""
+    """Read tokenizer.json, without its padding and truncation, and check its ids."""
     spec = read_object(file)
     model, added = spec.get("model"), spec.get("added_tokens") or []
     if not isinstance(model, dict) or not model.get("vocab"):
         raise InputError("vocabulary is empty" if isinstance(model, dict) else "is missing", file=file, where="model")
-    ids = numbered(model["vocab"], file)
+    ids = ids_of_vocab(model["vocab"], file)
     check_unique(ids, file)
+    if model.get("dropout"):
+        problem = f"{model['dropout']!r}: merges would be left out at random, and two runs would see other ids"
+        raise InputError(problem, file=file, where="model.dropout", hint="Set it to null")
     spec["padding"] = spec["truncation"] = None
-    backend = guarded(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), file)
+    backend = call_library(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), file)
     for token in added:  # the library numbers added tokens itself, whatever the file says
         number, name = token["id"], token["content"]
         if backend.token_to_id(name) != number:
@@ -175,7 +178,7 @@ def read_whole(file: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def numbered(vocab: Any, file: Path) -> dict[str, int]:
+def ids_of_vocab(vocab: Any, file: Path) -> dict[str, int]:
     """A vocabulary as token -> id: written as an object (BPE, WordLevel) or as a list of [token, score] (Unigram)."""
     if isinstance(vocab, list) and all(isinstance(entry, list) and entry for entry in vocab):
         return {str(entry[0]): number for number, entry in enumerate(vocab)}
@@ -197,16 +200,16 @@ def check_unique(ids: dict[str, int], file: Path) -> None:
 
 def read_byte_level(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
     """GPT-2's byte-level BPE from vocab.json and merges.txt, with added_tokens.json where there is one."""
-    vocab = numbered(read_object(folder / VOCAB), folder / VOCAB)
+    vocab = ids_of_vocab(read_object(folder / VOCAB), folder / VOCAB)
     if not vocab:
         raise InputError("vocabulary is empty", file=folder / VOCAB)
     check_unique(vocab, folder / VOCAB)
     merges = read_merges(folder / MERGES, vocab)
-    model = guarded(lambda: models.BPE(vocab, merges, fuse_unk=False), folder / VOCAB)
+    model = call_library(lambda: models.BPE(vocab, merges, fuse_unk=False), folder / VOCAB)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
-    added = numbered(read_object(folder / ADDED), folder / ADDED) if (folder / ADDED).exists() else {}
+    added = ids_of_vocab(read_object(folder / ADDED), folder / ADDED) if (folder / ADDED).exists() else {}
     for token, number in sorted(added.items(), key=lambda entry: entry[1]):
         backend.add_tokens([tokenizers.AddedToken(token, normalized=True)])
         if backend.token_to_id(token) != number:
@@ -290,7 +293,7 @@ def size_of(text: str, number: int) -> int:
         ) from error
 
 
-def guarded(action: Callable[[], T], file: Path, where: str | None = None) -> T:
+def call_library(action: Callable[[], T], file: Path, where: str | None = None) -> T:
     """Run one call of the Rust library; what it refuses, or panics on, becomes an InputError.
 
     It raises plain `Exception` for the one, and for the other PanicException, a BaseException that cannot be imported.

@@ -3,51 +3,39 @@
 Loading goes   config.json -> names, shapes and dtypes in all files' headers -> compare with the decoder, built on the
 meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not
 finite is an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no
-map; GPT-2's linears are turned (gpt2.TRANSPOSED), and the variants found in the wild are known:
+map; what a family's files do otherwise its record says (transposed weights, a prefix left out, buffers):
 
     wte.weight ...                        GPT-2 files without `transformer.` before every name but the head's
-    h.0.attn.bias, h.0.attn.masked_bias   masks that old files carry as buffers, and rotary_emb.inv_freq: passed over
+    h.0.attn.bias, h.0.attn.masked_bias   masks that old files hold as buffers, and rotary_emb.inv_freq: left out
     lm_head.weight beside a tied table    must be the table again
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import struct
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import TensorInfo, check_inside, read_header, read_object, write_json, write_tensors
-from minipeft.hub import commit_of, fetch, listed
-from minipeft.models import FAMILIES, Decoder
+from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
+from minipeft.hub import commit_of, fetch, list_names
+from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
-from minipeft.models.gpt2 import TRANSPOSED
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-EMBEDDINGS = {
-    "gpt2": "transformer.wte.weight",
-    "llama": "model.embed_tokens.weight",
-    "mistral": "model.embed_tokens.weight",
-}
-LAYERS = {
-    "gpt2": ("transformer.h", "n_layer"),
-    "llama": ("model.layers", "num_hidden_layers"),
-    "mistral": ("model.layers", "num_hidden_layers"),
-}
 DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
            UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
 
-Where = dict[str, tuple[Path, str, TensorInfo]]  # our name -> file, the file's name, what its header says
+Found = dict[str, TensorInfo]  # by our name; a TensorInfo says the file and the name in it
 
 
 def load_model(
@@ -58,7 +46,7 @@ def load_model(
     revision: str | None = None,
     legacy_bin: bool = False,
 ) -> Decoder:
-    """Load a GPT-2, Llama or Mistral checkpoint from a folder or hub id, in eval mode.
+    """Load a checkpoint of one of FAMILIES from a folder or hub id, in eval mode.
 
     `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no
     safetensors file.
@@ -79,32 +67,36 @@ def load_model(
         found = find_tensors(folder, source, revision)
     else:
         tensors = read_legacy(folder, source, revision, legacy_bin)
-        found = plain_names({name: (weights, name, info_of(t)) for name, t in tensors.items()})
+        found = {name: info_of(t, name, weights) for name, t in tensors.items()}
+    family = FAMILIES[config.model_type]
+    found = our_names(found, family)
     check_layers(found, config, folder / "config.json", weights)
     with torch.device("meta"):
-        model = FAMILIES[config.model_type][1](config)
-    wanted = compare(found, model, weights)
-    tensors = {name: tensors[raw] for name, (_, raw, _) in wanted.items()} if tensors else read_tensors(wanted)
+        model: Decoder = family.decoder(config)
+    check_tensors(found, model, weights)
+    tensors = {name: tensors[info.name] for name, info in found.items()} if tensors else read_tensors(found)
     model.source = str(source)
-    return filled(model, tensors, wanted, dtype, torch.device(device))
+    return fill(model, tensors, found, dtype, torch.device(device))
 
 
 def read_config(file: Path) -> Any:
     """The config dataclass of a family, from config.json."""
     given = read_object(file)
     kind = given.get("model_type")
+    if isinstance(kind, str) and kind in REFUSED:
+        raise InputError(f"{kind!r} is not supported: {REFUSED[kind]}", file=file, where="model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{kind!r} is not supported ({', '.join(FAMILIES)})", file=file, where="model_type")
     try:
-        return config_from(FAMILIES[kind][0], given)
+        return config_from(FAMILIES[kind].config, given)
     except InputError as error:
         raise InputError(str(error), file=file) from error
 
 
-def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Where:
-    """Where each tensor lies, from the headers of the single file or of all shards that the index names."""
+def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Found:
+    """Every tensor by its name in the files, from the header of the single file, or of all shards in the index."""
     if (folder / SINGLE).exists():
-        return plain_names({name: (folder / SINGLE, name, info) for name, info in read_header(folder / SINGLE).items()})
+        return read_header(folder / SINGLE)
     index = read_object(folder / INDEX)
     weight_map = index.get("weight_map")
     texts = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
@@ -116,90 +108,83 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Wher
         if not plain or not shard.endswith(".safetensors"):
             problem = f"{shard[:200]!r} is not a plain .safetensors file name"
             raise InputError(problem, file=folder / INDEX, where="weight_map")
-    folder = fetch(source, ["config.json", INDEX, *shards], revision=pinned(source, folder, revision))
-    found: Where = {}
+    folder = fetch(source, ["config.json", INDEX, *shards], revision=pin(source, folder, revision))
+    found: Found = {}
     for shard in shards:
         check_inside(folder / shard, folder)
         for name, info in read_header(folder / shard).items():
             if weight_map.get(name) != shard:
                 raise InputError(f"not listed there in {INDEX}", file=folder / shard, where=f"tensor {name!r}")
-            found[name] = (folder / shard, name, info)
+            found[name] = info
     for name, shard in weight_map.items():
         if name not in found:
             raise InputError(f"not in shard {shard}, where {INDEX} puts it", file=folder, where=f"tensor {name!r}")
-    metadata, held = index.get("metadata"), sum(info.stop - info.start for _, _, info in found.values())
+    metadata, held = index.get("metadata"), sum(info.stop - info.start for info in found.values())
     if isinstance(metadata, dict) and metadata.get("total_size", held) != held:
         problem = f"{metadata['total_size']!r}, but the shards hold {held} bytes"
         raise InputError(problem, file=folder / INDEX, where="metadata.total_size")
-    return plain_names(found)
+    return found
 
 
-def pinned(source: str | Path, folder: Path, revision: str | None) -> str | None:
+def pin(source: str | Path, folder: Path, revision: str | None) -> str | None:
     """The revision to fetch more files by, so that all are of the commit that `folder` is of; a folder has none."""
     return None if Path(source).is_dir() else commit_of(folder) or revision
 
 
-def plain_names(found: Where) -> Where:
-    """The same under our names: buffers dropped, and GPT-2's `transformer.` put where a file lacks it."""
-    kept = {name: entry for name, entry in found.items() if not name.endswith(BUFFERS)}
-    if "wte.weight" in kept:
-        kept = {name if name.startswith("lm_head.") else f"transformer.{name}": e for name, e in kept.items()}
+def our_names(found: Found, family: Family) -> Found:
+    """The tensors by our names: buffers dropped, and the family's prefix put back where the files leave it out."""
+    named = {family.renamed.get(name, name): info for name, info in found.items()}
+    kept = {name: info for name, info in named.items() if not (family.buffers and name.endswith(family.buffers))}
+    prefix = family.optional_prefix
+    if prefix and f"{family.embedding}.weight".removeprefix(prefix) in kept:
+        kept = {name if name.startswith("lm_head.") else prefix + name: info for name, info in kept.items()}
     return kept
 
 
-def check_layers(found: Where, config: Any, config_file: Path, weights: Path) -> None:
+def check_layers(found: Found, config: Any, config_file: Path, weights: Path) -> None:
     """Refuse a config whose layers are not the weights', before a decoder of that many layers is built."""
-    stem, field = LAYERS[config.model_type]
+    family = FAMILIES[config.model_type]
+    stem = family.blocks
     layers = {name.removeprefix(f"{stem}.").split(".")[0] for name in found if name.startswith(f"{stem}.")}
     if not layers:
         begins = f"the first of {len(found)} is {min(found)!r}" if found else "it holds none"
         raise InputError(f"no tensor '{stem}.0. ...' ({begins}): not a {config.model_type} checkpoint?", file=weights)
     if len(layers) != config.layers:
-        raise InputError(f"{config.layers}, but the weights hold {len(layers)}", file=config_file, where=field)
+        raise InputError(
+            f"{config.layers}, but the weights hold {len(layers)}", file=config_file, where=family.layers_field
+        )
 
 
-def compare(found: Where, model: Decoder, weights: Path) -> Where:
-    """Hold what the files claim against what the config asks for; returns what is to be read.
+def check_tensors(found: Found, model: Decoder, weights: Path) -> None:
+    """Check tensor names, shapes and dtypes against the model.
 
     Raises:
         InputError: a tensor is missing, unexpected, of another shape, or not of a floating dtype.
     """
-    expected = dict(model.named_parameters(remove_duplicate=False))
-    table = EMBEDDINGS[model.config.model_type]
-    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    missing = [name for name in expected if name not in found and name not in optional]
-    if missing == ["lm_head.weight"]:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    wanted = {name: shape[::-1] if is_transposed(name, model) else shape for name, shape in shapes.items()}
+    tied = model.config.tie_word_embeddings
+    if not tied and [name for name in wanted if name not in found] == ["lm_head.weight"]:
         raise InputError("tie_word_embeddings is false, but lm_head.weight is missing", file=weights)
-    if missing:
-        raise InputError(f"missing tensors: {', '.join(missing[:5])} ({len(missing)} in all)", file=weights)
-    for name, (file, raw, info) in found.items():
-        where = f"tensor {raw!r}"
-        if name not in expected:
-            raise InputError("unexpected: this model has no such tensor", file=file, where=where)
-        want = tuple(expected[name].shape)
-        want = want[::-1] if turned(name, model) else want
-        if info.shape != want:
-            said = "vocab_size and width" if name == table else "config.json"
-            raise InputError(f"shape {list(info.shape)}, but {said} want {list(want)}", file=file, where=where)
-        if info.dtype not in FLOATS:
-            raise InputError(f"dtype {info.dtype}, want {'/'.join(FLOATS)}", file=file, where=where)
-    return found
+    hint = "Do the weights belong to this config.json (vocab_size, widths)?"
+    check_header(found, wanted, weights, optional=("lm_head.weight",) if tied else (), hint=hint)
 
 
-def turned(name: str, model: nn.Module) -> bool:
-    """Whether the file holds this weight transposed."""
-    return model.config.model_type == "gpt2" and name.endswith(TRANSPOSED)  # type: ignore[union-attr]
+def is_transposed(name: str, model: Decoder) -> bool:
+    """Whether the files hold this weight as [in, out]."""
+    return bool(model.family.transposed) and name.endswith(model.family.transposed)
 
 
-def read_tensors(wanted: Where) -> dict[str, Tensor]:
-    """Read the tensors; they are mapped from the file, copied only where something has to change them."""
+def read_tensors(found: Found) -> dict[str, Tensor]:
+    """Read the tensors; they are mapped from the file, and copied only where something has to change them."""
     from safetensors import SafetensorError, safe_open
 
     tensors = {}
-    for file in sorted({file for file, _, _ in wanted.values()}):
+    for file in sorted({info.file for info in found.values()}):
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(raw) for name, (f, raw, _) in wanted.items() if f == file})
+                own = {name: info for name, info in found.items() if info.file == file}
+                tensors.update({name: opened.get_tensor(info.name) for name, info in own.items()})
         except SafetensorError as error:  # a header that read_header lets pass
             raise InputError(f"not safetensors: {error}", file=file) from error
     return tensors
@@ -208,13 +193,13 @@ def read_tensors(wanted: Where) -> dict[str, Tensor]:
 def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
     """pytorch_model.bin: the one place where torch.load stands, and only with weights_only=True."""
     if not allowed:
-        held = f"found: {listed(folder)}"
+        held = f"found: {list_names(folder)}"
         raise InputError(
             f"no {SINGLE} and no {INDEX} ({held}); pickle is not read by default",
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    file = fetch(source, [LEGACY], revision=pinned(source, folder, revision)) / LEGACY
+    file = fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY
     check_inside(file, file.parent)
     try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -227,46 +212,44 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
     return tensors
 
 
-def info_of(tensor: Tensor) -> TensorInfo:
+def info_of(tensor: Tensor, name: str, file: Path) -> TensorInfo:
     """A loaded tensor as a header entry, so that both kinds of file pass the same checks."""
     names = {dtype: name for name, dtype in FLOATS.items()}
-    return TensorInfo(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
+    return TensorInfo(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
 
 
-def filled(
-    model: Decoder, tensors: dict[str, Tensor], wanted: Where, dtype: torch.dtype | None, device: torch.device
+def fill(
+    model: Decoder, tensors: dict[str, Tensor], found: Found, dtype: torch.dtype | None, device: torch.device
 ) -> Decoder:
-    """Give the meta model its tensors: checked finite, turned, cast, tied again."""
+    """Give the meta model its tensors: checked finite, transposed, cast, tied again."""
     if dtype is None:  # mixed files: float32, which holds what float16 and bfloat16 hold
         kinds = {t.dtype for t in tensors.values()}
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32
     head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    table = tensors[EMBEDDINGS[model.config.model_type]]
-    if head is not None and not torch.equal(head, table):
-        file = wanted["lm_head.weight"][0]
-        raise InputError(
-            "differs from the embedding that config.json ties it to", file=file, where="tensor 'lm_head.weight'"
-        )
+    table = f"{model.family.embedding}.weight"
+    if head is not None and not torch.equal(head, tensors[table]):
+        problem = "differs from the embedding that config.json ties it to"
+        raise InputError(problem, file=found["lm_head.weight"].file, where="tensor 'lm_head.weight'")
     for name, tensor in tensors.items():
-        file, raw, _ = wanted[name]
+        file, where = found[name].file, f"tensor {found[name].name!r}"
         if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
             bad = int((~torch.isfinite(tensor)).sum())
-            raise InputError(f"holds NaN or Inf ({bad} of {tensor.numel()} values)", file=file, where=f"tensor {raw!r}")
-        cast = (tensor.T.contiguous() if turned(name, model) else tensor).to(device, dtype)
+            raise InputError(f"holds NaN or Inf ({bad} of {tensor.numel()} values)", file=file, where=where)
+        cast = (tensor.T.contiguous() if is_transposed(name, model) else tensor).to(device, dtype)
         if dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
-            raise InputError("holds values beyond float16's 65504", file=file, where=f"tensor {raw!r}")
+            raise InputError("holds values beyond float16's 65504", file=file, where=where)
         tensors[name] = cast
     if head is not None or model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors[EMBEDDINGS[model.config.model_type]]
+        tensors["lm_head.weight"] = tensors[table]
     model.load_state_dict(tensors, assign=True)
     model.tie()
     return model.eval()
 
 
 def fingerprint(source: str | Path, revision: str | None = None) -> str:
-    """A sha256 that tells two checkpoints apart: config.json, and of each weight file its size, head and tail.
+    """A sha256 that tells two checkpoints apart: config.json and every byte of each weight file (about a second a GB).
 
-    The tensors in between are not read: hashing 14 GB at each start would cost more than loading them.
+    A file that has not changed in size, time and inode is hashed once a process. A hub's commit stands for its files.
     """
     folder = fetch(source, ["config.json"], revision=revision)
     check_inside(folder / "config.json", folder)
@@ -275,13 +258,16 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
         return hashlib.sha256(digest.digest() + commit.encode()).hexdigest()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
         check_inside(file, folder)
-        with open(file, "rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{file.name} {size}".encode())
-            for start in (0, max(0, size - 2**16)):
-                stream.seek(start)
-                digest.update(stream.read(2**16))
+        stat = file.stat()
+        digest.update(f"{file.name} {hash_file(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)}".encode())
     return digest.hexdigest()
+
+
+@cache
+def hash_file(file: Path, size: int, changed: int, inode: int) -> str:
+    """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` tell whether it is still the one."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_model(model: Decoder, folder: str | Path) -> None:
@@ -293,7 +279,7 @@ def save_model(model: Decoder, folder: str | Path) -> None:
     folder = Path(folder)
     config = model.config
     with torch.device("meta"):
-        plain = set(FAMILIES[config.model_type][1](config).state_dict())
+        plain = set(model.family.decoder(config).state_dict())
     state = model.state_dict()
     if extra := sorted(set(state) - plain):
         raise InputError(
@@ -303,23 +289,18 @@ def save_model(model: Decoder, folder: str | Path) -> None:
         )
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    tensors = {name: t.T if turned(name, model) else t for name, t in state.items()}
+    tensors = {name: t.T if is_transposed(name, model) else t for name, t in state.items()}
     write_tensors(folder / SINGLE, tensors)
     write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))
 
 
 def config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
-    """config.json of a decoder, its rotary settings as both transformers 4 and 5 read them."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if "rope_theta" in fields:
-        scaling = fields["rope_scaling"]
-        fields["rope_parameters"] = {"rope_theta": fields["rope_theta"], **(scaling or {"rope_type": "default"})}
-        fields["num_key_value_heads"], fields["head_dim"] = config.kv_heads, config.head_width
+    """config.json of a decoder."""
     name = str(dtype).removeprefix("torch.")
     return {
         "model_type": config.model_type,
         "architectures": [config.architecture],
         "dtype": name,
         "torch_dtype": name,
-        **fields,
+        **config.to_json(),
     }

@@ -1,19 +1,17 @@
-"""Reading config.json: the checks and the activations that the families' configs share."""
+"""Reading config.json: the fields, limits and activations that the families' configs share."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_value, option, type_hints
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -42,56 +40,48 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
         if given.get(name) not in (None, *DTYPES):
             raise InputError(f"{given[name]!r} is not supported ({', '.join(DTYPES)})", where=name)
     fields = cls.from_json(given)  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(cls)
+    hints: dict[str, Any] = type_hints(cls)  # type: ignore[arg-type]
     chosen = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in fields:
             value = fields[field.name]
-            if not fits(value, hints[field.name]):
-                raise InputError(f"{value!r} is not {described(hints[field.name])}", where=field.name)
-            chosen[field.name] = value
+            chosen[field.name] = tuple(value) if isinstance(value, list) else value
+            check_value(chosen[field.name], hints[field.name], field.metadata, spelled(cls, field.name))
     return cls(**chosen)
 
 
-def fits(value: object, hint: Any) -> bool:
-    """Whether a JSON value is of the annotated type; an integer is a float, a boolean is not an integer."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(fits(value, part) for part in typing.get_args(hint))
-    plain = typing.get_origin(hint) or hint
-    if isinstance(value, bool):
-        return plain is bool
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, (int, float) if plain is float else plain)
+def count(default: int | None) -> Any:
+    """A field that holds how many of something there are."""
+    return option(default, least=1, below=2**31)
 
 
-def described(hint: Any) -> str:
-    """A type as a user reads it."""
-    return str(getattr(hint, "__name__", hint)).replace("NoneType", "null").replace("None", "null")
+def width(default: int | None) -> Any:
+    """A field that holds a width, or a number of heads, which multiplies one."""
+    return option(default, least=1, most=WIDEST)
 
 
-def at_least(config: object, name: str, least: int, most: int = 2**31 - 1) -> None:
-    value = getattr(config, name)
-    if not least <= value <= most:
-        raise InputError(f"{value} must be {f'>= {least}' if value < least else f'<= {most}'}", where=name)
+def dropout(default: float) -> Any:
+    """A field that holds the probability of a dropout."""
+    return option(default, least=0, below=1)
 
 
-def positive(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{value} must be finite and > 0", where=name)
+def alias(name: str) -> Any:
+    """A read-only property with the value of another field: the name that all families share for it."""
+    return property(attrgetter(name), doc=f"`{name}`")
 
 
-def fraction(config: object, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise InputError(f"{getattr(config, name)} must be in [0, 1)", where=name)
-
-
-def choice(config: object, name: str, allowed: Mapping[str, object]) -> None:
-    if getattr(config, name) not in allowed:
-        raise InputError(f"{getattr(config, name)!r} is not supported ({', '.join(allowed)})", where=name)
+def spelled(config: object, name: str) -> str:
+    """A field as the family's config.json spells it."""
+    return str(getattr(config, "spelling", {}).get(name, name))
 
 
 def divides(config: object, name: str, whole: str) -> None:
+    """Check that the value of one field divides that of another.
+
+    Raises:
+        InputError: it does not.
+    """
     if getattr(config, whole) % getattr(config, name):
-        raise InputError(f"{getattr(config, name)} does not divide {whole} {getattr(config, whole)}", where=name)
+        raise InputError(
+            f"{getattr(config, name)} does not divide {whole} {getattr(config, whole)}", where=spelled(config, name)
+        )

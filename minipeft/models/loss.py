@@ -15,47 +15,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that is no target
+from minipeft.documents import IGNORED
+
 CHUNK_LOGITS = 2**24  # logits at a time: 64 MB in float32
 
 
+def finish(logits: Tensor, divisor: float = 1.0, cap: float | None = None) -> Tensor:
+    """cap * tanh(logits / divisor / cap); without a cap logits / divisor."""
+    if divisor != 1.0:
+        logits = logits / divisor
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """h [N, C], W [V, C], targets [N] -> the sum of the N losses, in float32."""
+    """h [N, C], W [V, C], targets [N] -> the sum of the N losses, in float32; `bias` [V], the rest as in `finish`."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        divisor: float = 1.0,
+        cap: float | None = None,
+    ) -> Tensor:
         wants_h, wants_w = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if wants_h else None  # [N, C]
         dw = torch.zeros_like(weight) if wants_w else None  # [V, C]
+        db = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias)  # [V]
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, h.shape[0], rows):
             part, target = h[start : start + rows], targets[start : start + rows]
-            logits = F.linear(part, weight).float()  # [n, V]
+            logits = finish(F.linear(part, weight, bias).float(), divisor, cap)  # [n, V]
+            slope = 1 / divisor if cap is None else (1 - (logits / cap).square()) / divisor  # d finish / d logits
             logits.sub_(logits.amax(dim=1, keepdim=True))  # so that exp cannot overflow; the rest in place too
             chosen = logits.gather(1, target[:, None])  # [n, 1]
             mass = logits.exp_().sum(dim=1, keepdim=True)  # [n, 1]
             total += (mass.log() - chosen).sum()
-            if dh is None and dw is None:
+            if dh is None and dw is None and db is None:
                 continue
             d = logits.div_(mass)  # softmax  [n, V]
             d.scatter_add_(1, target[:, None], torch.full_like(mass, -1.0))
+            if cap is not None or divisor != 1.0:
+                d = d.mul_(slope)
             d = d.to(part.dtype)
             if dh is not None:
                 dh[start : start + rows] = d @ weight.to(part.dtype)
             if dw is not None:
                 dw += d.T @ part
-        ctx.save_for_backward(dh, dw)
+            if db is not None:
+                db += d.sum(dim=0)
+        ctx.save_for_backward(dh, dw, db)
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dh, dw = ctx.saved_tensors
-        return (
-            (None if dh is None else dh * scale.to(dh.dtype)),
-            (None if dw is None else dw * scale.to(dw.dtype)),
-            None,
-        )
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        dh, dw, db = (None if d is None else d * scale.to(d.dtype) for d in ctx.saved_tensors)
+        return dh, dw, None, db, None, None
 
 
 def count_targets(labels: Tensor) -> int:
@@ -63,11 +81,24 @@ def count_targets(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    divisor: float = 1.0,
+    cap: float | None = None,
+) -> Tensor:
     """Sum of the next-token losses in nats. hidden [B, T, C], head weight [V, C], labels [B, T] aligned with the ids.
 
-    A label of -100 is no target. The shift stands here and nowhere else: hidden t is held against label t + 1.
+    A label of -100 takes no loss. The shift is here and nowhere else: hidden t predicts label t + 1. On the meta
+    device, where labels have no values, every token counts as supervised. `bias` [V] of the head, divisor and cap of
+    the logits as in `finish`.
     """
-    targets = labels[:, 1:]  # [B, T - 1]
-    supervised = targets != IGNORED
-    return LinearCrossEntropy.apply(hidden[:, :-1][supervised], weight, targets[supervised])
+    hidden, targets = hidden[:, :-1], labels[:, 1:]  # [B, T - 1, ...]
+    if labels.is_meta:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # [N, C], [N]
+    else:
+        supervised = targets != IGNORED
+        hidden, targets = hidden[supervised], targets[supervised]  # [N, C], [N]
+    return LinearCrossEntropy.apply(hidden, weight, targets, bias, divisor, cap)

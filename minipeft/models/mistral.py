@@ -7,39 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from minipeft.models.config import at_least
-from minipeft.models.llama import Llama, LlamaConfig
+from minipeft.models.config import count, width
+from minipeft.models.family import Family
+from minipeft.models.layered import LayeredConfig
+from minipeft.models.llama import TARGETS, Llama
 
 
 @dataclass(frozen=True)
-class MistralConfig(LlamaConfig):
-    """Llama's fields with Mistral's defaults, and the window."""
+class MistralConfig(LayeredConfig):
+    """Llama's fields with Mistral's defaults, and the window, which is on every layer."""
 
-    intermediate_size: int = 14336
-    num_key_value_heads: int | None = 8
-    max_position_embeddings: int = 4096 * 32
-    sliding_window: int | None = 4096  # tokens; None: all
+    intermediate_size: int = width(14336)
+    num_key_value_heads: int | None = width(8)
+    max_position_embeddings: int = count(4096 * 32)
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sliding_window is not None:
-            at_least(self, "sliding_window", 1)
-
-    @staticmethod
-    def from_json(given: Mapping[str, object]) -> dict[str, object]:
-        """As Llama's; Mistral's linears never have biases, whatever a config.json says."""
-        return {**LlamaConfig.from_json(given), "attention_bias": False, "mlp_bias": False}
+    fixed: ClassVar[Mapping[str, object]] = {"attention_bias": False, "mlp_bias": False, "layer_types": None}
 
 
 class Mistral(Llama):
     """Llama whose queries look back over `sliding_window` positions."""
 
-    config: MistralConfig
 
-    @property
-    def window(self) -> int | None:  # type: ignore[override]
-        return self.config.sliding_window
+Mistral.record = FAMILY = Family("mistral", MistralConfig, Mistral, TARGETS)

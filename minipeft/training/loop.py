@@ -3,39 +3,40 @@
     for step in train(model, batches, config, state):       the caller's loop logs, evaluates, saves and stops
         ...
 
-At each yield the trainable tensors and TrainState (the step count, AdamW's two moments by parameter name) are the whole
-run. Everything else is a function of the arguments: the rate of the step, `batches[i]` of i, the dropout masks of
-(seed, step, micro-batch). So a run that is stopped at any yield and taken up again ends with the same bits.
+At each yield the trainable tensors and TrainState (the step count, AdamW's two moments by parameter name) are all there
+is to save. Everything else is a function of the arguments: the learning rate of the step, `batches[i]` of i, the
+dropout masks of (seed, step, micro-batch). So training that stops at any yield and is resumed ends with the same bits.
 
 AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and t = step + 1:
 
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
-    w = w - rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
+    w = w - learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
-`lr_multipliers` multiplies the rate of the tensors of a name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
+`lr_multipliers` multiplies the learning rate of parameters by name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from minipeft.data.packing import Batch, derived_seed
-from minipeft.errors import InputError
+from minipeft.data.packing import Batch
+from minipeft.documents import derived_seed
+from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
-from minipeft.models.loss import count_targets, cross_entropy
+from minipeft.models.loss import count_targets
 
 DECAYS = ("linear", "cosine", "constant")
 
 
 class Batches(Protocol):
-    """What `train` reads: batch i of the run, for any i >= 0, the same each time it is asked for."""
+    """What `train` reads: batch i for any i >= 0, the same each time."""
 
     def __getitem__(self, i: int, /) -> Batch: ...
 
@@ -44,45 +45,36 @@ class Batches(Protocol):
 class TrainConfig:
     """How to train. `learning_rate` is the peak; `warmup` the share of the steps that climb to it."""
 
-    steps: int
-    learning_rate: float = 3e-4
-    warmup: float = 0.06
-    decay: str = "linear"  # to zero at the last step: linear, cosine, constant
-    accumulate: int = 1  # batches per step
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    clip: float = 1.0  # the gradient's largest norm
-    lr_multipliers: Mapping[str, float] = field(default_factory=dict)  # the end of a parameter's name -> multiplier
-    seed: int = 0  # of the dropout masks
-    activation_checkpointing: bool = False  # keep each block's input only, and run the block again in backward
+    steps: int | None = option(None, "optimizer steps", least=1)  # None: not decided yet; `train` needs a number
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0, aliases=("lr",))
+    warmup: float = option(0.06, "share of the steps over which the learning rate climbs to its peak", least=0, below=1)
+    decay: str = option("linear", "shape of the decay to zero at the last step", choices=DECAYS)
+    accumulate: int = option(1, "batches of an optimizer step", least=1)
+    weight_decay: float = option(0.0, "weight decay of AdamW", least=0, below=1)
+    beta1: float = option(0.9, "decay of the mean of the gradient", least=0, below=1)
+    beta2: float = option(0.99, "decay of the mean of its square", least=0, below=1)
+    eps: float = option(1e-8, "epsilon of AdamW", above=0)
+    clip: float = option(1.0, "largest norm of the gradient, which is scaled down to it", above=0)
+    lr_multipliers: Mapping[str, float] = option(
+        factory=dict,
+        help="learning-rate multiplier of the parameters whose name ends so; lora_B=16 is LoRA+",
+        above=0,
+        flag="lr-multiplier",
+    )
+    seed: int = option(0, "seed of initialization, packing order and dropout", least=0, below=2**63)
+    activation_checkpointing: bool = option(
+        False,
+        "keep only the input of each block and recompute it in backward: less memory, more time",
+        aliases=("checkpointing",),
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate"):
-            if (
-                isinstance(getattr(self, name), bool)
-                or not isinstance(getattr(self, name), int)
-                or getattr(self, name) < 1
-            ):
-                raise InputError(f"{getattr(self, name)!r} must be an integer >= 1", where=name)
-        for name in ("learning_rate", "eps", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"{getattr(self, name)!r} must be finite and > 0", where=name)
-        for name, factor in self.lr_multipliers.items():
-            if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
-                raise InputError(f"{factor!r} must be finite and > 0", where=f"lr_multipliers {name!r}")
-        for name in ("warmup", "beta1", "beta2", "weight_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{getattr(self, name)!r} must be in [0, 1)", where=name)
-        if self.decay not in DECAYS:
-            raise InputError(f"{self.decay!r} is not known ({', '.join(DECAYS)})", where="decay")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"{self.seed} must be in [0, 2^63)", where="seed")
+        check_fields(self)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """The learning rate of step 0, 1, ...: a climb over the warm-up, then the decay. Never 0 before the last step."""
+    assert config.steps is not None  # `train` refuses it
     climb = max(1, round(config.warmup * config.steps))
     if step < climb:
         return config.learning_rate * (step + 1) / climb
@@ -104,7 +96,7 @@ class Step:
 
 
 class TrainState:
-    """All that a run is, apart from the trainable tensors: the step count and AdamW's moments by parameter name."""
+    """What training needs to go on, beside the trainable tensors: the step count, AdamW's moments by parameter name."""
 
     def __init__(self, model: nn.Module):
         self.step = 0
@@ -120,10 +112,15 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
     """Train whatever requires gradients in `model`, from `state.step` to `config.steps`; yields after each step.
 
+    Where a step raises, the model is put back in the mode that it was in, train or eval.
+
     Raises:
-        InputError: nothing is trainable, a trained tensor is not float32, or `state` is of another model; later, a
-            loss or gradient that is not finite, or a trained tensor that no gradient reaches. Checked at the call.
+        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32, or
+            `state` is of another model; in a step: a loss, gradient, weight or moment is not finite, or a trained
+            tensor gets no gradient.
     """
+    if config.steps is None:
+        raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
     parameters = trained(model)
     if not parameters:
         raise InputError("nothing is trainable", where="train", hint="add_adapter(model, ...) first")
@@ -135,10 +132,10 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    return steps(model, parameters, by_rate(parameters, config), batches, config, state)
+    return take_steps(model, parameters, by_multiplier(parameters, config), batches, config, state)
 
 
-def by_rate(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
+def by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
     """The names of the trained parameters by learning-rate multiplier; the first key of `lr_multipliers` to fit counts.
 
     Raises:
@@ -150,12 +147,12 @@ def by_rate(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[fl
             known = sorted({name.rsplit(".", 1)[-1] for name in parameters})
             raise InputError(f"no trained tensor is named {key!r}; there are {known}", where="lr_multipliers")
     for name in parameters:
-        factors = [factor for key, factor in config.lr_multipliers.items() if name == key or name.endswith("." + key)]
-        groups.setdefault(factors[0] if factors else 1.0, []).append(name)
+        own = [by for key, by in config.lr_multipliers.items() if name == key or name.endswith("." + key)]
+        groups.setdefault(own[0] if own else 1.0, []).append(name)
     return groups
 
 
-def steps(
+def take_steps(
     model: Decoder,
     parameters: dict[str, nn.Parameter],
     groups: dict[float, list[str]],
@@ -164,50 +161,69 @@ def steps(
     state: TrainState,
 ) -> Iterator[Step]:
     """The generator behind `train`."""
-    silent = dict.fromkeys(parameters, 0)  # updates in a row that a tensor had an all-zero gradient
+    assert config.steps is not None
+    was_training = model.training
+    silent = dict.fromkeys(parameters, 0)  # consecutive steps in which a tensor's gradient was zero
     while state.step < config.steps:
-        model.train()
-        model.activation_checkpointing = config.activation_checkpointing
-        model.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
-        first = state.step * config.accumulate
-        micro = [batches[first + i] for i in range(config.accumulate)]
-        targets = sum(count_targets(batch.labels) for batch in micro)
-        if not targets:
-            raise InputError("no token of this step's batches is supervised", where=f"step {state.step + 1}")
-        loss = 0.0
-        for i, batch in enumerate(micro):
-            loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
-        norms = gradient_norms(parameters, loss, state.step, silent)
-        norm = norms.norm().item()
-        rate = learning_rate_at(state.step, config)
-        clip = min(1.0, config.clip / (norm + 1e-6))
-        for factor, names in groups.items():
-            update({name: parameters[name] for name in names}, state, config, rate * factor, clip)
-        state.step += 1
-        check_finite(parameters, state)
-        tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
-        yield Step(state.step, loss, rate, norm, tokens, targets)
+        try:
+            step = take_step(model, parameters, groups, batches, config, state, silent)
+        except BaseException:
+            model.train(was_training)
+            raise
+        yield step
+
+
+def take_step(
+    model: Decoder,
+    parameters: dict[str, nn.Parameter],
+    groups: dict[float, list[str]],
+    batches: Batches,
+    config: TrainConfig,
+    state: TrainState,
+    silent: dict[str, int],
+) -> Step:
+    """One optimizer step: the gradient of `accumulate` batches, the checks, AdamW."""
+    model.train()
+    model.activation_checkpointing = config.activation_checkpointing
+    model.zero_grad(set_to_none=True)
+    torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
+    first = state.step * config.accumulate
+    micro = [batches[first + i] for i in range(config.accumulate)]
+    targets = sum(count_targets(batch.labels) for batch in micro)
+    if not targets:
+        raise InputError("no token of this step's batches is supervised", where=f"step {state.step + 1}")
+    loss = 0.0
+    for i, batch in enumerate(micro):
+        loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
+    norms = gradient_norms(parameters, loss, state.step, silent)
+    norm = norms.norm().item()
+    learning_rate = learning_rate_at(state.step, config)
+    clip = min(1.0, config.clip / (norm + 1e-6))
+    for multiplier, names in groups.items():
+        update({name: parameters[name] for name in names}, state, config, learning_rate * multiplier, clip)
+    state.step += 1
+    check_finite(parameters, state)
+    tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
+    return Step(state.step, loss, learning_rate, norm, tokens, targets)
 
 
 def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     """Add one micro-batch's share of the step's gradient; returns its share of the loss.
 
     Losses are summed over supervised tokens and divided once by the step's count: k micro-batches are one batch of k.
-    Dropout is drawn from `seed`, around backward too (recomputation draws again); the caller's stream is untouched.
+    Dropout is drawn from `seed`, in backward too (recomputation draws again); the caller's random state is untouched.
     """
     device = model.embedding.weight.device
     ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        hidden = model.hidden(ids, documents)  # [B, T, C]
-        loss = cross_entropy(hidden, model.lm_head.weight, labels) / targets
+        loss = model.loss(ids, labels, documents) / targets
         loss.backward()
     return loss.item()
 
 
 def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]) -> Tensor:
-    """The norm of each gradient, [number of tensors], after the checks that say when training is not training.
+    """The norm of each gradient, [number of tensors], after the checks that every tensor is being trained.
 
     Raises:
         InputError: the loss or a gradient is not finite; no gradient reached a tensor; it was all zero three times.
@@ -223,13 +239,13 @@ def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, 
         if not math.isfinite(norm):
             raise InputError(f"the gradient of {name!r} is not finite", where=where, hint="Lower the learning rate")
         silent[name] = silent[name] + 1 if norm == 0 else 0
-        if silent[name] >= 3:  # LoRA's A is rightly silent at the first: B is zero
+        if silent[name] >= 3:  # LoRA's A has none at the first step: B is zero
             raise InputError(f"the gradient of {name!r} was zero in three steps: it is not being trained", where=where)
     return norms
 
 
 def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None:
-    """Hold that no weight and no moment is NaN or Inf, by the largest of each tensor: a pass over them, no copy.
+    """Check that no weight and no moment is NaN or Inf, by the largest of each tensor: one pass, no copy.
 
     Raises:
         InputError: one is; names the tensor.
@@ -249,7 +265,7 @@ def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None
 
 
 def update(
-    parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, rate: float, clip: float
+    parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, learning_rate: float, clip: float
 ) -> None:
     """One AdamW step, as written at the head of this file, on gradients times `clip`."""
     weights: list[Tensor] = list(parameters.values())
@@ -268,7 +284,7 @@ def update(
             amsgrad=False,
             beta1=config.beta1,
             beta2=config.beta2,
-            lr=rate,
+            lr=learning_rate,
             weight_decay=config.weight_decay,
             eps=config.eps,
             maximize=False,
@@ -277,15 +293,21 @@ def update(
 
 @torch.no_grad()
 def evaluate(model: Decoder, batches: list[Batch]) -> float:
-    """Mean loss in nats per supervised token over `batches`, in eval mode; the model's mode is put back."""
+    """Mean loss in nats per supervised token over `batches`, in eval mode; the model's mode is put back.
+
+    Raises:
+        InputError: no token is supervised, or the loss is not finite.
+    """
     was_training, device = model.training, model.embedding.weight.device
-    model.eval()
     loss, targets = 0.0, 0
-    for batch in batches:
-        hidden = model.hidden(batch.ids.to(device), batch.documents.to(device))
-        loss += cross_entropy(hidden, model.lm_head.weight, batch.labels.to(device)).item()
-        targets += count_targets(batch.labels)
-    model.train(was_training)
+    model.eval()
+    try:
+        for batch in batches:
+            ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
+            loss += model.loss(ids, labels, documents).item()
+            targets += count_targets(labels)
+    finally:
+        model.train(was_training)
     if not targets:
         raise InputError("no token is supervised", where="evaluate")
     if not math.isfinite(loss):

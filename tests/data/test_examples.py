@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft.data import examples as module
-from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, prompt_text, shared_pairs, split_by_question
+from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
+from minipeft.data.templates import prompt_text
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
 
@@ -235,10 +236,3 @@ def test_no_eos_is_an_error_that_names_the_remedy(assets: Path) -> None:
     tokenizer = load_tokenizer(assets / "fixtures/mistral-tokenizer")
     with pytest.raises(InputError, match=r"no end-of-sequence token .* --eos-token"):
         encode_pairs([Pair("i", "s")], tokenizer)
-
-
-def test_a_template_holds_the_intent_once() -> None:
-    assert prompt_text("{x} {intent}", "Q: {intent}\nA: ") == "Q: {x} {intent}\nA: "
-    for template in ("Q:", "{intent}{intent}"):
-        with pytest.raises(InputError, match=r"template: must hold \{intent\} once"):
-            prompt_text("i", template)

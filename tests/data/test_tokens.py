@@ -194,6 +194,15 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path) -> None:
         tokenizer.check_fits(300, "M")
 
 
+def test_random_merges_are_refused(assets: Path, tmp_path: Path) -> None:
+    """BPE dropout in the file gave other ids at each call, so that two runs of one command differed."""
+    spec = json.loads((assets / "fixtures" / "mistral-tokenizer" / "tokenizer.json").read_text())
+    spec["model"]["dropout"] = 0.3
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=r"tokenizer\.json: model\.dropout: 0\.3: merges would be left out at random"):
+        load_tokenizer(tmp_path)
+
+
 def test_fingerprint_tells_what_changes_the_ids(tiny: Path) -> None:
     first = load_tokenizer(tiny).fingerprint
     assert load_tokenizer(tiny).fingerprint == first

@@ -13,20 +13,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model
 
 transformers.logging.set_verbosity_error()
 
-PEERS = {
-    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-}
 GPT2 = {"vocab_size": 61, "n_positions": 96, "n_embd": 32, "n_layer": 3, "n_head": 4,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 LLAMA = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 96}  # fmt: skip
-TINY: dict[str, dict[str, Any]] = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA | {"sliding_window": 6}}
+WINDOWED = LLAMA | {"sliding_window": 6, "pad_token_id": None}
+TINY: dict[str, dict[str, Any]] = {**dict.fromkeys(FAMILIES, WINDOWED), "gpt2": GPT2, "llama": LLAMA}
 
 
 class Twins:
@@ -38,9 +35,9 @@ class Twins:
 
     def peer(self, family: str, seed: int = 0, **changes: object) -> nn.Module:
         """A transformers model in eval mode; `changes` go over the family's TINY config."""
-        config, model = PEERS[family]
+        config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family](**{**TINY[family], **changes})
         torch.manual_seed(seed)
-        peer = model(config(**{**TINY[family], **changes})).eval()
+        peer = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for name, p in peer.named_parameters():
                 p.normal_(0, 0.25)

@@ -1,6 +1,6 @@
-"""Who sees whom against a literal definition; documents, learned columns, padding, the cache and recomputation.
+"""Who sees whom against a literal definition; documents, virtual tokens, padding, the cache and recomputation.
 
-The learned columns here are the smallest module that can stand in the model's slots: the adapters have their own tests.
+The virtual tokens here are of the smallest module that can stand in the model's slots: adapters have their own tests.
 """
 
 from itertools import pairwise
@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.documents import PADDING, VIRTUAL, positions_in, visible
 from minipeft.errors import InputError
 from minipeft.models import attention
-from minipeft.models.attention import PADDING, VIRTUAL, Cache, lay_out, positions_in, visible
+from minipeft.models import layout as layouts
+from minipeft.models.layout import Layout, View, lay_out
 
 P = 5
 
 
-class Columns(nn.Module):
-    """A prefix: P learned keys and values before the row's own."""
+class SmallPrefix(nn.Module):
+    """A prefix: P trained keys and values before the row's own."""
 
     def __init__(self, heads: int, width: int, generator: torch.Generator):
         super().__init__()
@@ -28,8 +30,8 @@ class Columns(nn.Module):
         return tuple(torch.cat([own.expand(len(x), -1, -1, -1), x], dim=2) for own, x in ((self.k, k), (self.v, v)))
 
 
-class Rows(nn.Module):
-    """A prompt: P learned rows before the row's own embeddings."""
+class SmallPrompt(nn.Module):
+    """A prompt: P trained rows before the row's own embeddings."""
 
     def __init__(self, width: int, generator: torch.Generator):
         super().__init__()
@@ -40,15 +42,15 @@ class Rows(nn.Module):
 
 
 def fill(model: nn.Module, kind: str) -> nn.Module:
-    """Put learned columns into the model's slots: none, prefix, prompt, or either under the window (windowed)."""
+    """Put virtual tokens into the model's slots: none, prefix, prompt, or either under the window (windowed)."""
     generator = torch.Generator().manual_seed(2)
     if "prefix" in kind:
         for block in model.blocks:
-            getattr(block, "attn" if hasattr(block, "attn") else "self_attn").prefix = Columns(
+            getattr(block, "attn" if hasattr(block, "attn") else "self_attn").prefix = SmallPrefix(
                 model.config.kv_heads, model.config.head_width, generator
             )
     elif "prompt" in kind:
-        model.prompt = Rows(model.config.width, generator)
+        model.prompt = SmallPrompt(model.config.width, generator)
     model.virtual_tokens = 0 if kind == "none" else P
     model.windowed = "windowed" in kind
     return model
@@ -70,91 +72,9 @@ PACKED = torch.tensor(
 )  # [2, 30]
 
 
-def random_row(generator: torch.Generator, length: int) -> list[int]:
-    """Owners of a row: runs of documents in any order of numbers, some twice, with padding anywhere between."""
-    row: list[int] = []
-    while len(row) < length:
-        owner = int(torch.randint(-1, 4, (), generator=generator))
-        row += [owner] * int(torch.randint(1, 7, (), generator=generator))
-    return row[:length]
-
-
-def literal_positions(row: list[int]) -> list[int]:
-    """Each column's position, straight from the definition."""
-    found = []
-    for column, owner in enumerate(row):
-        start = column
-        while start > 0 and row[start - 1] == owner:
-            start -= 1
-        place = column - start
-        found.append(0 if owner == PADDING else place if owner == VIRTUAL else place + row.count(VIRTUAL))
-    return found
-
-
-def literal_mask(row: list[int], queries: int, window: int | None, windowed: bool) -> list[list[bool]]:
-    """Who sees whom, straight from the definition."""
-    positions = literal_positions(row)
-    table = []
-    for q in range(len(row) - queries, len(row)):
-        line = []
-        for k, owner in enumerate(row):
-            near = window is None or positions[q] - positions[k] < window
-            shared = owner == VIRTUAL and (near or not windowed)
-            line.append(k <= q and ((owner == row[q] and near) or shared))
-        table.append(line)
-    return table
-
-
-def draw(generator: torch.Generator, most: int) -> int:
-    return int(torch.randint(0, most + 1, (), generator=generator))
-
-
-def test_the_rule_on_300_random_rows():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        virtual_tokens, length = draw(generator, 4), 1 + draw(generator, 20)
-        row = [VIRTUAL] * virtual_tokens + random_row(generator, length)
-        window = draw(generator, 8) or None
-        windowed, prompted = bool(draw(generator, 1)), bool(draw(generator, 1))
-        queries = length + (virtual_tokens if prompted else 0)
-        documents = torch.tensor([row])
-        positions = positions_in(documents)
-        assert positions[0].tolist() == literal_positions(row)
-        mask = visible(documents, positions, queries, window, windowed)
-        assert mask.shape == (1, 1, queries, virtual_tokens + length)
-        assert mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
-
-
-def test_the_rule_through_a_cache_on_random_rows():
-    """lay_out in two calls, as prefill and decode make them: each gives the definition's rows for its own queries."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(100):
-        virtual_tokens, first, second = draw(generator, 3), 1 + draw(generator, 9), 1 + draw(generator, 4)
-        own = random_row(generator, first + second)
-        window, windowed, prompted = draw(generator, 6) or None, bool(draw(generator, 1)), bool(draw(generator, 1))
-        cache = Cache(1, 1, 1, virtual_tokens + first + second, 2, torch.float32, torch.device("cpu"))
-        given = {"virtual_tokens": virtual_tokens, "prompted": prompted, "window": window, "windowed": windowed}
-        for start, stop in pairwise((0, first, first + second)):
-            documents = torch.tensor([own[start:stop]])
-            layout = lay_out(documents, torch.zeros_like(documents), cache, **given)
-            row = [VIRTUAL] * virtual_tokens + own[:stop]
-            queries = stop - start + (virtual_tokens if prompted and start == 0 else 0)
-            assert layout.positions[0].tolist() == literal_positions(row)[-queries:]
-            assert layout.mask[0, 0].tolist() == literal_mask(row, queries, window, windowed)
-            assert layout.first == (start == 0)
-
-
-def test_the_rows_drawn_in_the_essay_are_the_rule():
-    """The picture in attention.py, cell by cell."""
-    lines = [line for line in attention.__doc__.splitlines() if line.rstrip().endswith(("#", "no softmax is empty)"))]
-    drawn = [[mark == "#" for mark in line.split("(")[0].ljust(70)[51:67:2]] for line in lines]
-    row = [VIRTUAL] * 2 + [0, 0, 0, 1, 1, PADDING]
-    assert drawn == literal_mask(row, 6, None, False)
-
-
 def dense(monkeypatch) -> None:
     """Make every forward use the dense mask."""
-    monkeypatch.setattr(attention, "runs_in", lambda *_: None)
+    monkeypatch.setattr(layouts, "runs_in", lambda *_: None)
 
 
 def outcome(model: nn.Module, ids: Tensor, documents: Tensor | None, weigh: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -183,7 +103,7 @@ class TestPackedRows:
     def test_by_run_is_the_dense_mask(self, model, ids, monkeypatch):
         weigh, real = weights(PACKED), PACKED != PADDING
         layout = lay_out(PACKED, ids, None, virtual_tokens=model.virtual_tokens, prompted=model.prompt is not None)
-        assert layout.runs is not None, "the control: these rows are computed by run"
+        assert layout.views[None].runs is not None, "the control: these rows are computed by run"
         by_run = outcome(model, ids, PACKED, weigh)
         dense(monkeypatch)
         same(by_run, outcome(model, ids, PACKED, weigh), real)
@@ -209,8 +129,8 @@ class TestPackedRows:
         dense(monkeypatch)
         assert torch.allclose(found, model(ids, documents), atol=1e-4)
 
-    def test_shared_tokens_of_the_caller_are_everybodys(self, model, ids, monkeypatch):
-        """Text that is run as SHARED (the text init of a prefix) is seen by every document, by run or by mask."""
+    def test_virtual_tokens_of_the_caller_are_everybodys(self, model, ids, monkeypatch):
+        """Text that is run as VIRTUAL (the text init of a prefix) is seen by every document, by run or by mask."""
         documents = torch.tensor([[VIRTUAL] * 4 + [0] * 10 + [1] * 16] * 2)
         found = model(ids, documents)
         dense(monkeypatch)
@@ -272,17 +192,8 @@ class TestCache:
         real = PACKED != PADDING
         assert (found - wanted)[real].abs().max() <= 2e-5 * wanted.abs().max()
 
-    def test_without_room_it_says_how_to_make_it(self, twins, ids):
-        model = twins("llama")[0]
-        cache = model.new_cache(2, 29)
-        says = r"cache: 2 rows of 0 \+ 30 columns do not fit in one of 2 rows and 29 columns\. make it with model\.new"
-        with pytest.raises(InputError, match=says):
-            model(ids, cache=cache)
-        with pytest.raises(InputError, match="cache: 1 rows of 0"):
-            model(ids[:1, :5], cache=cache)
 
-
-class TestRecompute:
+class TestActivationCheckpointing:
     @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
     @pytest.mark.parametrize("kind", KINDS)
     def test_recomputed_is_kept(self, family, kind, twins, ids):
@@ -323,13 +234,15 @@ def test_gradient_checks_against_float64():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 30, 6, dtype=torch.float64, generator=generator)
     k, v = (torch.randn(2, 2, 33, 6, dtype=torch.float64, generator=generator) for _ in "kv")
-    layout = lay_out(PACKED, PACKED, None, virtual_tokens=3, window=4)
-    assert layout.runs is not None
+    layout = lay_out(PACKED, PACKED, None, virtual_tokens=3, windows=(4,))
+    assert layout.views[4].runs is not None
     documents = torch.nn.functional.pad(PACKED, (3, 0), value=VIRTUAL)
     mask = visible(documents, positions_in(documents), 30, 4, False)
-    full = attention.Layout(layout.positions, mask, None, 3, False, True)
+    full = Layout(layout.positions, 33, {4: View(mask)}, 3, False, True)
     real = PACKED != PADDING
-    assert torch.allclose(attention.attend(q, k, v, layout)[real], attention.attend(q, k, v, full)[real], atol=1e-12)
+    assert torch.allclose(
+        attention.attend(q, k, v, layout, window=4)[real], attention.attend(q, k, v, full, window=4)[real], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])

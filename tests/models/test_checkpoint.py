@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minipeft.errors import InputError
-from minipeft.models.checkpoint import load_model, save_model
+from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import fingerprint, load_model, save_model
 
 SMALL = {"n_layer": 2, "n_positions": 40}
 STYLES = {
@@ -462,3 +463,19 @@ def peak() -> int:
     """The largest memory of this process, in bytes, since it was last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def test_the_fingerprint_reads_every_byte(tmp_path):
+    """A byte changed in the middle of a large file is another model: once, only 64 KiB at either end were read."""
+    model = FAMILIES["gpt2"].decoder(FAMILIES["gpt2"].config(vocab_size=4096, n_embd=64, n_layer=1, n_head=2))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert file.stat().st_size > 4 * 2**17
+    first, stat = fingerprint(tmp_path), file.stat()
+    assert fingerprint(tmp_path) == first
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert fingerprint(tmp_path) != first

@@ -6,7 +6,7 @@ import transformers
 
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import load_model
-from minipeft.models.gpt2 import GPT2, TRANSPOSED, GPT2Config
+from minipeft.models.gpt2 import FAMILY, GPT2, GPT2Config
 
 SHAPES = {
     "tied": {},
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_transformers(twins, ids):
     theirs(ids).logits.logsumexp(dim=-1).sum().backward()
     wanted = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        g = wanted[name].grad.T if name.endswith(TRANSPOSED) else wanted[name].grad
+        g = wanted[name].grad.T if name.endswith(FAMILY.transposed) else wanted[name].grad
         assert (p.grad - g).abs().max() <= 2e-5 * g.abs().max(), name
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import load_model
-from minipeft.models.llama import RMSNorm, rotate
+from minipeft.models.llama import LlamaConfig, RMSNorm
+from minipeft.models.rotary import rotate
 
 SHAPES = {
     "grouped queries": {},
@@ -37,6 +38,7 @@ ROPES = {
     "another theta": (50.0, {}),
     "linear": (10000.0, {"rope_type": "linear", "factor": 4.0}),
     "llama3": (500.0, {"rope_type": "llama3", **LLAMA3}),
+    "yarn": (500.0, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
     "llama3, whole numbers": (500, {"rope_type": "llama3", **LLAMA3, "factor": 8, "low_freq_factor": 1}),
 }
 
@@ -86,7 +88,7 @@ class TestRotary:
 
     def test_the_types_differ(self, twins, apart, ids):
         plain = load_model(self.folder(twins, "v5", *ROPES["default"]))
-        for rope in ("another theta", "linear", "llama3"):
+        for rope in ("another theta", "linear", "llama3", "yarn"):
             theirs = transformers.LlamaForCausalLM.from_pretrained(self.folder(twins, "v5", *ROPES[rope])).eval()
             assert apart(plain, theirs, ids) > 1e-2, rope
 
@@ -96,11 +98,13 @@ class TestRotary:
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if not k.startswith("rope")}))
         assert apart(load_model(folder), twins.peer("llama"), ids) <= 2e-5
 
-    @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "magic", 3, ["linear"], None])
+    @pytest.mark.parametrize("kind", ["dynamic", "proportional", "magic", 3, ["linear"], None])
     @pytest.mark.parametrize("spelling", ["v4", "v4, old", "v5"])
     def test_any_other_type_raises(self, kind, spelling, twins):
         folder = self.folder(twins, spelling, 10000.0, {"rope_type": kind, "factor": 2.0})
-        with pytest.raises(InputError, match=r"config\.json: rope_scaling: rope type .* \(default, linear, llama3\)"):
+        with pytest.raises(
+            InputError, match=r"config\.json: rope_scaling: rope type .* \(default, linear, llama3, yarn, longrope\)"
+        ):
             load_model(folder)
 
     @pytest.mark.parametrize(
@@ -204,3 +208,19 @@ class TestRealModel:
         model = load_model(real_model)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         assert model.lm_head.weight is model.embedding.weight
+
+
+def test_rotary_settings_that_disagree_are_refused():
+    """transformers reads rope_scaling where both stand; a reader of rope_parameters would compute another model."""
+    both = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    same = LlamaConfig.from_json({**both, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert same["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    for other, said in (
+        ({"type": "linear", "factor": 4.0}, r"rope_scaling\.factor: 4\.0, but rope_parameters has 2\.0"),
+        (
+            {"rope_type": "llama3", "factor": 2.0},
+            r"rope_scaling\.rope_type: 'llama3', but rope_parameters has 'linear'",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            LlamaConfig.from_json({**both, "rope_scaling": other})

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft.documents import IGNORED
 from minipeft.models import loss as module
-from minipeft.models.loss import IGNORED, count_targets, cross_entropy
+from minipeft.models.loss import count_targets, cross_entropy
 
 
 def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     seen: list[int] = []
     linear = F.linear
     monkeypatch.setattr(module, "CHUNK_LOGITS", 62)
-    monkeypatch.setattr(module.F, "linear", lambda h, w: (seen.append(h.shape[0] * w.shape[0]), linear(h, w))[1])
+    monkeypatch.setattr(module.F, "linear", lambda h, w, b: (seen.append(h.shape[0] * w.shape[0]), linear(h, w, b))[1])
     hidden, weight, labels = given()
     cross_entropy(hidden, weight, labels)
     assert max(seen) <= 62

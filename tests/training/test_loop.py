@@ -46,7 +46,7 @@ ADAPTERS = {"full": FullConfig(), "lora": LoRAConfig(2, dropout=0.3), "prefix": 
 
 
 def tuned(method: str = "lora", family: str = "gpt2", **changes: object) -> Decoder:
-    config, decoder = FAMILIES[family]
+    config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     model = decoder(config(**{**(GPT2 if family == "gpt2" else LLAMA), "vocab_size": 31, **changes}))
     model.initialize(torch.Generator().manual_seed(0))
     add_adapter(model.eval(), ADAPTERS[method], Letters())
@@ -235,6 +235,8 @@ def test_arguments_are_checked_at_the_call() -> None:
     half = tuned("full").to(torch.bfloat16)
     assert "is torch.bfloat16, but trained tensors must be float32" in refused(lambda: train(half, Rows(), CONFIG))
     assert isinstance(train(model, Rows(), CONFIG), Iterator)
+    said = refused(lambda: train(model, Rows(), TrainConfig()))
+    assert said == "steps: must be set to train: it is None. TrainConfig(steps=...)"
 
 
 @pytest.mark.parametrize(
@@ -320,3 +322,20 @@ def test_evaluation_is_the_mean_over_targets_and_changes_nothing() -> None:
     assert equal(copies(model), before)
     silent = dataclasses.replace(batches[0], labels=torch.full_like(batches[0].labels, -100))
     assert "no token is supervised" in refused(lambda: evaluate(model, [silent]))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_is_put_back_when_training_or_evaluation_raises(mode: bool) -> None:
+    class Broken(Rows):
+        def __getitem__(self, i: int) -> Batch:
+            if i >= 2:
+                raise OSError("gone")
+            return super().__getitem__(i)
+
+    model = tuned().train(mode)
+    with pytest.raises(OSError, match="gone"):
+        list(train(model, Broken(), CONFIG))
+    assert model.training == mode
+    short = dataclasses.replace(Rows()[0], documents=torch.zeros(1, 1, dtype=torch.long))
+    assert "documents: shape" in refused(lambda: evaluate(model, [short]))
+    assert model.training == mode

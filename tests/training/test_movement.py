@@ -112,9 +112,9 @@ def test_keeps_no_copy_of_a_model_trained_whole() -> None:
     add_adapter(model, FullConfig())
     movement = Movement.start(model)
     assert movement.tensors is None
-    with pytest.raises(InputError, match="base: no copy of the start was kept"):
+    with pytest.raises(InputError, match="base: no copy of the init was kept"):
         movement.measure(model, TrainConfig(steps=1))
-    with pytest.raises(InputError, match="the start holds nothing for it"):
+    with pytest.raises(InputError, match="the init holds nothing for it"):
         movement.measure(model, TrainConfig(steps=1), base={})
     assert movement.measure(model, TrainConfig(steps=1), base=model.state_dict()).largest == 0
 

@@ -1,0 +1,54 @@
+"""The decode cache: keys and values of the columns seen so far, so that each new token costs one column."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minipeft.documents import PADDING
+from minipeft.errors import InputError
+
+
+class Cache:
+    """Keys and values of all layers, preallocated; `documents` holds the owner of each column.
+
+    Zeros, not `empty`: an unwritten column is masked, but 0 * NaN would still be NaN.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.keys = torch.zeros(layers, rows, heads, length, width, dtype=dtype, device=device)  # [L, B, K, S, D]
+        self.values = torch.zeros_like(self.keys)  # [L, B, K, S, D]
+        self.documents = torch.full((rows, length), PADDING, device=device)  # [B, S]
+        self.start = 0  # where this call's columns begin
+        self.length = 0  # columns in use
+
+    def open(self, documents: Tensor) -> Tensor:
+        """Claim columns for owners `documents` [B, n]; returns the owners of all columns in use [B, S].
+
+        Raises:
+            InputError: other rows than the cache has, or no room for the columns.
+        """
+        room = self.documents.shape[1]
+        if documents.shape[0] != self.documents.shape[0] or self.length + documents.shape[1] > room:
+            raise InputError(
+                f"{documents.shape[0]} rows of {self.length} + {documents.shape[1]} columns do not fit in one of "
+                f"{self.documents.shape[0]} rows and {room} columns",
+                where="cache",
+                hint="make it with model.new_cache(rows, length)",
+            )
+        self.start, self.length = self.length, self.length + documents.shape[1]
+        self.documents[:, self.start : self.length] = documents
+        return self.documents[:, : self.length]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this call's keys and values [B, K, n, D]; returns views of all in use [B, K, S, D]."""
+        self.keys[layer, :, :, self.start : self.length] = k
+        self.values[layer, :, :, self.start : self.length] = v
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keep these rows, in this order, and drop the others."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.documents = self.documents[rows]

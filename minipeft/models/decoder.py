@@ -1,0 +1,152 @@
+"""What every decoder does: the slots that adapters fill, the forward pass over the blocks, the loss, the decode cache.
+
+    ids -> embed, [prompt] -> block 0 ... block L-1 -> norm -> hidden -> head -> logits
+                                |
+                                attention: [prefix] keys and values before the row's own, [beside] added to its output
+
+A family's file defines its attention, MLP and block, builds them in `__init__` and calls `tie`. Where a family's pass
+differs it overrides one of the small methods: `embed`, `rotations`, `check`, `logits`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.models.attention import run_block
+from minipeft.models.cache import Cache
+from minipeft.models.family import Family
+from minipeft.models.layout import Layout, Rotary, lay_out
+from minipeft.models.loss import cross_entropy, finish
+from minipeft.models.products import linear
+
+
+class Decoder(nn.Module):
+    """A decoder with its language-model head. `prompt` and each attention's `prefix` are slots that adapters fill."""
+
+    lm_head: nn.Linear
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None  # c of c tanh(logit / c)
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.source: str | None = None  # the folder or hub id that it was loaded from
+        self.prompt: Any = None  # slot for a module that puts P rows before the embedded tokens
+        self.adapter: Any = None  # the config of what fills the slots; stored here, never read here
+        self.virtual_tokens = 0  # columns that the prefix or the prompt takes
+        self.windowed = False  # whether a sliding window hides virtual tokens
+        self.activation_checkpointing = False  # one block at a time
+        self.windows = tuple(dict.fromkeys(config.window(layer) for layer in range(config.layers)))  # the distinct ones
+
+    @property
+    def family(self) -> Family:
+        """The record of the family (models/family.py)."""
+        raise NotImplementedError
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.get_submodule(self.family.embedding)  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.get_submodule(self.family.blocks)  # type: ignore[return-value]
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.get_submodule(self.family.norm)
+
+    def tie(self) -> None:
+        """Make head and embedding one Parameter, where the config says so; loading with assign=True separates them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw fresh weights."""
+        raise NotImplementedError
+
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """A decode cache for `rows` rows of `length` tokens, with room for the virtual tokens."""
+        c, weight = self.config, self.embedding.weight
+        columns = length + self.virtual_tokens
+        return Cache(c.layers, rows, c.kv_heads, columns, c.head_width, weight.dtype, weight.device)
+
+    def check(self, layout: Layout) -> None:
+        """Refuse rows that this family cannot take."""
+
+    def check_longest(self, layout: Layout, limit: int, name: str) -> None:
+        """Check that no position is `limit` or more. Looked up on the device only when a row is long enough to overrun.
+
+        Raises:
+            InputError: a document, or the row's virtual tokens and a document, is longer.
+        """
+        if layout.positions.is_meta or layout.columns <= limit:  # on the meta device there are no values
+            return
+        if (largest := int(layout.positions.max())) >= limit:
+            raise InputError(
+                f"the longest reaches position {largest}, but this model has {name}={limit}"
+                + (f", of which the adapter takes {self.virtual_tokens}" if self.virtual_tokens else ""),
+                where="documents",
+                hint=f"cut each document to {limit - self.virtual_tokens} tokens",
+            )
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The vectors of tokens, as a prompt stands beside them. [...] -> [..., C]"""
+        return self.embedding(ids)
+
+    def embed(self, ids: Tensor, layout: Layout) -> Tensor:
+        """What the first block reads: the embedded tokens, after the prompt. [B, T] -> [B, T or P + T, C]"""
+        x = self.look_up(ids)  # [B, T, C]
+        return self.prompt(x) if self.prompt is not None and layout.first else x
+
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[str, Rotary]:
+        """The rotary tables of these positions, one for each distinct setting of the blocks; none here."""
+        return {}
+
+    def hidden(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """ids [B, T] -> what the head reads [B, T, C]; `documents` [B, T] as in documents.py, None: one a row.
+
+        Raises:
+            InputError: documents do not fit the ids, a position is beyond the model's table, the cache has no room.
+        """
+        layout = lay_out(
+            documents,
+            ids,
+            cache,
+            virtual_tokens=self.virtual_tokens,
+            prompted=self.prompt is not None,
+            windows=self.windows,
+            windowed=self.windowed,
+            dtype=self.embedding.weight.dtype,
+        )
+        self.check(layout)
+        x = self.embed(ids, layout)  # [B, T or P + T, C]
+        layout = dataclasses.replace(layout, rotations=self.rotations(layout.positions, x.dtype))
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpointing and self.training, x, layout, cache)
+        return self.norm(x[:, -ids.shape[1] :])  # [B, T, C]
+
+    def head_weight(self) -> Tensor:
+        """The weight that turns hidden states into logits, [V, C]."""
+        return self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., V]"""
+        return finish(linear(hidden, self.head_weight(), self.lm_head.bias), self.logit_divisor, self.logit_cap)
+
+    def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """ids [B, T] -> logits [B, T, V] of the next token."""
+        return self.logits(self.hidden(ids, documents, cache))
+
+    def loss(self, ids: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Sum of the next-token losses in nats over the supervised tokens, in float32; the logits are never whole.
+
+        ids, labels and documents [B, T]. `labels[t]` is `ids[t]`, or -100 where there is no loss.
+        """
+        hidden = self.hidden(ids, documents)  # [B, T, C]
+        return cross_entropy(hidden, self.head_weight(), labels, self.lm_head.bias, self.logit_divisor, self.logit_cap)

@@ -1,0 +1,29 @@
+"""The record of a decoder family: all that the rest of the library knows of it beside its module.
+
+A family is its file (gpt2.py, llama.py, ...) and one record at the end of that file; `FAMILIES` in models/__init__.py
+lists them. Whoever needs something that differs between families looks it up here, never by `model_type ==`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's config class, its decoder, and the names of its parts: dotted paths in the module and in the files."""
+
+    name: str  # model_type in config.json
+    config: type[Any]
+    decoder: type[Any]
+    default_targets: Mapping[str, tuple[str, ...]]  # method -> linears, as in HF PEFT: lora, ia3, ia3_feedforward
+    embedding: str = "model.embed_tokens"
+    blocks: str = "model.layers"
+    norm: str = "model.norm"  # the last one, before the head
+    layers_field: str = "num_hidden_layers"  # of config.json
+    transposed: tuple[str, ...] = ()  # endings of weights that the files hold as [in, out]
+    optional_prefix: str = ""  # what some files leave out before every name but the head's
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors in old files that are not parameters
+    renamed: Mapping[str, str] = field(default_factory=dict)  # names in some files -> ours

@@ -1,0 +1,129 @@
+"""What one forward pass knows of its rows: positions, and what each block may see, worked out once for all blocks.
+
+Each distinct window has its own `View`, and each distinct rotary setting its own table; a block asks for its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.documents import PADDING, VIRTUAL, positions_in, visible
+from minipeft.errors import InputError
+from minipeft.models.cache import Cache
+
+Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position's angles
+Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length and mask
+
+
+@dataclass(frozen=True)
+class View:
+    """What may be seen within one window: by a mask, by runs, or neither: plainly causal."""
+
+    mask: Tensor | None = None  # [B, 1, T, S], as_addend
+    runs: Runs | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a forward pass has to know of its rows; made once by `lay_out`, used by every block."""
+
+    positions: Tensor  # [B, T] of the queries
+    columns: int  # S, key columns: cached ones and virtual tokens included
+    views: Mapping[int | None, View]  # by window
+    virtual_tokens: int  # VIRTUAL columns at the head of each row's keys
+    prompted: bool  # those columns are queries too (a prompt)
+    first: bool  # the row's first call: the one that brings in the virtual tokens
+    rotations: Mapping[str, Rotary] = field(default_factory=dict)  # by the setting's name
+
+
+def lay_out(
+    documents: Tensor | None,
+    ids: Tensor,
+    cache: Cache | None,
+    *,
+    virtual_tokens: int = 0,
+    prompted: bool = False,
+    windows: Sequence[int | None] = (None,),
+    windowed: bool = False,
+    dtype: torch.dtype = torch.bool,
+) -> Layout:
+    """Work out positions and visibility for a forward pass over `ids` [B, T].
+
+    `documents` [B, T] gives the owner of each token (None: one document a row). On the first call of a row,
+    `virtual_tokens` VIRTUAL columns are put before them; with `prompted` they are queries too (a prompt), else only
+    keys (a prefix). `windows`: the distinct ones of the blocks. `dtype` is that of the scores, or bool.
+
+    Raises:
+        InputError: documents and ids differ in shape, or the cache has no room.
+    """
+    first = cache is None or cache.length == 0
+    queries = ids.shape[1] + (virtual_tokens if prompted and first else 0)
+    plain = documents is None and cache is None and not virtual_tokens
+    views = {w: View() for w in windows if plain and (w is None or queries <= w)}
+    if len(views) == len(windows):
+        positions = torch.arange(queries, device=ids.device).expand_as(ids)  # [B, T]
+        return Layout(positions, queries, views, 0, False, first)
+    documents = torch.zeros_like(ids) if documents is None else documents
+    if documents.shape != ids.shape:
+        raise InputError(f"shape {list(documents.shape)}, but ids have {list(ids.shape)}", where="documents")
+    if first:
+        documents = F.pad(documents, (virtual_tokens, 0), value=VIRTUAL)  # [B, P + T]
+    if cache is not None:
+        documents = cache.open(documents)  # [B, S]
+    positions = positions_in(documents)  # [B, S]
+    for window in windows:
+        runs = None
+        if cache is None and documents.device.type == "cpu":
+            runs = runs_in(documents, virtual_tokens, window, windowed, prompted, dtype)
+        if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
+            views[window] = View(runs=runs)
+        elif window not in views:
+            views[window] = View(as_addend(visible(documents, positions, queries, window, windowed), dtype))
+    return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
+
+
+def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to the scores: 0 where one may look, else minus infinity. A bool mask stays one.
+
+    torch's product makes this of a bool mask itself, in every block, and keeps each for backward; here all share one.
+    """
+    return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def runs_in(
+    documents: Tensor, virtual_tokens: int, window: int | None, windowed: bool, prompted: bool, dtype: torch.dtype
+) -> Runs | None:
+    """Each row's runs of one owner as (length, mask), the virtual tokens' own run only where they are queries.
+
+    A mask is [n, P + n] over the virtual tokens and the run itself, or None where the run is plainly causal.
+    None for all where one run sees another: a document's number comes back, or the caller's tokens are VIRTUAL.
+    """
+    masks: dict[tuple[int, int], Tensor | None] = {}
+
+    def mask_of(length: int, virtual: int) -> Tensor | None:
+        if (length, virtual) not in masks:
+            alone = F.pad(torch.zeros(1, length, dtype=torch.long), (virtual, 0), value=VIRTUAL)  # [1, P + n]
+            plain = not virtual and (window is None or length <= window)
+            seen = None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
+            masks[length, virtual] = None if seen is None else as_addend(seen, dtype)
+        return masks[length, virtual]
+
+    rows = []
+    for row in documents:
+        owners, lengths = torch.unique_consecutive(row[virtual_tokens:], return_counts=True)
+        real = [owner for owner in owners.tolist() if owner != PADDING]
+        if VIRTUAL in real or len(set(real)) < len(real):
+            return None
+        row_lengths: list[int] = lengths.tolist()
+        runs = [(n, mask_of(n, virtual_tokens)) for n in row_lengths]
+        if virtual_tokens and prompted:
+            alone = torch.full((1, virtual_tokens), VIRTUAL)
+            among = visible(alone, positions_in(alone), virtual_tokens, window, windowed)[0, 0]  # [P, P]
+            runs.insert(0, (virtual_tokens, as_addend(among, dtype)))
+        rows.append(runs)
+    return rows
