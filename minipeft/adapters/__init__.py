@@ -1,40 +1,101 @@
 """What PEFT is: each method changes the model in place, at one site, and leaves no trace when it is removed.
 
-full      every parameter                          FullConfig      nothing is added
-LoRA      linears: W -> W + (alpha/r) B A          LoRAConfig      lora.py
-(IA)3     linears: y -> l * y                      IA3Config       ia3.py
-prefix    attention: [prefix_k ; k], [prefix_v ; v]  PrefixConfig  prefix.py
-prompt    embedding: [prompt ; x]                  PromptConfig    prompt.py
+full      every parameter                            FullConfig     full.py
+LoRA      linears: W -> W + (alpha/r) B A            LoRAConfig     lora.py
+(IA)3     linears: y -> l * y                        IA3Config      ia3.py
+prefix    attention: [prefix_k ; k], [prefix_v ; v]  PrefixConfig   prefix.py
+prompt    embedding: [prompt ; x]                    PromptConfig   prompt.py
+VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
+
+`METHODS` has one record for each; whoever adds, removes, merges, saves, loads, plans or trains an adapter looks it up.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from minipeft.adapters.ia3 import IA3Config, add_ia3, merge_ia3, remove_ia3
-from minipeft.adapters.lora import LoRAConfig, add_lora, kernel_backend, merge_lora, remove_lora
-from minipeft.adapters.prefix import Encoder, PrefixConfig, add_prefix, remove_prefix
-from minipeft.adapters.prompt import PromptConfig, add_prompt, remove_prompt
+from minipeft.adapters.full import FullConfig, add_full, full_recipe, remove_full
+from minipeft.adapters.ia3 import IA3Config, add_ia3, ia3_recipe, merge_ia3, remove_ia3
+from minipeft.adapters.lora import LoRAConfig, find_backend, lora_recipe, merge_lora, remove_lora
+from minipeft.adapters.lora_variants import add_lora
+from minipeft.adapters.method import Encoder, Method
+from minipeft.adapters.peft_ia3 import IA3_FORMAT
+from minipeft.adapters.peft_lora import LORA_FORMAT
+from minipeft.adapters.peft_vera import VERA_FORMAT
+from minipeft.adapters.peft_virtual import PREFIX_FORMAT, PROMPT_FORMAT
+from minipeft.adapters.prefix import PrefixConfig, add_prefix, prefix_recipe, remove_prefix
+from minipeft.adapters.prompt import PromptConfig, add_prompt, prompt_recipe, remove_prompt
 from minipeft.adapters.surgery import MergeReport
-from minipeft.errors import InputError
+from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera, vera_recipe
+from minipeft.errors import InputError, shown
 from minipeft.models import Decoder
 
+FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
+LORA = Method(
+    "lora", "LoRA", LoRAConfig, add_lora, remove_lora, lora_recipe, merge_lora, LORA_FORMAT, find_backend,
+    presets={"dora": {"dora": True}, "rslora": {"rslora": True}, "pissa": {"init": "pissa"}},
+)  # fmt: skip
+IA3 = Method("ia3", "(IA)3", IA3Config, add_ia3, remove_ia3, ia3_recipe, merge_ia3, IA3_FORMAT)
+PREFIX = Method("prefix", "prefix-tuning", PrefixConfig, add_prefix, remove_prefix, prefix_recipe, peft=PREFIX_FORMAT)
+PROMPT = Method("prompt", "prompt-tuning", PromptConfig, add_prompt, remove_prompt, prompt_recipe, peft=PROMPT_FORMAT)
+VERA = Method("vera", "VeRA", VeRAConfig, add_vera, remove_vera, vera_recipe, merge_vera, VERA_FORMAT)
 
-@dataclass(frozen=True)
-class FullConfig:
-    """Full fine-tuning: train every parameter of the base."""
+METHODS: dict[str, Method] = {method.name: method for method in (FULL, LORA, IA3, PREFIX, PROMPT, VERA)}
+AdapterConfig = Any  # the config of one of METHODS
 
 
-AdapterConfig = FullConfig | LoRAConfig | IA3Config | PrefixConfig | PromptConfig
-METHODS: dict[str, type] = {
-    "full": FullConfig,
-    "lora": LoRAConfig,
-    "ia3": IA3Config,
-    "prefix": PrefixConfig,
-    "prompt": PromptConfig,
-}
+def method_of(config: AdapterConfig) -> Method:
+    """The method that a config belongs to.
+
+    Raises:
+        InputError: it is no method's config.
+    """
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    known = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise InputError(f"{type(config).__name__} is not an adapter's config ({known})")
+
+
+def method_names() -> list[str]:
+    """Every name of a method, presets after the method that they set up."""
+    return [name for method in METHODS.values() for name in (method.name, *method.presets)]
+
+
+def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
+    """The method of that name, and the fields that the name sets: "dora" is LoRA with {"dora": True}.
+
+    Raises:
+        InputError: there is none.
+    """
+    for method in METHODS.values():
+        if name == method.name:
+            return method, {}
+        if name in method.presets:
+            return method, method.presets[name]
+    raise InputError(f"{shown(name)} is not known ({', '.join(method_names())})", where="method")
+
+
+def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
+    """The config of the method of that name, with the fields that were chosen.
+
+    Raises:
+        InputError: the name is not known; the method has no such field; a field contradicts the name.
+    """
+    method, preset = method_named(name)
+    fields = [field.name for field in dataclasses.fields(method.config)]
+    for key, value in chosen.items():
+        if key not in fields:
+            has = ", ".join(fields) or "none"
+            raise InputError(f"method {name} has no such setting (it has: {has})", where=key)
+        if key in preset and value != preset[key]:
+            raise InputError(f"{shown(value)} contradicts method {name}", where=key)
+    return method.config(**{**preset, **chosen})
 
 
 @dataclass(frozen=True)
@@ -46,9 +107,9 @@ class AdapterReport:
     total: int
     base_dtype: str
     adapter_dtype: str
-    virtual_tokens: int  # columns that the adapter takes from the context
+    virtual_tokens: int  # that the adapter takes from the context of each row
     modules: list[str] = field(repr=False)
-    backend: str | None = None  # LoRA: the kernel's implementation
+    backend: str | None = None  # which kernel computes it, where a method has several
     notes: tuple[str, ...] = ()  # what a reader of the file should know
 
     @property
@@ -75,55 +136,56 @@ class AdapterReport:
 def add_adapter(
     model: Decoder, config: AdapterConfig, tokenizer: Encoder | None = None, *, seed: int = 0
 ) -> AdapterReport:
-    """Freeze the base, put the adapter in, and say what was done. `seed` decides every random number of the start.
+    """Freeze the base, put the adapter in, and report what was done. `seed` determines every random initial value.
 
     Raises:
         InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer.
     """
-    if not isinstance(config, AdapterConfig):
-        raise InputError(
-            f"{type(config).__name__} is not an adapter's config ({', '.join(c.__name__ for c in METHODS.values())})"
-        )
-    if (held := adapter_of(model)) is not None:
-        raise InputError(
-            f"the model holds {method_of(held)} already",
-            where="add_adapter",
-            hint="remove_adapter or merge_adapter first; many LoRA adapters at once are an AdapterBank",
-        )
-    generator = torch.Generator().manual_seed(seed)
-    modules: list[str] = []
-    backend = None
-    if isinstance(config, LoRAConfig):
-        backend = kernel_backend(model, config)
-        modules = add_lora(model, config, generator)
-    elif isinstance(config, IA3Config):
-        modules = add_ia3(model, config)
-    elif isinstance(config, PrefixConfig):
-        modules = add_prefix(model, config, tokenizer, generator)
-    elif isinstance(config, PromptConfig):
-        modules = add_prompt(model, config, tokenizer, generator)
+    method = method_of(config)
+    check_empty(model)
+    backend = None if method.backend is None else method.backend(model, config)
+    modules = method.add(model, config, tokenizer, torch.Generator().manual_seed(seed))
     model.adapter = config
-    full = isinstance(config, FullConfig)
-    added = {id(p) for name in modules for p in own_parameters(model, name)}
+    added = {id(p) for name in modules for p in added_parameters(model, name)}
     for p in model.parameters():
-        p.requires_grad_(full or id(p) in added)
+        p.requires_grad_(method.trains_base or id(p) in added)
     return report_on(model, modules, backend)
 
 
-def own_parameters(model: Decoder, name: str) -> list[torch.nn.Parameter]:
+def check_empty(model: Decoder) -> None:
+    """Check that the model holds no adapter.
+
+    Raises:
+        InputError: it holds one, or a bank.
+    """
+    if model.adapter is not None:
+        raise InputError(
+            f"the model holds {describe_held(model)} already",
+            where="add_adapter",
+            hint="remove_adapter or merge_adapter first; many LoRA adapters at once are an AdapterBank",
+        )
+
+
+def describe_held(model: Decoder) -> str:
+    """What the model holds, for errors: the method's name, "no adapter" or "a bank of adapters"."""
+    if model.adapter is None:
+        return "no adapter"
+    names = (method.name for method in METHODS.values() if type(model.adapter) is method.config)
+    return next(names, "a bank of adapters")
+
+
+def added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
     """The parameters that the adapter brought to the module at this path: a LoRALinear's W and b are the base's."""
-    return [
-        p
-        for key, p in model.get_submodule(name).named_parameters()
-        if key not in ("weight", "bias") or name == "prompt"
-    ]
+    module = model.get_submodule(path)
+    base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
+    return [p for name, p in module.named_parameters() if name not in base]
 
 
 def report_on(model: Decoder, modules: list[str], backend: str | None = None) -> AdapterReport:
-    """Count what is trained."""
+    """Count the parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
-        method=method_of(adapter_of(model)),
+        method=method_of(model.adapter).name,
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in model.parameters()),
         base_dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -134,55 +196,38 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
     )
 
 
-def adapter_of(model: Decoder) -> AdapterConfig | None:
-    """The config of the adapter that the model holds."""
-    return model.adapter
-
-
-def method_of(config: AdapterConfig | None) -> str:
-    """The name of a config's method, or what else the model may hold."""
-    return next((name for name, kind in METHODS.items() if isinstance(config, kind)), "a bank of adapters")
-
-
 def remove_adapter(model: Decoder) -> None:
     """Take the adapter out; the base is as it was before (after full tuning: as it is now), everything trainable.
 
     Raises:
-        InputError: the model holds no adapter.
+        InputError: the model holds no adapter, or a bank.
     """
-    config = adapter_of(model)
-    if config is None:
-        raise InputError("the model holds no adapter", where="remove_adapter")
-    if not isinstance(config, AdapterConfig):
-        raise InputError("the model holds a bank of adapters", where="remove_adapter", hint="bank.close() removes it")
-    if isinstance(config, LoRAConfig):
-        remove_lora(model)
-    elif isinstance(config, IA3Config):
-        remove_ia3(model)
-    elif isinstance(config, PrefixConfig):
-        remove_prefix(model)
-    elif isinstance(config, PromptConfig):
-        remove_prompt(model)
-    model.adapter = None
-    for p in model.parameters():
-        p.requires_grad_(True)
+    if describe_held(model) not in METHODS:
+        hint = None if model.adapter is None else "bank.close() removes it"
+        raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
+    method_of(model.adapter).remove(model)
+    clear_adapter(model)
 
 
 def merge_adapter(model: Decoder) -> MergeReport:
-    """Fold LoRA or (IA)3 into the weights, in float32; afterwards a plain model again.
+    """Fold the adapter into the weights, in float32; afterwards a plain model again.
 
     Raises:
-        InputError: another method (columns cannot be folded into weights), a tied target, or a result not finite.
+        InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, or a
+            result that is not finite.
     """
-    config = adapter_of(model)
-    if isinstance(config, LoRAConfig):
-        report = merge_lora(model)
-    elif isinstance(config, IA3Config):
-        report = merge_ia3(model)
-    else:
-        held = "no adapter" if config is None else method_of(config)
-        raise InputError(f"the model holds {held}; only LoRA and (IA)3 merge into weights", where="merge_adapter")
+    held = METHODS.get(describe_held(model))
+    if held is None or held.merge is None:
+        labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
+        problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
+        raise InputError(problem, where="merge_adapter")
+    report: MergeReport = held.merge(model)
+    clear_adapter(model)
+    return report
+
+
+def clear_adapter(model: Decoder) -> None:
+    """Mark the model as one without adapter, everything trainable."""
     model.adapter = None
     for p in model.parameters():
         p.requires_grad_(True)
-    return report

@@ -15,21 +15,21 @@ linear is three products whatever the number of adapters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapters import adapter_of, add_adapter, lora
-from minipeft.adapters.lora import LoRAConfig, RowGroups, lora_rows
+from minipeft.adapters import LORA, check_empty, method_of
+from minipeft.adapters.lora import RowGroups, lora_rows, plan, scale_of
 from minipeft.adapters.peft_format import read_adapter
-from minipeft.adapters.peft_lora import ROOT
-from minipeft.adapters.surgery import linear_paths, replace, restore
+from minipeft.adapters.peft_targets import ROOT
+from minipeft.adapters.surgery import replace, restore
+from minipeft.adapters.targets import linear_paths
 from minipeft.errors import InputError
 from minipeft.models import Decoder
+from minipeft.models.products import linear as base_product
 
 Pair = tuple[Tensor, Tensor]  # A [r, K] and s B [N, r]
 
@@ -47,7 +47,7 @@ class BankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stack is None or self.rows is None:
-            return F.linear(x, self.weight, self.bias)
+            return base_product(x, self.weight, self.bias)
         rows = self.rows.owner.shape[0]
         if rows != x.shape[0]:
             raise InputError(f"{rows} adapters were named for a batch of {x.shape[0]} rows", where="adapters")
@@ -67,8 +67,7 @@ class AdapterBank:
         Raises:
             InputError: the model holds an adapter.
         """
-        if adapter_of(model) is not None:
-            add_adapter(model, LoRAConfig())  # says what it holds and what to do
+        check_empty(model)
         self.model = model
         self.adapters: dict[str, dict[str, Pair]] = {}
         self.layers = {path: BankLinear(model.get_submodule(path)) for path in linear_paths(model)}  # type: ignore[arg-type]
@@ -89,15 +88,14 @@ class AdapterBank:
         if name in self.adapters:
             raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
         config, tensors, _ = read_adapter(self.model, Path(folder))
-        if not isinstance(config, LoRAConfig) or config.dora or config.lora_bias:
-            kind = type(config).__name__.removesuffix("Config") + (
-                " with dora or lora_bias" * isinstance(config, LoRAConfig)
-            )
-            raise InputError(f"holds {kind}; a bank takes plain LoRA", file=folder)
+        method = method_of(config)
+        if method is not LORA:
+            raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
+        if config.dora or config.lora_bias:
+            raise InputError("holds LoRA with dora or lora_bias; a bank takes plain LoRA", file=folder)
         pairs = {}
-        for path, (rank, alpha) in lora.plan(self.model, config).items():
-            weight = self.layers[path].weight
-            scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+        for path, (rank, alpha) in plan(self.model, config).items():
+            weight, scale = self.layers[path].weight, scale_of(config, rank, alpha)
             A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
             pairs[path] = tuple(t.to(weight.device, weight.dtype, copy=True) for t in (A, scale * B))
         self.adapters[name] = pairs  # type: ignore[assignment]
@@ -113,7 +111,11 @@ class AdapterBank:
         return sum(t.numel() * t.element_size() for pair in self.adapters[name].values() for t in pair)
 
     def check(self, names: Sequence[str | None]) -> None:
-        """Refuse names that the bank does not hold."""
+        """Check that the bank holds these names.
+
+        Raises:
+            InputError: it lacks one.
+        """
         for name in names:
             if name is not None and name not in self.adapters:
                 held = ", ".join(self.adapters) or "nothing"

@@ -14,10 +14,51 @@ and the norm comes from products with r columns only; the sum W + s B A, as larg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minipeft.adapters.lora import LoRAConfig, LoRALinear
 
 BLOCK = 1024  # rows of W that are widened to float32 at a time
+
+
+class DoRALinear(LoRALinear):
+    """y = g * (x W^T + s (dropout(x) A^T) B^T) + b,  g = m / ||W + s B A||"""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, config: LoRAConfig):
+        super().__init__(linear, rank, alpha, config)
+        self.lora_magnitude_vector = nn.Parameter(self.zeros(linear.weight.shape[0]))  # m [out]
+
+    def initialize(self, init: str, generator: torch.Generator) -> None:
+        """A and B as LoRA's; m = ||W||, the norm at B = 0."""
+        super().initialize(init, generator)
+        with torch.no_grad():
+            self.lora_magnitude_vector.copy_(self.norms())
+
+    def norms(self) -> Tensor:
+        """||W + s B A|| of each row, a constant to the gradient. [out]"""
+        return row_norms(self.weight, self.lora_A, self.lora_B, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)  # g [out]
+        dropout = self.dropout if self.training else 0.0
+        y = self.product(x, self.weight, None, self.lora_A, self.lora_B, self.scale, dropout) * gain  # [B, T, out]
+        return y if self.bias is None else y + self.bias
+
+    def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Each linear of the same x, one by one: the gain stands between product and bias."""
+        return tuple(linear(x) for linear in linears)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """g * (W + s B A) and b, in float32. [out, in], [out]"""
+        weight, bias = super().merged()
+        weight *= (self.lora_magnitude_vector / self.norms())[:, None]
+        return weight, bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dora"
 
 
 @torch.no_grad()

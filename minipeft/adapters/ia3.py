@@ -1,45 +1,41 @@
-"""(IA)3: learned scales on keys, values and the inner activations of the MLP (Liu et al. 2022, arXiv:2205.05638).
+"""(IA)3: trained scales on keys, values and the inner activations of the MLP (Liu et al. 2022, arXiv:2205.05638).
 
     k = l_k * (x W_k^T + b),   v = l_v * (x W_v^T + b),   y = (l_ff * h) W_down^T + b       their section 3.3
 
-One number for each output of W_k and W_v and for each input of W_down: far fewer than LoRA's. All start at 1, so at
-first nothing changes. GPT-2's keys and values come from one linear with the queries, so its l has 3C numbers, as in
-HF PEFT.
+One scale for each output of W_k and W_v and for each input of W_down: far fewer parameters than LoRA's. All start at 1,
+so at first nothing changes. GPT-2's keys and values come from one linear with the queries, so its l has 3C entries, as
+in HF PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapters.lora import freeze_targets
-from minipeft.adapters.surgery import MergeReport, Targets, keep_float32, merge, replace, restore, targeted
-from minipeft.errors import InputError
+from minipeft.adapters.method import Encoder, Recipe
+from minipeft.adapters.surgery import MergeReport, merge, replace, restore
+from minipeft.adapters.targets import Targets, check_targets, find_targets
+from minipeft.adapters.trainable import TrainableModule
+from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
-
-LLAMA = ("k_proj", "v_proj", "down_proj")
-DEFAULT_TARGETS = {"gpt2": ("c_attn", "mlp.c_proj"), "llama": LLAMA, "mistral": LLAMA}  # as HF PEFT
-DEFAULT_FEEDFORWARD = {"gpt2": ("mlp.c_proj",), "llama": ("down_proj",), "mistral": ("down_proj",)}
+from minipeft.models.products import linear as base_product
 
 
 @dataclass(frozen=True)
 class IA3Config:
     """Where to scale: `targets` as in LoRAConfig; those that `feedforward` names too are scaled at their input."""
 
-    targets: Targets = "default"
-    feedforward: Targets = "default"  # () for none
+    targets: Targets = option("default", "linears to scale: all-linear, default, names, or a regular expression")
+    feedforward: Targets = option("default", "of the targets, those that are scaled at their input; empty for none")
 
     def __post_init__(self) -> None:
-        freeze_targets(self)
-        if isinstance(self.feedforward, list):
-            object.__setattr__(self, "feedforward", tuple(self.feedforward))
+        check_fields(self)
+        check_targets(self)
 
 
-class IA3Linear(nn.Module):
+class IA3Linear(TrainableModule):
     """y = l * (x W^T + b), or y = (l * x) W^T + b; W and b are the very Parameters of the linear it replaces."""
 
     adopts_linear = True
@@ -55,8 +51,8 @@ class IA3Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.ia3_l.to(x.dtype)
         if self.feedforward:
-            return F.linear(x * scale, self.weight, self.bias)  # [B, T, out]
-        return F.linear(x, self.weight, self.bias) * scale  # [B, T, out]
+            return base_product(x * scale, self.weight, self.bias)  # [B, T, out]
+        return base_product(x, self.weight, self.bias) * scale  # [B, T, out]
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of a plain linear that computes the same, in float32. [out, in], [out]"""
@@ -64,11 +60,6 @@ class IA3Linear(nn.Module):
         if self.feedforward:
             return self.weight.float() * self.ia3_l, bias
         return self.weight.float() * self.ia3_l[:, None], None if bias is None else bias * self.ia3_l
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IA3Linear:
-        """Stay float32 through casts of the model."""
-        keep_float32(self, ("ia3_l",), lambda: super(IA3Linear, self)._apply(fn, recurse))
-        return self
 
     def extra_repr(self) -> str:
         out, width = self.weight.shape
@@ -81,15 +72,16 @@ def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
     Raises:
         InputError: a name matches nothing, or `feedforward` names what `targets` does not.
     """
-    paths = targeted(model, config.targets, DEFAULT_TARGETS)
-    inner = targeted(model, config.feedforward, DEFAULT_FEEDFORWARD) if config.feedforward else []
+    default = model.family.default_targets
+    paths = find_targets(model, config.targets, default["ia3"])
+    inner = find_targets(model, config.feedforward, default["ia3_feedforward"]) if config.feedforward else []
     for path in inner:
         if path not in paths and config.feedforward != "default":
             raise InputError(f"{path!r} is not among the targets", where="feedforward")
     return {path: path in inner for path in paths}
 
 
-def add_ia3(model: Decoder, config: IA3Config) -> list[str]:
+def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
     """Put an IA3Linear in the place of each targeted linear; returns their paths."""
     planned = plan(model, config)
     for path, feedforward in planned.items():
@@ -111,3 +103,8 @@ def remove_ia3(model: nn.Module) -> None:
 def merge_ia3(model: nn.Module) -> MergeReport:
     """Fold the scales into the weights; the model is plain afterwards."""
     return merge(model, ia3_layers(model))
+
+
+def ia3_recipe(config: IA3Config, parameters: int, family: str) -> Recipe:
+    """(IA)3's default training: the paper's learning rate, which it used with Adafactor (section 3.4)."""
+    return Recipe(3e-3, source="Liu et al. 2022 (T-Few), with Adafactor; not measured here with AdamW")

@@ -1,21 +1,22 @@
-"""What a folder holds, an adapter or a model, told from its JSON and the headers of its tensors: nothing is loaded."""
+"""What a folder holds, an adapter or a model, from its JSON and the headers of its tensors: nothing is loaded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from minipeft.adapters.peft_format import CONFIG, PEFT_TYPES, WEIGHTS
+from minipeft.adapters import METHODS
+from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_plain, read_header, read_object
-from minipeft.models.checkpoint import find_tensors, read_config
+from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import find_tensors, our_names, read_config
 
 
 def describe(folder: str | Path) -> dict[str, object]:
-    """What the adapter or model folder holds, by name; `as_table` shows it.
+    """What the adapter or model folder holds, by name; `as_table` formats it.
 
     Raises:
         InputError: the folder holds neither, or a file in it is damaged.
@@ -34,40 +35,22 @@ def describe(folder: str | Path) -> dict[str, object]:
 
 
 def describe_adapter(folder: Path) -> dict[str, object]:
-    """An adapter: method, size, base, and what its method has (rank and targets, or columns)."""
+    """An adapter: method, size, base, and what its method has (rank and targets, or virtual tokens)."""
     given, header = read_object(folder / CONFIG), read_header(folder / WEIGHTS)
     kind = given.get("peft_type")
-    found: dict[str, object] = {
-        "kind": "adapter",
-        "method": PEFT_TYPES.get(kind, f"{kind} (not supported here)") if isinstance(kind, str) else repr(kind),
-        "base": given.get("base_model_name_or_path"),
-    }
-    if kind == "LORA":
-        found |= lora_fields(given, header)
-    elif kind == "IA3":
-        found |= {"targets": given.get("target_modules"), "feedforward": given.get("feedforward_modules")}
-    elif "num_virtual_tokens" in given:
-        found |= {"columns": given["num_virtual_tokens"], "training state": (folder / STATE).exists()}
+    found: dict[str, object] = {"kind": "adapter", "method": None, "base": given.get("base_model_name_or_path")}
+    for method in METHODS.values():
+        if method.peft is not None and kind in method.peft.types:
+            found |= {"method": method.name, **method.peft.describe(given, header)}
+    if found["method"] is None:
+        found["method"] = f"{kind} (not supported here)" if isinstance(kind, str) else repr(kind)
+    if (folder / STATE).exists():
+        found["training state"] = True
     return found | sizes(header.values(), [folder / CONFIG, folder / WEIGHTS])
 
 
-def lora_fields(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> dict[str, object]:
-    """LoRA's own: the ranks that the tensors really have, and the variants that are on."""
-    ranks = sorted({info.shape[0] for name, info in header.items() if ".lora_A" in name and info.shape})
-    names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "lora_bias"}
-    return {
-        "rank": ranks[0] if len(ranks) == 1 else ranks,
-        "alpha": given.get("lora_alpha", 8),
-        "dropout": given.get("lora_dropout", 0.0),
-        "targets": given.get("target_modules"),
-        "layers": given.get("layers_to_transform"),
-        "variants": [name for key, name in names.items() if given.get(key)],
-        "modules": len({name.rsplit(".lora_", 1)[0] for name in header if ".lora_" in name}),
-    }
-
-
 def describe_model(folder: Path) -> dict[str, object]:
-    """A model: family, shape and size. Of an old pytorch_model.bin only the config is told."""
+    """A model: family, shape and size. Of an old pytorch_model.bin only the config is read."""
     config = read_config(folder / "config.json")
     found: dict[str, object] = {
         "kind": "model",
@@ -81,15 +64,14 @@ def describe_model(folder: Path) -> dict[str, object]:
         "tied head": config.tie_word_embeddings,
     }
     if any(folder.glob("*.safetensors")):
-        tensors = find_tensors(folder, folder, None)
-        infos = [info for _, _, info in tensors.values()]
-        return found | sizes(infos, sorted({file for file, _, _ in tensors.values()}))
+        tensors = our_names(find_tensors(folder, folder, None), FAMILIES[config.model_type])
+        return found | sizes(tensors.values(), sorted({info.file for info in tensors.values()}))
     check_plain(folder / "pytorch_model.bin")
     return found | {"bytes": (folder / "pytorch_model.bin").stat().st_size, "files": ["pytorch_model.bin"]}
 
 
 def sizes(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
-    """How much the tensors are, and where they lie."""
+    """Number, parameters and bytes of the tensors, and their files."""
     infos = list(infos)
     return {
         "tensors": len(infos),
@@ -101,14 +83,14 @@ def sizes(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
 
 
 def as_table(description: Mapping[str, object]) -> str:
-    """One line for each thing that is known and not empty."""
+    """One line for each entry that is not empty."""
     rows = {name: value for name, value in description.items() if value not in (None, [], False)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {as_text(value)}" for name, value in rows.items())
 
 
 def as_text(value: object) -> str:
-    """A value as a reader wants it."""
+    """A value as the table shows it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "yes" if value is True else f"{value:,}" if isinstance(value, int) else str(value)

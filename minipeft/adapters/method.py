@@ -56,6 +56,10 @@ class PeftFormat:
     shapes: Callable[[Decoder, Any], dict[str, tuple[int, ...]]]  # of the tensors that the file must hold
     tensors: Callable[[Decoder], dict[str, Tensor]]  # of the model's adapter, under PEFT's names
     fill: Callable[[Decoder, dict[str, Tensor], Path], None]  # copy loaded tensors into the model's adapter
+    check: Callable[[Mapping[str, Any], Decoder], None] = lambda given, model: None  # keys that must fit the model
+    bare: Callable[[Any], Any] = lambda config: config  # an init without tokenizer, for tensors that will be loaded
+    read_extra: Callable[[Any, Path, bool], Any] | None = None  # (config, folder, trainable) -> config: files of ours
+    write_extra: Callable[[Decoder, Any, Path], None] | None = None  # beside PEFT's two
     fields: Mapping[str, str] = field(default_factory=dict)  # our field -> PEFT's key, for errors
     known: frozenset[str] = frozenset()  # PEFT's keys that are honoured, or that have no effect on a loaded adapter
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # unsupported keys -> values without effect
@@ -76,3 +80,4 @@ class Method:
     peft: PeftFormat | None = None  # None: it has no adapter files (full tuning)
     backend: Callable[[Decoder, Any], str] | None = None  # which kernel computes it here
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other names: {"dora": {"dora": True}}
+    trains_base: bool = False  # full tuning: nothing is added; the weights are what is trained and saved

@@ -1,9 +1,8 @@
-"""LoRA and (IA)3 in HF PEFT's format: what stands in adapter_config.json, and each tensor's name and shape.
+"""LoRA in HF PEFT's format: what stands in adapter_config.json, and each tensor's name and shape.
 
     base_model.model.<path>.lora_A.weight [r, in]      .lora_B.weight [out, r]      as nn.Linear's, GPT-2's too
     base_model.model.<path>.lora_B.bias [out]          with lora_bias
     base_model.model.<path>.lora_magnitude_vector [out]      DoRA's m
-    base_model.model.<path>.ia3_l [out, 1], or [1, in] where it scales the input
 
 PiSSA is written as the plain LoRA that it equals (pissa.py): twice the rank, and an alpha that keeps the scale.
 """
@@ -13,19 +12,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipeft.adapters import ia3, lora
-from minipeft.adapters.ia3 import IA3Config, ia3_layers
-from minipeft.adapters.lora import LoRAConfig, lora_layers
-from minipeft.adapters.surgery import Targets
+from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
+from minipeft.adapters.method import PeftFormat
+from minipeft.adapters.peft_targets import ROOT, check_blocks, layers_from, targets_from, targets_json
 from minipeft.errors import InputError
+from minipeft.files import TensorInfo
 from minipeft.models import Decoder
 
-ROOT = "base_model.model."
 LORA_TENSORS = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -37,29 +36,27 @@ LORA_TENSORS = {
 def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
     """LoRA's keys of adapter_config.json: the stable ones, and lora_bias where it is on (a reader without it fails)."""
     if config.init == "pissa":
-        config = doubled(config)
+        config = double_rank(config)
     given: dict[str, object] = {
         "peft_type": "LORA",
         "r": config.rank,
-        "lora_alpha": whole(config.alpha),
+        "lora_alpha": as_integer(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": targets_json(
-            config.targets, lora.DEFAULT_TARGETS[model.config.model_type], list(lora_layers(model))
-        ),
+        "target_modules": targets_json(config.targets, model.family.default_targets["lora"], list(lora_layers(model))),
         "bias": "none",
-        "fan_in_fan_out": model.config.model_type == "gpt2",
+        "fan_in_fan_out": bool(model.family.transposed),
         "init_lora_weights": True,
         "layers_to_transform": None if config.layers is None else list(config.layers),
         "layers_pattern": None,
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {key: whole(alpha) for key, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {key: as_integer(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
         "use_dora": config.dora,
     }
     return given | {"lora_bias": True} if config.lora_bias else given
 
 
-def doubled(config: LoRAConfig) -> LoRAConfig:
+def double_rank(config: LoRAConfig) -> LoRAConfig:
     """The plain LoRA that PiSSA is: rank 2r, alpha / r (or alpha / sqrt(r)) as before."""
     alpha = math.sqrt(2) if config.rslora else 2
     return dataclasses.replace(
@@ -72,52 +69,33 @@ def doubled(config: LoRAConfig) -> LoRAConfig:
     )
 
 
-def whole(number: float) -> float:
+def as_integer(number: float) -> float:
     """16.0 -> 16: PEFT's lora_alpha is an integer by its type."""
     return int(number) if number == int(number) else number
-
-
-def targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
-    """target_modules: names, sorted; "all-linear" as the names that it found."""
-    if targets == "all-linear":
-        return sorted({path.rsplit(".", 1)[-1] for path in paths})
-    if isinstance(targets, str) and targets != "default":
-        return targets
-    return sorted(default if targets == "default" else targets)
 
 
 def lora_tensors(model: Decoder) -> dict[str, Tensor]:
     """What is trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model).items():
-        A, B = layer.pair()
-        held = {
-            "lora_A": A,
-            "lora_B": B,
-            "lora_bias": layer.lora_bias,
-            "lora_magnitude_vector": layer.lora_magnitude_vector,
-        }
-        found = {ending: held[name] for ending, name in LORA_TENSORS.items()}
-        tensors |= {f"{ROOT}{path}.{ending}": t for ending, t in found.items() if t is not None}
+        _, _, A, B, _ = layer.part()  # of PiSSA, the plain pair of twice the rank
+        held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
+        tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
     return tensors
 
 
 def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
     """PEFT's keys -> ours, with PEFT's defaults."""
-    layers: Any = given.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
     patterns = {key: given.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     for key, value in patterns.items():
         if not isinstance(value, dict):
             raise InputError(f"{value!r} is not an object", where=key)
-    if given.get("layers_pattern") and layers is None:
-        raise InputError("has no meaning without layers_to_transform", where="layers_pattern")
     return LoRAConfig(
         rank=given.get("r", 8),
         alpha=given.get("lora_alpha", 8),
         dropout=given.get("lora_dropout", 0.0),
         targets=targets_from(given.get("target_modules"), "target_modules"),
-        layers=layers or None,
+        layers=layers_from(given),
         rslora=given.get("use_rslora", False),
         dora=given.get("use_dora", False),
         lora_bias=given.get("lora_bias", False),
@@ -126,21 +104,10 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
     )
 
 
-def targets_from(targets: Any, where: str) -> Targets:
-    """target_modules or feedforward_modules; null is PEFT's choice for the family."""
-    if targets is None:
-        return "default"
-    if isinstance(targets, str):
-        return "all-linear" if targets.lower() == "all-linear" else targets
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise InputError(f"{targets!r} must be a list of names, a regular expression or 'all-linear'", where=where)
-    return tuple(targets)
-
-
 def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, (rank, _) in lora.plan(model, config).items():
+    for path, (rank, _) in plan(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
         shapes[f"{ROOT}{path}.lora_A.weight"] = (rank, width)
         shapes[f"{ROOT}{path}.lora_B.weight"] = (out, rank)
@@ -151,57 +118,51 @@ def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def fill_lora(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
+def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy loaded tensors into the LoRALinears."""
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
-            for ending, name in LORA_TENSORS.items():
-                if getattr(layer, name) is not None:
-                    getattr(layer, name).copy_(tensors[f"{ROOT}{path}.{ending}"])
+            own = layer.own_tensors()
+            for key, name in LORA_TENSORS.items():
+                if name in own:
+                    own[name].copy_(tensors[f"{ROOT}{path}.{key}"])
 
 
-def ia3_json(config: IA3Config, model: Decoder) -> dict[str, object]:
-    """(IA)3's keys of adapter_config.json."""
-    kind, layers = model.config.model_type, ia3_layers(model)
-    inner = [path for path, layer in layers.items() if layer.feedforward]
+def describe_lora(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> dict[str, object]:
+    """The ranks that the tensors really have, and the variants that are on."""
+    ranks = sorted({info.shape[0] for name, info in header.items() if ".lora_A" in name and info.shape})
+    names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "lora_bias"}
     return {
-        "peft_type": "IA3",
-        "exclude_modules": None,
-        "fan_in_fan_out": kind == "gpt2",
-        "feedforward_modules": targets_json(config.feedforward, ia3.DEFAULT_FEEDFORWARD[kind], inner),
-        "init_ia3_weights": True,
-        "target_modules": targets_json(config.targets, ia3.DEFAULT_TARGETS[kind], list(layers)),
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "alpha": given.get("lora_alpha", 8),
+        "dropout": given.get("lora_dropout", 0.0),
+        "targets": given.get("target_modules"),
+        "layers": given.get("layers_to_transform"),
+        "variants": [name for key, name in names.items() if given.get(key)],
+        "modules": len({name.rsplit(".lora_", 1)[0] for name in header if ".lora_" in name}),
     }
 
 
-def ia3_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The scales under PEFT's names, as the rows or columns that PEFT makes of them."""
-    return {
-        f"{ROOT}{path}.ia3_l": layer.ia3_l[None] if layer.feedforward else layer.ia3_l[:, None]
-        for path, layer in ia3_layers(model).items()
-    }
-
-
-def ia3_config(given: Mapping[str, Any]) -> IA3Config:
-    """PEFT's keys -> ours."""
-    feedforward = given.get("feedforward_modules")
-    return IA3Config(
-        targets=targets_from(given.get("target_modules"), "target_modules"),
-        feedforward=() if feedforward == [] else targets_from(feedforward, "feedforward_modules"),
-    )
-
-
-def ia3_shapes(model: Decoder, config: IA3Config) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that the file of this adapter must have for this model."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, feedforward in ia3.plan(model, config).items():
-        out, width = map(int, model.get_parameter(f"{path}.weight").shape)
-        shapes[f"{ROOT}{path}.ia3_l"] = (1, width) if feedforward else (out, 1)
-    return shapes
-
-
-def fill_ia3(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    """Copy loaded scales into the IA3Linears."""
-    with torch.no_grad():
-        for path, layer in ia3_layers(model).items():
-            layer.ia3_l.copy_(tensors[f"{ROOT}{path}.ia3_l"].flatten())
+LORA_FORMAT = PeftFormat(
+    types=("LORA",),
+    to_json=lora_json,
+    from_json=lora_config,
+    shapes=lora_shapes,
+    tensors=lora_tensors,
+    fill=fill_lora,
+    check=check_blocks,
+    describe=describe_lora,
+    fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+            "layers": "layers_to_transform", "rslora": "use_rslora", "dora": "use_dora"},
+    known=frozenset({
+        "alpha_pattern", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+        "lora_dropout", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+    neutral={
+        "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
+        "ensure_weight_tying": (False, None), "eva_config": (None,), "exclude_modules": (None, []),
+        "init_lora_weights": (True, False, "gaussian"), "kasa_config": (None,), "layer_replication": (None,),
+        "loftq_config": ({}, None), "lora_ga_config": (None,), "megatron_config": (None,),
+        "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
+        "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
+        "use_qalora": (False, None), "velora_config": (None,)},
+)  # fmt: skip

@@ -1,44 +1,177 @@
-"""What a prefix or prompt needs to go on training, and PEFT's two files cannot hold: two more, which PEFT never reads.
+"""Prefix and prompt in HF PEFT's format, and what PEFT's two files cannot hold in two more that PEFT never reads.
 
-    minipeft_adapter.json         the config: how the columns started, whether a sliding window hides them, ...
-    minipeft_state.safetensors    the network that makes the columns and its fixed start; with `reparam` only
+    prompt_embeddings             a prompt's [P, C]; a prefix's [P, L * 2 * K * D]: of each virtual token, in each
+                                  layer, its key, then its value (after rotary)
+    gates [L, H]                  of a gated prefix, a type of its own that PEFT does not know
 
-PEFT's files hold the columns with the network folded in, so that whoever only uses the adapter needs nothing else.
-Without these two files the adapter is PEFT's: a plain table, hidden by a sliding window as PEFT's is.
+    minipeft_adapter.json         the config: init, text, whether a sliding window hides the virtual tokens, ...
+    minipeft_state.safetensors    the reparameterization MLP and the fixed init of the table; with `reparam` only
+
+PEFT's files hold the table with the MLP folded in, so that whoever only uses the adapter needs nothing else. Without
+our two files the adapter is PEFT's: a plain table, hidden by a sliding window as PEFT's is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, prefixes
+from minipeft.adapters.method import PeftFormat
+from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, attentions, prefixes
 from minipeft.adapters.prompt import Prompt, PromptConfig
 from minipeft.errors import InputError
-from minipeft.files import read_header, read_object, write_json, write_tensors
+from minipeft.files import check_header, read_header, read_object, write_json, write_tensors
 from minipeft.models import Decoder
 
 GATED = "GATED_PREFIX_TUNING"  # adapter_config's peft_type: PEFT must refuse a gated prefix, not apply it ungated
 OWN, STATE = "minipeft_adapter.json", "minipeft_state.safetensors"
-ROUNDING = 1e-4  # between the stored columns and those that the network makes: another machine's products differ
+ROUNDING = 1e-4  # between the stored table and the one that the MLP computes: another machine's products differ
 
-Learned = PrefixConfig | PromptConfig
+C = TypeVar("C", PrefixConfig, PromptConfig)
 
 
-def write_own(model: Decoder, config: object, folder: Path) -> None:
-    """Write what a prefix or prompt needs beside PEFT's files; of any other adapter only clear such files away."""
-    virtual_tokens = config if isinstance(config, PrefixConfig | PromptConfig) else None
-    if virtual_tokens is not None and virtual_tokens.reparam is not None:
+# The table, and PEFT's two files.
+
+
+def collect_table(model: Decoder) -> Tensor:
+    """All virtual tokens as PEFT's one table, an MLP folded in: a prompt's [P, C], a prefix's [P, L * 2 * K * D]"""
+    if model.prompt is not None:
+        return model.prompt.vectors().detach()
+    layers = [torch.stack(prefix.key_value()) for prefix in prefixes(model)]  # each [2, K, P, D]
+    return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).detach()
+
+
+def split_table(table: Tensor, model: Decoder) -> tuple[Tensor, Tensor]:
+    """A prefix's table [P, L * 2 * K * D] -> keys and values, two of [L, K, P, D]"""
+    c = model.config
+    keys, values = table.view(-1, c.layers, 2, c.kv_heads, c.head_width).permute(2, 1, 3, 0, 4)
+    return keys, values
+
+
+def prefix_json(config: PrefixConfig, model: Decoder) -> dict[str, object]:
+    """adapter_config.json of prefix-tuning; token_dim counts the key/value heads, as PEFT does since 0.12."""
+    return {
+        "peft_type": GATED if config.gate else "PREFIX_TUNING",
+        "encoder_hidden_size": model.config.width,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": config.length,
+        "prefix_projection": False,
+        **prefix_shape(model),
+    }
+
+
+def prefix_shape(model: Decoder) -> dict[str, object]:
+    """The keys of adapter_config.json that say how to read a prefix's table."""
+    c = model.config
+    return {"num_attention_heads": c.kv_heads, "num_layers": c.layers, "token_dim": c.kv_heads * c.head_width}
+
+
+def prompt_json(config: PromptConfig, model: Decoder) -> dict[str, object]:
+    """adapter_config.json of prompt tuning."""
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "num_attention_heads": model.config.heads,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": config.length,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+        **prompt_shape(model),
+    }
+
+
+def prompt_shape(model: Decoder) -> dict[str, object]:
+    """The keys of adapter_config.json that say for which model a prompt's table is."""
+    return {"num_layers": model.config.layers, "token_dim": model.config.width}
+
+
+def check_shape(given: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+    """Check the keys that say how to read the table: one of equal width, for another shape, would be misread.
+
+    Raises:
+        InputError: a key is there and says another number.
+    """
+    for name, value in wanted.items():
+        if given.get(name) is not None and (given[name] != value or isinstance(given[name], bool)):
+            hint = "Is the adapter for another model?"
+            raise InputError(f"{given[name]!r}, but this model needs {value}", where=name, hint=hint)
+
+
+def prefix_config(given: Mapping[str, Any]) -> PrefixConfig:
+    """PEFT's keys -> ours."""
+    return PrefixConfig(virtual_tokens_in(given), init="peft", gate=given["peft_type"] == GATED)
+
+
+def prompt_config(given: Mapping[str, Any]) -> PromptConfig:
+    """PEFT's keys -> ours."""
+    return PromptConfig(virtual_tokens_in(given), init="normal")
+
+
+def virtual_tokens_in(given: Mapping[str, Any]) -> Any:
+    """num_virtual_tokens, which must be there."""
+    if given.get("num_virtual_tokens") is None:
+        raise InputError("is missing", where="num_virtual_tokens")
+    return given["num_virtual_tokens"]
+
+
+def prefix_shapes(model: Decoder, config: PrefixConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that the file of this adapter must have for this model."""
+    c = model.config
+    gates = {"gates": (c.layers, c.heads)} if config.gate else {}
+    return {"prompt_embeddings": (config.length, c.layers * 2 * c.kv_heads * c.head_width), **gates}
+
+
+def prompt_shapes(model: Decoder, config: PromptConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape that the file of this adapter must have for this model."""
+    return {"prompt_embeddings": (config.length, model.config.width)}
+
+
+def prefix_tensors(model: Decoder) -> dict[str, Tensor]:
+    """The table, and the gates of a gated prefix."""
+    gates = [a.beside.gate for a in attentions(model) if a.beside is not None]
+    return {"prompt_embeddings": collect_table(model)} | ({"gates": torch.stack(gates)} if gates else {})
+
+
+def prompt_tensors(model: Decoder) -> dict[str, Tensor]:
+    """The table."""
+    return {"prompt_embeddings": collect_table(model)}
+
+
+@torch.no_grad()
+def fill_prefix(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the table and the gates into the prefixes; with an MLP, its state."""
+    if model.adapter.reparam is not None:
+        return fill_state(model, folder, tensors["prompt_embeddings"])
+    for prefix, key, value in zip(prefixes(model), *split_table(tensors["prompt_embeddings"], model)):
+        prefix.assign(key, value)
+    for attention, gate in zip(attentions(model), tensors.get("gates", ())):
+        attention.beside.gate.copy_(gate)
+
+
+@torch.no_grad()
+def fill_prompt(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the table into the prompt; with an MLP, its state."""
+    if model.adapter.reparam is not None:
+        return fill_state(model, folder, tensors["prompt_embeddings"])
+    model.prompt.weight.copy_(tensors["prompt_embeddings"])
+
+
+# Our two files.
+
+
+def write_extra(model: Decoder, config: PrefixConfig | PromptConfig, folder: Path) -> None:
+    """Write our config, and the MLP's state where there is one."""
+    if config.reparam is not None:
         write_tensors(folder / STATE, state_of(model))
     else:
         (folder / STATE).unlink(missing_ok=True)  # an older adapter's, in the same folder
-    if virtual_tokens is not None:
-        write_json(folder / OWN, dataclasses.asdict(virtual_tokens))
-    else:
-        (folder / OWN).unlink(missing_ok=True)
+    write_json(folder / OWN, dataclasses.asdict(config))
 
 
 def state_of(model: Decoder) -> dict[str, Tensor]:
@@ -52,11 +185,11 @@ def state_of(model: Decoder) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.values()}
 
 
-def with_own(config: Learned, folder: Path, *, trainable: bool) -> Learned:
-    """The config as PEFT's file tells it -> with what ours adds; without `trainable` the columns are a plain table.
+def read_extra(config: C, folder: Path, trainable: bool) -> C:
+    """The config as PEFT's file tells it -> with what ours adds; without `trainable`, a plain table.
 
     Raises:
-        InputError: our file is not of this adapter, or the network is asked for and is not there.
+        InputError: our file is not of this adapter, or asks for an MLP whose state is not there.
     """
     file = folder / OWN
     if not file.exists():
@@ -67,58 +200,86 @@ def with_own(config: Learned, folder: Path, *, trainable: bool) -> Learned:
         raise InputError(f"unknown field {unknown[0]!r}", file=file)
     try:
         own = type(config)(**given)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(str(error), file=file) from error
     for name in ("length", "gate"):
         if getattr(own, name, None) != getattr(config, name, None):
-            said = f"{getattr(own, name)!r}, but adapter_config.json says {getattr(config, name)!r}"
-            raise InputError(
-                said, file=file, where=name, hint=f"Delete {OWN} and {STATE} if they are another adapter's"
-            )
+            problem = f"{getattr(own, name)!r}, but adapter_config.json says {getattr(config, name)!r}"
+            hint = f"Delete {OWN} and {STATE} if they are another adapter's"
+            raise InputError(problem, file=file, where=name, hint=hint)
     if not trainable:
         return dataclasses.replace(own, reparam=None)
     if own.reparam is not None and not (folder / STATE).exists():
         hint = f"Load it without trainable, or set reparam to null in {OWN} to train the table alone"
-        raise InputError(f"asks for the network of width {own.reparam}, but {STATE} is missing", file=file, hint=hint)
+        problem = f"asks for a reparameterization MLP of width {own.reparam}, but {STATE} is missing"
+        raise InputError(problem, file=file, hint=hint)
     return own
 
 
 def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
-    """Copy the network and its start into the model, and hold its columns against the stored ones (`table`).
+    """Copy the MLP and the init into the model, and compare the table that they make with the stored one.
 
     Raises:
-        InputError: a tensor is missing, unexpected, of another shape or not finite, or makes other columns.
+        InputError: a tensor is missing, unexpected, of another shape or not finite, or the tables differ.
     """
     from safetensors import safe_open
 
     file, wanted = folder / STATE, state_of(model)
     header = read_header(file)
-    if odd := sorted(set(header) ^ set(wanted)):
-        fault = "is missing" if odd[0] in wanted else "is not used"
-        raise InputError(f"{fault} ({len(odd)} such tensors)", file=file, where=f"tensor {odd[0]!r}")
-    with safe_open(file, framework="pt") as opened:
+    check_header(header, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, file, dtypes=("F32",))
+    with safe_open(file, framework="pt") as stored:
         for name, tensor in wanted.items():
-            where = f"tensor {name!r}"
-            if header[name].shape != tuple(tensor.shape) or header[name].dtype != "F32":
-                found = f"{header[name].dtype} {list(header[name].shape)}"
-                raise InputError(f"{found}, want F32 {list(tensor.shape)}", file=file, where=where)
-            given = opened.get_tensor(name)
+            given = stored.get_tensor(name)
             if not torch.isfinite(given).all():
-                raise InputError("holds NaN or Inf", file=file, where=where)
+                raise InputError("holds NaN or Inf", file=file, where=f"tensor {name!r}")
             tensor.copy_(given)
-    made = columns_of(model).to(table.device)
-    apart = float((made - table).abs().max() / table.abs().max().clamp(min=1e-6))
-    if apart > ROUNDING:
+    made = collect_table(model).to(table.device)
+    difference = float((made - table).abs().max() / table.abs().max().clamp(min=1e-6))
+    if difference > ROUNDING:
         raise InputError(
-            f"makes other columns than adapter_model.safetensors holds (by {apart:.1e} of the largest)",
+            f"makes another table than adapter_model.safetensors holds (by {difference:.1e} of its largest entry)",
             file=file,
-            hint=f"Delete {OWN} and {STATE} to go by the stored columns",
+            hint=f"Delete {OWN} and {STATE} to use the stored table",
         )
 
 
-def columns_of(model: Decoder) -> Tensor:
-    """All learned columns as PEFT's one table, a network folded in: a prompt's [P, C], a prefix's [P, L * 2 * K * D]"""
-    if model.prompt is not None:
-        return model.prompt.columns().detach()
-    layers = [torch.stack(prefix.columns()) for prefix in prefixes(model)]  # each [2, K, P, D]
-    return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).detach()
+def describe_virtual(given: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, object]:
+    """The number of virtual tokens."""
+    return {"virtual tokens": given.get("num_virtual_tokens")}
+
+
+PREFIX_FORMAT = PeftFormat(
+    types=("PREFIX_TUNING", GATED),
+    to_json=prefix_json,
+    from_json=prefix_config,
+    shapes=prefix_shapes,
+    tensors=prefix_tensors,
+    fill=fill_prefix,
+    check=lambda given, model: check_shape(given, prefix_shape(model)),
+    bare=lambda config: dataclasses.replace(config, init="peft"),
+    read_extra=read_extra,
+    write_extra=write_extra,
+    describe=describe_virtual,
+    fields={"length": "num_virtual_tokens"},
+    known=frozenset({"encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers", "num_virtual_tokens",
+                     "prefix_projection", "token_dim"}),
+    neutral={"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)},
+)  # fmt: skip
+
+PROMPT_FORMAT = PeftFormat(
+    types=("PROMPT_TUNING",),
+    to_json=prompt_json,
+    from_json=prompt_config,
+    shapes=prompt_shapes,
+    tensors=prompt_tensors,
+    fill=fill_prompt,
+    check=lambda given, model: check_shape(given, prompt_shape(model)),
+    bare=lambda config: dataclasses.replace(config, init="normal"),
+    read_extra=read_extra,
+    write_extra=write_extra,
+    describe=describe_virtual,
+    fields={"length": "num_virtual_tokens"},
+    known=frozenset({"num_attention_heads", "num_layers", "num_virtual_tokens", "prompt_tuning_init",
+                     "prompt_tuning_init_text", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path"}),
+    neutral={"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)},
+)  # fmt: skip

@@ -12,7 +12,41 @@ pair in the same product; it is what makes a file that any reader of plain LoRA 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part
+
+
+class PiSSALinear(LoRALinear):
+    """y = x W^T + b + s (dropout(x) [A ; A0]^T) [B, -B0]^T, with the frozen initial pair A0, B0 kept beside A and B."""
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, config: LoRAConfig):
+        super().__init__(linear, rank, alpha, config)
+        self.register_buffer("A0", torch.zeros_like(self.lora_A), persistent=False)  # [r, in]
+        self.register_buffer("B0", torch.zeros_like(self.lora_B), persistent=False)  # [out, r]
+
+    def initialize(self, init: str, generator: torch.Generator) -> None:
+        """A = A0 and B = B0, W's largest singular values and vectors."""
+        A, B = principal(self.weight, self.rank, self.scale)
+        with torch.no_grad():
+            for tensor, value in ((self.lora_A, A), (self.A0, A), (self.lora_B, B), (self.B0, B)):
+                tensor.copy_(value)
+
+    def part(self) -> Part:
+        """The product's tensors: the update minus its initial value, as one pair of rank 2r."""
+        A = torch.cat([self.lora_A, self.A0])  # [2r, in]
+        B = torch.cat([self.lora_B, -self.B0], dim=1)  # [out, 2r]
+        return super().part()._replace(lora_A=A, lora_B=B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return self.product(x, *self.part(), dropout)  # [B, T, out]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pissa"
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def decoder() -> Callable[..., nn.Module]:
     """Makes a tiny decoder of random weights in eval mode; `changes` go over the family's TINY config."""
 
     def make(family: str, seed: int = 0, **changes: object) -> nn.Module:
-        config, model = FAMILIES[family]
+        config, model = FAMILIES[family].config, FAMILIES[family].decoder
         made = model(config(**{**TINY[family], **changes})).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 import minipeft
-from minipeft.adapters import FullConfig, IA3Config, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, remove_adapter
+from minipeft.adapters import (
+    FullConfig,
+    IA3Config,
+    LoRAConfig,
+    PrefixConfig,
+    PromptConfig,
+    VeRAConfig,
+    add_adapter,
+    remove_adapter,
+)
 from minipeft.adapters.lora import LoRALinear, lora_layers
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES
@@ -21,6 +30,7 @@ LINEARS = {
     "pissa": LoRAConfig(rank=4, alpha=8.0, init="pissa"),
     "lora_bias": LoRAConfig(rank=4, alpha=8.0, lora_bias=True),
     "gaussian": LoRAConfig(rank=4, alpha=8.0, init="gaussian", targets="default"),
+    "vera": VeRAConfig(rank=8, targets="all-linear"),
     "ia3": IA3Config(),
 }
 EVERY = {
@@ -69,7 +79,7 @@ def test_the_papers_models_train_as_many_numbers_as_its_arithmetic_says(name):
         else:
             kind = "llama" if name == "codellama-7b" else "mistral"
             fields = {"vocab_size": 32016} if kind == "llama" else {}
-        config, module = FAMILIES[kind]
+        config, module = FAMILIES[kind].config, FAMILIES[kind].decoder
         model = module(config(**fields))
     base = sum(p.numel() for p in model.parameters())
     assert base == PAPER[name][0]

@@ -36,7 +36,7 @@ def test_ia3_and_prefix(decoder, tmp_path):
     report, told = saved(decoder("llama"), IA3Config(), tmp_path / "ia3")
     assert (told["method"], told["feedforward"], told["parameters"]) == ("ia3", ["down_proj"], report.trainable)
     report, told = saved(decoder("llama"), PrefixConfig(4, init="peft"), tmp_path / "prefix")
-    assert (told["method"], told["columns"], told["parameters"]) == ("prefix", 4, report.trainable)
+    assert (told["method"], told["virtual tokens"], told["parameters"]) == ("prefix", 4, report.trainable)
     assert "training state" not in as_table(told)
 
 
@@ -52,8 +52,8 @@ def test_a_model(model, family, tmp_path):
 def test_a_foreign_adapter_is_told_and_named(decoder, tmp_path):
     saved(decoder("llama"), LoRAConfig(2), tmp_path / "out")
     file = tmp_path / "out" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "VERA"}))
-    assert describe(tmp_path / "out")["method"] == "VERA (not supported here)"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "LOHA"}))
+    assert describe(tmp_path / "out")["method"] == "LOHA (not supported here)"
 
 
 def test_other_folders(decoder, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.lora import LoRALinear, lora_layers
+from minipeft.adapters.lora_variants import layer_class
 from minipeft.errors import InputError
 from minipeft.training.loop import TrainConfig, TrainState, train
 
@@ -32,8 +33,11 @@ class Literal(nn.Module):
         super().__init__()
         double = lambda t: None if t is None else nn.Parameter(t.detach().double())
         self.W, self.b, self.A, self.B = (double(t) for t in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
-        self.m, self.c = double(layer.lora_magnitude_vector), double(layer.lora_bias)
-        self.fixed = 0.0 if layer.A0 is None else layer.B0.double() @ layer.A0.double()
+        self.m, self.c = (
+            double(getattr(layer, "lora_magnitude_vector", None)),
+            double(getattr(layer, "lora_bias", None)),
+        )
+        self.fixed = layer.B0.double() @ layer.A0.double() if hasattr(layer, "A0") else 0.0
         self.s = layer.alpha / (math.sqrt(layer.rank) if layer.scale != layer.alpha / layer.rank else layer.rank)
 
     def forward(self, x):
@@ -50,7 +54,7 @@ class Literal(nn.Module):
 def test_a_layer_computes_its_equation_and_its_derivative(config, bias):
     torch.manual_seed(3)
     linear = nn.Linear(21, 33, bias=bias).requires_grad_(False)
-    layer = LoRALinear(linear, config.rank, config.alpha, config)
+    layer = layer_class(config)(linear, config.rank, config.alpha, config)
     layer.initialize(config.init, torch.Generator().manual_seed(0))
     own = [name for name, _ in layer.named_parameters() if name not in ("weight", "bias")]
     with torch.no_grad():
@@ -181,16 +185,16 @@ BAD = {
     "rank -4": ({"rank": -4}, "rank: -4 must be"),
     "rank text": ({"rank": "4"}, "rank: '4' must be"),
     "rank true": ({"rank": True}, "rank: True must be"),
-    "alpha nan": ({"alpha": math.nan}, "alpha: nan must be a finite number > 0"),
+    "alpha nan": ({"alpha": math.nan}, "alpha: nan must be finite and > 0"),
     "alpha text": ({"alpha": "8"}, "alpha: '8' must be"),
     "alpha 0": ({"alpha": 0}, "alpha: 0 must be"),
     "dropout 1": ({"dropout": 1.0}, "dropout: 1.0 must be in [0, 1)"),
     "dropout text": ({"dropout": "0"}, "dropout: '0' must be"),
     "dropout too fine": ({"dropout": 1e-9}, "nearer to 0 or 1 than 1/65536"),
     "no targets": ({"targets": []}, "targets: () names no linear layer"),
-    "a number": ({"targets": 3}, "targets: 3 names no linear layer"),
+    "a number": ({"targets": 3}, "targets: 3 must be text"),
     "layers": ({"layers": []}, "layers: () must be a list of block numbers"),
-    "layer text": ({"layers": ["1"]}, "must be a list of block numbers"),
+    "layer text": ({"layers": ["1"]}, "layers: '1' must be an integer"),
     "pattern rank": ({"rank_pattern": {"q": 0}}, "rank_pattern 'q': 0 must be"),
     "pattern alpha": ({"alpha_pattern": {"q": "1"}}, "alpha_pattern 'q': '1' must be"),
     "rslora": ({"rslora": 1}, "rslora: 1 must be true or false"),

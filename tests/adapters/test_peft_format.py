@@ -14,7 +14,7 @@ import transformers
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
-from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, add_adapter, remove_adapter
+from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter, remove_adapter
 from minipeft.adapters.lora import lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
@@ -64,8 +64,19 @@ def lora_cases(kind):
 def cases(kind):
     inner = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}[kind]
     ia3 = lambda **given: peft.IA3Config(task_type="CAUSAL_LM", **given)
+    vera = lambda **given: peft.VeraConfig(task_type="CAUSAL_LM", **given)
+    key = {"projection_prng_key": 5, "save_projection": False}
     return {
         **lora_cases(kind),
+        "vera": (vera(r=8), VeRAConfig(8)),
+        "vera wide": (
+            vera(r=8, target_modules=ALL[kind], layers_to_transform=[0, 2]),
+            VeRAConfig(8, targets="all-linear", layers=(0, 2)),
+        ),
+        "vera from its key": (
+            vera(r=8, target_modules=ALL[kind], d_initial=0.3, **key),
+            VeRAConfig(8, targets="all-linear", d_initial=0.3, **key),
+        ),
         "ia3": (ia3(), IA3Config()),
         "ia3 inner": (
             ia3(target_modules=inner, feedforward_modules=inner),
@@ -315,8 +326,8 @@ BAD = {
     "A05 r true": (config(r=True), "json: r: True must be an integer >= 1"),
     "A06 r vast": (config(r=10**9), f"{Q}.lora_A.weight': shape [4, 32], want [1000000000, 32]"),
     "A07 alpha NaN": (config(lora_alpha=math.nan), "json: NaN is not JSON"),
-    "A07 alpha 0": (config(lora_alpha=0), "json: lora_alpha: 0 must be a finite number > 0"),
-    "A08 alpha text": (config(lora_alpha="8"), "json: lora_alpha: '8' must be a finite number > 0"),
+    "A07 alpha 0": (config(lora_alpha=0), "json: lora_alpha: 0 must be finite and > 0"),
+    "A08 alpha text": (config(lora_alpha="8"), "json: lora_alpha: '8' must be finite and > 0"),
     "A09 one target of two": (config(target_modules=["q_proj", "nope"]),
                               "json: target_modules: no linear layer is named 'nope'; this model has ['down_proj'"),
     "A09 pattern": (config(target_modules="nope.*"), "json: target_modules: 'nope.*' matches no linear layer"),
@@ -326,7 +337,7 @@ BAD = {
     "A10 ReDoS in rank_pattern": (config(rank_pattern={EVIL: 4}), "json: rank_pattern: '(([a-z]"),
     "A11 invalid regex": (config(target_modules="(q_proj"), "is not a regular expression: missing )"),
     "A11 invalid rank_pattern": (config(rank_pattern={"[": 4}), "json: rank_pattern: '[' is not a regular expression"),
-    "A12 target left out": (config(target_modules=["q_proj"]), "safetensors: 6 tensors are not used: base_model"),
+    "A12 target left out": (config(target_modules=["q_proj"]), "safetensors: unexpected tensors: base_model"),
     "A13 bias": (config(bias="all"), "json: bias: 'all' is not supported"),
     "A13 modules_to_save": (config(modules_to_save=["lm_head"]), "json: modules_to_save: ['lm_head'] is not supported"),
     "A13 exclude_modules": (config(exclude_modules=["0.mlp"]), "json: exclude_modules: ['0.mlp'] is not supported"),
@@ -346,12 +357,12 @@ BAD = {
     "A20 layers_pattern": (config(layers_pattern="h", layers_to_transform=[0]), "json: layers_pattern: 'h' is not"),
     "A20 pattern alone": (config(layers_pattern="layers"), "json: layers_pattern: has no meaning without"),
     "A20 no such layer": (config(layers_to_transform=[0, 9]), "json: layers_to_transform: no layer 9: this model"),
-    "A20 layers text": (config(layers_to_transform=["0"]), "json: layers_to_transform: ('0',) must be a list of block"),
+    "A20 layers text": (config(layers_to_transform=["0"]), "json: layers_to_transform: '0' must be an integer"),
     "A20 rank_pattern matches nothing": (config(rank_pattern={"nope": 4}), "json: rank_pattern: 'nope' matches none"),
     "A20 rank_pattern list": (config(rank_pattern=[4]), "json: rank_pattern: [4] is not an object"),
     "A20 alpha_pattern text": (config(alpha_pattern={"q_proj": "1"}), "json: alpha_pattern 'q_proj': '1' must be"),
     "A20 layers an object": (config(layers_to_transform={"0": 1}), "json: layers_to_transform: {'0': 1} must be a"),
-    "A20 layer true": (config(layers_to_transform=True), "json: layers_to_transform: (True,) must be a list"),
+    "A20 layer true": (config(layers_to_transform=True), "json: layers_to_transform: True must be an integer"),
     "A21 empty name": (config(target_modules=[""]), "json: target_modules: ('',) names no linear layer"),
     "A21 an object": (config(target_modules={"q_proj": 1}), "json: target_modules: {'q_proj': 1} must be a list of"),
     "A21 no target": (config(target_modules=[]), "json: target_modules: () names no linear layer"),
@@ -362,7 +373,7 @@ BAD = {
     "W03 layer 99": (tensors(lambda t: {k.replace("layers.2.", "layers.99."): v for k, v in t.items()}),
                      "missing tensors: base_model.model.model.layers.2"),
     "W03 a layer too many": (tensors(lambda t: t | {first(t, "A.weight").replace(".0.", ".9."): torch.ones(2)}),
-                             "1 tensors are not used: base_model.model.model.layers.9."),
+                             "unexpected tensors: base_model.model.model.layers.9."),
     "W04 NaN": (tensors(lambda t: t[first(t, "B.weight")].view(-1)[3:4].fill_(math.nan) and None), "holds NaN or Inf"),
     "W05 Inf": (tensors(lambda t: t[first(t, "A.weight")].view(-1)[3:4].fill_(math.inf) and None), "holds NaN or Inf"),
     "W06 int64": (tensors(lambda t: {k: v.long() for k, v in t.items()}), "dtype I64, want F32/F16/BF16/F64"),
@@ -394,7 +405,7 @@ def sound(decoder, stir, tmp_path):
 def test_what_is_wrong_is_said_and_the_model_is_not_touched(decoder, sound, monkeypatch, name):
     spoil, said = BAD[name]
     spoil(sound)
-    monkeypatch.setattr("minipeft.adapters.surgery.DEADLINE", 0.5)
+    monkeypatch.setattr("minipeft.adapters.patterns.DEADLINE", 0.5)
     model = decoder("llama")
     before, shown = copy.deepcopy(model.state_dict()), repr(model)
     trains = {key: p.requires_grad for key, p in model.named_parameters()}
@@ -445,9 +456,39 @@ def test_a_prefix_of_another_length_or_another_model_is_refused(decoder, sound):
     (sound / "minipeft_adapter.json").unlink()
     with pytest.raises(InputError, match=r"'prompt_embeddings': shape \[4, 96\], want \[5, 96\]"):
         load_adapter(decoder("llama"), sound)
-    config(num_virtual_tokens=4)(sound)
+    config(num_virtual_tokens=4, num_layers=...)(sound)
     with pytest.raises(InputError, match=r"shape \[4, 96\], want \[4, 64\]\. Is the adapter for another model"):
         load_adapter(decoder("llama", num_hidden_layers=2), sound)
+
+
+def test_a_table_of_equal_width_for_another_shape_is_refused(decoder, sound):
+    """3 layers of 2 key/value heads and 6 layers of one have tables of 96 numbers a token, read differently."""
+    model, other = decoder("llama"), {"num_hidden_layers": 6, "num_key_value_heads": 1}
+    add_adapter(model, PrefixConfig(4, init="peft"))
+    save_adapter(model, sound)
+    (sound / "minipeft_adapter.json").unlink()
+    for name, here, wanted in (("num_attention_heads", 2, 1), ("num_layers", 3, 6), ("token_dim", 16, 8)):
+        said = f"{here}, but this model needs {wanted}"
+        again = decoder("llama", **other)
+        with pytest.raises(InputError, match=rf"json: {name}: {said}\. Is the adapter for another model\?"):
+            load_adapter(again, sound)
+        assert again.adapter is None
+        config(**{name: ...})(sound)
+    load_adapter(decoder("llama"), sound)  # without these keys the table is read as this model's
+    config(num_layers="3")(sound)
+    with pytest.raises(InputError, match="num_layers: '3', but this model needs 3"):
+        load_adapter(decoder("llama"), sound)
+
+
+def test_a_prompt_for_another_model_is_refused(decoder, sound):
+    model = decoder("llama")
+    add_adapter(model, PromptConfig(4, init="normal"))
+    save_adapter(model, sound)
+    with pytest.raises(InputError, match="num_layers: 3, but this model needs 2"):
+        load_adapter(decoder("llama", num_hidden_layers=2), sound)
+    config(num_layers=..., token_dim=64)(sound)
+    with pytest.raises(InputError, match="token_dim: 64, but this model needs 32"):
+        load_adapter(decoder("llama"), sound)
 
 
 def test_trainable_and_frozen(decoder, sound):

@@ -4,7 +4,7 @@ import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.lora import lora_layers, plan
-from minipeft.adapters.peft_lora import doubled, lora_config, lora_json, lora_shapes, lora_tensors
+from minipeft.adapters.peft_lora import double_rank, lora_config, lora_json, lora_shapes, lora_tensors
 
 CONFIG = LoRAConfig(3, 1.5, dropout=0.25, targets=["up_proj", "q_proj"], layers=(1, 2), rank_pattern={"q_proj": 5},
                     alpha_pattern={"1.mlp.up_proj": 4.0}, rslora=True)  # fmt: skip
@@ -30,10 +30,10 @@ def test_the_shapes_asked_for_are_those_written(decoder):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_doubled_keeps_every_scale(decoder, rslora):
+def test_double_rank_keeps_every_scale(decoder, rslora):
     config = LoRAConfig(3, 7.0, rslora=rslora, init="pissa", rank_pattern={"q_proj": 5}, alpha_pattern={"q_proj": 2.0})
     scales = []
-    for given in (config, doubled(config)):
+    for given in (config, double_rank(config)):
         model = decoder("llama")
         add_adapter(model, given)
         scales.append({path: layer.scale for path, layer in lora_layers(model).items()})

@@ -7,7 +7,7 @@ import torch
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_format import load_adapter, save_adapter
-from minipeft.adapters.peft_virtual import OWN, STATE, columns_of
+from minipeft.adapters.peft_virtual import OWN, STATE, collect_table
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
@@ -47,7 +47,7 @@ def model(config, decoder, stir) -> Decoder:
 
 def test_training_goes_on_from_the_file(model, config, packed, gradients, tmp_path):
     loss, wanted = gradients(model, [packed])
-    columns = columns_of(model)
+    columns = collect_table(model)
     save_adapter(model, tmp_path)
     assert (tmp_path / STATE).exists() == (config.reparam is not None)
     remove_adapter(model)
@@ -57,7 +57,7 @@ def test_training_goes_on_from_the_file(model, config, packed, gradients, tmp_pa
     assert loss_again == loss
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert torch.equal(columns_of(model), columns)
+    assert torch.equal(collect_table(model), columns)
 
 
 def test_what_the_files_lack_or_contradict_is_said(config, decoder, model, tmp_path):
@@ -81,7 +81,7 @@ def test_what_the_files_lack_or_contradict_is_said(config, decoder, model, tmp_p
     save_adapter(other, tmp_path / "other")
     state = (tmp_path / STATE).read_bytes()
     (tmp_path / STATE).write_bytes((tmp_path / "other" / STATE).read_bytes())
-    assert "makes other columns than adapter_model.safetensors holds" in refused()
+    assert "makes another table than adapter_model.safetensors holds" in refused()
     load_adapter(decoder("llama"), tmp_path)  # which the columns alone do not mind
     (tmp_path / STATE).unlink()
     assert f"{STATE} is missing" in refused()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_format import load_adapter, save_adapter
-from minipeft.adapters.peft_virtual import columns_of
-from minipeft.adapters.prefix import TASK_LINE, attentions, prefixes, run_text, text_ids
+from minipeft.adapters.peft_virtual import collect_table
+from minipeft.adapters.prefix import attentions, prefixes
+from minipeft.adapters.virtual import TASK_LINE, run_text, text_ids
 from minipeft.data.packing import Batch
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
@@ -127,7 +128,7 @@ def test_pefts_start_is_standard_normal_and_the_seed_decides(decoder):
     for seed in (0, 0, 1):
         model = decoder("llama", max_position_embeddings=1000)
         add_adapter(model, PrefixConfig(900, init="peft"), seed=seed)
-        tables.append(columns_of(model))
+        tables.append(collect_table(model))
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert tables[0].mean().abs() < 0.01
@@ -136,10 +137,10 @@ def test_pefts_start_is_standard_normal_and_the_seed_decides(decoder):
 
 def test_the_first_column_stays_where_attention_rests(model, packed):
     add_adapter(model, PrefixConfig(4, text=TEXT, freeze_first=True), Letters())
-    before = columns_of(model)
+    before = collect_table(model)
     for _ in train(model, [packed] * 4, TrainConfig(steps=4, learning_rate=1e-2, weight_decay=0.1)):
         pass
-    moved = (columns_of(model) - before).abs().amax(dim=1)  # [P]
+    moved = (collect_table(model) - before).abs().amax(dim=1)  # [P]
     assert moved[0] == 0
     assert (moved[1:] > 0).all()
 
@@ -170,7 +171,7 @@ def test_the_gate_adds_a_softmax_of_its_own(model, apart):
         beside.gate.copy_(torch.linspace(-1, 1, c.heads))
         q = torch.randn(2, c.heads, 3, c.head_width, generator=torch.Generator().manual_seed(3))
         found = beside(q, None)  # [B, T, H * D]
-        keys, values = (t.double() for t in beside.prefix.columns())  # [K, P, D]
+        keys, values = (t.double() for t in beside.prefix.key_value())  # [K, P, D]
         gate = torch.tanh(beside.gate.double())
     for b in range(2):
         for h in range(c.heads):
@@ -336,7 +337,7 @@ def test_peft_refuses_a_gated_prefix(decoder, peer, tmp_path):
         ({"gate": "no"}, "gate: 'no' must be true or false"),
         ({"reparam": 0}, "reparam: 0 must be an integer >= 1"),
         ({"init": "zero"}, r"init: 'zero' is not known \(text, normal, peft\)"),
-        ({"length": 1, "freeze_first": True}, "freeze_first: leaves nothing to train of a single column"),
+        ({"length": 1, "freeze_first": True}, "freeze_first: leaves nothing to train of a single virtual token"),
         ({"gate": True, "windowed": True}, "windowed: a gated prefix stands beside the text, in no window"),
     ],
 )
@@ -348,7 +349,7 @@ def test_settings_that_cannot_be_honoured(change, said):
 @pytest.mark.parametrize("init", ["text", "normal"])
 def test_starting_from_text_needs_text_and_a_tokenizer(decoder, init):
     model = decoder("llama")
-    with pytest.raises(InputError, match="prefix init: starting from text needs the tokenizer"):
+    with pytest.raises(InputError, match="prefix init: initialization from text needs the tokenizer"):
         add_adapter(model, PrefixConfig(5, init=init))
     said = "'' has no tokens" if init == "text" else "'' has no two tokens to measure a spread from"
     with pytest.raises(InputError, match=said):

@@ -58,12 +58,12 @@ def test_text_start_is_the_texts_embeddings_repeated_behind_its_bos(model):
 @pytest.mark.parametrize("reparam", [None, 7])
 def test_vocab_start_is_embeddings_of_the_models_own_and_normal_is_noise(model, reparam):
     add_adapter(model, PromptConfig(20, init="vocab", reparam=reparam))
-    equal = (model.prompt.columns()[:, None] == model.embedding.weight).all(dim=-1)  # [P, V]
+    equal = (model.prompt.vectors()[:, None] == model.embedding.weight).all(dim=-1)  # [P, V]
     assert equal.any(dim=1).all()
     assert equal.any(dim=0).sum() > 10  # different ones
     remove_adapter(model)
     add_adapter(model, PromptConfig(60, init="normal", reparam=reparam))
-    assert model.prompt.columns().std().item() == pytest.approx(1, abs=0.05)
+    assert model.prompt.vectors().std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_the_seed_decides(decoder):
@@ -153,7 +153,7 @@ def test_settings_that_cannot_be_honoured(change, said):
 
 def test_starting_from_text_needs_text_and_a_tokenizer(decoder):
     model = decoder("gpt2")
-    with pytest.raises(InputError, match="prompt init: starting from text needs the tokenizer"):
+    with pytest.raises(InputError, match="prompt init: initialization from text needs the tokenizer"):
         add_adapter(model, PromptConfig(5))
     with pytest.raises(InputError, match="'' has no tokens"):
         add_adapter(model, PromptConfig(5, text=""), Letters())

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.prefix_tuning import PrefixEncoder
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
-from minipeft.adapters.peft_virtual import columns_of
+from minipeft.adapters.peft_virtual import collect_table
 from minipeft.adapters.prefix import prefixes
 from minipeft.training.loop import TrainConfig, train
 
@@ -22,10 +22,10 @@ class Letters:
 
 def test_the_network_starts_at_the_text_and_is_folded_exactly(model, stir):
     add_adapter(model, PrefixConfig(5, text=TEXT), Letters())
-    text = columns_of(model)
+    text = collect_table(model)
     remove_adapter(model)
     add_adapter(model, PrefixConfig(5, text=TEXT, reparam=7), Letters())
-    assert torch.equal(columns_of(model), text)
+    assert torch.equal(collect_table(model), text)
     stir(model)
     trunks = {id(p.mlp.trunk) for p in prefixes(model)}
     assert len(trunks) == 1
@@ -36,8 +36,8 @@ def test_the_network_starts_at_the_text_and_is_folded_exactly(model, stir):
         heads, columns, width = prefix.key.shape
         for p in range(columns):
             k, v = added[p].view(2, heads, width)
-            assert torch.allclose(prefix.columns()[0][:, p].double(), prefix.key[:, p] + k, atol=1e-5)
-            assert torch.allclose(prefix.columns()[1][:, p].double(), prefix.value[:, p] + v, atol=1e-5)
+            assert torch.allclose(prefix.key_value()[0][:, p].double(), prefix.key[:, p] + k, atol=1e-5)
+            assert torch.allclose(prefix.key_value()[1][:, p].double(), prefix.value[:, p] + v, atol=1e-5)
 
 
 def test_of_a_prompt_too(model, stir):
@@ -47,7 +47,7 @@ def test_of_a_prompt_too(model, stir):
     trunk = mlp.trunk
     h = torch.tanh(trunk.seeds.double() @ trunk.weight.double().T + trunk.bias.double())
     wanted = model.prompt.weight.double() + h @ mlp.weight.double().T + mlp.bias.double()
-    assert torch.allclose(model.prompt.columns().double(), wanted, atol=1e-5)
+    assert torch.allclose(model.prompt.vectors().double(), wanted, atol=1e-5)
     assert not model.prompt.weight.requires_grad
 
 
@@ -71,8 +71,8 @@ def test_pefts_start_with_a_network_is_pefts_projection(decoder):
     for parameter, tensor in zip(theirs.parameters(), ours):
         assert parameter.std().item() == pytest.approx(tensor.std().item(), rel=0.15)  # drawn alike
         parameter.data.copy_(tensor.detach())
-    assert torch.allclose(theirs(torch.arange(5)), columns_of(model), atol=1e-6)
-    assert columns_of(model).std() > 0.1  # no column starts at zero here
+    assert torch.allclose(theirs(torch.arange(5)), collect_table(model), atol=1e-6)
+    assert collect_table(model).std() > 0.1  # no column starts at zero here
 
 
 def test_the_network_moves_the_columns_further_than_its_rate(decoder, packed):
@@ -81,8 +81,8 @@ def test_the_network_moves_the_columns_further_than_its_rate(decoder, packed):
     for reparam in (None, 64):
         model = decoder("llama")
         add_adapter(model, PrefixConfig(5, text=TEXT, reparam=reparam), Letters())
-        before = columns_of(model)
+        before = collect_table(model)
         for _ in train(model, [packed] * 10, TrainConfig(steps=10, learning_rate=1e-3)):
             pass
-        moved[reparam] = (columns_of(model) - before).abs().max().item()
+        moved[reparam] = (collect_table(model) - before).abs().max().item()
     assert moved[64] > 3 * moved[None]

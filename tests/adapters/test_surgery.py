@@ -1,86 +1,76 @@
-"""Targets: each way to name linears, what matches nothing, and patterns that would take years."""
+"""Merging in the weight's dtype: what it reports, what it refuses, and how often it computes a weight."""
 
-import re
-import time
+import math
 
 import pytest
+import torch
 
-from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
-from minipeft.adapters import surgery as linears_module
+import minipeft
+from minipeft.adapters import IA3Config, LoRAConfig, add_adapter
+from minipeft.adapters.ia3 import ia3_layers
 from minipeft.adapters.lora import lora_layers
-from minipeft.adapters.surgery import linear_paths
 from minipeft.errors import InputError
 
-MATCHLESS = {
-    "no such name": ({"targets": ["q_proj", "qproj"]}, "targets: no linear layer is named 'qproj'; this model has"),
-    "half a name": ({"targets": ["proj"]}, "no linear layer is named 'proj'"),
-    "no match": ({"targets": r"h\.\d+"}, "matches no linear layer, such as 'model.layers.0"),
-    "plain name as text": ({"targets": "q_proj"}, "give plain names as a list"),
-    "invalid": ({"targets": "(q_proj"}, "'(q_proj' is not a regular expression: missing )"),
-    "embedding": ({"targets": ["embed_tokens"]}, "is an embedding: a table that is looked up"),
-    "embedding by pattern": ({"targets": r".*(embed_tokens|q_proj)"}, "is an embedding"),
-    "head": ({"targets": ["lm_head"]}, "'lm_head' is not adapted"),
-    "everything": ({"targets": ".*"}, "'model.embed_tokens' is an embedding"),
-    "no such layer": ({"layers": [1, 3]}, "layers: no layer 3: this model has 0 to 2"),
-    "layers of a pattern": ({"targets": ".*q_proj", "layers": [1]}, "layers: cannot be combined"),
-    "rank pattern": ({"rank_pattern": {"k_proj": 2, "kproj": 3}}, "rank_pattern: 'kproj' matches none"),
-    "outside": ({"targets": ["q_proj"], "alpha_pattern": {"k_proj": 2}}, "alpha_pattern: 'k_proj' matches none"),
-}  # fmt: skip
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2), IA3Config()], ids=["lora", "ia3"])
+def test_a_merge_that_overflows_the_weights_dtype_touches_nothing(model, dtype, config):
+    """65504 is float16's largest; bfloat16's, 3.39e38, is below float32's 3.40e38."""
+    add_adapter(model.to(dtype), config)
+    with torch.no_grad():
+        if isinstance(config, LoRAConfig):
+            last = list(lora_layers(model).values())[-1]
+            last.weight.zero_()
+            largest = 7e4 if dtype == torch.float16 else 3.4e38
+            last.lora_A.fill_(math.sqrt(largest / (2 * last.scale)))
+            last.lora_B.fill_(math.sqrt(largest / (2 * last.scale)))
+        else:
+            last = list(ia3_layers(model).values())[-1]
+            last.weight.fill_(1.0)
+            last.ia3_l.fill_(7e4 if dtype == torch.float16 else 3.4e38)
+        assert torch.isfinite(last.merged()[0]).all()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"cannot merge into '.*': the merged weight would not be finite"):
+        minipeft.merge_adapter(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-class TestTargets:
-    GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [LoRAConfig(rank=4, alpha=8.0), IA3Config()], ids=["lora", "ia3"])
+def test_the_report_is_that_of_float64(model, stir, dtype, config):
+    """The update that each equation asks for, in float64, against the change that the weights really show."""
+    add_adapter(model.to(dtype), config)
+    stir(model, scale=0.02)
+    wanted = {}
+    for path, layer in lora_layers(model).items():
+        update = layer.scale * (layer.lora_B.double() @ layer.lora_A.double())
+        wanted[f"{path}.weight"] = update
+    for path, layer in ia3_layers(model).items():
+        gain = layer.ia3_l.double() - 1
+        wanted[f"{path}.weight"] = layer.weight.double() * (gain if layer.feedforward else gain[:, None])
+        if layer.bias is not None and not layer.feedforward:
+            wanted[f"{path}.bias"] = layer.bias.double() * gain
+    before = {name: model.get_parameter(name).detach().double() for name in wanted}
+    report = minipeft.merge_adapter(model)
+    changes = {name: model.get_parameter(name).detach().double() - before[name] for name in wanted}
+    missed = sum((changes[name] - wanted[name]).square().sum() for name in wanted)
+    error = float((missed / sum(update.square().sum() for update in wanted.values())).sqrt().detach())
+    assert report.largest_change == pytest.approx(max(float(c.abs().max()) for c in changes.values()), rel=1e-6)
+    if dtype == torch.float32:  # the sum's roundings (2^-24 of weights fifty times the update), which a report in
+        assert error < 1e-5  # float32 cannot see
+        assert report.relative_error < 1e-6
+    else:  # 2^-8 or 2^-11 of weights that are ten times the update
+        assert error > 1e-3
+        assert report.relative_error == pytest.approx(error, rel=1e-3)
 
-    def paths(self, model, **given):
-        add_adapter(model, LoRAConfig(rank=2, **given))
-        found = list(lora_layers(model))
-        remove_adapter(model)
-        return found
 
-    def test_each_way_to_name_them(self, decoder):
-        model = decoder("gpt2")
-        of = lambda *ends, layers=(0, 1, 2): [f"transformer.h.{i}.{end}" for i in layers for end in ends]
-        assert self.paths(model) == of(*self.GPT2) == linear_paths(model)
-        assert self.paths(model, targets="default") == of("attn.c_attn")
-        assert self.paths(model, targets=["c_proj"]) == of("attn.c_proj", "mlp.c_proj")
-        assert self.paths(model, targets=["mlp.c_proj", "c_fc"]) == of("mlp.c_fc", "mlp.c_proj")
-        assert self.paths(model, targets=["transformer.h.1.mlp.c_fc"]) == of("mlp.c_fc", layers=(1,))
-        assert self.paths(model, layers=[2, 0]) == of(*self.GPT2, layers=(0, 2))
-        assert self.paths(model, targets=r".*\.[02]\.(attn|mlp)\.c_(attn|fc)") == of(
-            "attn.c_attn", "mlp.c_fc", layers=(0, 2)
-        )
-        llama = decoder("llama")
-        assert len(self.paths(llama)) == 21
-        assert {path.rsplit(".", 1)[1] for path in self.paths(llama, targets="default")} == {"q_proj", "v_proj"}
-
-    @pytest.mark.parametrize(("given", "said"), MATCHLESS.values(), ids=list(MATCHLESS))
-    def test_what_matches_nothing_is_an_error_and_touches_nothing(self, decoder, given, said):
-        model = decoder("llama")
-        shown = repr(model)
-        with pytest.raises(InputError, match=re.escape(said)):
-            add_adapter(model, LoRAConfig(rank=2, **given))
-        assert repr(model) == shown
-        assert model.adapter is None
-
-    @pytest.mark.parametrize("field", ["targets", "rank_pattern"])
-    def test_a_pattern_that_would_take_years_is_stopped(self, decoder, field, monkeypatch):
-        monkeypatch.setattr(linears_module, "DEADLINE", 0.5)
-        evil = r"(([a-z]|\d|_|\.)+)+!"
-        given = {"targets": evil} if field == "targets" else {"rank_pattern": {evil: 2}}
-        start = time.monotonic()
-        with pytest.raises(InputError, match=rf"{field}: .* took longer than 0\.5 s to match"):
-            add_adapter(decoder("llama"), LoRAConfig(**given))
-        assert time.monotonic() - start < 5
-
-    def test_patterns_give_each_target_its_rank_and_alpha_and_the_first_match_counts(self, decoder):
-        model = decoder("llama")
-        patterns = {"0.self_attn.q_proj": 3, "q_proj": 5, r"^model\.layers\.[12]\.mlp.*": 7}
-        add_adapter(model, LoRAConfig(rank=2, alpha=4, rank_pattern=patterns, alpha_pattern={"mlp.up_proj": 32}))
-        layers = lora_layers(model)
-        at = lambda path: (layers[f"model.layers.{path}"].lora_A.shape[0], layers[f"model.layers.{path}"].scale)
-        assert at("0.self_attn.q_proj") == (3, 4 / 3)
-        assert at("1.self_attn.q_proj") == (5, 4 / 5)
-        assert at("0.mlp.up_proj") == (2, 32 / 2)
-        assert at("2.mlp.up_proj") == (7, 32 / 7)
-        assert at("2.mlp.down_proj") == (7, 4 / 7)
-        assert at("2.self_attn.k_proj") == (2, 2.0)
+def test_each_merged_weight_is_computed_once(decoder, monkeypatch):
+    model = decoder("llama")
+    add_adapter(model, LoRAConfig(rank=2))
+    kind = type(next(iter(lora_layers(model).values())))
+    calls, merged = [], kind.merged
+    monkeypatch.setattr(kind, "merged", lambda self: calls.append(id(self)) or merged(self))
+    minipeft.merge_adapter(model)
+    assert len(calls) == len(set(calls)) == 21

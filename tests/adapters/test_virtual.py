@@ -16,10 +16,11 @@ from torch import Tensor
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.peft_virtual import OWN, STATE
+from minipeft.adapters.virtual import run_text, text_ids
 from minipeft.data.packing import Batch
+from minipeft.documents import PADDING
 from minipeft.errors import InputError
 from minipeft.models import Decoder
-from minipeft.models.attention import PADDING
 from minipeft.models.checkpoint import load_model
 from minipeft.training.loop import TrainConfig, train
 
@@ -223,5 +224,37 @@ def test_a_longer_text_than_the_context_is_refused_before_training(case, config,
     with pytest.raises(InputError, match=r"position 24.*n_positions=24, of which the adapter takes 5.*to 19 tokens"):
         next(train(model, [batch], TrainConfig(steps=1)))
     remove_adapter(model)
-    with pytest.raises(InputError, match=r"23 columns leave no room in a context of 24.*at most 22"):
+    with pytest.raises(InputError, match=r"23 virtual tokens leave no room in a context of 24.*at most 22"):
         add_adapter(model, type(config)(23, text=TEXT), Letters())
+
+
+class WithBOS(Letters):
+    """As Letters, with a BOS before each text."""
+
+    bos = 60
+
+    def encode(self, text: str) -> list[int]:
+        return [self.bos, *super().encode(text)]
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 9])
+def test_a_text_is_repeated_without_its_bos(length):
+    ids = text_ids("abc", length, WithBOS(), "prefix")
+    assert ids == [60, *Letters().encode("abcabcabc")][:length]
+    assert text_ids("abc", length, Letters(), "prefix") == Letters().encode("abcabcabcabc")[:length]
+    with pytest.raises(InputError, match="text: '' has no tokens"):
+        text_ids("", length, WithBOS(), "prefix")
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_text_that_cannot_be_run_leaves_the_model_as_it_was(decoder, windowed):
+    model = decoder("gpt2").train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(InputError, match="n_positions=96"):
+        run_text(model, [1] * 97, windowed=not windowed)
+    assert [module.training for module in model.modules()] == modes
+    model.windowed = windowed
+    run_text(model, [1] * 5, windowed=not windowed)
+    assert model.windowed is windowed
+    assert [module.training for module in model.modules()] == modes

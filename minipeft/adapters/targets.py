@@ -1,0 +1,131 @@
+"""Which linears an adapter adapts: what `targets` and `layers` of a config name in a model.
+
+"all-linear"                every linear of the blocks, never the head
+"default"                   HF PEFT's choice for the family and the method
+("q_proj", "attn.c_proj")   the linears whose path is this name, or ends in "." + this name
+r".*\\.[02]\\.mlp\\..*"     any other text: a regular expression over the whole path
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapters.patterns import match_paths
+from minipeft.errors import InputError
+from minipeft.models import Decoder
+
+Targets = str | tuple[str, ...]
+NAMES = re.compile(r"[\w.,-]+")  # on the command line: a list of names; other text is a regular expression
+
+
+def parse_targets(text: str) -> Targets:
+    """Targets as they are written on the command line.
+
+    "all-linear" and "default" stay; letters, digits, "_", "-", "." and commas alone are a list of names
+    ("q_proj,attn.c_proj"); any other text is a regular expression over the whole path.
+
+    Raises:
+        InputError: there is no name.
+    """
+    if text in ("all-linear", "default"):
+        return text
+    if text and not NAMES.fullmatch(text):
+        return text
+    names = tuple(name for name in text.split(",") if name)
+    if not names:
+        raise InputError(f"{text!r} names no linear layer", where="targets")
+    return names
+
+
+def check_targets(config: Any) -> None:
+    """Check a config's `targets`, and its `layers` where it has them.
+
+    Raises:
+        InputError: there are none, or `layers` stands beside a regular expression.
+    """
+    targets, layers = config.targets, getattr(config, "layers", None)
+    if not targets or (isinstance(targets, tuple) and not all(targets)):
+        raise InputError(f"{targets!r} names no linear layer", where="targets")
+    if layers is None:
+        return
+    if not layers:
+        raise InputError(f"{layers!r} must be a list of block numbers", where="layers")
+    if isinstance(targets, str) and targets not in ("all-linear", "default"):
+        raise InputError("cannot be combined with a regular expression, which names the layers itself", where="layers")
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """The paths of the linears that can be adapted, plain or adapted already, in the model's order."""
+    is_linear = lambda m: isinstance(m, nn.Linear) or getattr(m, "adopts_linear", False)
+    return [name for name, m in model.named_modules() if is_linear(m) and name != "lm_head"]
+
+
+def find_targets(
+    model: Decoder, targets: Targets, default: tuple[str, ...], layers: tuple[int, ...] | None = None
+) -> list[str]:
+    """The paths that `targets` names, in the model's order; with `layers`, only those in these blocks.
+
+    Raises:
+        InputError: a name, the pattern or a layer matches nothing (with what would), or names an embedding or the head.
+    """
+    paths = linear_paths(model)
+    if targets == "default":
+        targets = default
+    if targets == "all-linear":
+        chosen = set(paths)
+    elif isinstance(targets, str):
+        chosen = find_by_pattern(model, targets, paths)
+    else:
+        chosen = {path for name in targets for path in find_by_name(model, name, paths)}
+    if layers is not None:
+        check_layers(layers, len(model.blocks))
+        chosen = {path for path in chosen if block_of(path) in layers}
+    return [path for path in paths if path in chosen]
+
+
+def find_by_pattern(model: Decoder, pattern: str, paths: list[str]) -> set[str]:
+    """The paths that the regular expression matches whole."""
+    refused = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name == "lm_head"]
+    found = match_paths(pattern, paths + refused, "targets")
+    if not found:
+        hint = "A text is a regular expression over the whole path; give plain names as a list"
+        raise InputError(f"{pattern!r} matches no linear layer, such as {paths[0]!r}", where="targets", hint=hint)
+    for name in refused:
+        if name in found:
+            refuse(model, name)
+    return set(found)
+
+
+def find_by_name(model: Decoder, name: str, paths: list[str]) -> list[str]:
+    """The paths that are `name` or end in it."""
+    found = [path for path in paths if path == name or path.endswith("." + name)]
+    if not found:
+        for path, module in model.named_modules():
+            if (path == name or path.endswith("." + name)) and (isinstance(module, nn.Embedding) or path == "lm_head"):
+                refuse(model, path)
+        known = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        raise InputError(f"no linear layer is named {name!r}; this model has {known}", where="targets")
+    return found
+
+
+def refuse(model: Decoder, path: str) -> None:
+    """Say why an embedding or the head is not adapted."""
+    if path == "lm_head":
+        raise InputError("'lm_head' is not adapted: the loss and the tied embedding use its weight", where="targets")
+    kind = type(model.get_submodule(path)).__name__
+    raise InputError(f"{path!r} is an {kind.lower()}: a table that is looked up, not a linear layer", where="targets")
+
+
+def check_layers(layers: tuple[int, ...], count: int) -> None:
+    """Refuse a block that the model does not have."""
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise InputError(f"no layer {layer}: this model has 0 to {count - 1}", where="layers")
+
+
+def block_of(path: str) -> int:
+    """The number of the block that a path lies in: its first numeric part."""
+    return next(int(part) for part in path.split(".") if part.isdigit())

@@ -1,0 +1,41 @@
+"""What an adapter adds to a model is float32 and stays float32, whatever the base is cast to.
+
+A learning rate of 1e-4 is below bfloat16's step at 1 (2^-8 = 4e-3): in that dtype most updates would round to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor, nn
+
+
+class TrainableModule(nn.Module):
+    """A module of an adapter: its own tensors keep float32 through casts of the model, and follow moves.
+
+    A subclass that stands in a linear's place (`adopts_linear`) holds the linear's own `weight` and `bias`: these are
+    the base's, and are cast with it.
+    """
+
+    adopts_linear = False
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the adapter brought, by name; without those of submodules."""
+        base = ("weight", "bias") if self.adopts_linear else ()
+        held = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in held.items() if tensor is not None and name not in base}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """nn.Module's one door for to(), half(), cuda(): undo the cast of the adapter's own tensors, not the move."""
+        kept = {name: tensor.detach() for name, tensor in self.own_tensors().items()}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                moved.data = tensor.to(moved.device)
+        self.bind()
+        return self
+
+    def bind(self) -> None:
+        """Choose what depends on the device: called again after each move. Nothing, for most modules."""

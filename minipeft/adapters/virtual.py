@@ -1,0 +1,93 @@
+"""What prefix-tuning and prompt tuning share: virtual tokens that start as a text, and their room in the context.
+
+Both write P virtual tokens before every row. With text init they start as the tokens of a task line: a prefix as the
+keys and values that the model itself computes for it, a prompt as its embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.method import Encoder
+from minipeft.documents import VIRTUAL
+from minipeft.errors import InputError
+from minipeft.models import Decoder
+
+TASK_LINE = "Generate Python code given a natural language instruction."
+
+
+def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
+    """The ids of `text`, with a BOS where the tokenizer adds one.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        hint = "add_adapter(model, config, tokenizer)"
+        raise InputError("initialization from text needs the tokenizer", where=f"{method} init", hint=hint)
+    return tokenizer.encode(text)
+
+
+def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
+    """The ids of `text`, repeated or cut so that there are `length`; a BOS that the tokenizer adds stands first, once.
+
+    Raises:
+        InputError: there is no tokenizer, or no token in the text.
+    """
+    ids = encode_text(text, tokenizer, method)
+    again = ids[1:] if ids and ids[0] == getattr(tokenizer, "bos", None) else ids
+    if not again:
+        raise InputError(f"{text!r} has no tokens", where="text")
+    while len(ids) < length:
+        ids = ids + again
+    return ids[:length]
+
+
+def run_text(model: Decoder, ids: list[int], windowed: bool = False) -> tuple[Tensor, Tensor]:
+    """Keys and values of each layer for a text that everybody may see: the decode cache is the capture.
+
+    `windowed` as the prefix will be: whether a sliding window hides the text from itself. A model without adapter.
+    -> two of [L, K, P, D], after rotary
+    """
+    row = torch.tensor([ids], device=model.embedding.weight.device)  # [1, P]
+    cache = model.new_cache(1, len(ids))
+    with evaluation(model, windowed), torch.no_grad():
+        model.hidden(row, documents=torch.full_like(row, VIRTUAL), cache=cache)
+    return cache.keys[:, 0], cache.values[:, 0]
+
+
+@contextmanager
+def evaluation(model: Decoder, windowed: bool) -> Iterator[None]:
+    """Within: the model in eval mode, with this `windowed`; afterwards both as they were, also after an error."""
+    before = model.windowed
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    model.windowed = windowed
+    try:
+        yield
+    finally:
+        model.windowed = before
+        for module in training:
+            module.training = True
+
+
+def check_room(length: int, context: int) -> None:
+    """Refuse virtual tokens that leave no room for text in the model's context.
+
+    Raises:
+        InputError: with the most that fit.
+    """
+    if length + 2 > context:  # one token to see and one to predict
+        hint = f"take at most {context - 2} virtual tokens"
+        raise InputError(f"{length} virtual tokens leave no room in a context of {context}", where="length", hint=hint)
+
+
+def empty_slot(module: nn.Module, slot: str) -> None:
+    """Put None where a module stood, as it was before: without `delattr`, print(model) would go on showing the slot."""
+    if isinstance(getattr(module, slot), nn.Module):
+        delattr(module, slot)
+        setattr(module, slot, None)
