@@ -1,16 +1,15 @@
 """Text from a decoder: one pass over the prompts (prefill), then one token at a time from the cache (decode).
 
-    prompts of unlike length stand side by side, padded on the left:    . . 0 0 0 | 0 0 ...
+    prompts of different lengths in one batch, padded on the left:      . . 0 0 0 | 0 0 ...
     (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
 
-Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the fewest that hold `top_p` of it,
-and draw among them. Each row has its own random numbers, from (seed, its number among the prompts): what a row gets
-does not depend on the batch that it stands in. On a model with a bank each row may have its own adapter (bank.py).
+Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the smallest set that holds `top_p`
+of it, and draw from that. Each prompt has its own random numbers, from (seed, its number among the prompts): its answer
+does not depend on the batch that it is in. A model with a bank of adapters may use another adapter in each row.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,43 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.adapters.bank import AdapterBank
-from minipeft.data.packing import derived_seed
 from minipeft.data.tokens import Tokenizer
-from minipeft.errors import InputError
+from minipeft.documents import PADDING, derived_seed
+from minipeft.errors import InputError, check_fields, option, shown
 from minipeft.models import Decoder
-from minipeft.models.attention import PADDING, Cache
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How to answer; the defaults are the paper's. `temperature` 0 is greedy: always the likeliest token."""
+    """How to generate; the defaults are the paper's. `temperature` 0 is greedy: always the most probable token."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.2
-    top_p: float = 0.95
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # texts at which an answer ends, beside the end-of-text token
-    batch: int = 25  # prompts at a time
+    max_new_tokens: int = option(64, "tokens of an answer at most", least=1)
+    temperature: float = option(0.2, "divides the logits; 0 is greedy decoding", least=0)
+    top_p: float = option(0.95, "draw from the most probable tokens that hold this probability", above=0, most=1)
+    seed: int = option(0, "seed of sampling", least=0, below=2**63)
+    stop: tuple[str, ...] = option((), "text that ends an answer; may be given more than once")
+    batch: int = option(25, "prompts at a time", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{value!r} must be an integer >= 1", where=name)
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"{self.temperature} must be finite and >= 0", where="temperature")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"{self.top_p} must be in (0, 1]", where="top_p")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"{self.seed} must be in [0, 2^63)", where="seed")
+        check_fields(self)
         if any(not text for text in self.stop):
             raise InputError("a stop text is empty", where="stop")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated for prompt number `index`; `ended` is "eos", "stop" or "limit" (cut off)."""
+    """What the model generated for prompt number `index`; `ended` is "eos", "stop" or "limit" (cut off)."""
 
     index: int
     text: str
@@ -73,11 +61,11 @@ def generate(
 ) -> list[str]:
     """The answer to each prompt, in order, without the prompt.
 
-    `adapters` names one of the model's AdapterBank for each prompt, None for the base alone.
+    `adapters` names an adapter of the model's AdapterBank for each prompt, None for the base alone.
 
     Raises:
-        InputError: a prompt is empty, or does not fit in the context together with `max_new_tokens`; `adapters` without
-            a bank that holds them.
+        InputError: `prompts` is one text and not a list; a prompt is empty, or does not fit in the context together
+            with `max_new_tokens`; `adapters` without a bank that holds them.
     """
     answers = answer(model, tokenizer, prompts, config or GenerateConfig(), adapters=adapters)
     return [a.text for a in sorted(answers, key=lambda a: a.index)]
@@ -92,10 +80,12 @@ def answer(
     only: Sequence[int] | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> Iterator[Answer]:
-    """As `generate`, but yields each answer as its batch is done (prompts of like length go together).
+    """Generate an answer to each prompt, and yield it as its batch is done (prompts of similar length go together).
 
-    `only`: the numbers of the prompts to answer, where the others have been; each gets what it would have got.
+    `only`: the numbers of the prompts to answer, where the others have been; the answers are the same as without it.
     """
+    if isinstance(prompts, str):
+        raise InputError(f"{shown(prompts)} must be a list of texts", where="prompts", hint="Put it in a list")
     names = check_adapters(model, adapters, len(prompts))
     rows = tokenizer.encode_all(list(prompts))
     for number, row in enumerate(rows):
@@ -106,10 +96,10 @@ def answer(
 
 
 def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompts: int) -> list[str | None] | None:
-    """The adapter's name of each prompt, or None where the caller named none."""
+    """The adapter's name for each prompt, or None where the caller named none."""
     if adapters is None:
         return None
-    if not isinstance(model.adapter, AdapterBank):
+    if not hasattr(model.adapter, "use"):  # a bank, of which this file knows `check`, `use` and `keep` alone
         raise InputError("the model holds no bank of adapters", where="adapters", hint="bank = AdapterBank(model)")
     if isinstance(adapters, str) or len(adapters) != prompts:
         raise InputError(f"must be a list of {prompts} names, one for each prompt", where="adapters")
@@ -142,28 +132,30 @@ def answer_batch(
     """Answer the prompts `numbers` together."""
     was_training = model.training
     model.eval()
-    with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]):
-        made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
-    model.train(was_training)
-    return [finished(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
+    try:
+        with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]):
+            made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
+    finally:
+        model.train(was_training)
+    return [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
 
 
 @torch.no_grad()
 def decode(
     model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
 ) -> tuple[list[list[int]], list[str]]:
-    """Prefill the rows, then choose a token for each until all have ended; returns the new ids, and how each ended."""
+    """Prefill the rows, then choose a token for each until all have ended; returns new ids, and how each row ended."""
     device = model.embedding.weight.device
-    ids, documents = padded_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
+    ids, documents = pad_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
     cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
-    ends = end_tokens(model, tokenizer)
-    draws = torch.stack([uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
+    ends = find_end_tokens(model, tokenizer)
+    draws = torch.stack([draw_uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
     made: list[list[int]] = [[] for _ in rows]
     ended = ["limit"] * len(rows)
-    live = list(range(len(rows)))  # which row of the batch each row of the cache is
+    live = list(range(len(rows)))  # the batch's row for each row of the cache
     hidden = model.hidden(ids.to(device), documents.to(device), cache)  # [B, T, C]
     for step in range(config.max_new_tokens):
-        logits = model.lm_head(hidden[:, -1]).float()  # [B, V]
+        logits = model.logits(hidden[:, -1]).float()  # [B, V]
         chosen = choose(logits, draws[live, step], config)  # [B]
         for place, token in enumerate(chosen.tolist()):
             row = live[place]
@@ -173,43 +165,43 @@ def decode(
                 ended[row] = "eos"
                 continue
             made[row].append(token)
-            if config.stop and any(text in new_text(tokenizer, rows[row], made[row]) for text in config.stop):
+            if config.stop and any(text in decode_new(tokenizer, rows[row], made[row]) for text in config.stop):
                 ended[row] = "stop"
         going = [place for place, row in enumerate(live) if ended[row] == "limit"]
         if not going or step + 1 == config.max_new_tokens:
             break
-        if 2 * len(going) <= len(live):  # carry ended rows along until half are: moving the cache costs a copy
-            keep_rows(cache, going)
-            if isinstance(model.adapter, AdapterBank):
+        if 2 * len(going) <= len(live):  # keep ended rows until they are half: shrinking the cache costs a copy
+            cache.keep_rows(going)
+            if hasattr(model.adapter, "keep"):  # a bank: of its rows too
                 model.adapter.keep(going)
             chosen, live = chosen[going], [live[place] for place in going]
         hidden = model.hidden(chosen[:, None], cache=cache)  # [B, 1, C]
     return made, ended
 
 
-def end_tokens(model: Decoder, tokenizer: Tokenizer) -> set[int]:
+def find_end_tokens(model: Decoder, tokenizer: Tokenizer) -> set[int]:
     """The ids that end an answer: the tokenizer's EOS and those of config.json (Llama 3 has several)."""
     given = model.config.eos_token_id
-    listed = given if isinstance(given, list) else [given]
+    listed = given if isinstance(given, tuple) else (given,)
     return {token for token in (tokenizer.eos, *listed) if token is not None}
 
 
-def padded_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
-    """Rows of unlike length as ids and owners, two of [B, T]; what fills the padding is never looked at."""
+def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as ids and owners, two of [B, T]; no token sees what fills the padding."""
     width = max(map(len, rows))
     ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
     documents = torch.tensor([[PADDING] * (width - len(row)) + [0] * len(row) for row in rows])
     return ids, documents
 
 
-def uniforms(config: GenerateConfig, number: int) -> Tensor:
-    """The random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
+def draw_uniforms(config: GenerateConfig, number: int) -> Tensor:
+    """Draw the random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
     generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
     return torch.rand(config.max_new_tokens, generator=generator)
 
 
 def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
-    """One token a row: the likeliest, or the one that the uniform number `draw` falls on. [B, V], [B] -> [B]"""
+    """One token per row: the most probable, or the one that the uniform number `draw` falls on. [B, V], [B] -> [B]"""
     if config.temperature == 0:
         return logits.argmax(dim=1)
     probabilities, tokens = F.softmax(logits / config.temperature, dim=1).sort(dim=1, descending=True, stable=True)
@@ -220,22 +212,16 @@ def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
     return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]
 
 
-def keep_rows(cache: Cache, rows: list[int]) -> None:
-    """Drop the other rows of a cache."""
-    cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-    cache.documents = cache.documents[rows]
-
-
-def new_text(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
-    """The text of the new ids as it stands after the prompt: a tokenizer may drop a space at the start of a text."""
+def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
+    """Decode the new ids as they follow the prompt: a tokenizer may drop a space at the start of a text."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + made)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(made)
 
 
-def finished(
+def make_answer(
     tokenizer: Tokenizer, number: int, prompt: list[int], made: list[int], ended: str, stop: tuple[str, ...]
 ) -> Answer:
-    """An answer's text, cut at the first stop text."""
-    text = new_text(tokenizer, prompt, made)
+    """The answer to a prompt, its text cut at the first stop text."""
+    text = decode_new(tokenizer, prompt, made)
     cuts = [text.index(mark) for mark in stop if mark in text]
     return Answer(number, text[: min(cuts)] if cuts else text, made, ended)

@@ -115,8 +115,8 @@ def talker(assets: Path, tmp_path: Path) -> Path:
     folder = write_small_model(tmp_path / "model", layers=1)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 512, "eos_token_id": 2}
     (folder / "tokenizer_config.json").unlink()
-    decoder = FAMILIES["gpt2"]
-    model = decoder[1](decoder[0](vocab_size=512, n_positions=96, n_embd=16, n_layer=1, n_head=2))
+    family = FAMILIES["gpt2"]
+    model = family.decoder(family.config(vocab_size=512, n_positions=96, n_embd=16, n_layer=1, n_head=2))
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model, folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -141,7 +141,7 @@ def test_tokenizers(case: str, talker: Path, tmp_path: Path, capsys: pytest.Capt
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama and an adapter for it, as the table of bad adapters expects them."""
     folder = tmp_path_factory.mktemp("tuned")
-    config, decoder = FAMILIES["llama"]
+    config, decoder = FAMILIES["llama"].config, FAMILIES["llama"].decoder
     model = decoder(config(**TINY["llama"] | {"vocab_size": 257}))
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model.eval(), folder / "model")
@@ -167,7 +167,7 @@ def test_adapters(
     spoil, text = ADAPTERS[case]
     shutil.copytree(tuned / "adapter", tmp_path / "adapter")
     spoil(tmp_path / "adapter")
-    monkeypatch.setattr("minipeft.adapters.surgery.DEADLINE", 0.5)
+    monkeypatch.setattr("minipeft.adapters.patterns.DEADLINE", 0.5)
     said = refused(capsys, *answer(tuned, tmp_path / "adapter", "--raw"))
     assert said.startswith(str(tmp_path / "adapter"))
     assert text in said
@@ -176,44 +176,50 @@ def test_adapters(
 FLAGS: dict[str, tuple[list[str], str]] = {
     "L01 unknown flag": (["--stepz", "3"], "--stepz is not known. Did you mean --steps?"),
     "L01 abbreviated": (["--meth", "lora"], "--meth is not known. Did you mean --method?"),
-    "L02 rate 0": (["--learning-rate", "0"], "learning_rate: 0 must be > 0"),
+    "L02 rate 0": (["--learning-rate", "0"], "learning_rate: 0.0 must be finite and > 0"),
     "L02 rate negative": (["--learning-rate=-1e-3"], "learning_rate: -0.001 must be finite and > 0"),
     "L02 rate NaN": (["--learning-rate", "nan"], "learning_rate: nan must be finite and > 0"),
     "L02 rate Inf": (["--learning-rate", "inf"], "learning_rate: inf must be finite and > 0"),
-    "L02 no number": (["--learning-rate", "1e-3x"], "argument --learning-rate: invalid float value: '1e-3x'"),
-    "L03 batch": (["--batch", "0"], "batch: 0 must be >= 1"),
-    "L03 steps": (["--steps", "-1"], "steps: -1 must be >= 1"),
+    "L02 no number": (["--learning-rate", "1e-3x"], "argument --learning-rate/--lr: invalid float value: '1e-3x'"),
+    "L03 batch": (["--batch", "0"], "batch: 0 must be an integer >= 1"),
+    "L03 steps": (["--steps", "-1"], "steps: -1 must be an integer >= 1"),
     "L03 steps a fraction": (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
-    "L03 accumulate": (["--accumulate", "0"], "accumulate: 0 must be >= 1"),
+    "L03 accumulate": (["--accumulate", "0"], "accumulate: 0 must be an integer >= 1"),
     "L03 epochs": (["--epochs", "0"], "epochs: 0.0 must be finite and > 0"),
     "L03 epochs Inf": (["--epochs", "inf"], "epochs: inf must be finite and > 0"),
     "L03 epochs NaN": (["--epochs", "nan"], "epochs: nan must be finite and > 0"),
     "L04 length": (["--length", "97"], "length: 97 exceeds the model's context of 96"),
-    "L04 columns": (["--method", "prompt", "--columns", "96", "--length", "96"], "length: 96 columns leave no room"),
-    "L04 length 0": (["--length", "0"], "length: 0 must be >= 1"),
+    "L04 no room": (["--method", "prompt", "--virtual-tokens", "96", "--length", "96"],
+                    "length: 96 virtual tokens leave no room"),
+    "L04 length 0": (["--length", "0"], "length: 0 must be an integer >= 1"),
     "L07 resume and overwrite": (["--resume", "--overwrite"], "resume, overwrite: cannot go together"),
     "L10 cuda": (["--device", "cuda"], "device: 'cuda' cannot be used: "),
     "L10 no device": (["--device", "abacus"], "device: 'abacus' cannot be used: "),
     "L10 meta": (["--device", "meta"], "device: 'meta' cannot be used"),
     "L10 dtype": (["--dtype", "fp8"], "dtype: 'fp8' is not known (fp32, bf16)"),
     "L10 full in bf16": (["--dtype", "bf16", "--method", "full"], "dtype: full tuning trains the weights"),
-    "L11 seed": (["--seed", "-1"], "seed: -1 must be in [0, 2^63)"),
-    "L11 seed vast": (["--seed", str(2**63)], f"seed: {2**63} must be in [0, 2^63)"),
-    "L13 method": (["--method", "lorra"], "method: 'lorra' is not known (full, lora, prefix, prompt)"),
+    "L11 seed": (["--seed", "-1"], "seed: -1 must be an integer in [0, 2^63)"),
+    "L11 seed vast": (["--seed", str(2**63)], f"seed: {2**63} must be an integer in [0, 2^63)"),
+    "L13 method": (["--method", "lorra"], "method: 'lorra' is not known (full, lora, dora, rslora, pissa, ia3, "),
     "L13 targets": (["--targets", "nope"], "targets: no linear layer is named 'nope'; this model has "),
     "L13 targets empty": (["--targets", ""], "targets: "),
     "L13 rank": (["--rank", "0"], "rank: 0 must be an integer >= 1"),
     "L13 rank vast": (["--rank", str(10**15)], "the disk has "),
-    "L13 alpha": (["--alpha", "nan"], "alpha: nan must be a finite number > 0"),
+    "L13 alpha": (["--alpha", "nan"], "alpha: nan must be finite and > 0"),
     "L13 dropout": (["--dropout", "1.5"], "dropout: 1.5 must be in [0, 1)"),
+    "L13 rank of a prefix": (["--method", "prefix", "--rank", "3"], "rank: has no effect with prefix (lora"),
+    "L13 targets of full tuning": (["--method", "full", "--targets", "nope"], "targets: has no effect with full (lora"),
+    "L13 init of LoRA": (["--init", "banana"], "init: 'banana' is not known (uniform, gaussian, pissa)"),
+    "L13 contradiction": (["--method", "dora", "--no-dora"], "dora: False contradicts method dora"),
     "L13 init": (["--method", "prefix", "--init", "magic"], "init: 'magic' "),
-    "L13 columns": (["--method", "prefix", "--columns", "0"], "length: 0 "),
-    "L13 loss": (["--loss-mask", "some"], "loss_mask: must be 'all' or 'response', is 'some'"),
-    "L14 save_every": (["--save-every", "0"], "save_every: 0 must be >= 1"),
-    "L14 evaluate_every": (["--evaluate-every", "0"], "evaluate_every: 0 must be >= 1"),
+    "L13 virtual tokens": (["--method", "prefix", "--virtual-tokens", "0"], "virtual_tokens: 0 "),
+    "L13 loss": (["--loss-mask", "some"], "loss_mask: 'some' is not known (all, response)"),
+    "L14 save_every": (["--save-every", "0"], "save_every: 0 must be an integer >= 1"),
+    "L14 evaluate_every": (["--evaluate-every", "0"], "evaluate_every: 0 must be an integer >= 1"),
     "L15 held out": (["--held-out", "8"], "held_out: cannot hold out 8 of 8 pairs"),
-    "L15 held out negative": (["--held-out", "-1"], "held_out: -1 must be >= 0"),
+    "L15 held out negative": (["--held-out", "-1"], "held_out: -1 must be an integer >= 0"),
     "L16 threads": (["--threads", "0"], "threads: 0 must be >= 1"),
+    "L16 threads beyond reason": (["--threads", "1000000"], "threads: 1000000 must be <= 1024"),
     "T19 eos": (["--eos-token", "<end>"], "'<end>' is not in the vocabulary"),
     "E02 revision of a folder": (["--revision", "v1"], "revision 'v1' was given, but this is a local folder"),
     "model absent": (["--model", "no/such/model"], "no/such/model: no such folder, and not a hub id"),

@@ -27,7 +27,7 @@ from minipeft.files import read_header, read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config
 from minipeft.runs.answers import read_answers
-from minipeft.runs.checkpoints import sealed, verified
+from minipeft.runs.checkpoints import seal, verify
 from tests.small import write_tokenizer
 
 SCALE = float(os.environ.get("MINIPEFT_FUZZ", "1"))
@@ -136,7 +136,7 @@ def test_config_json(place: Path) -> None:
 
 def test_adapter_config_json(place: Path) -> None:
     def read(file: Path) -> None:
-        adapter_config(read_object(file), "llama")
+        adapter_config(read_object(file))
 
     feed("adapter_config", read, place / "adapter_config.json", 0.3)
 
@@ -164,7 +164,7 @@ def test_the_manifest_of_a_checkpoint(place: Path) -> None:
     folder = place / "step"
     folder.mkdir()
     (folder / "state.safetensors").write_bytes(b"")
-    sound = sealed(
+    sound = seal(
         {
             "format": 1,
             "step": 3,
@@ -173,14 +173,14 @@ def test_the_manifest_of_a_checkpoint(place: Path) -> None:
         }
     )
     (folder / "manifest.json").write_bytes(sound)
-    assert verified(folder)["step"] == 3
+    assert verify(folder)["step"] == 3
     draw = random.Random(0)
     for _ in range(round(COUNTS["manifest"] * SCALE)):
         data = spoil(sound, draw)
         (folder / "manifest.json").write_bytes(data)
         if data != sound:
             with pytest.raises(InputError):
-                verified(folder)
+                verify(folder)
 
 
 def test_tokenizers(place: Path) -> None:
@@ -247,10 +247,9 @@ def test_the_packer() -> None:
         at = draw.randrange(3 * len(batches))
         for name in ("ids", "labels", "documents"):
             assert torch.equal(getattr(again[at], name), getattr(batches[at], name))
-        assert again.fingerprint == batches.fingerprint
 
 
 def test_there_are_enough() -> None:
     assert sum(COUNTS.values()) >= 200_000
-    assert set(FAMILIES) == {"gpt2", "llama", "mistral"}
+    assert set(FAMILIES) <= {p.name for p in (CORPUS / "config").iterdir()}
     assert {p.name for p in CORPUS.iterdir()} == set(COUNTS) - {"packer", "manifest"}

@@ -1,19 +1,31 @@
 """Generation: with the cache as without, in a batch as alone, and token by token as transformers does."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
 
 import minipeft
 from minipeft.errors import InputError
-from minipeft.generation import GenerateConfig, answer, choose, generate, padded_left
+from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
 from minipeft.models.checkpoint import config_json, load_model, save_model
+from minipeft.models.config import config_from
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 60, "initializer_range": 0.25}  # fmt: skip
 FEW = {"vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, "initializer_range": 0.25}
-MAKERS = {
+WINDOWS = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 8}
+
+
+def make(name):
+    """A small decoder of the family, with windows where it has them."""
+    config = config_from(FAMILIES[name].config, {**SIZES, **WINDOWS})
+    return FAMILIES[name].decoder(config)
+
+
+MAKERS = {name: partial(make, name) for name in FAMILIES} | {
     "gpt2": lambda: GPT2(GPT2Config(**FEW)),
     "llama": lambda: Llama(LlamaConfig(**SIZES)),
     "mistral": lambda: Mistral(MistralConfig(**SIZES, sliding_window=6)),
@@ -105,7 +117,7 @@ def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     model = tuned(family, "none")
     save_model(model, tmp_path)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids, documents = padded_left(Letters().encode_all(PROMPTS), 0)
+    ids, documents = pad_left(Letters().encode_all(PROMPTS), 0)
     theirs = peer.generate(
         ids, attention_mask=(documents >= 0).long(), do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=0
     )[:, ids.shape[1] :]
@@ -208,7 +220,7 @@ def test_a_mode_and_an_adapter_survive():
         ({"temperature": float("nan")}, "temperature: nan must be finite and >= 0"),
         ({"top_p": 0.0}, "top_p: 0.0 must be in (0, 1]"),
         ({"top_p": 1.5}, "top_p: 1.5 must be in (0, 1]"),
-        ({"seed": -1}, "seed: -1 must be in [0, 2^63)"),
+        ({"seed": -1}, "seed: -1 must be an integer in [0, 2^63)"),
         ({"batch": True}, "batch: True must be an integer >= 1"),
         ({"stop": ("",)}, "stop: a stop text is empty"),
     ],
@@ -233,3 +245,17 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_is_answered():
 
 def test_every_family_is_here():
     assert set(MAKERS) == set(FAMILIES)
+
+
+def test_one_text_is_no_list_of_prompts():
+    """Its letters would be answered one by one."""
+    with pytest.raises(InputError, match="prompts: 'hello' must be a list of texts"):
+        generate(MAKERS["gpt2"](), Letters(), "hello")
+
+
+def test_the_mode_is_put_back_when_generation_fails():
+    model = MAKERS["gpt2"]().train()
+    model.hidden = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        generate(model, Letters(), ["hello"], GenerateConfig(4))
+    assert model.training

@@ -36,7 +36,7 @@ MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "she
 ALLOWED = {
     ("minipeft/models/checkpoint.py", "import pickle"): "the name UnpicklingError, to catch it",
     ("minipeft/models/checkpoint.py", "torch.load"): "legacy_bin=True, with weights_only=True",
-    ("minipeft/adapters/surgery.py", "subprocess"): "tries a regular expression in a process that can be killed",
+    ("minipeft/adapters/patterns.py", "subprocess"): "tries a regular expression in a process that can be killed",
     ("minipeft/study/runner.py", "subprocess"): "a cell of a study in a process of its own: this package's module",
     ("minipeft/demo/corpus.py", "import_module"): "modules that it names itself, for their documentation",
     ("kernels/minipeft_kernels/choice.py", "import_module"): "one of the kernel paths that the module itself names",
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_a_run_is_no_door_either(folder: Path, tmp_path: Path) -
     for name in (runs.STATE, runs.MANIFEST):
         (place / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(InputError):
-        runs.verified(place)
+        runs.verify(place)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="pickle"):
         runs.load_tensors(

@@ -26,19 +26,20 @@ import torch
 from tqdm import tqdm
 
 from minipeft import cli
-from minipeft.cli import commands
+from minipeft.cli import train as train_command
 from minipeft.errors import InputError
+from minipeft.files import lock_folder
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
-from minipeft.runs.config import TuneConfig
-from minipeft.runs.finetune import tune
+from minipeft.runs.config import RunConfig, methods_with, run_config
+from minipeft.runs.finetune import finetune
 from tests.faulty_disk import GROWS, Disk, power_cut, write_tree
 from tests.small import write_pairs, write_small_model
 
 SCALE = float(os.environ.get("MINIPEFT_TRIALS", "1"))
 TRIALS = {"random kills": 250, "power cuts": 400, "damages": 500, "signals": 50}
-SETTINGS = {"method": "lora", "targets": "c_attn", "rank": 2, "dropout": 0.2, "steps": 6, "accumulate": 2, "length": 64,
-            "held_out": 2, "evaluate_every": 2, "save_every": 1}  # fmt: skip
+SETTINGS = {"method": "lora", "targets": ("c_attn",), "rank": 2, "dropout": 0.2, "steps": 6, "accumulate": 2,
+            "length": 64, "held_out": 2, "evaluate_every": 2, "save_every": 1}  # fmt: skip
 IGNORED = {"timing.json", ".lock"}  # what says how long it took and whose it was; all else is compared
 
 
@@ -51,7 +52,7 @@ def quiet() -> Iterator[None]:
     """No progress bars, no measuring of this machine's speed, one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tqdm", partial(tqdm, disable=True))
-        patch.setattr(tuning, "estimate", lambda *_: "so many steps at a rate of so much")
+        patch.setattr(tuning, "estimate", lambda *_: "so many steps at a learning rate of so much")
         torch.set_num_threads(1)
         yield
 
@@ -65,12 +66,21 @@ def place() -> Iterator[Path]:
         yield Path(folder)
 
 
-def config_of(place: Path, **changes: Any) -> TuneConfig:
-    return TuneConfig(str(place / "model"), str(place / "pairs.jsonl"), **{**SETTINGS, **changes})
+def config_of(place: Path, **changes: Any) -> RunConfig:
+    """The trials' settings with some changes; settings that another method lacks are left out."""
+    given = {"model": str(place / "model"), "data": str(place / "pairs.jsonl"), **SETTINGS, **changes}
+    method = given.pop("method")
+    own = {name: value for name, value in given.items() if name in changes or has(method, name)}
+    return run_config(method, **own)
+
+
+def has(method: str, name: str) -> bool:
+    having = methods_with(name.replace("_", "-"))
+    return method in having
 
 
 def run(place: Path, out: Path, say: Callable[[str], None] = lambda _: None, **changes: Any) -> dict[str, Any]:
-    return tune(config_of(place, **changes), out, resume=True, say=say)
+    return finetune(config_of(place, **changes), out, resume=True, say=say)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +340,7 @@ def test_a_full_disk_at_every_write(place: Path, wanted: dict[str, bytes]) -> No
             assert any(part.replace(",", "").strip("(").isdigit() for part in said.split()), said
         steps = sorted((out / "checkpoints").glob("step-*"))
         for folder in steps:
-            runs.verified(folder)
+            runs.verify(folder)
         assert not list(out.glob("checkpoints/.tmp*")), "half a checkpoint keeps room that is needed"
         ended = (out / "result.json").exists()  # refused by the very last sync
         result = same(place, out, wanted)
@@ -362,7 +372,7 @@ def test_a_real_full_disk(place: Path, tmp_path: Path, wanted: dict[str, bytes])
                 run(place, mount / "run")
         assert sorted(p.name for p in (mount / "run/checkpoints").iterdir()) == ["step-000001", "step-000002"]
         for n in (1, 2):
-            runs.verified(mount / f"run/checkpoints/step-00000{n}")
+            runs.verify(mount / f"run/checkpoints/step-00000{n}")
         with pytest.raises(InputError, match="cannot write 65,536 bytes: No space left"):
             run(place, mount / "run")
         filler.unlink()
@@ -378,7 +388,14 @@ def fill(file: Path) -> None:
             stream.write(bytes(1024))
 
 
-ARGUMENTS = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+ARGUMENTS = [
+    part
+    for name, value in SETTINGS.items()
+    for part in (
+        f"--{name.replace('_', '-')}",
+        value if isinstance(value, str) else ",".join(value) if isinstance(value, tuple) else str(value),
+    )
+]
 
 
 def command(place: Path, out: Path, *more: str) -> list[str]:
@@ -401,7 +418,9 @@ def test_signals(number: signal.Signals, place: Path) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    commands, "report", lambda line: os.write(writer, b"!") if " steps at a rate" in line else None
+                    train_command,
+                    "report",
+                    lambda line: os.write(writer, b"!") if " steps at a learning" in line else None,
                 )
                 return cli.main([*command(place, out), "--steps", "60", "--save-every", "1000"])
 
@@ -522,11 +541,7 @@ def test_other_arguments_are_refused_with_both_values(place: Path, stopped: Path
         assert str(error.value).startswith(f"{stopped}/run.json: this run was started differently (")
         assert said in str(error.value)
     with pytest.raises(InputError, match=r"data_sha256: '\w+' -> '\w+'"):
-        tune(
-            TuneConfig(str(place / "model"), str(write_pairs(place / "more.jsonl", 9)), **SETTINGS),
-            stopped,
-            resume=True,
-        )
+        finetune(config_of(place, data=str(write_pairs(place / "more.jsonl", 9))), stopped, resume=True)
     torch.set_num_threads(2)
     try:
         with pytest.raises(InputError, match="threads: 1 -> 2"):
@@ -548,7 +563,7 @@ def test_a_folder_in_use_is_refused_with_the_process(place: Path, tmp_path: Path
     ready, done = os.pipe(), os.pipe()
 
     def hold() -> None:
-        lock = runs.take_lock(tmp_path)
+        lock = lock_folder(tmp_path)
         os.write(ready[1], b"!")
         os.read(done[0], 1)
         lock.close()
@@ -577,7 +592,7 @@ def test_a_folder_that_holds_something_is_not_taken(place: Path, tmp_path: Path)
     before = files_of(tmp_path)
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(InputError, match=r"is not empty \(adapter, model\)"):
-            tune(config_of(place), tmp_path, say=lambda _: None, **how)
+            finetune(config_of(place), tmp_path, say=lambda _: None, **how)
     assert files_of(tmp_path) == before
 
 
@@ -585,11 +600,11 @@ def test_overwrite_starts_anew(place: Path, stopped: Path, wanted: dict[str, byt
     out = place / "anew"
     shutil.copytree(stopped, out)
     with pytest.raises(InputError, match="is not empty"):
-        tune(config_of(place), out, say=lambda _: None)
-    assert tune(config_of(place), out, overwrite=True, say=lambda _: None)["resumed_at"] == 0
+        finetune(config_of(place), out, say=lambda _: None)
+    assert finetune(config_of(place), out, overwrite=True, say=lambda _: None)["resumed_at"] == 0
     assert files_of(out) == wanted
     with pytest.raises(InputError, match="resume, overwrite: cannot go together"):
-        tune(config_of(place), out, overwrite=True, resume=True)
+        finetune(config_of(place), out, overwrite=True, resume=True)
 
 
 def test_a_bad_folder_is_found_before_the_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,7 +621,7 @@ def test_a_bad_folder_is_found_before_the_model(place: Path, tmp_path: Path, mon
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"the disk has 100,000 bytes free, but 3 checkpoints and the result take"):
-        run(place, tmp_path / "full", method="full", targets="all-linear")
+        run(place, tmp_path / "full", method="full")
 
 
 def test_out_of_memory_says_what_to_do(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,9 +641,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"dropout": 0.3},
     "lora, checkpointing": {"activation_checkpointing": True, "batch": 2},
-    "prefix": {"method": "prefix", "columns": 3, "reparam": 8},
-    "prompt": {"method": "prompt", "columns": 3},
-    "prompt, network": {"method": "prompt", "columns": 3, "reparam": 8, "loss_mask": "response"},
+    "prefix": {"method": "prefix", "virtual_tokens": 3, "reparam_width": 8},
+    "prompt": {"method": "prompt", "virtual_tokens": 3},
+    "prompt, network": {"method": "prompt", "virtual_tokens": 3, "reparam_width": 8, "loss_mask": "response"},
 }
 
 
@@ -639,10 +654,10 @@ def test_every_method_resumes_exactly(name: str, family: str, place: Path) -> No
     model = place / f"model-{family}"
     if not model.exists():
         write_small_model(model, family)
-    targets = "c_attn" if family == "gpt2" else "q_proj,v_proj"
-    given = {"targets": targets, "steps": 6, "length": 96, **METHODS[name]}
-    shared = TuneConfig(str(model), str(place / "pairs.jsonl"), **{**SETTINGS, **given})
-    tune(shared, place / "whole", say=lambda _: None)
+    targets = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
+    given: dict[str, Any] = {"model": str(model), "steps": 6, "length": 96, **METHODS[name]}
+    shared = config_of(place, **given, **({} if "method" in METHODS[name] else {"targets": targets}))
+    finetune(shared, place / "whole", say=lambda _: None)
     plain = runs.Run.save
 
     def die() -> None:
@@ -652,10 +667,10 @@ def test_every_method_resumes_exactly(name: str, family: str, place: Path) -> No
                 os.kill(os.getpid(), signal.SIGKILL)
 
         runs.Run.save = save  # type: ignore[method-assign]
-        tune(shared, place / "part", say=lambda _: None)
+        finetune(shared, place / "part", say=lambda _: None)
 
     assert forked(die) == -signal.SIGKILL
-    assert tune(shared, place / "part", resume=True, say=lambda _: None)["resumed_at"] == 3
+    assert finetune(shared, place / "part", resume=True, say=lambda _: None)["resumed_at"] == 3
     assert files_of(place / "part") == files_of(place / "whole")
     shutil.rmtree(place / "part"), shutil.rmtree(place / "whole")
 

@@ -1,4 +1,4 @@
-"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect`.
+"""The command line: `minipeft study`, `train`, `generate`, `score`, `plan`, `inspect`; one file per command.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved. `--debug` shows the traceback instead of the line.
@@ -13,53 +13,44 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.cli.commands import COMMANDS, report
+from minipeft.cli import generate, inspect, plan, score, study, train
+from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
-EXAMPLES = {
-    "study": "minipeft study --out study\n"
-    "  minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study",
-    "train": "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3",
-    "generate": "minipeft generate --model gpt2 --adapter runs/lora/adapter 'sort a list of tuples by second element'\n"
-    "  minipeft generate --model gpt2 --adapter runs/lora/adapter --data conala --split test --out answers.jsonl",
-    "score": "minipeft score answers.jsonl",
-    "plan": "minipeft plan gpt2 --method lora --length 1024 --batch 4\n"
-    "  minipeft plan --preset paper --activation-checkpointing",
-    "inspect": "minipeft inspect runs/lora/adapter",
-}
-HELP = {
-    "study": "compare ways of tuning, from nothing to a table and a report; the same line goes on where it was stopped",
-    "train": "tune a model on pairs of intent and snippet, resumably",
-    "generate": "answer prompts, or all questions of a data set",
-    "score": "score a file of predictions against their references",
-    "plan": "say what training would take, from config.json alone: parameters, memory, time",
-    "inspect": "say what an adapter's or a model's folder holds, without loading it",
-}
+COMMANDS = {"study": study, "train": train, "generate": generate, "score": score, "plan": plan, "inspect": inspect}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    from minipeft.runs.process import lossy_stderr
+
+    with lossy_stderr():
+        return run_command(arguments)
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
+    """Parse the arguments and run the command; an error becomes a line and a status."""
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-        if sys.stdout is not None:  # None where it was closed before we began
+        if sys.stdout is not None:  # None where it was closed before the process began
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, OSError) as error:
         if options.debug:
             raise
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        report(f"error: {place}{error.strerror or error if isinstance(error, OSError) else error}")
+        report(f"error: {place}{error.strerror or error if isinstance(error, OSError) else error}".replace("\n", "\\n"))
         return 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line, as all other errors, and which flag may have been meant."""
+    """Reports a wrong flag in one line, like every other error, with the flag that may have been meant."""
 
     def error(self, message: str) -> NoReturn:
         hints = [f"See {self.prog} --help"]
@@ -83,16 +74,16 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     parser = Parser(prog="minipeft", description="Parameter-efficient fine-tuning from scratch in plain PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (run, fill) in COMMANDS.items():
+    for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
-            help=HELP[name],
-            description=HELP[name].capitalize() + ".",
+            help=module.HELP,
+            description=module.HELP.capitalize() + ".",
             allow_abbrev=False,
-            epilog=f"example:\n  {EXAMPLES[name]}",
+            epilog=f"example:\n  {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        fill(command)
+        module.add_flags(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(run=run)
+        command.set_defaults(run=module.main)
     return parser

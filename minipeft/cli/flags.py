@@ -1,85 +1,200 @@
-"""Flags from config dataclasses: one for each field, and back. `--max-new-tokens` is `max_new_tokens`."""
+"""Flags from config dataclasses: one per field, with the help, choices and range that the field declares.
+
+    rank: int = option(16, "rank r of the update")       --rank INT            int, float, text
+    isolate: bool = option(True, ...)                    --isolate, --no-isolate
+    layers: tuple[int, ...]                              --layers 0,1,2
+    stop: tuple[str, ...]                                --stop TEXT --stop TEXT
+    targets: str | tuple[str, ...]                       --targets q_proj,v_proj, or a regular expression
+    lr_multipliers: Mapping[str, float]                  --lr-multiplier lora_B=16, once for each name
+
+No flag has a default of its own: what was not typed is not in the result, and the config's defaults hold.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import types
 import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-TRAIN_HELP = {
-    "model": "folder or hub id of a GPT-2, Llama or Mistral checkpoint",
-    "data": "conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)",
-    "method": "full, lora, prefix or prompt",
-    "steps": "optimizer steps, instead of --epochs",
-    "epochs": "passes over the data",
-    "batch": "rows of --length tokens at a time",
-    "accumulate": "batches a step",
-    "length": "tokens of a row; default 1024, or the model's context",
-    "learning_rate": "peak rate; default the method's own",
-    "loss_mask": "which tokens are supervised: all or response",
-    "isolate": "keep the documents of a row from seeing each other",
-    "held_out": "pairs kept for evaluation, by question",
-    "evaluate_every": "steps between evaluations; default once an epoch",
-    "save_every": "steps between checkpoints",
-    "seed": "of everything that is drawn",
-    "dtype": "of the base: fp32 or bf16; default its own (fp32 where it is trained)",
-    "device": "cpu, cuda, ...",
-    "rank": "LoRA's r",
-    "alpha": "LoRA's alpha; the update is scaled by alpha / rank",
-    "dropout": "of LoRA's input",
-    "targets": "LoRA's linears: all-linear, default, or names with commas between",
-    "columns": "length of a prefix or prompt",
-    "init": "start of a prefix or prompt: text, normal, peft (prefix), vocab (prompt)",
-    "text": "what a prefix or prompt starts as",
-    "reparam": "width of the network that makes a prefix or prompt while it trains (Li & Liang); default none",
-    "deterministic": "on CUDA: the same bits each time, slower (a CPU gives them anyway)",
-    "activation_checkpointing": "recompute activations: less memory, more time",
-    "legacy_bin": "read pytorch_model.bin where there are no safetensors",
-    "eos_token": "the token that ends a text, where the tokenizer names none",
-    "revision": "commit, tag or branch on the hub",
-}
-GENERATE_HELP = {
-    "max_new_tokens": "tokens of an answer at most",
-    "temperature": "0 is greedy",
-    "top_p": "share of probability that is drawn from",
-    "seed": "of the draws",
-    "stop": "a text that ends an answer (may be given more than once)",
-    "batch": "prompts at a time",
-}
+from minipeft.errors import InputError
+
+MOST_THREADS = 1024
+
+
+class Pairs(argparse.Action):
+    """Collects NAME=VALUE flags into a dict."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), value[0]: value[1]})
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, config: type, helps: dict[str, str], skip: tuple[str, ...] = ()
+    parser: Any,
+    config: type,
+    *,
+    skip: Iterable[str] = (),
+    several: str | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> None:
-    """One flag for each field of a config dataclass: `--max-new-tokens` for max_new_tokens, `--no-isolate` for True."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if field.name in skip:
-            continue
-        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
-        said = helps.get(field.name, "")
-        required = field.default is dataclasses.MISSING
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=said)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, action="append", default=[], metavar="TEXT", help=said)
-        else:
-            shown = "" if required or field.default is None else f" (default {field.default})"
-            parser.add_argument(
-                flag,
-                type=kind,
-                required=required,
-                default=None if required else field.default,
-                metavar=kind.__name__.upper(),
-                help=said + shown,
-            )
+    """Add a flag for each field of a config, but for the flags in `skip`.
+
+    `several`: "+" lets a flag that holds a list of texts take all of them after it (--model A B), where no positional
+    argument may follow. `defaults`: what the help says of a field's default, where it is not the config's own.
+    """
+    from minipeft.runs.config import fields_of
+
+    for setting in fields_of(config, ""):
+        if setting.name not in skip:
+            add_flag(parser, setting, explain(setting, (defaults or {}).get(setting.field)), several)
 
 
-def chosen(config: type, options: argparse.Namespace) -> Any:
-    """The config filled from the flags."""
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(config) if hasattr(options, f.name)}
-    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+def add_flag(parser: Any, setting: Any, help: str | None = None, several: str | None = None) -> None:
+    """Add the flag of one setting to a parser or a group of it."""
+    names = [f"--{name}" for name in (setting.name, *(setting.metadata.get("aliases") or ()))]
+    how: dict[str, Any] = {"dest": setting.name.replace("-", "_"), "default": argparse.SUPPRESS}
+    how["help"] = (explain(setting) if help is None else help).replace("%", "%%")
+    parser.add_argument(*names, **how, **reading(setting, several))
+
+
+def reading(setting: Any, several: str | None) -> dict[str, Any]:
+    """How argparse reads the value of a flag: its action, type and metavar."""
+    from minipeft.runs.config import is_required
+
+    parts = [part for part in options_of(setting.hint) if part is not type(None)]
+    kind, origin = parts[0], typing.get_origin(parts[0]) or parts[0]
+    if len(parts) > 1:  # str | tuple[str, ...]
+        return {"type": read_targets, "metavar": "NAMES"}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is tuple and typing.get_args(kind)[0] is int:
+        return {"type": read_integers, "metavar": "N,N"}
+    if origin is tuple:
+        return {"action": "append" if several is None else "extend", "nargs": several, "metavar": "TEXT"}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"action": Pairs, "type": pair_reader(typing.get_args(kind)[1]), "metavar": "NAME=VALUE"}
+    return {"type": kind, "metavar": kind.__name__.upper(), "required": is_required(setting)}
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation: int | None -> (int, None)."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def explain(setting: Any, default_text: str | None = None) -> str:
+    """The help of a flag: the field's own text, its choices and its default."""
+    from minipeft.runs.config import is_required
+
+    text, choices = setting.metadata["help"], setting.metadata.get("choices") or ()
+    if choices and not all(choice in text for choice in choices):
+        text = f"{text}: {', '.join(choices)}"
+    if default_text is not None:
+        return f"{text} (default {default_text})"
+    default = setting.default
+    if is_required(setting) or default is None or isinstance(default, bool | Mapping) or default in ("", ()):
+        return f"{text} (default yes)" if default is True else str(text)
+    return f"{text} (default {' '.join(default) if isinstance(default, tuple) else default})"
+
+
+def read_targets(text: str) -> Any:
+    """--targets: names with commas between them, a keyword, or a regular expression."""
+    from minipeft.adapters.targets import parse_targets
+
+    try:
+        return parse_targets(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_integers(text: str) -> tuple[int, ...]:
+    """Integers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be integers with commas between them") from None
+
+
+def pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
+    """A function that reads NAME=VALUE; the name may hold "=" itself."""
+
+    def read(text: str) -> tuple[str, Any]:
+        name, equals, value = text.rpartition("=")
+        try:
+            if not (name and equals):
+                raise ValueError
+            return name, kind(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, such as lora_B=16") from None
+
+    return read
+
+
+def typed(config: type, options: argparse.Namespace, skip: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a config that were typed, by field name."""
+    from minipeft.runs.config import fields_of
+
+    found = [setting for setting in fields_of(config, "") if setting.name not in skip]
+    return {s.field: getattr(options, s.name.replace("-", "_")) for s in found if was_typed(s.name, options)}
+
+
+def was_typed(flag: str, options: argparse.Namespace) -> bool:
+    """Whether a flag stood on the command line."""
+    return hasattr(options, flag.replace("-", "_"))
+
+
+def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) -> None:
+    """Add the flags of every method's config, in a group for each set of methods that share them.
+
+    A flag that is explained differently by two methods gets both texts: --init.
+    """
+    from minipeft.adapters import METHODS
+    from minipeft.runs.config import fields_of
+
+    found: dict[str, dict[str, Any]] = {}  # flag -> method -> setting
+    for method in METHODS.values():
+        for setting in fields_of(method.config, "adapter"):
+            if setting.name not in skip:
+                found.setdefault(setting.name, {})[method.name] = setting
+    sharing: dict[tuple[str, ...], list[str]] = {}
+    for flag, having in found.items():
+        sharing.setdefault(tuple(having), []).append(flag)
+    for methods, flags in sharing.items():
+        names = [name for method in methods for name in (method, *METHODS[method].presets)]
+        group = parser.add_argument_group(f"with --method {', '.join(names)}")
+        for flag in flags:
+            texts = {method: explain(setting) for method, setting in found[flag].items()}
+            differing = len(set(texts.values())) > 1
+            text = "; ".join(f"{method}: {text}" for method, text in texts.items()) if differing else None
+            add_flag(group, found[flag][methods[0]], text)
+
+
+def method_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was typed of all methods' flags, by name; whether the chosen method has them is checked later."""
+    from minipeft.adapters import METHODS
+    from minipeft.runs.config import fields_of
+
+    flags = {setting.name for method in METHODS.values() for setting in fields_of(method.config, "adapter")}
+    return {
+        name: getattr(options, name)
+        for name in (flag.replace("-", "_") for flag in sorted(flags))
+        if hasattr(options, name)
+    }
+
+
+def add_threads(parser: Any) -> None:
+    """Add --threads."""
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default all cores")
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"{threads} must be >= 1", where="threads")
+        if threads > MOST_THREADS:  # torch would end the process
+            raise InputError(f"{threads} must be <= {MOST_THREADS}", where="threads")
+        torch.set_num_threads(threads)

@@ -1,81 +1,256 @@
-"""The settings of a run: TuneConfig, which `minipeft train` fills from its flags (cli/flags.py)."""
+"""RunConfig, the settings of a training run: the configs of model, data, adapter, packing and training, nested.
+
+No field is declared twice. `settings(method)` lists every field of every nested config under the name of its flag, and
+that one table is read by Python (`run_config("lora", rank=8)`), JSON (`as_json`) and the command line (cli/flags.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig
-from minipeft.errors import InputError
+from minipeft.adapters import METHODS, make_adapter_config, method_named, method_of
+from minipeft.adapters.method import Method
+from minipeft.data.packing import PackConfig
+from minipeft.errors import InputError, check_fields, check_value, option
+from minipeft.hub import fetch
+from minipeft.models.checkpoint import read_config
+from minipeft.runs.planning import MOST_LAYERS, build_on_meta
 from minipeft.training.loop import TrainConfig
-from minipeft.training.recipes import recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class TuneConfig:
-    """What to train, on what, and how; None takes the method's own default (recipes.py)."""
+class ModelConfig:
+    """Which model, and how it is loaded."""
 
-    model: str  # folder or hub id
-    data: str  # conala, demo, or a file of pairs
-    method: str = "lora"  # full, lora, prefix, prompt
-    steps: int | None = None  # optimizer steps; else epochs decide
-    epochs: float = 3.0
-    batch: int = 1  # rows of `length` tokens
-    accumulate: int = 1  # batches a step
-    length: int | None = None  # tokens of a row; None: 1024, or the model's context
-    learning_rate: float | None = None
-    loss_mask: str = "all"  # which tokens are supervised: all, response
-    isolate: bool = True  # documents of a row do not see each other
-    held_out: int = 100  # pairs kept for evaluation, by question
-    evaluate_every: int | None = None  # steps; None: each epoch
-    save_every: int = 50  # steps
-    seed: int = 0
-    dtype: str | None = None  # of the base: fp32, bf16; None: its own (fp32 where it is trained)
-    device: str = "cpu"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str = "all-linear"  # or default, or names with commas between
-    columns: int = 20  # of a prefix or prompt
-    init: str = "text"
-    text: str | None = None  # what a prefix or prompt starts as
-    reparam: int | None = None  # width of the network that makes a prefix or prompt; None: a plain table
-    activation_checkpointing: bool = False  # recompute activations: less memory, more time
-    legacy_bin: bool = False
-    eos_token: str | None = None
-    revision: str | None = None
-    deterministic: bool = False  # on CUDA: the same bits each time, slower; a CPU does so anyway
+    source: str = option(help="folder or hub id of a checkpoint, or demo", flag="model")
+    revision: str | None = option(None, "commit, tag or branch on the hub")
+    dtype: str | None = option(None, "dtype of the base; default its own, full tuning: fp32", choices=DTYPES)
+    device: str = option("cpu", "cpu, cuda, ...")
+    legacy_bin: bool = option(False, "read pytorch_model.bin where there are no safetensors")
+    eos_token: str | None = option(None, "token that ends a text, where the tokenizer names none")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "save_every", "batch", "accumulate", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{value} must be >= 1", where=name)
-        if not 0 < self.epochs < float("inf"):
-            raise InputError(f"{self.epochs} must be finite and > 0", where="epochs")
-        if self.held_out < 0:
-            raise InputError(f"{self.held_out} must be >= 0", where="held_out")
-        if self.dtype not in (None, *DTYPES):
-            raise InputError(f"{self.dtype!r} is not known ({', '.join(DTYPES)})", where="dtype")
-        if self.dtype == "bf16" and self.method == "full":
-            raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
-        self.adapter()
-        TrainConfig(steps=1, seed=self.seed, learning_rate=self.learning_rate or recipe(self.method).learning_rate)
-        if self.learning_rate == 0:
-            raise InputError("0 must be > 0", where="learning_rate")
+        check_fields(self)
 
-    def adapter(self) -> FullConfig | LoRAConfig | PrefixConfig | PromptConfig:
-        """The adapter's own config."""
-        started: dict[str, Any] = {"length": self.columns, "init": self.init, "reparam": self.reparam}
-        if self.text is not None:
-            started["text"] = self.text
-        if self.method == "prefix":
-            return PrefixConfig(**started)
-        if self.method == "prompt":
-            return PromptConfig(**started)
-        named = self.targets if self.targets in ("all-linear", "default") else tuple(self.targets.split(","))
-        return FullConfig() if self.method == "full" else LoRAConfig(self.rank, self.alpha, self.dropout, named)
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pairs, and how many of them are held out."""
+
+    source: str = option(
+        help="conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)", flag="data"
+    )
+    held_out: int = option(100, "pairs held out for evaluation, whole questions", least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run. `train.steps` None: `epochs` decides."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: Any  # the config of a method: LoRAConfig, PrefixConfig, ...
+    packing: PackConfig
+    train: TrainConfig
+    epochs: float = option(3.0, "passes over the data, where --steps is not given", above=0)
+    evaluate_every: int | None = option(None, "steps between evaluations; default once an epoch", least=1)
+    save_every: int = option(50, "steps between checkpoints", least=1)
+    deterministic: bool = option(False, "give the same bits each time on CUDA too, slower; a CPU always does")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.model.dtype == "bf16" and self.method.trains_base:
+            raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
+
+    @property
+    def method(self) -> Method:
+        """The record of the adapter's method."""
+        return method_of(self.adapter)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every setting under its flag's name, and the method: JSON values, a tuple as a list."""
+        values = {name: getattr(part_of(self, setting), setting.field) for name, setting in named(self).items()}
+        return {"method": self.method.name, **{name: plain(value) for name, value in values.items()}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunConfig:
+        """The config that `as_json` wrote.
+
+        Raises:
+            InputError: a setting is missing, unknown or out of its range.
+        """
+        if not isinstance(value, Mapping) or "method" not in value:
+            raise InputError("must be an object with a method", where="run config")
+        given = {name: setting for name, setting in value.items() if name != "method"}
+        table = by_name(str(value["method"]))
+        if absent := [name for name in table if name not in given]:
+            raise InputError(f"missing settings: {', '.join(absent)}", where="run config")
+        return assemble(str(value["method"]), given)
+
+    def change(self, **chosen: Any) -> RunConfig:
+        """The same run with other settings, by the names of their flags."""
+        return RunConfig.from_json({**self.as_json(), **chosen})
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "packing": PackConfig, "train": TrainConfig}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a nested config, under the name of its flag."""
+
+    name: str  # virtual-tokens
+    section: str  # model, data, adapter, packing, train; run: RunConfig's own
+    field: str  # length
+    hint: Any  # the annotation
+    default: Any  # dataclasses.MISSING: must be given
+    metadata: Mapping[str, Any]  # of errors.option: help, choices, limits, aliases
+
+
+def settings(method: str = "lora") -> dict[str, Setting]:
+    """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
+    kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
+             "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
+    found = [setting for section, kind in kinds.items() for setting in fields_of(kind, section)]
+    table = {setting.name: setting for setting in found}
+    assert len(table) == len(found), f"two settings of {method} have one flag"
+    return table
+
+
+def fields_of(kind: type, section: str) -> list[Setting]:
+    """The fields of a config that have a flag; of RunConfig those that are no config themselves."""
+    hints, found = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        flag = field.metadata.get("flag")
+        if not field.metadata or flag == "":
+            continue
+        name = flag or field.name.replace("_", "-")
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        found.append(Setting(name, section, field.name, hints[field.name], made, field.metadata))
+    return found
+
+
+def is_required(setting: Setting) -> bool:
+    """Whether a setting has no default."""
+    return setting.default is dataclasses.MISSING
+
+
+def methods_with(name: str) -> list[str]:
+    """The methods that have a setting, by its flag."""
+    return [method for method in METHODS if name in settings(method)]
+
+
+def run_config(method: str = "lora", *, base: tuple[int, str] | None = None, **chosen: Any) -> RunConfig:
+    """The config of a run from flat settings, each named as its flag: run_config("lora", model="demo", rank=2, ...)
+
+    What is not given of training comes from the method's recipe, for which the base's parameters and family are read
+    from its config.json; `base` gives them instead.
+
+    Raises:
+        InputError: a setting is unknown, out of range, or has no effect with the method; config.json cannot be read.
+    """
+    given = {name: value for name, value in chosen.items() if value is not None}
+    config = assemble(method, given)
+    parameters, family = base_of(config.model) if base is None else base
+    recipe = config.method.recipe(config.adapter, parameters, family).settings()
+    fields = {
+        setting.field for name, setting in by_name(method).items() if name in given and setting.section == "train"
+    }
+    return replace(config, train=replace(config.train, **{k: v for k, v in recipe.items() if k not in fields}))
+
+
+def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
+    """The nested configs from flat settings; what is not given takes its default.
+
+    Raises:
+        InputError: as `run_config`.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    table, parts = by_name(method), {section: {} for section in ("adapter", "run", *SECTIONS)}  # type: ignore[var-annotated]
+    for name, value in given.items():
+        if name not in table:
+            refuse(name, method)
+        parts[table[name].section][table[name].field] = value
+    for name, setting in table.items():
+        if is_required(setting) and setting.field not in parts[setting.section]:
+            raise InputError("must be given", where=name)
+        if setting.field in parts[setting.section]:  # under its flag's name, which the config itself does not know
+            check_value(given[name], setting.hint, setting.metadata, name)
+    nested = {section: kind(**parts[section]) for section, kind in SECTIONS.items()}
+    return RunConfig(**nested, adapter=make_adapter_config(method, **parts["adapter"]), **parts["run"])
+
+
+def refuse(name: str, method: str) -> typing.NoReturn:
+    """Say which methods have a setting that this one lacks, or which name was meant."""
+    flag = name.replace("_", "-")
+    if having := methods_with(flag):
+        verb = "has" if len(having) == 1 else "have"
+        raise InputError(f"has no effect with {method} ({', '.join(having)} {verb} it)", where=name)
+    known = sorted({setting for other in METHODS for setting in by_name(other)})
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    raise InputError(f"is not a setting of {method}", where=name, hint=f"Did you mean {near[0]}?" if near else None)
+
+
+def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each method the chosen settings that it has, by flag names with _ for -.
+
+    Raises:
+        InputError: a setting that none of the methods has.
+    """
+    for name in chosen:
+        if not any(name in by_name(method) for method in methods):
+            refuse(name, ", ".join(methods))
+    return {method: {n: value for n, value in chosen.items() if n in by_name(method)} for method in methods}
+
+
+def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
+    """The config of a method from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
+    table = by_name(method)
+    return make_adapter_config(method, **{table[name].field: value for name, value in chosen.items()})
+
+
+def by_name(method: str) -> dict[str, Setting]:
+    """The settings by their names in Python and JSON."""
+    return {flag.replace("-", "_"): setting for flag, setting in settings(method).items()}
+
+
+def named(config: RunConfig) -> dict[str, Setting]:
+    """The settings of a config's own method, by name."""
+    return by_name(config.method.name)
+
+
+def part_of(config: RunConfig, setting: Setting) -> Any:
+    """The nested config that holds a setting."""
+    return config if setting.section == "run" else getattr(config, setting.section)
+
+
+def plain(value: Any) -> Any:
+    """A setting as a JSON value."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def base_of(model: ModelConfig) -> tuple[int, str]:
+    """How many parameters the base has, and its family, from config.json; (0, family) where it has too many layers to
+    be built, which loading will refuse.
+
+    Raises:
+        InputError: config.json is missing or wrong.
+    """
+    config = read_config(fetch(model.source, ["config.json"], revision=model.revision) / "config.json")
+    if config.layers > MOST_LAYERS:
+        return 0, config.model_type
+    return sum(p.numel() for p in build_on_meta(config).parameters()), config.model_type

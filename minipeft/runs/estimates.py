@@ -1,111 +1,104 @@
-"""What a run of a TuneConfig will take: room on the disk, memory and time, found before anything large is read."""
+"""What a whole run takes: space on the disk, memory and time, found before anything large is read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minipeft.adapters import LoRAConfig, PrefixConfig, PromptConfig
-from minipeft.adapters.lora import plan as lora_plan
-from minipeft.data.packing import Batches
+from minipeft.data.packing import Batch, Batches, PackConfig
 from minipeft.errors import InputError
 from minipeft.files import read_object
 from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import read_config
 from minipeft.runs.checkpoints import check_space
-from minipeft.runs.config import DTYPES, TuneConfig
+from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.planning import (
     EFFICIENCY,
     MOST_LAYERS,
+    adapt_on_meta,
     forward_flops,
     in_words,
     plan,
     probe_flops,
     train_flops,
-    without_data,
 )
 from minipeft.runs.process import check_device
 from minipeft.training.loop import TrainConfig
 
 
-def check_room(config: TuneConfig, out: Path) -> None:
-    """Refuse a disk that is too small for the run: found from config.json, before any weight is read."""
-    folder = fetch(config.model, ["config.json"], revision=config.revision)
-    base = read_config(folder / "config.json")
-    if base.layers > MOST_LAYERS:  # held against the weights before any layer is built
+def check_room(config: RunConfig, out: Path) -> None:
+    """Refuse a disk that is too small for the run, from config.json, before any weight is read."""
+    base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
+    if base.layers > MOST_LAYERS:  # loading will compare it with the weights before any layer is built
         return
-    model = without_data(base)
-    adapter, numbers = config.adapter(), sum(p.numel() for p in model.parameters())
-    if isinstance(adapter, LoRAConfig):
-        shapes = {
-            path: (rank, model.get_parameter(f"{path}.weight")) for path, (rank, _) in lora_plan(model, adapter).items()
-        }
-        numbers = sum(rank * sum(weight.shape) for rank, weight in shapes.values())
-    elif isinstance(adapter, PrefixConfig):
-        columns = base.layers * 2 * base.kv_heads * base.head_width
-        numbers = adapter.length * columns + (adapter.reparam or 0) * (base.width + columns)
-    elif isinstance(adapter, PromptConfig):
-        numbers = adapter.length * base.width + (adapter.reparam or 0) * 2 * base.width
-    check_space(out, numbers, more=4 * numbers)
+    _, report = adapt_on_meta(base, config.adapter, torch.float32)
+    check_space(out, report.trainable, more=4 * report.trainable)
 
 
-def plan_of(config: TuneConfig) -> dict[str, Any]:
-    """What a run would take, from config.json alone (planning.py): memory in bytes, and seconds a step on this machine.
+def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> dict[str, Any]:
+    """A row of `minipeft plan`, from config.json alone: memory in bytes, and seconds per step on this machine.
 
     Raises:
         InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
     """
-    check_device(config.device)
-    file = fetch(config.model, ["config.json"], revision=config.revision) / "config.json"
-    base, own = read_config(file), read_object(file)
-    named = own.get("dtype") or own.get("torch_dtype")
-    dtype = DTYPES[config.dtype or ("fp32" if config.method == "full" or named in (None, "float32") else "bf16")]
-    shape: dict[str, Any] = {
-        "rows": config.batch,
-        "length": config.length,
-        "activation_checkpointing": config.activation_checkpointing,
-    }
-    found = plan(base, config.adapter(), dtype=dtype, **shape)
-    seconds = found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(config.device)))
+    check_device(model.device)
+    file = fetch(model.source, ["config.json"], revision=model.revision) / "config.json"
+    base, given = read_config(file), read_object(file)
+    stored = given.get("dtype") or given.get("torch_dtype")
+    found = plan(
+        base,
+        adapter,
+        rows=packing.batch,
+        length=packing.length,
+        dtype=DTYPES[model.dtype or ("fp32" if stored in (None, "float32") else "bf16")],
+        activation_checkpointing=activation_checkpointing,
+    )
+    dtype = getattr(torch, found.dtype)
     return {
-        "model": config.model,
+        "model": model.source,
         **asdict(found),
         "percent": found.percent,
         "peak": found.peak,
-        "dtype": str(dtype).removeprefix("torch."),
-        "activation_checkpointing": config.activation_checkpointing,
-        "seconds": seconds,
+        "activation_checkpointing": activation_checkpointing,
+        "seconds": found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(model.device))),
     }
 
 
-def length_of(config: TuneConfig, model: Decoder) -> int:
-    """Tokens of a row."""
-    length = config.length or min(1024, model.config.context)
+def row_length(packing: PackConfig, model: Decoder) -> int:
+    """Tokens of a row, those of the adapter included.
+
+    Raises:
+        InputError: more than the model's context.
+    """
+    length = packing.length or min(1024, model.config.context)
     if length > model.config.context:
         raise InputError(f"{length} exceeds the model's context of {model.config.context}", where="length")
     return length
 
 
-def evaluated_every(config: TuneConfig, batches: Batches) -> int:
-    """Steps between evaluations: once an epoch, unless the caller says."""
-    return config.evaluate_every or max(1, len(batches) // config.accumulate)
+def evaluation_interval(config: RunConfig, batches: Batches) -> int:
+    """Steps between evaluations: one epoch, where the config does not say."""
+    return config.evaluate_every or max(1, len(batches) // config.train.accumulate)
 
 
-def estimate(config: TuneConfig, settings: TrainConfig, model: Decoder, batches: Batches, dev: list[Any]) -> str:
-    """How much work lies ahead, evaluations included, about how long it will take here, and in how much memory."""
-    held, tokens = batches.report, batches.report.tokens_out / len(batches) * settings.accumulate * settings.steps
-    weight, document = model.embedding.weight, batches.report.tokens_out // batches.report.documents
-    whole, again = config.method == "full", config.activation_checkpointing
-    flops = train_flops(model.config, tokens, document, full=whole, activation_checkpointing=again)
-    times = 1 + settings.steps // evaluated_every(config, batches) if dev else 0
-    flops += times * forward_flops(model.config, held.tokens_out / held.documents * config.held_out, document)
+def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Batches, held_out: Sequence[Batch]) -> str:
+    """Say how much work lies ahead, evaluations included, how long it will take here, and in how much memory."""
+    assert train.steps is not None
+    packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
+    weight, document = model.embedding.weight, packed.tokens_out // packed.documents
+    full, again = config.method.trains_base, train.activation_checkpointing
+    flops = train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
+    evaluations = 1 + train.steps // evaluation_interval(config, batches) if held_out else 0
+    evaluated = packed.tokens_out / packed.documents * config.data.held_out  # tokens
+    flops += evaluations * forward_flops(model.config, evaluated, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
-    ahead = f"{settings.steps} steps at a rate of {settings.learning_rate:g}, {tokens:,.0f} tokens"
-    length = min(length_of(config, model), model.config.context - model.virtual_tokens)
-    shape: dict[str, Any] = {"rows": config.batch, "length": length, "activation_checkpointing": again}
-    peak = plan(model.config, config.adapter(), dtype=weight.dtype, **shape).peak
-    return f"{ahead}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
+    work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
+    length = min(row_length(config.packing, model), model.config.context - model.virtual_tokens)
+    shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
+    peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
+    return f"{work}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

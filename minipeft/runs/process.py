@@ -1,6 +1,6 @@
-"""What a run needs of the process around it: signals that stop it, a device, exactness on CUDA, and memory.
+"""What a run needs of its process: signals that stop it, a device, determinism on CUDA, memory, and standard error.
 
-A signal only sets a flag that is read between steps: inside an optimizer step the parameters are half new.
+A signal only sets a flag that is read between steps: inside an optimizer step half of the parameters are updated.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +22,7 @@ from minipeft.errors import InputError
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; it was saved at its last finished step."""
+    """A signal stopped the run; it is saved at its last finished step."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; saved at step {step}")
@@ -28,44 +30,91 @@ class Stopped(Exception):
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT puts its number into, read between steps. A second SIGINT stops at once.
+def stopping(
+    handle: Callable[[int], object] | None = None, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT)
+) -> Iterator[list[int]]:
+    """A list to which these signals append their numbers, for a loop that reads it; a second SIGINT interrupts at once.
 
-    Only the main thread may say what a signal does: in another one the list stays empty.
+    `handle` is called with each number too, and may raise. Only the main thread can set handlers: in another one the
+    list stays empty.
     """
-    asked: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if handle is not None:
+            handle(number)
 
-    kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in {*numbers, signal.SIGINT}}
+    for number in numbers:
+        signal.signal(number, receive)
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in kept.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
+@contextmanager
+def lossy_stderr() -> Iterator[None]:
+    """Within: what cannot be written to standard error is lost, and ends nothing (closed, a full disk, a broken pipe).
+
+    Where it was closed before the process began, its number is given to /dev/null: the next file to be opened would
+    get it, and whatever libraries print would go into that file.
+    """
+    stream: Any = sys.stderr
+    opened = None
+    if stream is None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != 2:
+            os.dup2(null, 2)
+            os.close(null)
+        stream = opened = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    with redirect_stderr(LossyStream(stream)):
+        yield
+    if opened is not None:
+        opened.close()
+
+
+class LossyStream:
+    """A text stream whose writes may fail without a word."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def check_device(name: str) -> None:
-    """Refuse a device that is not here."""
+    """Refuse a device that does not work here."""
     try:
-        torch.zeros(1, device=name).item()  # on "meta" there are no values
+        torch.zeros(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"{name!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
 
 
 @contextmanager
-def exactly(asked: bool, device: str) -> Iterator[None]:
-    """Let the same run give the same bits, which it does on a CPU anyway.
+def make_deterministic(wanted: bool, device: str) -> Iterator[None]:
+    """Within, where wanted: a run on CUDA gives the same bits each time, as it does on a CPU anyway.
 
-    On CUDA: deterministic algorithms (what has none raises), cuBLAS with fixed workspaces, and attention without the
-    fused kernels, whose backward adds in the order in which blocks happen to end.
+    On CUDA: deterministic algorithms (an operator without one raises), cuBLAS with fixed workspaces, and attention
+    without the fused kernels, whose backward adds in the order in which blocks finish.
     """
-    if not asked:
+    if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -82,25 +131,25 @@ def exactly(asked: bool, device: str) -> Iterator[None]:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process held at once, on the device that it computes on."""
+    """The most bytes that this process has held at once, on the device that it computes on."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
-def enough_memory(batch: int, length: int, device: str) -> Iterator[None]:
-    """Say what a run that is out of memory asked for, and what asks for less."""
+def explain_memory(batch: int, length: int, device: str) -> Iterator[None]:
+    """Within: running out of memory is an InputError that says what the run needed and which flags lower it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error)  # CUDA's is torch.OutOfMemoryError; the CPU's allocator raises a plain RuntimeError
-        refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in said
+        text = str(error)  # CUDA raises torch.OutOfMemoryError, the CPU's allocator a plain RuntimeError
+        refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
         if not refused:
             raise
         peak = peak_memory(device) / 2**30
         raise InputError(
             f"out of memory with batches of {batch} x {length} tokens (peak {peak:.1f} GiB)",
             where=device,
-            hint="Take a smaller --batch with more --accumulate, a smaller --length, or --activation-checkpointing",
+            hint="Try a smaller --batch with more --accumulate, a smaller --length, or --activation-checkpointing",
         ) from error

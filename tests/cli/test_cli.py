@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import pytest
 import torch
 
 from minipeft import cli
-from minipeft.cli import flags
+from minipeft.adapters import METHODS
 from minipeft.generation import Answer
 from minipeft.runs import answers as answering
-from minipeft.runs import config as settings
 from minipeft.runs import estimates
+from minipeft.runs.config import settings
 from tests.small import write_pairs, write_small_model
 
 Ran = tuple[int, str, str]
@@ -55,24 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *more: object, out: str = "out") -> list[object]:
-    return [
-        "train",
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "pairs.jsonl",
-        "--out",
-        folder / out,
-        "--steps",
-        2,
-        "--length",
-        64,
-        "--held-out",
-        2,
-        "--rank",
-        2,
-        *more,
-    ]
+    given = {"model": folder / "model", "data": folder / "pairs.jsonl", "out": folder / out, "steps": 2, "length": 64}
+    given |= {"held-out": 2} | ({} if {"full", "ia3"} & {*more} else {"rank": 2})
+    return ["train", *(part for name, value in given.items() for part in (f"--{name}", value)), *more]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +71,6 @@ def adapter(folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> None:
-    import shlex
-
     status, out, _ = run(name, "--help")
     assert status == 0
     example = out.split("example:")[1].strip().splitlines()[0]
@@ -97,9 +81,12 @@ def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> 
 
 
 def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
-    from dataclasses import fields
-
-    assert {field.name for field in fields(settings.TuneConfig)} <= set(flags.TRAIN_HELP)
+    """And every setting of every method has one."""
+    said = run("train", "--help")[1]
+    for method in METHODS:
+        for flag, setting in settings(method).items():
+            assert f"--{flag} " in said or f"--{flag}," in said, flag
+            assert setting.metadata["help"], flag
 
 
 def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:
@@ -240,6 +227,81 @@ def test_nobody_reads_the_output(folder: Path, tmp_path: Path) -> None:
     os.close(writer)
     assert ran.returncode == 0
     assert (tmp_path / "out/result.json").exists()
+
+
+@pytest.mark.parametrize("errors", ["2>&-", "2>/dev/full"])
+def test_standard_error_may_be_closed_or_full(errors: str, folder: Path, tmp_path: Path) -> None:
+    """Then what is said there is lost, and nothing else: the run ends with status 0."""
+    words = [sys.executable, "-m", "minipeft", *map(str, train(folder, "--out", tmp_path / "out"))]
+    ran = subprocess.run(
+        f"{shlex.join(words)} {errors}",
+        shell=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    assert ran.returncode == 0
+    assert ran.stdout.startswith(f"{tmp_path}/out/adapter: 2 steps, loss ")
+    assert (tmp_path / "out/result.json").exists()
+    wanted = train_log(folder, tmp_path)
+    assert (tmp_path / "out/log.jsonl").read_text() == wanted, "nothing was printed into a file of the run"
+
+
+def train_log(folder: Path, tmp_path: Path) -> str:
+    """The log of the same run with a standard error that works."""
+    assert cli.main([str(part) for part in train(folder, "--out", tmp_path / "plain")]) == 0
+    return (tmp_path / "plain/log.jsonl").read_text()
+
+
+def test_an_error_is_reported_by_its_status_alone_where_nobody_listens(folder: Path) -> None:
+    words = [sys.executable, "-m", "minipeft", "score", "no-such-file"]
+    for errors in ("2>&-", "2>/dev/full"):
+        assert subprocess.run(f"{shlex.join(words)} {errors}", shell=True).returncode == 2
+
+
+def test_the_rate_has_a_short_name_and_multipliers(folder: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    more = ("--lr", "0.25", "--lr-multiplier", "lora_B=16", "--targets", "c_attn,mlp.c_proj", "--dora", "--out")
+    assert run(*train(folder, *more, tmp_path / "out"))[0] == 0
+    held = json.loads((tmp_path / "out/run.json").read_text())["arguments"]
+    assert (held["learning_rate"], held["lr_multiplier"]) == (0.25, {"lora_B": 16.0})
+    assert (held["targets"], held["dora"]) == (["c_attn", "mlp.c_proj"], True)
+    status, _, err = run(*train(folder, "--lr-multiplier", "lora_B"))
+    assert (status, "'lora_B' must be NAME=VALUE" in err) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["ia3", "dora", "rslora", "pissa"])
+def test_every_method_trains_from_the_command_line(
+    method: str, folder: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    status, _, err = run(*train(folder, "--method", method, "--out", tmp_path / "out"))
+    assert (status, err.count("error")) == (0, 0)
+    assert (tmp_path / "out/adapter/adapter_config.json").exists()
+
+
+def test_what_an_adapter_notes_is_said(
+    folder: Path, adapter: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that was trained on another model."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "some/other-model"}))
+    given = ["generate", "--model", folder / "model", "--max-new-tokens", 2, "--adapter", tmp_path / "adapter", "x"]
+    status, _, err = run(*given)
+    assert status == 0
+    assert "note: " in err
+    assert "some/other-model" in err
+
+
+def test_escape_sequences_of_a_file_are_not_printed(tmp_path: Path, adapter: Path, run: Callable[..., Ran]) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "\x1b[2Jmodel"}))
+    status, out, err = run("inspect", tmp_path / "adapter")
+    assert status == 0
+    assert "\x1b" not in out + err
+    assert "\\x1b[2Jmodel" in out
+    status, out, err = run("score", tmp_path / "a\x1b[31mb")
+    assert (status, "\x1b" in err) == (2, False)
 
 
 def test_the_locale_does_not_matter(folder: Path, adapter: Path, tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.metrics.text import score_texts
-from minipeft.runs.answers import begin, read_answers, scores_in_words
+from minipeft.runs.answers import begin, read_answers
 
 
 def write(file, *rows):
@@ -23,6 +22,7 @@ def test_answers_come_back(tmp_path):
         ["a", ""],
         ["b", ["c", "d"]],
         [False, True],
+        [None, None],
     )
     assert read_answers(write(tmp_path / "b.jsonl", {"prediction": "a", "reference": "b"}))[2] is None
 
@@ -39,6 +39,10 @@ def test_answers_come_back(tmp_path):
         ),
         ([{"prediction": "a", "reference": []}], "line 1: field 'reference' must be text, is a list"),
         ([{"prediction": "a", "reference": ["b", 3]}], "line 1: field 'reference' must be text, is a list"),
+        (
+            [{"prediction": "a", "reference": "b", "question_id": [1]}],
+            "line 1: field 'question_id' must be text or an integer, is a list",
+        ),
     ],
 )
 def test_what_is_no_answer_says_where(tmp_path, rows, said):
@@ -59,13 +63,7 @@ def test_a_part_is_gone_on_with_and_a_torn_line_is_dropped(tmp_path):
         begin(part, {"seed": 1})
 
 
-def test_the_table_says_all_and_warns_where_the_totals_part():
-    empty = scores_in_words(score_texts(["", ""], ["x = f(y)", "g(x)"], hit_limit=[True, False]))
-    assert "BLEU           0.0 [0.0, 0.0] of 100" in empty
-    assert "exact match    0 of 2" in empty
-    assert "degenerate     2 empty, 0 repeat themselves, 1 cut off" in empty
-    assert "0.2500 as the codebleu package counts" in empty
-    assert "warning: the two CodeBLEU totals part" in empty
-    same = scores_in_words(score_texts(["x = f(y)"] * 2, ["x = f(y)"] * 2))
-    assert "exact match    2 of 2" in same
-    assert "warning" not in same
+def test_a_line_may_hold_what_unicode_calls_a_line_end(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prediction": "a\u2028b", "reference": "c\x85"}\r\n', encoding="utf-8")
+    assert read_answers(file).predictions == ["a\u2028b"]

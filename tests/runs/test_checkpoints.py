@@ -10,13 +10,13 @@ from minipeft.adapters import FullConfig, LoRAConfig, add_adapter
 from minipeft.errors import InputError
 from minipeft.files import read_header
 from minipeft.models import FAMILIES, Decoder
-from minipeft.runs.checkpoints import MANIFEST, STATE, Run, check_space, open_run, verified
+from minipeft.runs.checkpoints import MANIFEST, STATE, Run, check_space, open_run, verify
 from minipeft.training.loop import TrainState, trained
 from tests.small import LLAMA
 
 
 def tuned(rank: int = 1, layers: int = 30, full: bool = False) -> Decoder:
-    config, decoder = FAMILIES["llama"]
+    config, decoder = FAMILIES["llama"].config, FAMILIES["llama"].decoder
     model = decoder(config(**LLAMA | {"num_hidden_layers": layers}))
     model.initialize(torch.Generator().manual_seed(0))
     add_adapter(model, FullConfig() if full else LoRAConfig(rank))
@@ -33,10 +33,10 @@ def test_a_checkpoint_weighs_twelve_bytes_a_number(full: bool, tmp_path: Path) -
     model, run = tuned(full=full), opened(tmp_path)
     run.save(model, TrainState(model))
     numbers = sum(p.numel() for p in trained(model).values())
-    held = sum(file.stat().st_size for file in run.committed()[0].iterdir())
+    held = sum(file.stat().st_size for file in run.list_committed()[0].iterdir())
     assert 12 * numbers < held <= 1.01 * 12 * numbers + 64 * 1024
-    assert set(os.listdir(run.committed()[0])) == {STATE, MANIFEST}
-    names = set(read_header(run.committed()[0] / STATE))
+    assert set(os.listdir(run.list_committed()[0])) == {STATE, MANIFEST}
+    names = set(read_header(run.list_committed()[0] / STATE))
     assert names == {f"parameter/{name}" for name in trained(model)} | {"exp_avg", "exp_avg_sq"}
 
 
@@ -69,12 +69,12 @@ def test_the_newest_two_stay_by_number(tmp_path: Path) -> None:
     for step in (999_998, 999_999, 1_000_000):
         state.step = step
         run.save(model, state)
-        os.utime(run.committed()[0], (0, 0))  # a clock that jumps decides nothing
-    assert [path.name for path in run.committed()] == ["step-1000000", "step-999999"]
-    stamp = (run.committed()[0] / STATE).stat().st_mtime_ns
+        os.utime(run.list_committed()[0], (0, 0))  # a clock that jumps decides nothing
+    assert [path.name for path in run.list_committed()] == ["step-1000000", "step-999999"]
+    stamp = (run.list_committed()[0] / STATE).stat().st_mtime_ns
     run.save(model, state)
-    assert (run.committed()[0] / STATE).stat().st_mtime_ns == stamp, "what is there is not written again"
-    assert verified(run.committed()[0])["step"] == 1_000_000
+    assert (run.list_committed()[0] / STATE).stat().st_mtime_ns == stamp, "what is there is not written again"
+    assert verify(run.list_committed()[0])["step"] == 1_000_000
 
 
 def test_leftovers_are_cleared_away_and_nothing_else(tmp_path: Path) -> None:

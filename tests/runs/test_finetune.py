@@ -2,7 +2,6 @@
 
 import json
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 import minipeft
 from minipeft.runs import estimates
 from minipeft.runs import finetune as tuning
-from minipeft.runs.config import TuneConfig
-from minipeft.runs.finetune import tune
+from minipeft.runs.config import RunConfig, run_config
+from minipeft.runs.finetune import finetune
 from tests.small import write_pairs, write_small_model
 
 
@@ -25,14 +24,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def config(folder: Path, **changes: object) -> TuneConfig:
-    given = {"steps": 2, "length": 64, "held_out": 2, "rank": 2, **changes}
-    return TuneConfig(str(folder / "model"), str(folder / "pairs.jsonl"), **given)  # type: ignore[arg-type]
+def config(folder: Path, method: str = "lora", **changes: object) -> RunConfig:
+    given: dict[str, object] = {"model": str(folder / "model"), "data": str(folder / "pairs.jsonl")}
+    given |= {"steps": 2, "length": 64, "held_out": 2} | ({"rank": 2} if method == "lora" else {})
+    return run_config(method, **given | changes)  # type: ignore[arg-type]
 
 
 def test_result_holds_what_is_the_same_and_timing_what_is_not(folder: Path) -> None:
-    first = tune(config(folder), folder / "a", say=lambda _: None)
-    tune(config(folder), folder / "b", say=lambda _: None)
+    first = finetune(config(folder), folder / "a", say=lambda _: None)
+    finetune(config(folder), folder / "b", say=lambda _: None)
     assert (folder / "a/result.json").read_bytes() == (folder / "b/result.json").read_bytes()
     result, timing = (json.loads((folder / "a" / name).read_text()) for name in ("result.json", "timing.json"))
     assert first == result | timing
@@ -44,13 +44,13 @@ def test_result_holds_what_is_the_same_and_timing_what_is_not(folder: Path) -> N
 
 def test_bad_input_leaves_no_folder_behind(folder: Path) -> None:
     for changes in ({"data": "nope.json"}, {"model": "nope/"}):
-        given = TuneConfig(**{**asdict(config(folder)), **changes})
+        given = config(folder).change(**changes)
         with pytest.raises(minipeft.InputError):
-            tune(given, folder / "out", say=lambda _: None)
+            finetune(given, folder / "out", say=lambda _: None)
         assert not (folder / "out").exists()
     (folder / "mine").mkdir()
     with pytest.raises(minipeft.InputError):
-        tune(TuneConfig(str(folder / "model"), "nope.json"), folder / "mine", say=lambda _: None)
+        finetune(config(folder, data="nope.json"), folder / "mine", say=lambda _: None)
     assert (folder / "mine").is_dir()  # it was there before
 
 
@@ -59,12 +59,12 @@ def test_pairs_held_out_and_trained_on_are_counted(folder: Path) -> None:
     twins = [row | {"question_id": 100 + number} for number, row in enumerate(rows)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + twins))
     said: list[str] = []
-    tune(config(folder, held_out=1), folder / "out", say=said.append)
+    finetune(config(folder, held_out=1), folder / "out", say=said.append)
     assert any(line.startswith("warning: 1 of the 1 pairs held out are also trained on") for line in said)
 
 
 def test_deterministic_is_put_back_and_is_part_of_what_a_run_is(folder: Path) -> None:
-    tune(config(folder, deterministic=True), folder / "out", say=lambda _: None)
+    finetune(config(folder, deterministic=True), folder / "out", say=lambda _: None)
     assert not torch.are_deterministic_algorithms_enabled()
     assert json.loads((folder / "out/run.json").read_text())["arguments"]["deterministic"] is True
 
@@ -72,7 +72,7 @@ def test_deterministic_is_put_back_and_is_part_of_what_a_run_is(folder: Path) ->
 def test_it_runs_in_a_thread(folder: Path) -> None:
     """Where no signal can be listened for."""
     done: list[object] = []
-    thread = threading.Thread(target=lambda: done.append(tune(config(folder), folder / "out", say=lambda _: None)))
+    thread = threading.Thread(target=lambda: done.append(finetune(config(folder), folder / "out", say=lambda _: None)))
     thread.start()
     thread.join()
     assert len(done) == 1
@@ -80,10 +80,11 @@ def test_it_runs_in_a_thread(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_the_adapter_on_disk_is_the_one_that_was_trained(method: str, folder: Path) -> None:
-    result = tune(config(folder, method=method, columns=3), folder / "out", say=lambda _: None)
+    extra = {} if method == "lora" else {"virtual_tokens": 3}
+    result = finetune(config(folder, method=method, **extra), folder / "out", say=lambda _: None)
     model = minipeft.load_model(folder / "model")
     minipeft.load_adapter(model, folder / "out/adapter")
     tokenizer = minipeft.load_tokenizer(folder / "model")
     pairs = minipeft.load_pairs(folder / "pairs.jsonl")
-    _, dev = tuning.rows_for(config(folder), model, tokenizer, pairs, say=lambda _: None)
+    _, dev = tuning.pack_pairs(config(folder), model, tokenizer, pairs, say=lambda _: None)
     assert minipeft.evaluate(model, dev) == pytest.approx(result["dev_loss"], rel=1e-6)

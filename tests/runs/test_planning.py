@@ -147,7 +147,7 @@ def test_a_plan_leaves_attention_as_it_was():
 
 
 def test_rows_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="length: 505 exceeds the 504 columns that the model has room for"):
+    with pytest.raises(InputError, match="length: 505 exceeds the 504 tokens that the model has room for"):
         plan(WIDER["gpt2"], PromptConfig(length=8), length=505)
 
 
@@ -182,7 +182,7 @@ def test_layers_beyond_reason_are_refused_before_they_are_built(tmp_path, capsys
     ("arguments", "said"),
     [
         ([], "plan: give models, or --preset paper"),
-        (["demo", "--length", "600"], "length: 600 exceeds the 512 columns that the model has room for"),
+        (["demo", "--length", "600"], "length: 600 exceeds the 512 tokens that the model has room for"),
         (["demo", "--rank", "0", "--method", "lora"], "rank: 0 must be an integer >= 1"),
         (["demo", "--device", "tpu"], "device: 'tpu' cannot be used"),
         (["nowhere/at-all/", "--method", "lora"], "nowhere/at-all"),

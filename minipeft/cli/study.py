@@ -1,0 +1,71 @@
+"""`minipeft study`: compare methods, from nothing to a table and a report; the same command resumes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from minipeft.cli.flags import add_fields, typed
+from minipeft.cli.streams import report
+from minipeft.cli.train import add_run_flags, run_settings
+
+HELP = "compare methods, from nothing to a table and a report; the same command resumes"
+EXAMPLE = """minipeft study --out study
+  minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study"""
+OWN = ("model", "data", "seed")  # settings of a training run that the study decides
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    from minipeft.study.presets import StudyConfig
+
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the study")
+    parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    add_fields(parser, StudyConfig, several="+")
+    add_run_flags(parser, skip=OWN)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Status 0, or 2 where a cell failed."""
+    from minipeft.study.presets import StudyConfig
+    from minipeft.study.report import as_terminal, write_report
+    from minipeft.study.results import assemble
+    from minipeft.study.runner import conduct
+
+    config = StudyConfig(**typed(StudyConfig, options), settings=run_settings(options, skip=OWN))
+    try:
+        outcomes = conduct(config, options.out, say=report)
+    except (KeyboardInterrupt, SystemExit):
+        report("stopped; the same command resumes")
+        raise
+    results = assemble(outcomes, config, options.out, command_line(options))
+    write_report(results, options.out)
+    print(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
+    return 2 if any(outcome.error is not None for outcome in outcomes) else 0
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command that was typed, without --debug and --json, as a shell takes it."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    words = ["minipeft", "study"]
+    for action in parser._actions:
+        if action.dest not in ("json", "help") and hasattr(options, action.dest):
+            words += words_of(action, getattr(options, action.dest))
+    return shlex.join(words)
+
+
+def words_of(action: argparse.Action, value: object) -> Iterator[str]:
+    """A flag and its value as words of a command."""
+    flag = action.option_strings[0]
+    if isinstance(value, bool):
+        yield flag if value else action.option_strings[-1]
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from (flag, f"{name}={entry}")
+    elif isinstance(value, tuple):  # one word: --layers 0,1 and --targets q_proj,v_proj
+        yield from (flag, ",".join(map(str, value)))
+    else:
+        yield from (flag, *map(str, value if isinstance(value, list) else [value]))

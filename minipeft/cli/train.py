@@ -1,0 +1,75 @@
+"""`minipeft train`: fine-tune a model on pairs of intent and snippet, resumably."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, add_threads, method_settings, set_threads
+from minipeft.cli.streams import report
+
+HELP = "fine-tune a model on pairs of intent and snippet, resumably"
+EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    from minipeft.adapters import method_names
+
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
+    parser.add_argument("--method", default="lora", metavar="NAME", help=f"{', '.join(method_names())} (default lora)")
+    add_threads(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_run_flags(parser)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+    """Every setting of a training run, in groups, but for the flags in `skip`."""
+    from minipeft.adapters.method import Recipe
+    from minipeft.runs.config import SECTIONS, RunConfig, fields_of
+
+    defaults = dict.fromkeys(Recipe.__dataclass_fields__, "the method's own")
+    for section, config in SECTIONS.items():
+        group = parser.add_argument_group(section if section != "train" else "training")
+        add_fields(group, config, skip=skip, defaults=defaults if section == "train" else None)
+    for setting in fields_of(RunConfig, "run"):  # the last group is the training's
+        if setting.name not in skip:
+            add_flag(group, setting)
+    add_method_flags(parser, skip)
+
+
+def run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What was typed of `add_run_flags`, by the names of run_config."""
+    from minipeft.runs.config import SECTIONS, RunConfig, fields_of
+
+    names = {setting.name for config in (*SECTIONS.values(), RunConfig) for setting in fields_of(config, "")}
+    chosen = {name.replace("-", "_"): None for name in sorted(names) if name not in skip}
+    return {**{name: getattr(options, name) for name in chosen if hasattr(options, name)}, **method_settings(options)}
+
+
+def main(options: argparse.Namespace) -> int:
+    from minipeft.runs.config import run_config
+    from minipeft.runs.finetune import finetune
+    from minipeft.runs.process import Stopped
+
+    set_threads(options.threads)
+    config = run_config(options.method, **run_settings(options))
+    try:
+        result = finetune(config, options.out, resume=options.resume, overwrite=options.overwrite, say=report)
+    except Stopped as stopped:
+        report(f"{stopped}; continue with --resume")
+        return 128 + stopped.number
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    speed = f", {result['tokens_per_second']:.0f} tokens/s" if result["tokens_per_second"] else ""
+    held_out = f", held-out loss {result['dev_loss']:.3f}" if result["dev_loss"] is not None else ""
+    kind = "model" if config.method.trains_base else "adapter"
+    print(
+        f"{options.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{held_out}{speed}, "
+        f"peak {result['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    return 0

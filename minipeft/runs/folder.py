@@ -1,0 +1,132 @@
+"""The folder of a run: whether it can be written, whose it is, and whether it holds the run that is to go on.
+
+DIR/run.json       what the run is: arguments, versions, hashes; compared with the arguments at resume
+DIR/log.jsonl      one object per step, nothing in it that would differ in a resumed run
+DIR/checkpoints/   checkpoints.py
+DIR/.lock          locked by the process that writes the folder
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from minipeft.errors import InputError, shown
+from minipeft.files import lock_folder, make_folder, read_object, sync_folder, write_json
+
+LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
+PROBE_BYTES = 2**16  # written and removed first of all: a folder that takes them takes a run's first files
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a run could be written there, before anything large is read.
+
+    Raises:
+        InputError: it is a file, cannot be written, or lies on a full disk.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file; the run needs a folder", file=folder)
+    with writing(folder, PROBE_BYTES):
+        make_folder(folder)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.unlink(missing_ok=True)  # left by a process that died with the number that this one has
+        try:
+            with open(probe, "xb") as stream:
+                stream.write(bytes(PROBE_BYTES))
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def claim_folder(
+    folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, about: Mapping[str, Any]
+) -> IO[str]:
+    """Lock the run folder for this process: new, or with `resume` the same run again; returns the lock.
+
+    run.json gets `identity`, which a resumed run must repeat, and `about`, which may differ then.
+
+    Raises:
+        InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
+            arguments, or cannot be written.
+    """
+    if resume and overwrite:
+        problem = "cannot go together: one continues a run, the other removes it"
+        raise InputError(problem, where="resume, overwrite")
+    check_folder(folder)
+    lock = lock_folder(folder, LOCK)
+    try:
+        marker = folder / RUN
+        remove_leftovers(folder)
+        others = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+        if resume and marker.exists():
+            compare_identity(read_object(marker), identity, marker)
+        elif others and not (overwrite and marker.exists()):
+            hint = "--resume continues a run, --overwrite starts it again"
+            raise InputError(f"is not empty ({', '.join(others[:4])})", file=folder, hint=hint)
+        else:
+            remove_run(folder)
+            write_json(marker, {**identity, **about})
+        with writing(folder):
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            sync_folder(folder)
+        return lock
+    except BaseException:
+        lock.close()
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that died left half-written."""
+    with writing(folder):
+        for part in [*folder.glob("checkpoints/.tmp-*"), *folder.glob("checkpoints/.trash-*")]:
+            shutil.rmtree(part)
+        for place in (folder, folder / "adapter", folder / "model"):  # write_whole's, under mkstemp's names
+            for part in [*place.glob(".*.json.????????"), *place.glob(".*.safetensors.????????")]:
+                part.unlink()
+        for part in folder.glob(".probe-*"):
+            part.unlink()
+
+
+def remove_run(folder: Path) -> None:
+    """Remove an earlier run and nothing else; run.json, which marks the folder as a run's, goes last."""
+    with writing(folder):
+        for name in ("checkpoints", "adapter", "model"):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+        for name in (RESULT, TIMING, LOG, f"{LOG}.damaged", RUN):
+            (folder / name).unlink(missing_ok=True)
+
+
+def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+    """Refuse to resume a run with arguments that would make it another run; objects are compared by their keys."""
+    changed = list(differences(before, now))
+    if changed:
+        listed = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, old, new in changed)
+        hint = "Give the run's own arguments, or another --out"
+        raise InputError(f"this run was started differently ({listed})", file=file, hint=hint)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of each entry of `now` that has another value in `before`."""
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            yield from differences(old, value)
+        elif old != value:
+            yield name, old, value
+
+
+@contextmanager
+def writing(file: Path, size: int | None = None) -> Iterator[None]:
+    """Within: what the disk refuses is an InputError with the path, the reason and what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = "" if size is None else f" {size:,} bytes"
+        hint = "Existing checkpoints stay whole: solve this, then continue with --resume"
+        raise InputError(f"cannot write{what}: {error.strerror}", file=error.filename or file, hint=hint) from error

@@ -1,0 +1,47 @@
+"""What a run takes: the space on the disk that is asked for is that of the parameters that add_adapter makes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import minipeft
+from minipeft.runs import checkpoints
+from minipeft.runs.config import run_config
+from minipeft.runs.estimates import check_room
+from tests.small import write_small_model
+
+METHODS = {
+    "full": {},
+    "lora": {"rank": 3, "rank_pattern": {"c_attn": 5}},
+    "dora": {"rank": 3},
+    "pissa": {"rank": 3},
+    "ia3": {},
+    "prefix": {"virtual_tokens": 3},
+    "prefix, MLP": {"virtual_tokens": 3, "reparam_width": 7},
+    "prefix, gate": {"virtual_tokens": 3, "gate": True, "init": "normal"},
+    "prompt, MLP": {"virtual_tokens": 3, "reparam_width": 7},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_disk_is_checked_for_what_is_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A formula of its own was 3 % off for a prefix with an MLP."""
+    write_small_model(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "data": "", "dtype": "fp32", **METHODS[name]}
+    config = run_config(name.split(",")[0], **given)
+    model, tokenizer = minipeft.load_model(tmp_path / "model"), minipeft.load_tokenizer(tmp_path / "model")
+    trained = minipeft.add_adapter(model, config.adapter, tokenizer).trainable
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "minipeft.runs.estimates.check_space", lambda folder, parameters, more: asked.append((parameters, more))
+    )
+    check_room(config, tmp_path)
+    assert asked == [(trained, 4 * trained)]
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(minipeft.InputError, match="the disk has 1,000 bytes free, but 3 checkpoints and the result"):
+        checkpoints.check_space(tmp_path, 100)
