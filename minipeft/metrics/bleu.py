@@ -1,11 +1,11 @@
-"""BLEU-4 (Papineni et al. 2002), 0..1, from counts that are kept per sentence, and its bootstrap interval (Koehn 2004).
+"""BLEU-4 (Papineni et al. 2002), 0..1, from counts that are kept per sentence.
 
     BLEU = min(1, exp(1 - r/c)) * exp(1/4 * sum over n=1..4 of log p_n),    p_n = matches_n / ngrams_n
 
 with c the tokens of all predictions, r those of their references, and matches clipped to the largest count in one
-reference. Counts are summed over the corpus before they are divided, so a corpus is the sum of its rows of counts:
-that makes a bootstrap over sentences cheap. A "BLEU" that does not tell its tokens and its smoothing says nothing: the
-same 500 answers score 0.154 in CoNaLa's tokens and 0.031 in words.
+reference. Counts are summed over the corpus before they are divided, so a corpus is the sum of its rows of counts,
+which makes a bootstrap cheap (bootstrap.py). A "BLEU" without its tokenizer and its smoothing means nothing: the same
+500 answers score 0.154 with CoNaLa's tokens and 0.031 with words.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ LENGTH, REFERENCE_LENGTH, MATCHES, TOTALS = 0, 1, slice(2, 6), slice(6, 10)
 
 @dataclass(frozen=True)
 class BLEU:
-    """A BLEU score, 0..1, with the counts that it was made of."""
+    """A BLEU score, 0..1, with the counts that it was computed from."""
 
     score: float
     precisions: tuple[float, ...]  # p_1..p_4, smoothed
@@ -37,18 +37,6 @@ class BLEU:
     length: int
     reference_length: int
     signature: str
-
-
-@dataclass(frozen=True)
-class Interval:
-    """What a percentile bootstrap says of a value: `low` <= value <= `high` in `confidence` of the resamples."""
-
-    value: float
-    low: float
-    high: float
-    confidence: float
-    resamples: int
-    p_value: float | None = None  # paired only: twice the smaller share of resamples on one side of 0
 
 
 def bleu(
@@ -77,7 +65,7 @@ def sentence_bleu(
     smooth_value: float | None = None,
     effective_order: bool = True,
 ) -> BLEU:
-    """Score one sentence; by default over the orders that it is long enough to have, as sacrebleu does."""
+    """Score one sentence, by default over the orders that it is long enough for, as sacrebleu does."""
     counts = count_pairs([prediction], [references], tokenize=tokenize)
     return _bleu(counts, tokenize, smooth, smooth_value, effective_order)
 
@@ -132,39 +120,10 @@ def score_counts(
     return scores, precisions, brevity
 
 
-def bootstrap_bleu(
-    counts: np.ndarray,
-    other: np.ndarray | None = None,
-    *,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-    smooth: str = "none",
-    smooth_value: float | None = None,
-) -> Interval:
-    """The percentile interval of a corpus' BLEU when its N sentences are drawn anew, with replacement (Koehn 2004).
-
-    With `other`, the counts of a second system on the same sentences, the interval is that of the difference
-    `BLEU(counts) - BLEU(other)` over the same draws. The same seed gives the same interval.
-    """
-    if other is not None and other.shape != counts.shape:
-        raise InputError(f"paired systems have {len(counts)} and {len(other)} sentences", where="other")
-    score = lambda sums: score_counts(sums, smooth=smooth, smooth_value=smooth_value)[0]
-    number = len(counts)
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)  # [R, N]
-    values, value = score(draws @ counts), score(counts.sum(axis=0, keepdims=True))  # [R], [1]
-    p_value = None
-    if other is not None:
-        values, value = values - score(draws @ other), value - score(other.sum(axis=0, keepdims=True))
-        p_value = min(1.0, 2 * min(float((values <= 0).mean()), float((values >= 0).mean())))
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(value[0]), float(low), float(high), confidence, resamples, p_value)
-
-
 def _bleu(
     counts: np.ndarray, tokenize: str, smooth: str | None, smooth_value: float | None, effective_order: bool
 ) -> BLEU:
-    """The score of the summed counts, with everything that a reader needs to know what was computed."""
+    """The score of the summed counts, with its parts and its signature."""
     smooth = smooth or ("none" if tokenize == "conala" else "exp")
     if smooth not in SMOOTHINGS:
         raise InputError(f"no smoothing is called {smooth!r}; there are {sorted(SMOOTHINGS)}", where="smooth")

@@ -1,17 +1,17 @@
-"""CodeBLEU (Ren et al. 2020, arXiv:2009.10297) of Python code, as the `codebleu` package 0.7.0 computes it, and mended.
+"""CodeBLEU (Ren et al. 2020, arXiv:2009.10297) of Python code: as the `codebleu` package 0.7.0 has it, and corrected.
 
     CodeBLEU = w1 ngram + w2 weighted_ngram + w3 syntax + w4 dataflow,    w = 1/4 each
 
-    ngram           BLEU-4 of whitespace tokens, denominators of at least 1, an order without a match counts 0.1 matches
-    weighted_ngram  the same as *recall*, a keyword's unigram counting five times another's
+    ngram           BLEU-4 of whitespace tokens, denominators of at least 1, 0.1 matches for an order without a match
+    weighted_ngram  the same as *recall*, a keyword's unigram weighted five times another's
     syntax          the share of the reference's subtrees that occur in the prediction (syntax.py)
     dataflow        the share of the reference's data-flow items that the prediction has (dataflow.py)
 
 The package adds `w4 * (dataflow or 1)`: a corpus that shares no data flow with its references, such as one of empty
 answers, gets the full fourth quarter, and scores 0.25. It also drops each string that begins a line (comments.py).
-`mode="compat"` does both, to be compared with published numbers; `mode="strict"`, the default, does neither.
-Both keep two repairs: sources of an item stand in the order of their first occurrence (the package's order changes with
-PYTHONHASHSEED), and tokens are cut by byte offsets (the package's are wrong after a non-ASCII character).
+`mode="compat"` reproduces both, for comparison with published numbers; `mode="strict"`, the default, does neither.
+Both modes fix two bugs: the sources of an item keep the order of their first occurrence (the package's order depends on
+PYTHONHASHSEED), and tokens are cut at byte offsets (the package's are wrong after a non-ASCII character).
 """
 
 import keyword
@@ -42,15 +42,15 @@ MATCHES = {"ngram": slice(3, 7), "weighted_ngram": slice(7, 11), "syntax": slice
 TOTALS = {"ngram": slice(11, 15), "weighted_ngram": slice(15, 19), "syntax": slice(21, 22), "dataflow": slice(22, 23)}
 
 Row = list[int]
-Kept = TypeVar("Kept")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class CodeBLEU:
-    """A CodeBLEU score, 0..1, with its parts; `score` and the parts are those of the mode that was asked for."""
+    """A CodeBLEU score, 0..1, with its parts; `score` and the parts are those of the chosen mode."""
 
     score: float
-    compat: float  # the total that the codebleu package would give to these texts
+    compat: float  # the total that the codebleu package gives
     ngram: float
     weighted_ngram: float
     syntax: float
@@ -59,7 +59,7 @@ class CodeBLEU:
     matches: dict[str, tuple[int, ...]]  # of each part, summed over the corpus; the unigrams of weighted_ngram count
     totals: dict[str, tuple[int, ...]]  #   5 for a keyword, else 1
     unparsed: int  # predictions in which tree-sitter finds an error
-    capped: int  # texts too deep or too large for a whole analysis
+    capped: int  # texts too deep or too large to be analysed in full
     signature: str
 
 
@@ -71,7 +71,7 @@ def codebleu(
     weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
     aggregate: str = "corpus",
 ) -> CodeBLEU:
-    """Score a corpus: from sums over its pairs, or as the mean of what each pair scores alone (`aggregate="mean"`).
+    """Score a corpus: from counts summed over its pairs, or as the mean of its pairs' scores (`aggregate="mean"`).
 
     `weights` are those of ngram, weighted_ngram, syntax and dataflow. Of several references the first two parts take
     the best and the sum, the other two the sum.
@@ -116,7 +116,7 @@ def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def _share(weights: tuple[float, ...], dataflow: float | None) -> tuple[float, ...]:
-    """The weights as they are, or with that of a part that does not exist shared out in proportion."""
+    """The weights; where there is no data flow, its weight is distributed over the other parts in proportion."""
     rest = sum(weights[:3])
     if dataflow is not None or not rest:
         return weights
@@ -124,7 +124,7 @@ def _share(weights: tuple[float, ...], dataflow: float | None) -> tuple[float, .
 
 
 def _score(groups: list[Row], mode: str, weights: tuple[float, ...]) -> tuple[float, dict[str, float | None]]:
-    """The total and the parts of summed rows; the means of both where there are several."""
+    """The total and the parts of each group of summed counts, averaged over groups."""
     scores: list[float] = []
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
     for sums in groups:
@@ -132,7 +132,7 @@ def _score(groups: list[Row], mode: str, weights: tuple[float, ...]) -> tuple[fl
         used = _share(weights, values["dataflow"])
         terms = {part: value or 0.0 for part, value in values.items()}
         if mode == "compat":
-            terms["dataflow"] = terms["dataflow"] or 1.0  # the line of the package that makes 0.25 of nothing
+            terms["dataflow"] = terms["dataflow"] or 1.0  # the package's line that gives 0.25 to an empty answer
         scores.append(math.fsum(weight * terms[part] for weight, part in zip(used, PARTS)))
         for part, value in values.items():
             if value is not None:
@@ -148,7 +148,7 @@ def _score_parts(sums: Row, mode: str) -> dict[str, float | None]:
     nothing = None if mode == "strict" else 0.0
     return {
         "ngram": _ngram_score(sums, "ngram", sums[REFERENCE_LENGTH]),
-        # The package takes the length of a pair (tokens, weights) for that of the tokens: 2, whatever the reference.
+        # The package takes len() of the pair (tokens, weights) instead of the tokens': 2, whatever the reference.
         "weighted_ngram": _ngram_score(sums, "weighted_ngram", 2 * sums[PAIRS]),
         "syntax": found / subtrees,
         "dataflow": matched / flows if flows else nothing,
@@ -156,7 +156,7 @@ def _score_parts(sums: Row, mode: str) -> dict[str, float | None]:
 
 
 def _ngram_score(sums: Row, part: str, reference_length: int) -> float:
-    """Brevity penalty times the geometric mean of matches / totals, 0.1 matches where there are none."""
+    """Brevity penalty times the geometric mean of matches / totals, with 0.1 matches where there are none."""
     matches, totals, length = sums[MATCHES[part]], sums[TOTALS[part]], sums[LENGTH]
     if not matches[0]:
         return 0.0
@@ -169,14 +169,14 @@ def _sum(rows: list[Row]) -> Row:
 
 
 def _count_words(prediction: str, references: list[str]) -> Row:
-    """The part of a pair's row that n-grams fill: lengths, matches and totals of both n-gram parts."""
+    """A pair's n-gram counts: lengths, matches and totals of both n-gram parts."""
     here, there = _count_tokens(prediction), [_count_tokens(text) for text in references]
     best = list(there[0].ngrams)
     for other in there[1:]:
         best = [most | more for most, more in zip(best, other.ngrams)]
     matches = [overlap(counts, allowed) for counts, allowed in zip(here.ngrams, best)]
     totals = [max(1, here.length - order + 1) for order in ORDERS]
-    # Recall: of several references each is looked for, and all of them make the total.
+    # Recall: with several references the matches and the totals of all of them are summed.
     found = matches[1:]
     if len(there) > 1:
         found = [sum(overlap(other.ngrams[place], here.ngrams[place]) for other in there) for place in (1, 2, 3)]
@@ -199,7 +199,7 @@ def _weight(word: tuple[str, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Trees:
-    """The part of a pair's row that trees fill: subtrees and flows matched, subtrees and flows of the references."""
+    """A pair's tree counts: subtrees and flows matched, subtrees and flows of the references."""
 
     row: Row
     unparsed: bool
@@ -211,7 +211,7 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
     for text in references:
         if mode == "strict":
             here, there = _analyse(_drop_truly(prediction.strip())), _analyse(_drop_truly(text.strip()))
-        else:  # the package cleans the prediction anew, and on top, for each reference
+        else:  # the package strips the prediction again, on top, for each reference
             prediction = _drop_as_package(prediction.strip() if here is None else prediction)
             here, there = _analyse(prediction), _analyse(_drop_as_package(text.strip()))
         row[0] += match_subtrees(there.subtrees, here.subtrees)
@@ -223,17 +223,17 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
     return Trees(row, here.broken, capped + here.capped)
 
 
-class Remembered(Generic[Kept]):
-    """A function of a text that remembers what it returned: for many short texts, and for the last few long ones."""
+class Cached(Generic[Result]):
+    """A function of a text with a cache: of many short texts, and of the last few long ones."""
 
-    def __init__(self, function: Callable[[str], Kept]):
+    def __init__(self, function: Callable[[str], Result]):
         self._short, self._long = lru_cache(maxsize=4096)(function), lru_cache(maxsize=8)(function)
 
-    def __call__(self, text: str) -> Kept:
+    def __call__(self, text: str) -> Result:
         return self._short(text) if len(text) <= LONGEST_SHORT else self._long(text)
 
     def forget(self) -> None:
-        """Begin anew: what a text scores is the same, only later."""
+        """Empty the cache."""
         self._short.cache_clear()
         self._long.cache_clear()
 
@@ -247,7 +247,7 @@ class Words:
     weight: int  # of all tokens: 5 for a keyword, else 1
 
 
-@Remembered
+@Cached
 def _count_tokens(text: str) -> Words:
     tokens = text.split()
     ngrams = count_ngrams(tokens)
@@ -264,16 +264,16 @@ class Analysis:
     capped: bool
 
 
-_drop_as_package = Remembered(drop_as_package)
+_drop_as_package = Cached(drop_as_package)
 
 
-@Remembered
+@Cached
 def _analyse(code: str) -> Analysis:
     tree = parse(code)
-    if tree is None:  # one subtree that nothing but the same text has
+    if tree is None:  # one subtree that only the same text has
         return Analysis(Counter([shorten(code)]), Counter(), True, True)
     flows, capped = count_flows(tree)
     return Analysis(count_subtrees(tree), flows, tree.broken, capped or (tree.broken and tree.expression is None))
 
 
-_drop_truly = Remembered(drop_truly)
+_drop_truly = Cached(drop_truly)

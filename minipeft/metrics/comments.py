@@ -1,11 +1,11 @@
-"""Code without its comments and docstrings: once as the `codebleu` package does it, once as it should be.
+"""Code without its comments and docstrings: once as the `codebleu` package strips them, once as it should.
 
 The package (0.4.0 to 0.7.0) reads Python's own token stream and drops comments, but also *each* string that begins a
-line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines go,
-and a text that has no token stream (an open bracket, a wrong dedent) stays as it is. `drop_as_package` does all this.
+line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines are
+removed, and a text without a token stream (an open bracket, a wrong dedent) stays as it is: `drop_as_package`.
 
-`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines (as the package does; no part of
-a score sees those, but the two texts are the same more often, and then analysed once).
+`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines (no score depends on those, but
+the two texts are then equal more often, and analysed once).
 """
 
 import io
@@ -18,8 +18,8 @@ import tree_sitter
 from minipeft.metrics.grammar import find
 
 # The token stream is that of Python 3.11's tokenize.py (later versions read f-strings otherwise and refuse more), as
-# far as it matters here: plain text (names, numbers, operators, brackets) is one token as long as it lasts. A line
-# costs time in its length, where tokenize.py takes its square for a million blanks before a `$`.
+# far as it matters here: a stretch of plain text (names, numbers, operators, brackets) is one token. Time is linear in
+# the length of a line, where tokenize.py is quadratic for a million blanks before a `$`.
 BREAKABLE = re.compile(r"[#'\"\\\t\f\r]")  # what the package may drop or change
 # What drop_truly looks for in a tree, as a query of tree-sitter.
 NOTES = """
@@ -49,7 +49,7 @@ TO_END = {  # the inside of a string that may go on over lines, with its end
 
 
 class NoTokens(Exception):
-    """Python's tokenizer refuses the text."""
+    """Python's tokenizer rejects the text."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Token:
 
 
 def drop_as_package(code: str) -> str:
-    """Remove what `remove_comments_and_docstrings` of the codebleu package removes, and what it breaks with that."""
+    """Remove what `remove_comments_and_docstrings` of the codebleu package removes, with the damage that it does."""
     if not BREAKABLE.search(code) and all(map(str.strip, code.split("\n"))):
         return code  # nothing to drop, nothing to break
     pieces: list[str] = []
@@ -85,7 +85,7 @@ def drop_as_package(code: str) -> str:
 
 
 def may_hold_notes(code: str) -> bool:
-    """Whether there can be comments or docstrings: told without parsing, yes if in doubt."""
+    """Whether there may be comments or docstrings; decided without parsing, true if in doubt."""
     return "#" in code or (QUOTE.search(code) is not None and BODY.search(code) is not None)
 
 
@@ -176,7 +176,7 @@ def _tokens(code: str) -> Iterator[Token]:
 
 
 def _measure_indent(text: str) -> tuple[int, int]:
-    """Where the line's first character stands: its index, and its column with tabs to multiples of 8."""
+    """The index of the line's first character, and its column with tabs to multiples of 8."""
     column = 0
     for place, sign in enumerate(text):
         if sign == " ":
@@ -192,21 +192,21 @@ def _measure_indent(text: str) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Reader:
-    """What the token stream remembers from one line to the next."""
+    """The state that the token stream carries from one line to the next."""
 
     line: int = 0
     level: int = 0  # of brackets; below 0 after a bracket too many
     continued: bool = False  # the last line ended with a backslash
-    opened: Token | None = None  # a string that goes on
-    quote: str = ""  # that will end it
-    lines_join: bool = False  # it goes on over a backslash only; tokenize.py forgets to unset this after a failure
+    opened: Token | None = None  # a string that continues
+    quote: str = ""  # the quote that ends it
+    lines_join: bool = False  # it continues after a backslash only; tokenize.py does not reset this after a failure
 
     def token(self, kind: str, text: str, start: int, end: int) -> Token:
         return Token(kind, text[start:end], self.line, start, self.line, end)
 
     def read(self, text: str, place: int) -> Iterator[Token]:
         """The tokens of one line from `place` on."""
-        if place < len(text) and not BREAKABLE.search(text, place):  # one token is as good as many
+        if place < len(text) and not BREAKABLE.search(text, place):  # one token will do
             end = len(text) - text.endswith("\n")
             self._count_brackets(text[place:end])
             yield self.token("plain", text, place, end)
@@ -246,14 +246,14 @@ class Reader:
                 yield self.token("break" if self.level > 0 else "end", text, start, found.end())
             elif found := CONTINUED.match(text, start):
                 self.continued = True
-            elif start < len(text):  # a character that cannot be: it is kept, with the blanks before it as they are
+            elif start < len(text):  # an invalid character: it is kept, with the blanks before it
                 yield self.token("plain", text, place, start + 1)
                 place = start + 1
                 continue
             place = found.end() if found else start
 
     def go_on(self, text: str) -> Generator[Token, None, int]:
-        """Go on with the open string: the place of this line at which it ends."""
+        """Continue the open string; returns the index in this line at which it ends."""
         opened = self.opened
         assert opened is not None
         opened.text += text

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from minipeft.metrics.grammar import Tree
 from minipeft.metrics.syntax import shorten
 
-# The codebleu package recurses, and reports no data flow where that hits Python's limit of 1,000 frames.
+# The codebleu package recurses, and reports no data flow where it hits Python's limit of 1,000 frames.
 DEEPEST = 950
-# What a flow may cost, in sources written: a guard against texts of which each token is linked with each other.
+# Limit on the sources written for a text: a guard against texts in which every token is linked to every other.
 MOST_SOURCES = 1_000_000
 
 Places = frozenset[int]
@@ -33,11 +33,11 @@ Walk = Generator["Walk", None, None]  # a rule of the walk: yields the walks tha
 
 
 class TooMuch(Exception):
-    """The text asks for more than MOST_SOURCES."""
+    """The text exceeds MOST_SOURCES."""
 
 
 class Malformed(Exception):
-    """A rule finds no token where it needs one, in a broken tree mostly: the package gives up on the whole text."""
+    """A rule finds no token where it needs one, mostly in a broken tree; the package gives up on the whole text."""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Flow:
 
 @dataclass(slots=True)
 class Scope:
-    """What is known while a text is read, what was written down, and the way back to an earlier point."""
+    """What is known while a text is read, the items found, and an undo log."""
 
     tree: Tree
     variables: list[int]  # the nodes that are variables, in the order of the text
@@ -82,29 +82,29 @@ class Scope:
         self.known[name] = places
 
     def bind(self, node: int) -> None:
-        """From here on, the variable `node` comes from where it stands."""
+        """From here on, the variable `node` comes from its own place."""
         self.set(self.tree.tokens[node], frozenset([self.tree.places[node]]))
 
     def add(self, node: int, relation: str, names: tuple[str, ...], sources: Places) -> None:
-        """Write one item down."""
+        """Record one item."""
         self.cost += 1 + len(names)
         if self.cost > MOST_SOURCES:
             raise TooMuch
         self.flows.append(Flow(self.tree.places[node], self.tree.tokens[node], relation, names, sources))
 
     def extend(self, flows: list[Flow]) -> None:
-        """Write down what a loop came to."""
+        """Record the items of a loop."""
         self.cost += sum(1 + len(flow.names) for flow in flows)
         if self.cost > MOST_SOURCES:
             raise TooMuch
         self.flows.extend(flows)
 
     def changes(self, mark: int) -> dict[str, Places]:
-        """What was set since the undo log was `mark` long."""
+        """The names set since the undo log was `mark` long."""
         return {name: self.known[name] for name, _ in self.undo[mark:]}
 
     def go_back(self, mark: int) -> None:
-        """Forget what was set since then."""
+        """Undo what was set since then."""
         for name, places in reversed(self.undo[mark:]):
             if places is None:
                 del self.known[name]
@@ -122,7 +122,7 @@ def count_flows(tree: Tree) -> tuple[Counter[str], bool]:
     scope = Scope(tree, variables)
     walks = [_read(0, scope)]
     try:
-        while walks:  # a stack of our own: a deep text must not meet Python's recursion limit
+        while walks:  # an explicit stack: a deep text must not hit Python's recursion limit
             try:
                 walks.append(next(walks[-1]))
             except StopIteration:
@@ -192,7 +192,7 @@ def _read_assignment(node: int, scope: Scope) -> Walk:
 
 
 def _read_clause(node: int, scope: Scope) -> Walk:
-    """`for left in right` of a comprehension; right is whatever comes last."""
+    """`for left in right` of a comprehension; right is the last child."""
     left = scope.part(node, "left")
     if left is None:
         raise Malformed

@@ -12,14 +12,14 @@ from importlib.metadata import version
 import tree_sitter
 from tree_sitter import Language, Parser, Query, QueryCursor
 
-# str() of a tree-sitter node recurses in C, and a deep tree takes the whole process down (seen at 30,000 levels).
+# str() of a tree-sitter node recurses in C: a deep tree crashes the process (seen at 30,000 levels).
 DEEPEST_TEXT = 1000
-# tree-sitter looks for the best repair of a broken text, and 25,000 characters of "x = ;" keep it for 10 seconds. It
-# reports after every 100 steps; real code takes 1 report for 200 characters, a line of repeated words 1 for 30.
-UNWATCHED = 1000  # characters that cannot take long
+# tree-sitter searches for the best repair of a broken text: 25,000 characters of "x = ;" take it 10 seconds. It reports
+# after every 100 steps; real code takes 1 report per 200 characters, a line of repeated words 1 per 30.
+UNWATCHED = 1000  # characters; a shorter text cannot take long
 LONGEST = 200_000  # characters of a text that is parsed at all
-MOST_REPORTS = 4000  # and one more for each 25 characters
-ERROR = 0xFFFF  # tree-sitter's number for what it cannot place
+MOST_REPORTS = 4000  # plus one per 25 characters
+ERROR = 0xFFFF  # tree-sitter's number for text that it cannot place
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +63,7 @@ def parser() -> Parser:
 
 @cache
 def grammar_versions() -> str:
-    """The versions that a tree depends on, as a signature gives them."""
+    """The versions that a tree depends on, as a signature names them."""
     return f"tree-sitter:{version('tree-sitter')}|tree-sitter-python:{version('tree-sitter-python')}"
 
 
@@ -109,13 +109,13 @@ def _parse(data: bytes) -> tree_sitter.Node | None:
     except ValueError:  # "Parsing failed": it was stopped
         tree = None
     if tree is None or left < 0:
-        parser().reset()  # or the next text would go on here
+        parser().reset()  # or the next text would continue here
         return None
     return tree.root_node
 
 
 def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
-    """The tree below a root without the text of its tokens, and from which byte to which one they stand."""
+    """The tree below a root without the texts of its tokens, and the byte range of each token."""
     tree = Tree([], [], [], [], [], [], {}, set(), root.has_error)
     kinds, named, fields, ends, places, broken = (
         tree.kinds,

@@ -1,6 +1,6 @@
-"""Texts into tokens, tokens into n-gram counts: what BLEU (Papineni et al. 2002) and CodeBLEU's first two parts share.
+"""Texts to tokens, tokens to n-gram counts: what BLEU (Papineni et al. 2002) and CodeBLEU's first two parts share.
 
-A metric is given `predictions`, one text each, and `references`, for each prediction one text or a list of texts.
+A metric takes `predictions`, one text each, and `references`, for each prediction one text or a list of texts.
 """
 
 import re
@@ -16,7 +16,7 @@ Counts = tuple[Counter[tuple[str, ...]], ...]  # one counter for each order
 
 
 def conala_tokens(text: str) -> Tokens:
-    """Cut code as the official CoNaLa evaluation does (conala-baseline, eval/conala_eval.py; Ling et al. 2016).
+    """Tokenize code as the official CoNaLa evaluation does (conala-baseline, eval/conala_eval.py; Ling et al. 2016).
 
     Each character outside [A-Za-z0-9_] is a token of its own, camelCase is cut in two, and both quotes become `.
     """
@@ -26,7 +26,7 @@ def conala_tokens(text: str) -> Tokens:
 
 
 def mteval_tokens(text: str) -> Tokens:
-    """Cut text as NIST's mteval-v13a does, the rules that sacrebleu calls 13a."""
+    """Tokenize text as NIST's mteval-v13a does, the rules that sacrebleu calls 13a."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, sign)
@@ -51,7 +51,7 @@ def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) 
 
 
 def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
-    """The reference length nearest to `length`, the shorter of two that are equally near."""
+    """The reference length nearest to `length`, the shorter of two equally near ones."""
     return min(reference_lengths, key=lambda other: (abs(other - length), other))
 
 

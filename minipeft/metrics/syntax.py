@@ -1,4 +1,4 @@
-"""CodeBLEU's third part: which subtrees of the reference stand in the prediction (Ren et al. 2020, section 3.2).
+"""CodeBLEU's third part: which subtrees of the reference occur in the prediction (Ren et al. 2020, section 3.2).
 
 Two subtrees are equal where their S-expressions are: named nodes with their fields, no names, numbers or operators.
 
@@ -16,7 +16,7 @@ from minipeft.metrics.grammar import Tree
 
 LONGEST_KEY = 64
 
-# One node in tree-sitter's S-expression: its field, then what it is, or the parenthesis that ends it.
+# One node in tree-sitter's S-expression: its field and kind, or the parenthesis that ends it.
 ITEM = re.compile(
     r"""(?:(\w+):\ )?\((UNEXPECTED\ (?:'\\?.'|\w+)|MISSING\ (?:".*?"(?=\))|\w+)|\w+)|\)""", re.DOTALL | re.X
 )
@@ -29,7 +29,7 @@ def count_subtrees(tree: Tree) -> Counter[str]:
 
 
 def match_subtrees(reference: Counter[str], prediction: Counter[str]) -> int:
-    """How many of the reference's subtrees occur in the prediction at all: recall without clipping."""
+    """The number of the reference's subtrees that occur in the prediction: recall without clipping."""
     return sum(reference[key] for key in reference.keys() & prediction.keys())
 
 

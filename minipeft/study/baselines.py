@@ -1,7 +1,7 @@
-"""Answers that cost nothing: what a tuned model has to beat before its score means anything.
+"""Trivial baselines that need no model: a tuned model has to beat them before its score means anything.
 
 On CoNaLa's 500 test questions the official BLEU gives 15.8 to the question itself and 15.4 to the snippet of the
-nearest training question; the codebleu package gives 0.25 to nothing at all, and 0.26 to `print(x)`.
+nearest training question; the codebleu package gives 0.25 to empty answers, and 0.26 to `print(x)`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from minipeft.data.examples import Pair
 
 
 def empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """Nothing."""
+    """An empty answer to every question."""
     return ["" for _ in questions]
 
 
 def constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """`print(x)`, whatever is asked."""
+    """`print(x)` to every question."""
     return ["print(x)" for _ in questions]
 
 
 def echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The question."""
+    """The question itself."""
     return [pair.intent for pair in questions]
 
 
 def nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The snippet of the training question with the largest |A & B| / |A | B| in words; the first of equals."""
-    known = [words(pair.intent) for pair in train]
+    """The snippet of the training question with the largest |A & B| / |A | B| in words; the first on a tie."""
+    known = [split_words(pair.intent) for pair in train]
     answers = []
     for pair in questions:
-        asked = words(pair.intent)
-        alike = [len(asked & other) / max(1, len(asked | other)) for other in known]
-        answers.append(train[alike.index(max(alike))].snippet)
+        asked = split_words(pair.intent)
+        overlaps = [len(asked & other) / max(1, len(asked | other)) for other in known]
+        answers.append(train[overlaps.index(max(overlaps))].snippet)
     return answers
 
 
-def words(text: str) -> set[str]:
-    """The words of a text, in lower case."""
+def split_words(text: str) -> set[str]:
+    """The set of a text's words, in lower case."""
     return set(re.findall(r"\w+", text.lower()))
 
 

@@ -1,24 +1,26 @@
-"""One cell of a study, in a process of its own: train, answer, score; each part goes on where it was stopped.
+"""One cell of a study, in a process of its own: train, answer, score; each part resumes where it was stopped.
 
-    python -m minipeft.study.cells STUDY cells/NAME [THREADS]
+    python -P -m minipeft.study.cells STUDY cells/NAME [THREADS]
 
-    cells/NAME/cell.json          what the cell is
-               run/               its training run (runs/checkpoints.py); none for the untrained model
-               predictions.jsonl  its answers (answering.py)
-               log.txt            all that was said
-               result.json        its row of the table; its being there says: finished
+    cells/NAME/cell.json          the Cell
+               run/               its training run (runs/folder.py); none for the untrained model
+               predictions.jsonl  its answers (runs/answers.py)
+               log.txt            everything that was printed
+               result.json        its Row; it marks completion
 
-A process of its own has a peak memory of its own, and whatever kills it does not kill the study.
+A process of its own has a peak memory of its own, and whatever kills it does not kill the study. -P keeps the current
+folder off sys.path: a file named tqdm.py or statistics.py that lies there is never imported.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,148 +31,157 @@ from minipeft.data.examples import load_pairs, split_by_question
 from minipeft.errors import InputError
 from minipeft.files import parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
-from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, count_pairs
-from minipeft.metrics.text import score_texts
-from minipeft.runs.answers import answer_data, answers_in, load_tuned
-from minipeft.runs.config import TuneConfig
-from minipeft.runs.finetune import held_rows, tune
+from minipeft.metrics.scores import Scores, score_texts
+from minipeft.runs.answers import answer_data, load_tuned, read_answers
+from minipeft.runs.config import RunConfig
+from minipeft.runs.finetune import finetune, pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
-from minipeft.study.presets import ZERO_SHOT
+from minipeft.study.rows import Row, Training
 from minipeft.training.loop import evaluate
 
-CELL, ANSWERS, ROW, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
-QUESTIONS = "data/test.jsonl"  # from the study's folder, which is where a cell runs
-TEMPLATE_PARTS = ("### Instruction", "### Response")
+CELL, ANSWERS, RESULT, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
+QUESTIONS = "data/test.jsonl"  # from the study's folder, in which a cell runs
+ZERO_SHOT, FIRST_LINE = "zero-shot", "zero-shot, first line"  # the second is the first's answers, cut at a newline
 
 
-def work(folder: Path) -> dict[str, Any]:
-    """Do the cell that `folder`/cell.json describes, from the study's folder; returns its row.
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a model, a method and a seed, with the settings of its training run and its answers."""
+
+    model: str  # its label; "" for a baseline
+    method: str
+    seed: int = 0
+    run: RunConfig | None = None  # None for a baseline, and where the model cannot be read
+    generate: GenerateConfig | None = None  # None: it gives no answers
+    variant: str = ""  # what distinguishes it from the other cells of its method
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        parts = [re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.model, self.method, self.variant) if part]
+        return "--".join([*parts, f"seed{self.seed}"] if self.model else parts)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the seeds of a group have in common."""
+        return self.model, self.method, self.variant
+
+    @property
+    def steps(self) -> int | None:
+        return self.run.train.steps if self.run else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "method": self.method,
+            "seed": self.seed,
+            "variant": self.variant,
+            "run": self.run.as_json() if self.run else None,
+            "generate": asdict(self.generate) if self.generate else None,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Cell:
+        """The cell that cell.json holds.
+
+        Raises:
+            InputError: a setting is not what it should be.
+        """
+        if data["run"] is None:
+            raise InputError("there is no training run", where="run")
+        generate = GenerateConfig(**data["generate"]) if data["generate"] else None
+        run = RunConfig.from_json(data["run"])
+        return Cell(data["model"], data["method"], data["seed"], run, generate, data["variant"])
+
+
+def perform(folder: Path) -> Row:
+    """Train, answer and score the cell that `folder`/cell.json describes, from the study's folder.
 
     Raises:
-        InputError: what the cell names cannot be used.
-        Stopped: a signal came; the same call goes on.
+        InputError: a file or setting that the cell names cannot be used.
+        Stopped: a signal came; the same call resumes.
     """
-    cell = read_object(folder / CELL)
-    config = TuneConfig(**cell["tune"])
-    untrained = cell["method"] == ZERO_SHOT
-    trained = {} if untrained else train_row(tune(config, folder / "run", resume=(folder / "run").exists()), folder)
-    row = {**described(cell, config), **trained}
-    if cell["generate"]:
-        row |= answer(config, GenerateConfig(**cell["generate"]), folder, untrained)
-        row |= text_row(folder / ANSWERS)
-    write_json(folder / ROW, row)
-    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # they were there to go on from
+    cell = Cell.from_json(read_object(folder / CELL))
+    row = Row(folder.name, cell.model, cell.method, cell.seed, untrained_row(cell))
+    if cell.method != ZERO_SHOT:
+        row = train(cell, folder, row)
+    if cell.generate is not None:
+        row = answer(cell, folder, row)
+        row = replace(row, scores=score_file(folder / ANSWERS))
+    write_json(folder / RESULT, row.as_json(counts=True))
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # needed only to resume
     return row
 
 
-def described(cell: dict[str, Any], config: TuneConfig) -> dict[str, Any]:
-    """What a row says of its cell; null for what the method has not."""
-    virtual_tokens = cell["method"] in ("prefix", "prompt")
-    return {
-        "model": cell["model"],
-        "method": cell["method"],
-        "seed": cell["seed"],
-        "recipe": "minipeft",
-        "init": config.init if virtual_tokens else None,
-        "reparam": config.reparam if virtual_tokens else None,
-        "learning_rate": None,
-        "steps": 0,
-        "trainable": 0,
-        "trainable_percent": 0.0,
-        "train_seconds": 0.0,
-        "tokens_per_second": None,
-        "dev_loss": None,
-        "dev_loss_start": None,
-        "stored": 0,
-        "adapter_movement": None,
-    }
-
-
-def train_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The part of a row that training gives. `stored`: the numbers on disk; of a prefix or prompt the network that
-    makes it is not among them. `dev_loss_start`: before the first step."""
-    names = (
-        "learning_rate",
-        "steps",
-        "trainable",
-        "trainable_percent",
-        "train_seconds",
-        "tokens_per_second",
-        "resumed_at",
-        "loss",
-        "dev_loss",
-        "adapter_movement",
-        "peak_memory_bytes",
+def untrained_row(cell: Cell) -> Training:
+    """The fields of training that are known before it; of the untrained model there are no others."""
+    assert cell.run is not None
+    adapter: Any = cell.run.adapter
+    virtual = cell.method != ZERO_SHOT and hasattr(adapter, "reparam")  # a prefix or prompt
+    return Training(
+        recipe="minipeft",
+        init=adapter.init if virtual else None,
+        reparam=adapter.reparam if virtual else None,
+        steps=0,
+        trainable=0,
+        trainable_percent=0.0,
+        stored=0,
+        train_seconds=0.0,
     )
+
+
+def train(cell: Cell, folder: Path, row: Row) -> Row:
+    """Do the training run, and note what it took."""
+    assert cell.run is not None
+    result = finetune(cell.run, folder / "run", resume=(folder / "run").exists())
+    names = ["learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second"]
+    names += ["dev_loss", "peak_memory_bytes"]
     first = parse_json(read_text(folder / "run" / "log.jsonl").splitlines()[0], "log.jsonl")
     adapter = folder / "run" / "adapter" / WEIGHTS
     stored = sum(math.prod(t.shape) for t in read_header(adapter).values()) if adapter.exists() else result["trainable"]
-    return {name: result[name] for name in names} | {"stored": stored, "dev_loss_start": first.get("dev_loss")}
+    return replace(
+        row,
+        training=replace(
+            row.training, **{name: result[name] for name in names}, stored=stored, dev_loss_start=first.get("dev_loss")
+        ),
+        loss=result["loss"],
+        resumed_at=result["resumed_at"],
+        adapter_movement=result["adapter_movement"],
+    )
 
 
-def answer(config: TuneConfig, generate: GenerateConfig, folder: Path, untrained: bool) -> dict[str, Any]:
-    """Answer every question into predictions.jsonl, from what training left on disk.
+def answer(cell: Cell, folder: Path, row: Row) -> Row:
+    """Answer every question into predictions.jsonl, with what training left on disk.
 
-    The untrained model's held-out loss and peak memory are taken here; a tuned one has those of its training.
+    The held-out loss and peak memory of the untrained model are measured here; a tuned one has those of its training.
     """
-    full = config.method == "full" and not untrained
-    options = Namespace(
-        model=str(folder / "run" / "model") if full else config.model,
-        adapter=None if full or untrained else folder / "run" / "adapter",
-        merge=False,
-        device=config.device,
-        dtype=config.dtype,
-        revision=config.revision,
-        legacy_bin=config.legacy_bin,
-        data=QUESTIONS,
-        split="test",
-        limit=None,
-        out=folder / ANSWERS,
-    )
-    if options.out.exists() and not untrained:
-        return {}
-    model, tokenizer = load_tuned(options)
-    if not options.out.exists():
-        answer_data(model, tokenizer, generate, options)
+    run, untrained, out = cell.run, cell.method == ZERO_SHOT, folder / ANSWERS
+    assert run is not None
+    assert cell.generate is not None
+    if out.exists() and not untrained:
+        return row
+    source, adapter = run.model, None
+    if not untrained and run.method.trains_base:
+        source = replace(run.model, source=str(folder / "run" / "model"))
+    elif not untrained:
+        adapter = folder / "run" / "adapter"
+    model, tokenizer = load_tuned(source, adapter)
+    if not out.exists():
+        about = {"model": source.source, "adapter": str(adapter), "merge": False}
+        answer_data(model, tokenizer, cell.generate, QUESTIONS, out, about=about)
     if not untrained:
-        return {}
+        return row
     loss = None
-    if config.held_out:
-        _, held = split_by_question(load_pairs(config.data), config.held_out)
-        loss = evaluate(model, held_rows(config, model, tokenizer, held))
-    return {"dev_loss": loss, "peak_memory_bytes": peak_memory(config.device)}
+    if run.data.held_out:
+        _, held = split_by_question(load_pairs(run.data.source), run.data.held_out)
+        loss = evaluate(model, pack_held_out(run.packing, model, tokenizer, held))
+    return replace(row, training=replace(row.training, dev_loss=loss, peak_memory_bytes=peak_memory(run.model.device)))
 
 
-def text_row(file: Path) -> dict[str, Any]:
-    """The part of a row that a file of answers gives. `length_ratio`: tokens of all answers / of all references."""
-    rows = list(answers_in(file))
-    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-    cut = [row["ended"] == "limit" for row in rows] if all("ended" in row for row in rows) else None
-    scores = score_texts(predictions, references, hit_limit=cut)
-    sums = count_pairs(predictions, references).sum(axis=0)
-    names = (
-        "pairs",
-        "bleu",
-        "codebleu",
-        "codebleu_compat",
-        "ngram",
-        "weighted_ngram",
-        "syntax",
-        "dataflow",
-        "exact_match",
-        "chrf",
-        "valid_python",
-        "empty",
-        "repeated",
-        "hit_limit",
-    )
-    return {
-        **{name: getattr(scores, name) for name in names},
-        "leaked": sum(any(part in text for part in TEMPLATE_PARTS) for text in predictions),
-        "distinct": len(set(predictions)),
-        "length_ratio": float(sums[LENGTH] / sums[REFERENCE_LENGTH]),
-        "signatures": list(scores.signatures),
-    }
+def score_file(file: Path) -> Scores:
+    """The scores of a file of answers."""
+    found = read_answers(file)
+    return score_texts(found.predictions, found.references, questions=found.questions, hit_limit=found.cut)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -180,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     if threads:
         torch.set_num_threads(int(threads[0]))
     try:
-        work(Path(folder))
+        perform(Path(folder))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

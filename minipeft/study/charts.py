@@ -1,7 +1,7 @@
 """The report's plots as inline SVG: no library, no script, no request.
 
-Widths are percentages and heights are pixels, so that a plot fits a phone without its letters shrinking. Nothing is
-told by colour alone: kinds of bars differ in their pattern, points in their shape, and each has its name beside it.
+Widths are percentages and heights are pixels, so that a plot fits a phone without its text shrinking. Nothing depends
+on colour alone: kinds of bars differ in their pattern, points in their shape, and each has its name beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ROW = 44  # pixels of a bar with its line of text
+ROW = 44  # pixels: a bar with its line of text
 PATTERNS = (
     '<svg width="0" height="0" aria-hidden="true"><defs><pattern id="stripes" width="6" height="6" '
     'patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" class="stripe-back"/>'
@@ -21,19 +21,19 @@ PATTERNS = (
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its name, value, interval, text, and kind: tuned (solid), untuned (striped), trivial (outlined)."""
+    """One bar: its name, value, interval, label, and kind: tuned (solid), untuned (striped), trivial (outlined)."""
 
     name: str
     value: float
     low: float
     high: float
-    said: str
+    label: str
     kind: str
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss of one run: (step, nats) of each training step, and on held-out pairs."""
+    """The losses of one training run: (step, nats) of each training step, and on held-out pairs."""
 
     name: str
     train: Sequence[tuple[float, float]]
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """One start: its held-out loss at each rate (None: not run), and its marker's shape, open or filled."""
+    """One init: its held-out loss at each learning rate (None: not run), and its marker's shape, open or filled."""
 
     name: str
     losses: Sequence[float | None]
@@ -58,15 +58,22 @@ class Line:
         return f'<polygon points="{points}" class="{kind}"/>'
 
 
-def bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None) -> str:
-    """Horizontal bars with intervals; `mark`: a line across all of them, and what it says."""
+def escape(value: object) -> str:
+    """A text as HTML shows it: nothing in it is markup, and control characters are visible."""
+    whole = str(value).encode("utf-8", "backslashreplace").decode()
+    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in whole)
+    return html.escape(visible)
+
+
+def draw_bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None) -> str:
+    """Horizontal bars with intervals; `mark`: a line across all of them, and its label."""
     most = max([row.high for row in rows] + [mark[0] if mark else 0.0, 1e-9]) * 1.02
     top, parts = (22 if mark else 4), []
     for number, row in enumerate(rows):
         y = top + number * ROW
-        name, said = html.escape(row.name), html.escape(row.said)
+        name, label = escape(row.name), escape(row.label)
         parts.append(
-            f'<text x="0" y="{y + 15}">{name}</text><text x="100%" y="{y + 15}" text-anchor="end" class="value">{said}'
+            f'<text x="0" y="{y + 15}">{name}</text><text x="100%" y="{y + 15}" text-anchor="end" class="value">{label}'
             f'</text><rect x="0" y="{y + 21}" width="{percent(row.value, most)}" height="14" class="{row.kind}"/>'
             f'<line x1="{percent(row.low, most)}" x2="{percent(row.high, most)}" y1="{y + 28}" y2="{y + 28}" '
             'class="whisker"/>'
@@ -76,19 +83,19 @@ def bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None)
             parts.append(f'<line x1="{x}" x2="{x}" y1="{y + 23}" y2="{y + 33}" class="whisker"/>')
     height = top + len(rows) * ROW
     if mark:
-        parts.append(line_across(mark[0] / most, mark[1], height))
-    return figure("".join(parts), height, title)
+        parts.append(draw_mark(mark[0] / most, mark[1], height))
+    return wrap("".join(parts), height, title)
 
 
-def dumbbells(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[float, str]) -> str:
-    """For each (name, strict, compat): a filled circle and an open square, joined."""
+def draw_pairs(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[float, str]) -> str:
+    """For each (name, strict, compat) a filled circle and an open square, joined by a line."""
     most = max([max(strict, compat) for _, strict, compat in rows] + [mark[0]]) * 1.05
     parts = []
     for number, (name, strict, compat) in enumerate(rows):
         y = 22 + number * ROW
         a, b = percent(strict, most), percent(compat, most)
         parts.append(
-            f'<text x="0" y="{y + 15}">{html.escape(name)}</text>'
+            f'<text x="0" y="{y + 15}">{escape(name)}</text>'
             f'<text x="100%" y="{y + 15}" text-anchor="end" class="value">{strict:.3f} / {compat:.3f}'
             "</text>"
             f'<line x1="{a}" x2="{b}" y1="{y + 28}" y2="{y + 28}" class="whisker"/>'
@@ -97,21 +104,21 @@ def dumbbells(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[
             f'<circle cx="{a}" cy="{y + 28}" r="5" class="filled"/>'
         )
     height = 22 + len(rows) * ROW
-    return figure("".join(parts) + line_across(mark[0] / most, mark[1], height), height, title)
+    return wrap("".join(parts) + draw_mark(mark[0] / most, mark[1], height), height, title)
 
 
-def losses(curves: Sequence[Curve]) -> str:
-    """A panel for each run, all with one scale: the training loss as a line, the held-out loss as circles."""
+def draw_losses(curves: Sequence[Curve]) -> str:
+    """A panel for each training run, all on one scale: the training loss as a line, the held-out loss as circles."""
     points = [loss for curve in curves for _, loss in (*smooth(curve.train), *curve.held_out)]
     if not points:
         return ""
     low, high = min(points), max(points)
     pad = 0.06 * (high - low) or 0.1
-    return '<div class="panels">' + "".join(panel(curve, low - pad, high + pad) for curve in curves) + "</div>"
+    return '<div class="panels">' + "".join(draw_panel(curve, low - pad, high + pad) for curve in curves) + "</div>"
 
 
-def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
-    """One run's losses."""
+def draw_panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
+    """The losses of one training run."""
     last = max([step for step, _ in (*curve.train, *curve.held_out)], default=1) or 1
     place = lambda step, loss: (100 * step / last, height * (high - loss) / (high - low))
     line = " ".join("{:.2f},{:.1f}".format(*place(*point)) for point in smooth(curve.train))
@@ -126,20 +133,20 @@ def panel(curve: Curve, low: float, high: float, height: int = 150) -> str:
         for step, loss in curve.held_out
         for x, y in [place(step, loss)]
     )
-    ends = f", held out {curve.held_out[0][1]:.2f} → {curve.held_out[-1][1]:.2f}" if curve.held_out else ""
+    ends = f", held-out {curve.held_out[0][1]:.2f} → {curve.held_out[-1][1]:.2f}" if curve.held_out else ""
     body = (
         f'{grid}<svg viewBox="0 0 100 {height}" width="100%" height="{height}" preserveAspectRatio="none">'
         f'<polyline points="{line}" class="curve"/></svg>{circles}'
         f'<text x="100%" y="{height + 16}" text-anchor="end" class="tick">step {last:g}</text>'
     )
-    title = html.escape(f"{curve.name}{ends}")
-    return f'<div class="panel"><h3>{title}</h3>{figure(body, height + 20, title)}</div>'
+    title = escape(f"{curve.name}{ends}")
+    return f'<div class="panel"><h3>{title}</h3>{wrap(body, height + 20, title)}</div>'
 
 
-def by_rate(
+def draw_by_rate(
     rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple[float, str]], title: str, height: int = 320
 ) -> str:
-    """A line for each start over the learning rates, loss on a logarithmic scale; `marks`: what to compare with."""
+    """A line for each init over the learning rates, loss on a logarithmic scale; `marks`: what to compare with."""
     values = [loss for line in lines for loss in line.losses if loss is not None] + [loss for loss, _ in marks]
     low, high = math.log(min(values)) - 0.08, math.log(max(values)) + 0.08
     left = lambda place: 3 + 94 * place / max(1, len(rates) - 1)  # percent of the width
@@ -165,17 +172,17 @@ def by_rate(
     ]
     legend = "".join(
         f'<li><svg width="14" height="14"><svg x="7" y="7" overflow="visible">{line.marker()}</svg></svg> '
-        f"{html.escape(line.name)}</li>"
+        f"{escape(line.name)}</li>"
         for line in lines
     )
     if marks:
-        names = ", ".join(html.escape(said) for _, said in sorted(marks, reverse=True))
-        legend += f"<li>dashed, from above: {names}</li>"
-    return f'<div class="panel">{figure("".join(parts), height + 22, title)}<ul class="legend">{legend}</ul></div>'
+        names = ", ".join(escape(label) for _, label in sorted(marks, reverse=True))
+        legend += f"<li>dashed, from top: {names}</li>"
+    return f'<div class="panel">{wrap("".join(parts), height + 22, title)}<ul class="legend">{legend}</ul></div>'
 
 
 def smooth(points: Sequence[tuple[float, float]], kept: int = 60) -> list[tuple[float, float]]:
-    """The means of at most `kept` runs of neighbours."""
+    """The means of neighbouring points, at most `kept` of them."""
     size = max(1, -(-len(points) // kept))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -190,20 +197,20 @@ def ticks(low: float, high: float) -> list[float]:
     return []
 
 
-def line_across(share: float, said: str, height: int) -> str:
-    """A dashed line down the whole plot, with its text at the top, on the side where there is room."""
+def draw_mark(share: float, label: str, height: int) -> str:
+    """A dashed line down the whole plot, with its label at the top, on the side with room for it."""
     x, anchor, shift = f"{100 * share:.2f}%", "start" if share < 0.5 else "end", 4 if share < 0.5 else -4
     return (
         f'<line x1="{x}" x2="{x}" y1="4" y2="{height}" class="mark"/>'
-        f'<text x="{x}" dx="{shift}" y="14" text-anchor="{anchor}" class="tick">{html.escape(said)}</text>'
+        f'<text x="{x}" dx="{shift}" y="14" text-anchor="{anchor}" class="tick">{escape(label)}</text>'
     )
 
 
 def percent(value: float, most: float) -> str:
-    """A length as a share of the plot's width."""
+    """A length as a percentage of the plot's width."""
     return f"{max(0.0, 100 * value / most):.2f}%"
 
 
-def figure(body: str, height: int, title: str) -> str:
-    """An SVG with a name for those who cannot see it."""
-    return f'<svg role="img" width="100%" height="{height}" aria-label="{html.escape(title)}">{body}</svg>'
+def wrap(body: str, height: int, title: str) -> str:
+    """An SVG with a title for screen readers."""
+    return f'<svg role="img" width="100%" height="{height}" aria-label="{escape(title)}">{body}</svg>'

@@ -1,27 +1,22 @@
-"""report.html: one file that asks for nothing, readable without script, without colour, on a phone, light and dark.
+"""report.html: one self-contained file, readable without script, without colour, on a phone, light and dark.
 
-Every text that a model, a file or an error brought passes `text`. A policy in the page's head refuses every request and
-every script but the one below, by its hash, should anything slip through.
+Every text that a model, a file or an error brought passes `escape`. Should anything slip through, a policy in the
+page's head refuses every request, and every script but the filter's (browser.py), by its hash.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
-from minipeft.study.charts import PATTERNS, Bar, Curve, Line, bars, by_rate, dumbbells, losses
+from minipeft.study.browser import SCRIPT, Answered, browse
+from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
+from minipeft.study.charts import PATTERNS, Bar, Curve, Line, draw_bars, draw_by_rate, draw_losses, draw_pairs, escape
 from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
-from minipeft.study.presets import FIRST_LINE, ZERO_SHOT
-from minipeft.study.table import Group, bleu, few, flagged, names, shown
+from minipeft.study.rows import Group, Results
+from minipeft.study.table import bleu, by_flag, filled, join_names, names
 
-LONGEST_ANSWER = 400  # characters shown of an answer
-MOST_QUESTIONS = 500
-MOST_BYTES = 700_000  # of answers; the page stays under a megabyte
 ARTEFACT = (0.25, "0.25: an empty answer, as the package counts")
 
 STYLE = """
@@ -69,254 +64,154 @@ dt{color:var(--soft);font-size:14px}dd{margin:0;min-width:0}.reference dd,.refer
 @media(max-width:600px){dl{grid-template-columns:1fr;gap:0;margin-left:8px}dd{margin-bottom:8px}}
 @media print{form{display:none}}
 """
-SCRIPT = """
-const form = document.getElementById("filter"), said = document.getElementById("said");
-const all = [...document.querySelectorAll("details[data-marks]")];
-function show() {
-  const words = form.words.value.toLowerCase(), mark = form.mark.value, cell = form.cell.value;
-  let left = 0;
-  for (const one of all) {
-    const marks = one.dataset.marks.split(" ");
-    const fits = !mark || marks.some(m => cell === "" ? m.endsWith(":" + mark) : m === cell + ":" + mark);
-    one.hidden = !(fits && one.textContent.toLowerCase().includes(words));
-    left += !one.hidden;
-  }
-  said.textContent = left + " of " + all.length + " shown";
-}
-if (form) { form.hidden = false; form.addEventListener("input", show);
-  form.addEventListener("submit", e => e.preventDefault()); show(); }
-"""
 
 
-@dataclass(frozen=True)
-class Answered:
-    """A cell's name and the rows of its predictions.jsonl."""
-
-    name: str
-    rows: Sequence[dict[str, Any]]
-
-
-def text(value: object) -> str:
-    """A text as HTML shows it: nothing in it is markup, control characters are visible."""
-    whole = str(value).encode("utf-8", "backslashreplace").decode()
-    seen = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in whole)
-    return html.escape(seen)
-
-
-def page(
-    results: dict[str, Any], said: Sequence[str], notes: Sequence[str], runs: Sequence[Curve], cells: Sequence[Answered]
+def draw_page(
+    results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
 ) -> str:
     """The whole page."""
-    groups: list[Group] = results["groups"]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
-    parts = [
-        f"<h1>{text(heading(results))}</h1>",
-        f"<p>{text(' '.join(said))}</p>",
-        table(groups, "scores"),
-        section(
-            "Scores",
-            score_bars(groups),
-            "Bars are BLEU, lines their 95 % intervals over questions. Solid: tuned. "
-            "Striped: the untrained model. Outlined: answers that need no model.",
-        ),
-        *(section(f"Prefixes after {grid.steps} steps", grid_table(grid), MEANING) for grid in tables(groups)),
-        *(
-            section(
-                f"Held-out loss after {steps} steps",
-                loss_bars(rows),
-                "Bars are nats per token, lines one standard deviation over seeds to both sides.",
-            )
-            for steps, rows in several_seeds(results).items()
-        ),
-        section("To know before using a number", flag_list(groups)),
-        section("What it took, and what the answers are like", table(groups, "rest")),
-        section(
-            "Loss",
-            losses(runs),
-            "Line: training loss, averaged over neighbouring steps. Circles: loss on pairs "
-            "held out of training, in nats per token. All panels have one scale.",
-        ),
-        section(
-            "CodeBLEU, and what its package makes of nothing",
-            codebleu(groups),
-            f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package.",
-        ),
-        browser(cells),
-        "<h2>How this was made</h2>",
-        *(f"<p>{text(note)}</p>" for note in notes[:-1]),
-        f'<p class="command"><code>{text(results["command"])}</code></p><p class="soft">{text(where)}</p>',
-    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>minipeft study: {text(results['preset'])}</title><style>{STYLE}</style></head>\n<body>{PATTERNS}"
-        + "\n".join(part for part in parts if part)
+        f"<title>minipeft study: {escape(results.preset)}</title><style>{STYLE}</style></head>\n<body>{PATTERNS}"
+        + "\n".join(part for part in sections(results, summary, notes, curves, cells) if part)
         + f"\n<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def heading(results: dict[str, Any]) -> str:
+def sections(
+    results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
+) -> list[str]:
+    """The parts of the page, in order; "" for one with nothing to show."""
+    groups = results.groups
+    environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
+    bars = (
+        "Bars: BLEU. Lines: 95 % intervals over questions. Solid: tuned. Striped: the untrained model. Outlined: "
+        "baselines without a model."
+    )
+    over_seeds = "Bars: nats per token. Lines: one standard deviation over seeds to either side."
+    panels = (
+        "Line: training loss, averaged over neighbouring steps. Circles: held-out loss, in nats per token. All panels "
+        "share one scale."
+    )
+    return [
+        f"<h1>{escape(heading(results))}</h1>",
+        f"<p>{escape(' '.join(summary))}</p>",
+        draw_table(groups, "scores"),
+        section("Scores", draw_scores(groups), bars),
+        *(section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in tables(groups)),
+        *(
+            section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
+            for steps, rows in several_seeds(results).items()
+        ),
+        section("Before you use a number", draw_flags(groups)),
+        section("Training, cost and answers", draw_table(groups, "details")),
+        section("Loss", draw_losses(curves), panels),
+        section(
+            "CodeBLEU, strict and as the package counts",
+            draw_codebleu(groups),
+            f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package.",
+        ),
+        browse(cells),
+        "<h2>How this was made</h2>",
+        *(f"<p>{escape(note)}</p>" for note in notes[:-1]),
+        f'<p class="command"><code>{escape(results.command)}</code></p><p class="soft">{escape(environment)}</p>',
+    ]
+
+
+def heading(results: Results) -> str:
     """What was compared."""
-    models = list(dict.fromkeys(group["model"] for group in results["groups"] if group["model"]))
+    models = list(dict.fromkeys(group.model for group in results.groups if group.model))
     what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
-    source = results["data"]["source"]
+    source = results.data.source
     data = "the demo pairs" if source == "demo" else source.rstrip("/").rsplit("/", 1)[-1]
-    return f"Ways of tuning compared: {what} on {data}"
+    return f"Fine-tuning methods compared: {what} on {data}"
 
 
 def section(title: str, body: str, caption: str = "") -> str:
-    """A heading, what stands under it, and what to know to read it; nothing where the body is empty."""
-    return f'<h2>{text(title)}</h2><p class="soft">{text(caption)}</p>{body}' if body else ""
+    """A heading, its caption and its body; nothing where the body is empty."""
+    return f'<h2>{escape(title)}</h2><p class="soft">{escape(caption)}</p>{body}' if body else ""
 
 
-def table(groups: Sequence[Group], part: str) -> str:
-    """One part of the columns, in a box that scrolls by itself where it is wider than the screen."""
-    columns = [column for column in shown(groups) if column.part == part]
-    head = "".join(f'<th title="{text(c.meaning)}" scope="col">{text(c.title)}</th>' for c in columns)
+def draw_table(groups: Sequence[Group], part: str) -> str:
+    """One table of the columns, in a box that scrolls by itself where it is wider than the screen."""
+    columns = filled(groups, part)
+    head = "".join(f'<th title="{escape(c.meaning)}" scope="col">{escape(c.title)}</th>' for c in columns)
     rows = []
     for name, group in zip(names(groups), groups):
-        if group["error"] is not None and part == "rest":
+        if part == "details" and group.error is not None:
             continue
-        if group["error"] is None and part == "scores" and group.get("bleu") is None:
-            continue  # nothing was asked of it
-        cells = "".join(f"<td>{text(column.show(group))}</td>" for column in columns)
-        if group["error"] is not None:
-            cells = f'<td class="failed" colspan="{len(columns)}">failed: {text(group["error"])}</td>'
-        kind = "" if group["model"] else ' class="trivial"'
-        rows.append(f'<tr{kind}><th scope="row">{text(name)}</th>{cells}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead><tbody>'
-        f"{''.join(rows)}</tbody></table></div>"
-    )
+        if part == "scores" and group.error is None and group.scores is None:
+            continue  # it did not answer
+        cells = "".join(f"<td>{escape(column.show(group))}</td>" for column in columns)
+        if group.error is not None:
+            cells = f'<td class="failed" colspan="{len(columns)}">failed: {escape(group.error)}</td>'
+        kind = "" if group.model else ' class="trivial"'
+        rows.append(f'<tr{kind}><th scope="row">{escape(name)}</th>{cells}</tr>')
+    return frame(f"<th></th>{head}", "".join(rows))
 
 
-SHAPES = {"peft": "triangle", "normal": "square", "text": "circle"}  # of a prefix's start; filled: with the network
+def frame(head: str, rows: str) -> str:
+    """A table in a box that scrolls."""
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def grid_table(grid: Grid) -> str:
-    """A grid of the prefix experiment, drawn and in numbers."""
+SHAPES = {"peft": "triangle", "normal": "square", "text": "circle"}  # of a prefix's init; filled: with the MLP
+
+
+def draw_grid(grid: Grid) -> str:
+    """A grid of the prefix experiment, as a plot and as a table."""
     lines = [
-        Line(start, [group["dev_loss"] if group else None for group in found], SHAPES[start.split()[0]], "MLP" in start)
-        for start, found in grid.rows
+        Line(init, [g.dev_loss if g else None for g in found], SHAPES.get(init.split()[0], "circle"), "MLP" in init)
+        for init, found in grid.rows
     ]
-    title = "Held-out loss by learning rate and start"
-    drawn = by_rate(grid.rates, lines, [(loss, name) for name, loss in grid.others], title)
+    title = "Held-out loss by learning rate and init"
+    drawn = draw_by_rate(grid.rates, lines, [(loss, name) for name, loss in grid.others], title)
     head, *rows = grid.texts()
-    heads = "<th></th>" + "".join(f'<th scope="col">{cell}</th>' for cell in head[1:])
+    heads = "<th></th>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head[1:])
     body = "".join(
-        f'<tr><th scope="row">{text(row[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row[1:])}</tr>'
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
-    return (
-        f'{drawn}<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return drawn + frame(heads, body)
 
 
-def loss_bars(rows: Sequence[tuple[str, str, Group]]) -> str:
-    """The held-out loss of each thing that was trained with several seeds."""
-    found = [
-        Bar(
-            name,
-            group["dev_loss"],
-            group["dev_loss"] - group["dev_loss_sd"],
-            group["dev_loss"] + group["dev_loss_sd"],
-            said,
-            "tuned",
-        )
-        for name, said, group in rows
-    ]
-    return bars(found, "Held-out loss over seeds")
+def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:
+    """The held-out loss of each group with several seeds."""
+    found = []
+    for name, label, group in rows:
+        loss, spread = group.dev_loss, group.dev_loss_sd or 0.0
+        found.append(Bar(name, loss, loss - spread, loss + spread, label, "tuned"))
+    return draw_bars(found, "Held-out loss over seeds")
 
 
-def score_bars(groups: Sequence[Group]) -> str:
-    """BLEU of each group, and a line at the best that needs no model."""
+def draw_scores(groups: Sequence[Group]) -> str:
+    """BLEU of each group, and a line at the best baseline."""
     rows, trivial = [], []
     for name, group in zip(names(groups), groups):
-        if group["error"] is not None or group.get("bleu") is None:
+        if group.scores is None or group.bleu is None:
             continue
-        kind = "trivial" if not group["model"] else "untuned" if group["method"] in (ZERO_SHOT, FIRST_LINE) else "tuned"
-        low, high = group["bleu_interval"]
-        rows.append(Bar(name, group["bleu"], low, high, f"{bleu(group)} [{100 * low:.1f}, {100 * high:.1f}]", kind))
-        trivial += [group["bleu"]] if kind == "trivial" else []
-    return bars(rows, "BLEU of each answerer", (max(trivial), "best without a model")) if trivial else ""
+        kind = "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
+        low, high = group.scores.bleu_interval
+        rows.append(Bar(name, group.bleu, low, high, f"{bleu(group)} [{100 * low:.1f}, {100 * high:.1f}]", kind))
+        trivial += [group.bleu] if kind == "trivial" else []
+    return draw_bars(rows, "BLEU of each group", (max(trivial), "best baseline without a model")) if trivial else ""
 
 
-def flag_list(groups: Sequence[Group]) -> str:
-    """Failures and flags, each said once."""
-    found = [f"<li><b>{text(few(who))}</b> {text(said)}</li>" for said, who in flagged(groups).items()]
+def draw_flags(groups: Sequence[Group]) -> str:
+    """Failures and flags, each once, with the groups that it applies to."""
+    found = [f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>" for flag, who in by_flag(groups).items()]
     return f'<ul class="flags">{"".join(found)}</ul>' if found else "<p>Nothing was flagged.</p>"
 
 
-def codebleu(groups: Sequence[Group]) -> str:
-    """Both totals of each group."""
+def draw_codebleu(groups: Sequence[Group]) -> str:
+    """Both CodeBLEU totals of each group."""
     rows = [
-        (name, group["codebleu"], group["codebleu_compat"])
+        (name, group.scores["codebleu"] or 0.0, group.scores["codebleu_compat"] or 0.0)
         for name, group in zip(names(groups), groups)
-        if group["error"] is None and group.get("codebleu") is not None
+        if group.scores is not None
     ]
-    return dumbbells(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""
-
-
-def browser(cells: Sequence[Answered]) -> str:
-    """Each question with its reference and every cell's answer, folded; a filter where there is script."""
-    if not cells:
-        return ""
-    number, size, parts = len(cells[0].rows), 0, []
-    for place in range(min(number, MOST_QUESTIONS)):
-        part = question(cells, place)
-        size += len(part.encode())
-        if size > MOST_BYTES:
-            break
-        parts.append(part)
-    cut = (
-        "" if len(parts) == number else f"The first {len(parts)} of {number}; all are in each cell's predictions.jsonl."
-    )
-    options = "".join(f'<option value="{place}">{text(cell.name)}</option>' for place, cell in enumerate(cells))
-    marks = "".join(
-        f'<option value="{m}">{m}</option>' for m in ("exact", "wrong", "invalid", "empty", "repeated", "cut")
-    )
-    return (
-        f'<h2>Answers</h2><p class="soft">{text(cut)}</p><form id="filter" hidden><input name="words" '
-        'placeholder="words in question or answers" aria-label="words">'
-        f'<select name="mark" aria-label="kind"><option value="">all</option>{marks}</select>'
-        f'<select name="cell" aria-label="by"><option value="">by any</option>{options}</select>'
-        f'<span id="said" class="soft"></span></form>{"".join(parts)}'
-    )
-
-
-def question(cells: Sequence[Answered], place: int) -> str:
-    """One question, folded: who was exact stands in its first line."""
-    first = cells[0].rows[place]
-    references = [first["reference"]] if isinstance(first["reference"], str) else first["reference"]
-    found, answers, right = [], [], []
-    for number, cell in enumerate(cells):
-        row = cell.rows[place]
-        marks = marks_of(row, references)
-        found += [f"{number}:{mark}" for mark in marks]
-        right += [cell.name] if "exact" in marks else []
-        answer = row["prediction"][:LONGEST_ANSWER] + ("…" if len(row["prediction"]) > LONGEST_ANSWER else "")
-        noted = ", ".join(mark for mark in marks if mark != "wrong")
-        answers.append(
-            f"<dt>{text(cell.name)}{text(f' ({noted})' if noted else '')}</dt><dd><pre>{text(answer)}</pre></dd>"
-        )
-    exact = f' <span class="soft">exact: {text(", ".join(right))}</span>' if right else ""
-    return (
-        f'<details data-marks="{" ".join(found)}"><summary>{text(first["intent"])}{exact}</summary>'
-        f'<dl class="reference"><dt>reference</dt><dd><pre>{text(references[0])}</pre></dd></dl>'
-        f"<dl>{''.join(answers)}</dl></details>"
-    )
-
-
-def marks_of(row: dict[str, Any], references: Sequence[str]) -> list[str]:
-    """What an answer is, in words that the filter knows."""
-    answer = row["prediction"]
-    if not answer.strip():
-        return ["wrong", "empty"]
-    found = ["exact" if is_exact(answer, references) else "wrong"]
-    found += [] if is_valid_python(answer) else ["invalid"]
-    found += ["repeated"] if is_repeated(answer) else []
-    return found + (["cut"] if row.get("ended") == "limit" else [])
+    return draw_pairs(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""

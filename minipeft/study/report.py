@@ -3,102 +3,107 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.runs.answers import answers_in
+from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
 from minipeft.study.charts import Curve
-from minipeft.study.page import Answered, page
-from minipeft.study.prefix_experiment import MEANING, Grid, conclusion, several_seeds, tables
-from minipeft.study.table import Group, as_markdown, as_text, few, flagged, names, shown
+from minipeft.study.page import draw_page
+from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
+from minipeft.study.rows import Group, Results
+from minipeft.study.table import as_markdown, as_text, by_flag, filled, join_names, names
 
 NOTES = (
-    "Intervals are percentile bootstraps over questions: pairs of one question are drawn together. A difference whose "
-    "interval excludes 0 holds for questions like these; with one seed nothing is said of other seeds.",
-    "An answer ends at the end-of-text token or at the limit of new tokens. \"zero-shot, first line\" is the untrained "
-    "model's answer up to its first newline: what it is worth if it need not know where to end.",
+    "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
+    "interval excludes 0 holds for questions like these; with one seed it says nothing about other seeds.",
+    'An answer ends at the end-of-text token or at the token limit. "zero-shot, first line" is the untrained model\'s '
+    "answer up to its first newline: what it would score if it knew where to stop.",
     "CodeBLEU is strict: a part without a match counts 0. The codebleu package counts a data-flow match of 0 as 1, "
     "which gives 0.25 to an empty answer; its total is shown beside the strict one.",
-)  # fmt: skip
+)
 
 
-def write_report(results: dict[str, Any], out: Path) -> None:
+def write_report(results: Results, out: Path) -> None:
     """Write results.json, report.md and report.html into the study's folder."""
-    write_json(out / "results.json", results)
-    text = markdown(results)
+    write_json(out / "results.json", results.as_json())
+    text = draw_markdown(results)
     write_whole(out / "report.md", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
-    web = page(results, summary(results), NOTES, curves(results, out), answers(results, out))
-    write_whole(out / "report.html", lambda stream: stream.write(web.encode("utf-8", "backslashreplace")))
+    page = draw_page(results, summarize(results), NOTES, read_curves(results, out), read_all_answers(results, out))
+    write_whole(out / "report.html", lambda stream: stream.write(page.encode("utf-8", "backslashreplace")))
 
 
-def summary(results: dict[str, Any]) -> list[str]:
-    """What came out, in a few sentences."""
-    groups: list[Group] = results["groups"]
-    called = dict(zip(map(id, groups), names(groups)))
-    done = [group for group in groups if group["error"] is None]
-    tuned = [group for group in done if group["difference"] is not None and group.get("trainable")]
-    data = results["data"]
-    said = [f"{data['pairs']} pairs of {data['questions']} questions ({data['source']}) were answered."]
-    clear = [group for group in tuned if group["difference"]["low"] > 0]
+def summarize(results: Results) -> list[str]:
+    """The findings in a few sentences."""
+    named = list(zip(names(results.groups), results.groups))
+    done = [(name, group) for name, group in named if group.error is None]
+    data = results.data
+    text = [f"{data.pairs} pairs of {data.questions} questions ({data.source}) were answered."]
+    text += compare_tuned(done)
+    text += conclude(results)
+    silent = [(name, group) for name, group in done if group.scores is None]
+    if silent:
+        name, best = min(silent, key=lambda pair: pair[1].dev_loss)
+        text.append(
+            f"Of {len(silent)} that generated no answers, {name} has the lowest held-out loss, {best.dev_loss:.3f}."
+        )
+    name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
+    text.append(f"The best baseline without a model, {name!r}, scores {100 * (best.bleu or 0.0):.1f}.")
+    failed = [name for name, group in named if group.error is not None]
+    return [*text, f"Failed: {', '.join(failed)}."] if failed else text
+
+
+def compare_tuned(done: list[tuple[str, Group]]) -> list[str]:
+    """Which of the tuned groups are better than the untrained model, and which are not clearly so."""
+    tuned = [(name, group, group.difference) for name, group in done if group.difference and group.training.trainable]
+    clear = [(name, group, gain) for name, group, gain in tuned if gain.low > 0]
+    unclear = [name for name, _, gain in tuned if gain.low <= 0]
+    text = []
     if clear:
-        best = max(clear, key=lambda group: group["bleu"])
-        low, high = (100 * best["difference"][end] for end in ("low", "high"))
-        said.append(
-            f"Best is {called[id(best)]}: BLEU {100 * best['bleu']:.1f}, which is "
-            f"{100 * best['difference']['value']:+.1f} over the untrained model "
-            f"(95 % interval {low:+.1f} to {high:+.1f})."
+        name, best, gain = max(clear, key=lambda row: row[1].bleu or 0.0)
+        text.append(
+            f"The best is {name}: BLEU {100 * (best.bleu or 0.0):.1f}, {100 * gain.value:+.1f} over the untrained "
+            f"model (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})."
         )
-    unsure = [called[id(group)] for group in tuned if group["difference"]["low"] <= 0]
-    if unsure:
-        said.append(f"Not clearly better than the untrained model: {', '.join(unsure)}.")
-    said += conclusion(results)
-    quiet = [group for group in done if group.get("bleu") is None]
-    if quiet:
-        least = min(quiet, key=lambda group: group["dev_loss"])
-        said.append(
-            f"Of {len(quiet)} that were not asked, {called[id(least)]} has the least held-out loss, "
-            f"{least['dev_loss']:.3f}."
-        )
-    trivial = max((group for group in done if not group["model"]), key=lambda group: group["bleu"])
-    said.append(f"Without any model, {called[id(trivial)]!r} scores {100 * trivial['bleu']:.1f}.")
-    failed = [called[id(group)] for group in groups if group["error"] is not None]
-    if failed:
-        said.append(f"Failed: {', '.join(failed)}.")
-    return said
+    if unclear:
+        text.append(f"Not clearly better than the untrained model: {', '.join(unclear)}.")
+    return text
 
 
-def terminal(results: dict[str, Any], out: Path) -> str:
+def as_terminal(results: Results, out: Path) -> str:
     """What the command prints at its end."""
-    groups = results["groups"]
     flags = [
-        f"! {few(who)}: {text}" for text, who in flagged(groups).items() if not text.startswith("CodeBLEU artefact")
+        f"! {join_names(who)}: {flag}"
+        for flag, who in by_flag(results.groups).items()
+        if not flag.startswith("CodeBLEU artefact")
     ]
-    parts = [as_text(groups), " ".join(summary(results)), "\n".join(flags), f"{out / 'report.html'}"]
+    parts = [as_text(results.groups), " ".join(summarize(results)), "\n".join(flags), f"{out / 'report.html'}"]
     return "\n\n".join(part for part in parts if part)
 
 
-def markdown(results: dict[str, Any]) -> str:
+def draw_markdown(results: Results) -> str:
     """report.md"""
-    groups = results["groups"]
-    flags = "\n".join(f"- {few(who)}: {text}" for text, who in flagged(groups).items()) or "- none"
-    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in shown(groups))
-    where = ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value is not None)
-    grids = "".join(
-        f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{grid_text(grid)}\n\n" for grid in tables(groups)
-    )
-    grids += "".join(
-        f"## Held-out loss after {steps} steps\n\n" + "\n".join(f"- {name}: {said}" for name, said, _ in rows) + "\n\n"
-        for steps, rows in several_seeds(results).items()
-    )
-    return (
-        f"# Study: {results['preset']}\n\n    {results['command']}\n\n{' '.join(summary(results))}\n\n"
-        f"{as_markdown(groups)}\n\n{grids}## To know before using a number\n\n{flags}\n\n## What the columns are\n\n"
-        f"{meanings}\n\n" + "\n\n".join(NOTES) + f"\n\nMade with {where}.\n"
-    )
+    groups = results.groups
+    flags = "\n".join(f"- {join_names(who)}: {flag}" for flag, who in by_flag(groups).items()) or "- none"
+    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in filled(groups))
+    environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
+    parts = [
+        f"# Study: {results.preset}\n\n    {results.command}\n\n{' '.join(summarize(results))}",
+        as_markdown(groups),
+        *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in tables(groups)),
+        *(
+            f"## Held-out loss after {steps} steps\n\n" + "\n".join(f"- {name}: {label}" for name, label, _ in rows)
+            for steps, rows in several_seeds(results).items()
+        ),
+        f"## Before you use a number\n\n{flags}",
+        f"## What the columns mean\n\n{meanings}",
+        *NOTES,
+        f"Made with {environment}.\n",
+    ]
+    return "\n\n".join(parts)
 
 
-def grid_text(grid: Grid) -> str:
+def draw_grid(grid: Grid) -> str:
     """A grid in Markdown."""
     head, *rows = grid.texts()
     lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
@@ -106,27 +111,32 @@ def grid_text(grid: Grid) -> str:
     return text + "\n\nTo compare with: " + ", ".join(name for name, _ in grid.others) + "."
 
 
-def curves(results: dict[str, Any], out: Path) -> list[Curve]:
-    """The losses of each trained cell, from its log; of those that answered, where any did."""
-    found, asked = [], any(row.get("bleu") is not None and row.get("steps") for row in results["cells"])
-    called = {cell: name for name, group in zip(names(results["groups"]), results["groups"]) for cell in group["cells"]}
-    for row in results["cells"]:
-        file = out / "cells" / row["cell"] / "run" / "log.jsonl"
-        if row["error"] is not None or not file.exists() or (asked and row.get("bleu") is None):
+def name_cells(results: Results) -> dict[str, str]:
+    """What each cell is called: its group's name, and its seed unless that is 0."""
+    seeds = {row.cell: f" seed {row.seed}" if row.seed else "" for row in results.cells}
+    named = zip(names(results.groups), results.groups)
+    return {cell: name + seeds[cell] for name, group in named for cell in group.cells}
+
+
+def read_curves(results: Results, out: Path) -> list[Curve]:
+    """The losses of each trained cell, from its log; where any cell answered, only of those that did."""
+    found, called = [], name_cells(results)
+    answered = any(row.scores is not None and row.training.steps for row in results.cells)
+    for row in results.cells:
+        file = out / "cells" / row.cell / "run" / "log.jsonl"
+        if row.error is not None or not file.exists() or (answered and row.scores is None):
             continue
         entries = [parse_json(line, file) for line in read_text(file).splitlines()]
-        seeds = f" seed {row['seed']}" if row["seed"] else ""
         pick = lambda name, entries=entries: [(e["step"], e[name]) for e in entries if e.get(name) is not None]
-        found.append(Curve(called[row["cell"]] + seeds, pick("loss"), pick("dev_loss")))
+        found.append(Curve(called[row.cell], pick("loss"), pick("dev_loss")))
     return found
 
 
-def answers(results: dict[str, Any], out: Path) -> list[Answered]:
-    """For each cell that answered: its name, and its answers in the questions' order."""
-    called = {cell: name for name, group in zip(names(results["groups"]), results["groups"]) for cell in group["cells"]}
-    found = []
-    for row in results["cells"]:
-        if row["error"] is None and row.get("bleu") is not None:
-            seeds = f" seed {row['seed']}" if row["seed"] else ""
-            found.append(Answered(called[row["cell"]] + seeds, list(answers_in(out / "cells" / row["cell"] / ANSWERS))))
-    return found
+def read_all_answers(results: Results, out: Path) -> list[Answered]:
+    """Of each cell that answered its name and its answers, in the order of the questions."""
+    called = name_cells(results)
+    return [
+        Answered(called[row.cell], list(answers_in(out / "cells" / row.cell / ANSWERS)))
+        for row in results.cells
+        if row.error is None and row.scores is not None
+    ]

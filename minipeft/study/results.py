@@ -1,141 +1,106 @@
-"""What results.json holds: each cell's row with its interval, its difference to the untrained model and its flags.
-
-    {"format", "command", "preset", "data", "environment", "cells": [a row for each cell and seed],
-     "groups": [the same over seeds: mean, spread, one interval]}
-
-All shares and BLEU are 0..1. A failed cell is a row with "error" and no scores.
-"""
+"""From the cells of a study to its results: comparisons with the untrained model, flags, and means over seeds."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from minipeft.files import read_object
-from minipeft.metrics.bleu import Interval, count_pairs
-from minipeft.runs.answers import answers_in
-from minipeft.study.cells import ANSWERS
-from minipeft.study.presets import PRESETS, ZERO_SHOT, Cell, StudyConfig, printed
-from minipeft.study.runner import FORMAT, Outcome
-from minipeft.study.statistics import by_question, flags, interval, mean_and_sd
-
-AVERAGED = (
-    "bleu", "codebleu", "codebleu_compat", "exact_match", "chrf", "valid_python", "empty", "repeated", "hit_limit",
-    "leaked", "length_ratio", "dev_loss", "dev_loss_start", "train_seconds", "tokens_per_second", "peak_memory_bytes",
-)  # fmt: skip
-ALIKE = (
-    "model", "method", "recipe", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
-    "stored", "pairs", "signatures",
-)  # fmt: skip
+from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
+from minipeft.metrics.scores import Scores
+from minipeft.study.cells import ZERO_SHOT, Cell
+from minipeft.study.paper import reported
+from minipeft.study.presets import PRESETS, StudyConfig
+from minipeft.study.rows import Data, Group, Results, Row, Training
+from minipeft.study.runner import Outcome
+from minipeft.study.statistics import flag, mean_and_sd
 
 
-def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> dict[str, Any]:
-    """All that is known of a study, as results.json holds it."""
-    done = [outcome for outcome in outcomes if outcome.row is not None]
-    answers = {outcome.cell.name: out / "cells" / outcome.cell.name / ANSWERS for outcome in done}
-    counts = {name: counted(file) for name, file in answers.items() if file.exists()}
+def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> Results:
+    """Everything that is known of a study."""
     rows = {outcome.cell.name: row_of(outcome) for outcome in outcomes}
-    floor = max(((row["method"], row["bleu"]) for row in rows.values() if not row["model"]), key=lambda pair: pair[1])
-    bases: dict[str, list[np.ndarray]] = {}
-    for outcome in done:
-        if outcome.cell.method == ZERO_SHOT:
-            bases.setdefault(outcome.cell.model, []).append(counts[outcome.cell.name])
-    for name in answers:
-        own = [counts[name]] if name in counts else []
-        rows[name] |= compared(rows[name], own, bases) | {"flags": flags(rows[name], floor)}
-    alike: dict[tuple[object, ...], list[str]] = {}
+    trivial = [(row.method, row.scores["bleu"] or 0.0) for row in rows.values() if not row.model and row.scores]
+    floor = max(trivial, key=lambda pair: pair[1])
+    bases: dict[str, list[Scores]] = {}  # of each model the scores of its untrained cells, one a seed
+    for row in rows.values():
+        if row.method == ZERO_SHOT and row.scores is not None:
+            bases.setdefault(row.model, []).append(row.scores)
+    for name, row in rows.items():
+        if row.error is None:
+            rows[name] = replace(row, difference=compare(row, row.scores, bases), flags=flag(row, floor))
+    alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
-        alike.setdefault(key_of(outcome.cell), []).append(outcome.cell.name)
-    groups = [group_of([rows[name] for name in names], counts, bases) for names in alike.values()]
-    return {
-        "format": FORMAT,
-        "command": command,
-        "preset": config.preset,
-        "data": about_data(config, groups, out),
-        "environment": environment(config),
-        "cells": list(rows.values()),
-        "groups": groups,
-    }
+        alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
+    groups = tuple(group_of(same, bases) for same in alike.values())
+    return Results(
+        command, config.preset, data_of(config, groups[0], out), environment(config), tuple(rows.values()), groups
+    )
 
 
-def key_of(cell: Cell) -> tuple[object, ...]:
-    """What the seeds of one thing have in common: all but the seed."""
-    return (cell.model, cell.method, *sorted((name, value) for name, value in cell.tune.items() if name != "seed"))
-
-
-def counted(file: Path) -> np.ndarray:
-    """BLEU's counts of a file of answers, a row a question. -> [Q, 10]"""
-    rows = list(answers_in(file))
-    counts = count_pairs([row["prediction"] for row in rows], [row["reference"] for row in rows])
-    questions = [place if row["question_id"] is None else row["question_id"] for place, row in enumerate(rows)]
-    return by_question(counts, questions)
-
-
-def row_of(outcome: Outcome) -> dict[str, Any]:
+def row_of(outcome: Outcome) -> Row:
     """A cell's row, or what there is to say of one that failed."""
-    cell = outcome.cell
-    row = outcome.row or {"model": cell.model, "method": cell.method, "seed": cell.seed}
-    return {"cell": cell.name, **row, "error": outcome.error, "paper": printed(cell.model, cell.method) or None}
+    cell: Cell = outcome.cell
+    row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
+    return replace(row, cell=cell.name, error=outcome.error, paper=reported(cell.model, cell.method) or None)
 
 
-def compared(row: dict[str, Any], own: list[np.ndarray], bases: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-    """The interval of a BLEU, and of its difference to the untrained model over the same questions."""
-    if not own:
-        return {"bleu_interval": None, "questions": 0, "difference": None}
-    value, base = interval(own), bases.get(row["model"])
-    other = None if base is None or row["method"] == ZERO_SHOT else interval(own, base)
-    return {"bleu_interval": [value.low, value.high], "questions": len(own[0]), "difference": as_json(other)}
-
-
-def as_json(found: Interval | None) -> dict[str, float | None] | None:
-    """An interval as results.json holds it."""
-    if found is None:
+def compare(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
+    """The difference of a BLEU to the untrained model's on the same questions."""
+    if scores is None or row.method == ZERO_SHOT or row.model not in bases:
         return None
-    return {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    return bootstrap_bleu(scores.runs, [run for base in bases[row.model] for run in base.runs])
 
 
-def group_of(
-    rows: list[dict[str, Any]], counts: dict[str, np.ndarray], bases: dict[str, list[np.ndarray]]
-) -> dict[str, Any]:
-    """Several seeds of one thing as one row: means, the spread of BLEU, an interval over questions for the mean."""
-    done = [row for row in rows if row["error"] is None]
-    first = (done or rows)[0]
-    group: dict[str, Any] = {name: first.get(name) for name in ALIKE}
-    group |= {"seeds": [row["seed"] for row in rows], "cells": [row["cell"] for row in rows], "paper": first["paper"]}
-    group["error"] = next((row["error"] for row in rows if row["error"] is not None), None) if not done else None
+def group_of(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
+    """Cells that differ only by seed as one group."""
+    done, failed = [row for row in rows if row.error is None], [row for row in rows if row.error is not None]
+    first = (done or failed)[0]
+    group = Group(
+        first.model,
+        first.method,
+        seeds=tuple(row.seed for row in rows),
+        cells=tuple(row.cell for row in rows),
+        paper=first.paper,
+    )
     if not done:
-        return group
-    for name in AVERAGED:
-        values = [row[name] for row in done if row.get(name) is not None]
-        group[name] = float(np.mean(values)) if values else None
-    scored = [row for row in done if row["cell"] in counts]
-    group["bleu_sd"] = mean_and_sd([row["bleu"] for row in scored])[1] if scored else None
-    held = [row["dev_loss"] for row in done if row.get("dev_loss") is not None]
-    group["dev_loss_sd"] = mean_and_sd(held)[1] if held else None
-    group |= compared(first, [counts[row["cell"]] for row in scored], bases)
-    group["flags"] = list(dict.fromkeys(flag for row in done for flag in row["flags"]))
-    failed = [row for row in rows if row["error"] is not None]
-    group["flags"] += [f"seed {row['seed']} failed: {row['error']}" for row in failed]
-    return group
+        return replace(group, error=first.error)
+    several = [row.scores for row in done if row.scores is not None]
+    scores = Scores.mean(several) if several else None
+    flags = [text for row in done for text in row.flags]
+    flags += [f"seed {row.seed} failed: {row.error}" for row in failed]
+    return replace(
+        group,
+        training=Training.mean([row.training for row in done]),
+        scores=scores,
+        bleu_sd=deviation([one["bleu"] for one in several]),
+        dev_loss_sd=deviation([row.training.dev_loss for row in done]),
+        difference=compare(first, scores, bases),
+        flags=tuple(dict.fromkeys(flags)),
+    )
 
 
-def about_data(config: StudyConfig, groups: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """What was answered; the first group is a baseline, which cannot fail."""
+def deviation(values: Sequence[float | None]) -> float | None:
+    """The sample standard deviation of the values that are known."""
+    known = [value for value in values if value is not None]
+    return mean_and_sd(known)[1] if known else None
+
+
+def data_of(config: StudyConfig, baseline: Group, out: Path) -> Data:
+    """What was answered; a baseline has answered all of it."""
+    about, scores = read_object(out / "study.json"), baseline.scores
+    assert scores is not None  # a baseline cannot fail
     source = config.data or PRESETS[config.preset].data
-    about = read_object(out / "study.json")
-    digests = {name: about[name] for name in ("train_sha256", "test_sha256")}  # of the files that they come from
-    return {"source": source, "pairs": groups[0]["pairs"], "questions": groups[0]["questions"], **digests}
+    return Data(source, scores.pairs, scores.questions, about["train_sha256"], about["test_sha256"])
 
 
-def environment(config: StudyConfig) -> dict[str, Any]:
-    """What the times and the last digits depend on."""
+def environment(config: StudyConfig) -> dict[str, str | int | None]:
+    """What times and last digits depend on."""
     return {
         "minipeft": version("minipeft"),
         "torch": torch.__version__,

@@ -1,57 +1,9 @@
-"""What else is said of answers, and all of it at once."""
-
-import json
+"""Exact match, chrF, valid Python and repetition of an answer."""
 
 import pytest
 from sacrebleu.metrics import CHRF
 
-from minipeft import InputError
-from minipeft.metrics.bleu import bleu
-from minipeft.metrics.codebleu import codebleu
-from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python, score_texts
-
-
-def test_score_texts_gives_each_score_of_the_others(snippets, mutate):
-    predictions, references = snippets[1:100], snippets[:99]
-    scores = score_texts(predictions, references, hit_limit=[True] + [False] * 98)
-    code = codebleu(predictions, references)
-    assert scores.bleu == bleu(predictions, references).score
-    assert scores.bleu_interval[0] <= scores.bleu <= scores.bleu_interval[1]
-    assert (scores.codebleu, scores.codebleu_compat) == (code.score, code.compat)
-    assert (scores.ngram, scores.weighted_ngram, scores.syntax, scores.dataflow) == (
-        code.ngram,
-        code.weighted_ngram,
-        code.syntax,
-        code.dataflow,
-    )
-    assert scores.chrf == chrf(predictions, references)
-    assert (scores.pairs, scores.hit_limit) == (99, 1)
-    assert score_texts(predictions, references).hit_limit is None
-    assert json.loads(json.dumps(scores.as_dict()))["bleu"] == scores.bleu
-
-
-def test_counts_are_of_answers():
-    scores = score_texts(["x = 'a'", "", " \n", "f(" * 40, "def"], ['x  =  "a"', "x", "y", "z", "w"])
-    assert scores.exact_match == 1 / 5
-    assert (scores.empty, scores.repeated) == (2, 1)
-    assert scores.valid_python == 3 / 5  # nothing at all is a program too
-    same = score_texts(["x = f(a, b)"], ["x = f(a, b)"])
-    assert (same.bleu, same.exact_match, same.chrf, same.valid_python) == (1, 1, 1, 1)
-
-
-def test_empty_answers_score_nothing():
-    scores = score_texts(["", ""], ["x = f(y)", "print(z)"])
-    assert (scores.bleu, scores.bleu_interval, scores.codebleu, scores.chrf) == (0, (0, 0), 0, 0)
-    assert scores.codebleu_compat == 0.25
-
-
-def test_bad_pairs_are_named():
-    with pytest.raises(InputError, match="2 predictions but 1 references"):
-        score_texts(["x", "y"], ["x"])
-    with pytest.raises(InputError, match="hit_limit: 1 flags for 2 predictions"):
-        score_texts(["x", "y"], ["x", "y"], hit_limit=[True])
-    with pytest.raises(InputError, match="no pairs"):
-        score_texts([], [])
+from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python
 
 
 def test_chrf_is_sacrebleus(snippets):

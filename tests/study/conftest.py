@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.study import cells as run
-from minipeft.study import runner as conduct
+from minipeft.files import write_json
+from minipeft.study import cells, runner
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +43,15 @@ def inside(monkeypatch) -> list[str]:
     """Run cells in this process, which is quicker; the names of those that ran."""
     ran = []
 
-    def here(out, cell, threads, bar):
+    def here(cell, out, threads, bar, stop):
         ran.append(cell.name)
+        write_json(out / "cells" / cell.name / "cell.json", cell.as_json())
         before = os.getcwd()
         try:
-            status = run.main([str(out), f"cells/{cell.name}"])
+            status = cells.main([str(out), f"cells/{cell.name}"])
         finally:
             os.chdir(before)
         return None if status == 0 else f"exit status {status}"
 
-    monkeypatch.setattr(conduct, "apart", here)
+    monkeypatch.setattr(runner, "run_cell", here)
     return ran

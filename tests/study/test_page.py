@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from minipeft.study.charts import Bar, Curve, bars, losses, smooth, ticks
-from minipeft.study.page import text
+from minipeft.study.charts import Bar, Curve, draw_bars, draw_losses, escape, smooth, ticks
 from minipeft.study.presets import StudyConfig
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
@@ -53,7 +52,7 @@ class Reader(HTMLParser):
 @pytest.fixture
 def page(inside, tmp_path, model, pairs) -> str:
     """The page of a study whose tuned model says the worst."""
-    config = StudyConfig(model=(str(model),), data=str(pairs), method=("prompt",), steps=1)
+    config = StudyConfig(model=(str(model),), data=str(pairs), method=("prompt",), settings={"steps": 1})
     out = tmp_path / "s"
     outcomes = conduct(config, out, say=lambda line: None)
     file = out / "cells" / "stories260K--prompt--seed0" / "predictions.jsonl"
@@ -99,13 +98,13 @@ def test_it_can_be_read_without_script_and_holds_all_parts(page):
     assert page.count('role="img"') == 3  # scores, one loss, CodeBLEU
 
 
-def test_text():
-    assert text("<&>\"'") == "&lt;&amp;&gt;&quot;&#x27;"
-    assert text("a\tb\nc\x07") == "a\tb\nc␇"
+def test_escape():
+    assert escape("<&>\"'") == "&lt;&amp;&gt;&quot;&#x27;"
+    assert escape("a\tb\nc\x07") == "a\tb\nc␇"
 
 
 def test_bars_stand_where_their_numbers_are():
-    drawn = bars([Bar("<a>", 0.25, 0.2, 0.5, "25", "tuned")], "t")
+    drawn = draw_bars([Bar("<a>", 0.25, 0.2, 0.5, "25", "tuned")], "t")
     assert "&lt;a&gt;" in drawn
     width, low, high = (float(x) for x in re.findall(r'(?:width|x1|x2)="([\d.]+)%"', drawn)[1:4])  # after the SVG's own
     assert width / high == pytest.approx(0.5, abs=1e-3)
@@ -113,8 +112,8 @@ def test_bars_stand_where_their_numbers_are():
 
 
 def test_losses():
-    assert losses([]) == ""
+    assert draw_losses([]) == ""
     points = [(float(step), 1.0) for step in range(1, 601)]
     assert len(smooth(points)) == 60
-    assert losses([Curve("run", points, [(600.0, 2.0)])]).count("<circle") == 1
+    assert draw_losses([Curve("run", points, [(600.0, 2.0)])]).count("<circle") == 1
     assert ticks(0.2, 3.4) == [1.0, 2.0, 3.0]

@@ -3,21 +3,24 @@
 import dataclasses
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from minipeft.data.examples import encode_pairs, load_pairs
-from minipeft.data.packing import rows_of_one
+from minipeft.data.packing import PackConfig, pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
-from minipeft.runs.config import TuneConfig
-from minipeft.runs.finetune import held_rows
+from minipeft.runs.config import settings
+from minipeft.runs.finetune import pack_held_out
 from minipeft.study import prefix_experiment as experiment
-from minipeft.study.prefix_experiment import Trial, conclusion, loss_text, tables
-from minipeft.study.presets import StudyConfig, cells_of
+from minipeft.study.prefix_experiment import Trial, conclude, loss_text, tables
+from minipeft.study.presets import Base, StudyConfig, make_cells
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
+from minipeft.study.rows import Data, Group, Results, Training
 from minipeft.study.runner import conduct
+from minipeft.study.table import label_of
 from minipeft.training.loop import evaluate
 
 
@@ -32,23 +35,25 @@ def test_the_grid_is_what_it_says():
     assert {t.steps for t in trials} == {60}
     long = experiment.long_runs()
     assert [(t.steps, t.seed) for t in long] == [(300, seed) for seed in (0, 1, 2) for _ in range(6)]
-    fields = {field.name for field in dataclasses.fields(TuneConfig)}
-    assert all(t.tuning().keys() <= fields for t in (*trials, *long))
+    for trial in (*trials, *long):
+        assert trial.settings().keys() <= {flag.replace("-", "_") for flag in settings(trial.method)}
 
 
 def test_each_method_sees_the_same_tokens_in_a_step():
-    lengths = {t.method: t.tuning()["length"] for t in experiment.grid()}
+    lengths = {t.method: t.settings()["length"] for t in experiment.grid()}
     assert lengths == {"lora": 220, "prefix": 240, "prompt": 240}  # 20 columns stand beside the 220
 
 
 def test_the_first_seed_of_a_long_run_answers():
-    cells = cells_of(StudyConfig(preset="prefix"), {"demo": "demo"}, 100)
+    cells = make_cells(StudyConfig(preset="prefix"), {"demo": Base("demo")}, 100)
     assert len(cells) == 1 + 27 + 18
-    assert [(c.method, c.seed, c.tune["steps"]) for c in cells[1:] if c.generate] == [
+    assert [(c.method, c.seed, c.steps) for c in cells[1:] if c.generate] == [
         (t.method, 0, 300) for t in experiment.long_runs(seeds=1)
     ]
     assert [c.seed for c in cells if c.method == "zero-shot"] == [0]
-    assert "lora" not in {c.method for c in cells_of(StudyConfig("prefix", method=("prompt",)), {"demo": "demo"}, 100)}
+    assert "lora" not in {
+        c.method for c in make_cells(StudyConfig("prefix", method=("prompt",)), {"demo": Base("demo")}, 100)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,8 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
         experiment, "long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[3:4], steps=8, seed=s)]
     )
     config, out = StudyConfig("prefix", model=(str(model),), data=str(stories), seeds=2), tmp_path / "s"
-    results = assemble(conduct(config, out, say=lambda line: None), config, out, "minipeft study")
+    found = assemble(conduct(config, out, say=lambda line: None), config, out, "minipeft study")
+    results = found.as_json()
     groups = {(g["method"], g["init"], g["learning_rate"], g["steps"]): g for g in results["groups"] if g["model"]}
     noise, text = groups["prefix", "peft", 2e-4, 6], groups["prefix", "text", 5e-2, 6]
     network, prompt = groups["prefix", "text", 5e-3, 6], groups["prompt", "text", 3e-2, 6]
@@ -110,50 +116,60 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     assert runs[0]["dev_loss_start"] == pytest.approx(runs[1]["dev_loss_start"])  # one set is held out for all seeds
     assert [row.get("bleu") is None for row in runs] == [False, True]
 
-    (grid,) = tables(results["groups"])
-    loud = groups["prefix", "peft", 5e-2, 6]
+    (grid,) = tables(found.groups)
+    (loud,) = (
+        g for g in found.groups if g.method == "prefix" and g.cells == tuple(groups["prefix", "peft", 5e-2, 6]["cells"])
+    )
     assert grid.rates == (2e-4, 5e-3, 5e-2)
     expected = f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D"
     assert [row for row in grid.texts() if row[0] == "peft"] == [["peft", expected, "", loss_text(loud)]]
     assert dict(grid.others) == {
         f"untrained {base['dev_loss']:.3f}": base["dev_loss"],
         f"LoRA {lora['dev_loss']:.3f}": lora["dev_loss"],
-        f"prompt {prompt['dev_loss']:.3f}": prompt["dev_loss"],
+        f"{label_of('prompt')} {prompt['dev_loss']:.3f}": prompt["dev_loss"],
     }
-    write_report(results, out)
+    write_report(found, out)
     for report in ("report.md", "report.html"):
         said = (out / report).read_text()
         assert "Prefixes after 6 steps" in said
         assert (
-            f"{long['dev_loss']:.3f} ± {long['dev_loss_sd']:.3f} in 2 seeds, {long['stored']:,} numbers stored" in said
+            f"{long['dev_loss']:.3f} ± {long['dev_loss_sd']:.3f} over 2 seeds, {long['stored']:,} parameters stored"
+            in said
         )
         assert expected in said
 
 
+def group(method: str, dev_loss: float, sd: float | None = 0.01, **training) -> Group:
+    seeds = (0, 1) if sd is not None else (0,)
+    return Group("m", method, seeds, training=Training(dev_loss=dev_loss, **training), dev_loss_sd=sd)
+
+
 def test_the_conclusion():
-    row = {"model": "m", "error": None, "reparam": None, "steps": 9, "seeds": [0, 1], "dev_loss_sd": 0.01, "flags": []}
-    noise = row | {"method": "prefix", "init": "peft", "learning_rate": 2e-4, "dev_loss": 9.0, "stored": 10}
-    text = noise | {"init": "text", "learning_rate": 5e-3, "dev_loss": 1.7}
-    lora = row | {"method": "lora", "init": None, "learning_rate": 1e-3, "dev_loss": 1.65, "stored": 210}
-    base = row | {"method": "zero-shot", "dev_loss": 3.3, "dev_loss_sd": None, "steps": 0, "learning_rate": None}
-    results = {"preset": "prefix", "groups": [base, noise, text, lora]}
-    assert conclusion(results) == [
-        "Best of the prefixes after 9 steps is prefix-tuning text, rate 0.005, 9 steps: 1.700 ± 0.010 nats per "
-        "held-out token.",
-        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 above it, with 21.0 times fewer numbers stored.",
-        "A prefix that starts as 'peft' and learns at 0.0002 ends at 9.000, worse than the untrained model's 3.300.",
+    noise = group("prefix", 9.0, init="peft", learning_rate=2e-4, stored=10, steps=9)
+    text = group("prefix", 1.7, init="text", learning_rate=5e-3, stored=10, steps=9)
+    lora = group("lora", 1.65, learning_rate=1e-3, stored=210, steps=9)
+    base = group("zero-shot", 3.3, None, steps=0)
+    results = Results("minipeft study", "prefix", Data("demo", 1, 1, "", ""), {}, (), (base, noise, text, lora))
+    assert conclude(results) == [
+        f"The best prefix after 9 steps is {label_of('prefix')} (text init, learning rate 0.005, 9 steps): "
+        "1.700 ± 0.010 nats per held-out token.",
+        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 above it, with 21.0 times fewer parameters stored.",
+        "A prefix with 'peft' init at learning rate 0.0002 ends at 9.000, worse than the untrained model's 3.300.",
     ]
-    assert conclusion({**results, "preset": "demo"}) == []
-    assert conclusion({**results, "groups": [base, lora]}) == []
+    assert conclude(replace(results, preset="demo")) == []
+    assert conclude(replace(results, groups=(base, lora))) == []
 
 
-def test_a_grid_needs_two_starts_at_two_rates():
-    row = {"method": "prefix", "error": None, "reparam": None, "dev_loss": 1.0, "flags": [], "steps": 5}
-    groups = [{**row, "init": init, "learning_rate": rate} for init in ("text", "peft") for rate in (1e-3, 2e-3)]
+def test_a_grid_needs_two_inits_at_two_rates():
+    groups = [
+        group("prefix", 1.0, None, init=init, learning_rate=rate, steps=5)
+        for init in ("text", "peft")
+        for rate in (1e-3, 2e-3)
+    ]
     assert tables(groups[:3]) == []
-    assert tables([*groups[:3], {**groups[3], "error": "failed"}]) == []
+    assert tables([*groups[:3], replace(groups[3], error="failed")]) == []
     (found,) = tables(groups)
-    assert found.texts() == [["start", "0.001", "0.002"], ["text", "1.000", "1.000"], ["peft", "1.000", "1.000"]]
+    assert found.texts() == [["init", "0.001", "0.002"], ["text", "1.000", "1.000"], ["peft", "1.000", "1.000"]]
     assert found.others == ()
 
 
@@ -161,8 +177,9 @@ def test_the_held_out_pairs_are_whole_and_apart(model, stories):
     """However short the rows are that are trained on, and though they are packed."""
     tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
     for kind in ("all", "response"):
-        rows = held_rows(TuneConfig(str(model), str(stories), length=24, loss_mask=kind), base, tokenizer, pairs)
-        alone = rows_of_one(encode_pairs(pairs, tokenizer), tokenizer, batch=3, loss_mask=kind, length=512)
-        whole = sum(len(example.ids) for example in encode_pairs(pairs, tokenizer))
+        rows = pack_held_out(PackConfig(length=24, loss_mask=kind), base, tokenizer, pairs)
+        examples = encode_pairs(pairs, tokenizer)
+        alone = [pack([e], tokenizer, length=len(e.ids), batch=1, loss_mask=kind)[0] for e in examples]
+        whole = sum(len(example.ids) for example in examples)
         assert sum(int((row.documents >= 0).sum()) for row in rows) == whole
-        assert evaluate(base, rows) == pytest.approx(evaluate(base, list(alone)), rel=1e-5)
+        assert evaluate(base, rows) == pytest.approx(evaluate(base, alone), rel=1e-5)

@@ -1,55 +1,72 @@
 """What the presets stand for."""
 
+import json
+
 import pytest
 
+from minipeft.adapters import method_names
 from minipeft.errors import InputError
-from minipeft.runs.config import TuneConfig
-from minipeft.study.presets import MODELS, PRESETS, StudyConfig, cells_of, labels, printed
+from minipeft.study.cells import Cell
+from minipeft.study.presets import PRESETS, Base, StudyConfig, label_models, make_cells
 
 
 @pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 46)])
 def test_each_cell_is_a_run_that_can_be_started(preset, number):
     config = StudyConfig(preset=preset)
-    cells = cells_of(config, {model: model for model in PRESETS[preset].models}, 100)
+    cells = make_cells(config, {model: Base("demo") for model in PRESETS[preset].models}, 100)
     assert len({cell.name for cell in cells}) == len(cells) == number
     for cell in cells:
-        TuneConfig(**cell.tune)  # refuses what is no field, and bad values
+        assert Cell.from_json(json.loads(json.dumps(cell.as_json()))) == cell  # which refuses bad settings
         assert "/" not in cell.name
 
 
 def test_what_the_caller_chose_comes_last():
-    cells = cells_of(StudyConfig(steps=7, seeds=2, method=("prefix", "full"), dtype="bf16"), {"demo": "demo"}, 100)
+    config = StudyConfig(seeds=2, method=("prefix", "full"), settings={"steps": 7, "dtype": "bf16"})
+    cells = make_cells(config, {"demo": Base("demo")}, 100)
     assert [(cell.method, cell.seed) for cell in cells[2:]] == [("prefix", 0), ("prefix", 1), ("full", 0), ("full", 1)]
-    assert {cell.tune["loss_mask"] for cell in cells} == {
-        "response"
-    }  # also the untrained: its loss is of the same tokens
-    assert all(cell.tune["steps"] == 7 for cell in cells[2:])
-    assert {cell.method: cell.tune["dtype"] for cell in cells} == {
-        "zero-shot": "bf16",
-        "prefix": "bf16",
-        "full": "fp32",
-    }
+    masks = {cell.run.packing.loss_mask for cell in cells}
+    assert masks == {"response"}  # also the untrained: its loss is of the same tokens
+    assert all(cell.steps == 7 for cell in cells[2:])
+    dtypes = {cell.method: cell.run.model.dtype for cell in cells}
+    assert dtypes == {"zero-shot": "bf16", "prefix": "bf16", "full": "fp32"}
 
 
-def test_the_papers_numbers_stand_beside_its_models():
-    assert printed(MODELS["GPT-2"], "prefix") == {"bleu": 0.00035, "codebleu": 0.25, "percent": 0.30, "memory": 5.85}
-    assert printed("demo", "prefix") == {}
-    assert printed(MODELS["GPT-2"], "zero-shot") == {}
+def test_a_setting_reaches_the_methods_that_have_it():
+    chosen = {"rank": 4, "virtual_tokens": 7, "weight_decay": 0.1, "length": 64}
+    config = StudyConfig(method=("lora", "dora", "prefix"), settings=chosen)
+    base, *cells = make_cells(config, {"demo": Base("demo")}, 100)
+    lora, dora, prefix = (cell.run for cell in cells)
+    assert (lora.adapter.rank, dora.adapter.rank, prefix.adapter.length) == (4, 4, 7)
+    assert (lora.adapter.dora, dora.adapter.dora) == (False, True)
+    assert {run.train.weight_decay for run in (lora, dora, prefix)} == {0.1}
+    assert {run.packing.length for run in (base.run, lora, dora, prefix)} == {64}
+    assert base.run.train.weight_decay == 0  # it is not trained: its cell does not depend on how others are
+    assert make_cells(config, {"demo": None}, 100)[1].run is None  # a model that cannot be read
+
+
+def test_every_method_with_a_record_can_be_compared():
+    config = StudyConfig(method=tuple(method_names()), settings={"steps": 2})
+    cells = make_cells(config, {"m": Base("demo", 10**6, "llama")}, 10)
+    assert [cell.method for cell in cells] == ["zero-shot", *method_names()]
+    assert cells[2].run.train.learning_rate == 1e-3  # LoRA's recipe for a small base
 
 
 def test_labels(tmp_path):
     for name in ("a/m", "b/m", "c"):
         (tmp_path / name).mkdir(parents=True)
     a, b, c = (str(tmp_path / name) for name in ("a/m", "b/m", "c"))
-    assert labels([a, c, "gpt2", "demo"]) == {"m": a, "c": c, "gpt2": "gpt2", "demo": "demo"}
-    assert labels([a, b]) == {a: a, b: b}
+    assert label_models([a, c, "gpt2", "demo"]) == {"m": a, "c": c, "gpt2": "gpt2", "demo": "demo"}
+    assert label_models([a, b]) == {a: a, b: b}
 
 
 def test_what_a_config_refuses():
     for wrong, text in (
         ({"preset": "x"}, "preset: 'x' is not known"),
         ({"method": ("y",)}, "method: 'y' is not known"),
-        ({"limit": 0}, "limit: 0 must be >= 1"),
+        ({"limit": 0}, "limit: 0 must be an integer >= 1"),
+        ({"settings": {"seed": 1}}, "seed: is set by the study itself"),
+        ({"settings": {"banana": 1}}, "banana: has no effect with full, lora, prefix, prompt"),
+        ({"method": ("prefix",), "settings": {"rank": 1}}, "rank: has no effect with prefix"),
     ):
         with pytest.raises(InputError, match=text):
             StudyConfig(**wrong)

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from minipeft.cli import main
 from minipeft.data.examples import load_pairs
 from minipeft.errors import InputError
-from minipeft.study import runner as conduct
-from minipeft.study.runner import feasible, first_line, load_data
+from minipeft.study import runner
+from minipeft.study.cells import Cell
+from minipeft.study.progress import Bar
+from minipeft.study.runner import find_split, first_line, load_data
 
 FIELDS = [
     "model", "method", "recipe", "seed", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
@@ -25,7 +28,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def line(out: Path, model: Path, pairs: Path, *more: str) -> list[str]:
+def line(out: Path, model: Path | str, pairs: Path, *more: str) -> list[str]:
     return ["study", "--model", str(model), "--data", str(pairs), "--out", str(out), "--threads", "1", *more]
 
 
@@ -52,11 +55,12 @@ def finished(tmp_path_factory, model, broken, pairs) -> tuple[Path, list[str], i
     return out, words, main(words)
 
 
-def test_what_a_study_leaves(finished, pairs):
+def test_what_a_study_leaves(finished, model, pairs):
     out, _, status = finished
     assert status == 2  # the broken model's cells failed
     results = json.loads((out / "results.json").read_text())
-    assert results["command"].startswith("minipeft study --model ")
+    assert results["command"].startswith("minipeft study --")
+    assert f"--model {model} " in results["command"]
     digest = hashlib.sha256(pairs.read_bytes()).hexdigest()
     about = {"source": str(pairs), "pairs": 4, "questions": 4, "train_sha256": digest, "test_sha256": digest}
     assert results["data"] == about
@@ -91,7 +95,7 @@ def test_a_cell_that_fails_is_shown_and_ends_nothing(finished):
 def test_the_same_line_again_does_nothing_again(finished, monkeypatch, capsys):
     out, words, _ = finished
     before, ran = json.loads((out / "results.json").read_text()), []
-    monkeypatch.setattr(conduct, "apart", lambda out, cell, *rest: ran.append(cell.name) or "not run")
+    monkeypatch.setattr(runner, "run_cell", lambda cell, *rest: ran.append(cell.name) or "not run")
     assert main(words) == 2
     assert ran == ["broken--zero-shot--seed0", "broken--prompt--seed0"]  # what failed is tried again
     after = json.loads((out / "results.json").read_text())
@@ -128,7 +132,7 @@ def test_ctrl_c_then_the_same_line(tmp_path, model, pairs):
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=300)
     assert started.returncode == 130
-    assert "the same line goes on" in said
+    assert "the same command resumes" in said
     assert not (out / "results.json").exists()
     stopped_at = log.read_text().count("\n") - 1
     assert 3 <= stopped_at < steps
@@ -175,20 +179,94 @@ def test_what_is_refused(inside, tmp_path, model, pairs, capsys):
     refused([*words, "--data", "demo"], "holds a study of other data")
     with open(out / "study.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(words, "is in use by another study")
+        refused(words, "in use by process")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     refused([*words, "--out", str(tmp_path / "other")], "holds something else than a study")
     assert os.listdir(tmp_path / "other") == ["thesis.tex"]
     refused([*words, "--out", str(pairs)], "is a file")
-    refused([*words, "--model", "./nope", "--out", str(tmp_path / "new")], "nope: no such folder")
-    refused([*words, "--seeds", "0"], "seeds: 0 must be >= 1")
+    elsewhere = line(tmp_path / "new", "./nope", pairs)
+    refused(elsewhere, "nope: no such folder")
+    refused([*words, "--seeds", "0"], "seeds: 0 must be an integer >= 1")
     refused([*words, "--model", str(model), str(model)], "model: names one thing twice")
     assert not (tmp_path / "new").exists()
-    for wrong in (["--preset", "nope"], ["--method", "nope"]):
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, *wrong])
-        assert stopped.value.code == 2
+    for name in ("preset", "method"):
+        refused([*words, f"--{name}", "nope"], f"{name}: 'nope' is not known")
+
+
+def test_nothing_is_written_before_the_folder_is_locked(inside, tmp_path, model, pairs, capsys):
+    out = tmp_path / "s"
+    words = line(out, model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2")
+    out.mkdir()
+    with open(out / "study.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(words) == 2
+    assert "in use by process" in capsys.readouterr().err
+    assert os.listdir(out) == ["study.lock"]
+    assert main(words) == 0
+
+
+def test_a_result_that_is_no_row_is_an_unfinished_cell(inside, tmp_path, model, pairs, capsys):
+    words = line(tmp_path / "s", model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2")
+    assert main(words) == 0
+    before = (tmp_path / "s" / "results.json").read_text()
+    results = sorted((tmp_path / "s" / "cells").glob("*/result.json"))
+    for place, file in enumerate(results):
+        file.write_text("{}" if "prompt" in file.parent.name else ('{"model": ', '{"bleu": "high"}')[place % 2])
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "prompt--seed0/result.json: field 'cell' is missing; the cell is not finished and resumes" in said
+    varying = ("peak_memory_bytes", "resumed_at")
+    kept = lambda row: {name: value for name, value in row.items() if name not in varying}
+    rows = lambda text: [kept(row) for row in json.loads(text)["cells"]]
+    assert rows((tmp_path / "s" / "results.json").read_text()) == rows(before)
+
+
+def test_modules_in_the_current_folder_are_not_imported(tmp_path, model, pairs, monkeypatch):
+    """A cell is `python -m ...`, which puts the current folder on sys.path unless it is told not to."""
+    out, trap = tmp_path / "s", "from pathlib import Path\nPath(__file__ + '.ran').touch()\nraise SystemExit(7)\n"
+    for folder in (tmp_path, out):
+        folder.mkdir(exist_ok=True)
+        for name in ("tqdm", "html", "statistics", "tokenizers"):
+            (folder / f"{name}.py").write_text(trap)
+    monkeypatch.chdir(tmp_path)
+    cell = Cell("m", "prompt")
+    with Bar([cell], {}, out, 1, ()) as bar:
+        error = runner.run_cell(cell, out, 1, bar, [])
+    assert "training run" in error  # of this cell there is none
+    assert not list(tmp_path.rglob("*.ran"))
+
+
+def test_the_study_and_score_give_the_same_interval(inside, tmp_path, model, capsys):
+    """Both draw whole questions: of 24 pairs of 8 questions here."""
+    file = tmp_path / "pairs.jsonl"
+    add = lambda q: f"x = f({', '.join('abcdefg'[: q % 5 + 1])}, {q})"
+    rows = [{"intent": f"add {n} to `x`", "snippet": add(n // 3), "question_id": n // 3} for n in range(120)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "s"
+    assert main(line(out, model, file, "--method", "prompt", "--steps", "1")) == 0
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    row = next(row for row in cells if row["method"] == "nearest training pair")
+    capsys.readouterr()
+    assert main(["score", str(out / "cells" / row["cell"] / "predictions.jsonl"), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert row["questions"] < row["pairs"] == scores["pairs"]
+    assert scores["bleu_interval"] == row["bleu_interval"]
+    assert row["bleu_interval"][0] < row["bleu"] < row["bleu_interval"][1]
+
+
+def test_a_model_that_can_no_longer_be_read_fails_its_own_cells(inside, tmp_path, model, pairs, capsys):
+    away = tmp_path / "away"
+    shutil.copytree(model, away)
+    words = ["study", "--model", str(model), str(away), "--data", str(pairs), "--out", str(tmp_path / "s")]
+    words += ["--method", "prompt", "--steps", "1", "--limit", "2"]
+    assert main(words) == 0
+    shutil.rmtree(away)
+    assert main(words) == 2
+    rows = {row["cell"]: row for row in json.loads((tmp_path / "s" / "results.json").read_text())["cells"]}
+    assert rows["stories260K--prompt--seed0"]["error"] is None
+    assert "no such folder" in rows["away--prompt--seed0"]["error"]
 
 
 def test_data_of_one_file_is_split_by_question(tmp_path, pairs):
@@ -198,7 +276,7 @@ def test_data_of_one_file_is_split_by_question(tmp_path, pairs):
     rows = [{"intent": f"a {n}", "snippet": "b", "question_id": n // 4} for n in range(12)]
     file = tmp_path / "four.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [feasible(load_pairs(file), wanted) for wanted in (3, 4, 7, 11)] == [0, 4, 4, 8]
+    assert [find_split(load_pairs(file), wanted) for wanted in (3, 4, 7, 11)] == [0, 4, 4, 8]
     with pytest.raises(InputError, match="too few"):
         load_data(str(file), None)
 

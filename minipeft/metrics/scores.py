@@ -1,0 +1,264 @@
+"""The one list of scores: what each is called, how it is computed, shown and read; and `score_texts`, all of them.
+
+    SCORES        a row a score: table, page, report, results.json and `minipeft score` read it
+    score_texts   answers -> Scores: a value for each row, and BLEU's bootstrap interval by question
+
+To add a score, write its function and append one row.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from minipeft.errors import InputError, check_value, shown
+from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
+from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
+from minipeft.metrics.codebleu import CodeBLEU, codebleu
+from minipeft.metrics.ngrams import check_pairs
+from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python
+
+ARTEFACT = 0.005  # between the two CodeBLEU totals, from which the difference is pointed out
+TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer that holds one goes on to a new task
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is scored; what several scores share is computed once, when the first asks for it."""
+
+    predictions: Sequence[str]
+    references: Sequence[Sequence[str]]  # of each prediction
+    hit_limit: Sequence[bool] | None = None  # whether generation cut the answer off; None: unknown
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """BLEU counts of each pair. [N, 10]"""
+        return count_pairs(self.predictions, self.references)
+
+    @cached_property
+    def bleu(self) -> float:
+        return float(score_counts(self.counts.sum(axis=0, keepdims=True))[0][0])
+
+    @property
+    def length_ratio(self) -> float | None:
+        """Tokens of all predictions over tokens of all references; None where the references are empty."""
+        sums = self.counts.sum(axis=0)  # [10]
+        return float(sums[LENGTH] / sums[REFERENCE_LENGTH]) if sums[REFERENCE_LENGTH] else None
+
+    @cached_property
+    def code(self) -> CodeBLEU:
+        return codebleu(self.predictions, self.references)
+
+    def count(self, claim: Callable[[str], bool]) -> int:
+        """The number of answers of which the claim is true."""
+        return sum(map(claim, self.predictions))
+
+    def share(self, claim: Callable[[str], bool]) -> float:
+        return self.count(claim) / len(self.predictions)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score. Shown values are `scale` times the value; a value of None is not shown."""
+
+    name: str  # in results.json and `score --json`
+    label: str  # in tables
+    meaning: str
+    compute: Callable[[Answers], float | None]
+    format: str = "{:.3f}"  # in tables
+    scale: float = 1.0
+    counts: bool = False  # the value is a number of answers; tables show it as a share of them, and 0 as nothing
+    higher_is_better: bool | None = None  # None: neither is
+    table: str = "scores"  # the page's table that shows it: scores, details; "": none
+    rank: int = 0  # in the terminal's table, which shows the smallest ranks that fit; 0: never
+    heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
+    text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
+    absent: str = ""  # there, where the value is None
+
+    def show(self, value: float | None, pairs: int | None = None) -> str:
+        """The value as a table shows it."""
+        if value is None or (self.counts and not value):
+            return ""
+        return self.format.format(self.scale * value / (pairs or 1) if self.counts else self.scale * value)
+
+
+SCORES: list[Score] = [
+    Score("bleu", "BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100", lambda a: a.bleu, "{:.1f}", 100,
+          higher_is_better=True, rank=1, text="{value:.1f} [{low:.1f}, {high:.1f}] of 100 (95 % bootstrap)"),
+    Score("codebleu", "CodeBLEU", "strict: a part without a match counts 0", lambda a: a.code.score,
+          higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict"),
+    Score("codebleu_compat", "as the package", "CodeBLEU as the codebleu package computes it: a data-flow match of 0 "
+          "counts as 1", lambda a: a.code.compat, heading="CodeBLEU",
+          text="{value:.4f} as the codebleu package counts"),
+    Score("ngram", "n-gram", "CodeBLEU's n-gram match", lambda a: a.code.ngram, higher_is_better=True, table="",
+          heading="  its parts", text="n-gram {value:.4f}"),
+    Score("weighted_ngram", "weighted n-gram", "CodeBLEU's n-gram match with keywords weighted 5",
+          lambda a: a.code.weighted_ngram, higher_is_better=True, table="", heading="  its parts",
+          text="weighted {value:.4f}"),
+    Score("syntax", "syntax", "CodeBLEU's syntax-tree match", lambda a: a.code.syntax, higher_is_better=True, table="",
+          heading="  its parts", text="syntax {value:.4f}"),
+    Score("dataflow", "data flow", "CodeBLEU's data-flow match; none where no reference has data flow",
+          lambda a: a.code.dataflow, higher_is_better=True, table="", heading="  its parts",
+          text="data flow {value:.4f}",
+          absent="data flow none in the references"),
+    Score("exact_match", "exact", "exact match: the CoNaLa tokens equal a reference's",
+          lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
+          higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}"),
+    Score("chrf", "chrF", "character n-gram F-score, of 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
+          100, higher_is_better=True, rank=10),
+    Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
+          "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}"),
+    Score("length_ratio", "length", "tokens of all answers over tokens of all references",
+          lambda a: a.length_ratio, "{:.2f}",
+          table="details", heading="length", text="{value:.2f} times the references' tokens"),
+    Score("empty", "empty", "empty answers", lambda a: a.count(lambda text: not text.strip()), "{:.0f} %", 100,
+          counts=True, higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} empty"),
+    Score("repeated", "repeated", "answers that repeat themselves", lambda a: a.count(is_repeated), "{:.0f} %", 100,
+          counts=True, higher_is_better=False, table="details", heading="degenerate",
+          text="{value:.0f} repeat themselves"),
+    Score("hit_limit", "cut off", "answers cut off at the token limit",
+          lambda a: None if a.hit_limit is None else sum(map(bool, a.hit_limit)), "{:.0f} %", 100, counts=True,
+          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} cut off"),
+    Score("leaked", "template", "answers that contain the prompt template",
+          lambda a: a.count(lambda text: any(part in text for part in TEMPLATE_PARTS)), "{:.0f} %", 100, counts=True,
+          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} with the template"),
+    Score("distinct", "distinct", "different answers", lambda a: len(set(a.predictions)), "{:.0f} %", 100, counts=True,
+          table="", heading="distinct", text="{value:.0f} of {pairs}"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one run's answers, or the mean over runs: a value for each row of SCORES; counts aside, 0..1."""
+
+    pairs: int
+    values: Mapping[str, float | None]
+    bleu_interval: tuple[float, float]  # 95 %, by question
+    signatures: tuple[str, ...]
+    runs: tuple[np.ndarray, ...] = field(
+        compare=False, repr=False
+    )  # of each run BLEU counts by question, int64 [Q, 10]
+
+    def __getitem__(self, name: str) -> float | None:
+        return self.values[name]
+
+    @property
+    def questions(self) -> int:
+        return len(self.runs[0])
+
+    @staticmethod
+    def mean(several: Sequence["Scores"]) -> "Scores":
+        """The mean scores of several runs that answered the same questions, with one interval for the mean BLEU."""
+        if len(several) == 1:
+            return several[0]
+        values = {}
+        for name in several[0].values:
+            known = [value for scores in several if (value := scores[name]) is not None]
+            values[name] = float(np.mean(known)) if known else None
+        runs = tuple(run for scores in several for run in scores.runs)
+        interval = bootstrap_bleu(runs)
+        return replace(several[0], values=values, bleu_interval=(interval.low, interval.high), runs=runs)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Scores":
+        """The scores that `as_dict` and `runs`, as "bleu_counts", were written from.
+
+        Raises: InputError where one is missing, or is not a number.
+        """
+        for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *(score.name for score in SCORES)):
+            if name not in data:
+                raise InputError(f"field {name!r} is missing")
+        values = {score.name: data[score.name] for score in SCORES}
+        for name, value in values.items():
+            check_value(value, float | None, {}, name)
+        kinds = {"pairs": int, "bleu_interval": tuple[float, ...], "signatures": tuple[str, ...]}
+        given: dict[str, Any] = {
+            name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in kinds
+        }
+        for name, kind in kinds.items():
+            check_value(given[name], kind, {}, name)
+        ends = given["bleu_interval"]
+        if len(ends) != 2:
+            raise InputError(f"{ends} must be two numbers", where="bleu_interval")
+        try:
+            runs = tuple(np.array(run, dtype=np.int64).reshape(-1, 10) for run in data["bleu_counts"])
+        except (ValueError, TypeError) as error:
+            raise InputError("must hold runs of 10 counts a question", where="bleu_counts") from error
+        return Scores(given["pairs"], values, ends, given["signatures"], runs)
+
+    def as_dict(self) -> dict[str, object]:
+        """The scores as plain values for JSON."""
+        return {
+            "pairs": self.pairs,
+            "questions": self.questions,
+            **self.values,
+            "bleu_interval": list(self.bleu_interval),
+            "signatures": list(self.signatures),
+        }
+
+
+def score_texts(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    *,
+    questions: Sequence[Hashable] | None = None,
+    hit_limit: Sequence[bool] | None = None,
+) -> Scores:
+    """Compute every score of SCORES.
+
+    `questions`: each pair's question_id, by which the bootstrap draws (None: every pair is a question of its own).
+    `hit_limit`: whether generation cut the answer off.
+    Raises: InputError where the pairs cannot be scored.
+    """
+    predictions, lists = check_pairs(predictions, references)
+    if hit_limit is not None and len(hit_limit) != len(predictions):
+        raise InputError(f"{len(hit_limit)} flags for {len(predictions)} predictions", where="hit_limit")
+    keys = [None] * len(predictions) if questions is None else list(questions)
+    if len(keys) != len(predictions):
+        raise InputError(f"{len(keys)} for {len(predictions)} predictions", where="questions")
+    for key in keys:
+        if not isinstance(key, str | int | float | None):
+            raise InputError(f"{shown(key)} must be text or a number", where="questions")
+    answers = Answers(predictions, lists, hit_limit)
+    values = {score.name: score.compute(answers) for score in SCORES}
+    counts = sum_by_question(answers.counts, keys)
+    interval = bootstrap_bleu([counts])
+    signatures = (bleu(predictions[:1], lists[:1]).signature, answers.code.signature)
+    return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,))
+
+
+def as_text(scores: Scores) -> str:
+    """The scores as lines for a terminal, with a warning where CodeBLEU's two totals differ."""
+    lines = {"pairs": [f"{scores.pairs}"]}
+    if scores.questions < scores.pairs:
+        lines["questions"] = [f"{scores.questions}"]
+    low, high = (100 * end for end in scores.bleu_interval)
+    for score in SCORES:
+        value, line = scores.values.get(score.name), lines.setdefault(score.heading or score.label, [])
+        if value is None:
+            line += [score.absent] if score.absent else []
+            continue
+        said = score.text or score.format.replace("{:", "{value:")
+        filled = said.format(
+            value=value * (1 if score.counts else score.scale),
+            count=value * scores.pairs,
+            pairs=scores.pairs,
+            low=low,
+            high=high,
+        )
+        line.append(filled)
+    table = [f"{heading:<14} {', '.join(parts)}" for heading, parts in lines.items() if parts]
+    return "\n".join([*table, *scores.signatures, *warnings_of(scores.values)])
+
+
+def warnings_of(values: Mapping[str, float | None]) -> list[str]:
+    """A warning where CodeBLEU's two totals differ."""
+    gap = (values.get("codebleu_compat") or 0) - (values.get("codebleu") or 0)
+    if abs(gap) <= ARTEFACT:
+        return []
+    return [
+        "warning: the two CodeBLEU totals differ: the package counts a data-flow match of 0 as 1, so that empty "
+        "answers score 0.25"
+    ]

@@ -1,0 +1,186 @@
+"""The rows of results.json, typed: a Row a cell, a Group the cells that differ only by seed, and Results, all of them.
+
+    Row = cell + Training + Scores + comparison with the untrained model + flags     (or the error that ended the cell)
+
+In JSON a row is one flat object. A cell's own result.json also holds its BLEU counts by question, so that intervals
+over several cells need no answer to be tokenized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from minipeft.errors import InputError, check_value, type_hints
+from minipeft.metrics.bootstrap import Interval
+from minipeft.metrics.scores import Scores
+
+FORMAT = 1
+
+
+def averaged() -> Any:
+    """Declare a field whose value in a group is the mean over seeds; of the other fields all seeds have the same."""
+    return field(default=None, metadata={"averaged": True})
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a cell was trained and what that took; None where there is nothing to say, as for baselines."""
+
+    recipe: str | None = None
+    init: str | None = None  # of a prefix or prompt
+    reparam: int | None = None  # width of its reparameterization MLP
+    learning_rate: float | None = None  # peak
+    steps: int | None = None
+    trainable: int | None = None  # parameters
+    trainable_percent: float | None = None
+    stored: int | None = None  # parameters on disk; the reparameterization MLP is not among them
+    train_seconds: float | None = averaged()  # of training alone
+    tokens_per_second: float | None = averaged()
+    peak_memory_bytes: float | None = averaged()  # of the process, or on the GPU
+    dev_loss: float | None = averaged()  # held-out loss
+    dev_loss_start: float | None = averaged()  # before the first step
+
+    @staticmethod
+    def mean(runs: Sequence[Training]) -> Training:
+        """The training of several seeds as one."""
+        means: dict[str, Any] = {}
+        for f in fields(Training):
+            values = [value for run in runs if (value := getattr(run, f.name)) is not None]
+            if f.metadata.get("averaged") and values:
+                means[f.name] = float(np.mean(values))
+        return replace(runs[0], **means)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell. Without `scores` it gave no answers; with `error` it failed."""
+
+    cell: str
+    model: str  # "" for a baseline
+    method: str
+    seed: int = 0
+    training: Training = Training()
+    loss: float | None = None  # of the last step
+    resumed_at: int | None = None  # the step that the last process began at
+    adapter_movement: Mapping[str, Any] | None = None
+    scores: Scores | None = None
+    difference: Interval | None = None  # of BLEU to the untrained model on the same questions
+    flags: tuple[str, ...] = ()
+    error: str | None = None
+    paper: Mapping[str, float] | None = None  # what the paper reports
+
+    def as_json(self, *, counts: bool = False) -> dict[str, Any]:
+        """The row as one flat object; `counts`: with what its intervals are computed from."""
+        own = ("cell", "model", "method", "seed")
+        rest = ("loss", "resumed_at", "adapter_movement")
+        row = {name: getattr(self, name) for name in own} | vars(self.training)
+        row |= {name: getattr(self, name) for name in rest} | judged(self)
+        if counts and self.scores is not None:
+            row["bleu_counts"] = [run.tolist() for run in self.scores.runs]
+        return row
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Row:
+        """The row that a cell's result.json holds: as trained and scored, not yet compared.
+
+        Raises:
+            InputError: a field is missing, or is not what it should be.
+        """
+        own = ("cell", "model", "method", "seed", "loss", "resumed_at", "adapter_movement")
+        row = Row(**chosen(Row, data, own))
+        training = Training(**chosen(Training, data, [f.name for f in fields(Training)]))
+        return replace(row, training=training, scores=Scores.from_json(data) if "bleu" in data else None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that differ only by seed: means, spreads, and one interval for the mean BLEU."""
+
+    model: str
+    method: str
+    seeds: tuple[int, ...] = (0,)
+    cells: tuple[str, ...] = ()
+    training: Training = Training()
+    scores: Scores | None = None
+    bleu_sd: float | None = None  # over seeds
+    dev_loss_sd: float | None = None
+    difference: Interval | None = None
+    flags: tuple[str, ...] = ()
+    error: str | None = None  # where every seed failed
+    paper: Mapping[str, float] | None = None
+
+    @property
+    def bleu(self) -> float | None:
+        return None if self.scores is None else self.scores["bleu"]
+
+    @property
+    def dev_loss(self) -> float:
+        """The held-out loss of a group that has one."""
+        assert self.training.dev_loss is not None
+        return self.training.dev_loss
+
+    def as_json(self) -> dict[str, Any]:
+        """The group as one flat object."""
+        own = {"model": self.model, "method": self.method, "seeds": list(self.seeds), "cells": list(self.cells)}
+        spread = {"bleu_sd": self.bleu_sd, "dev_loss_sd": self.dev_loss_sd}
+        return own | vars(self.training) | spread | judged(self)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was answered, and the sha256 of the files that the pairs come from."""
+
+    source: str
+    pairs: int
+    questions: int
+    train_sha256: str
+    test_sha256: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole study, as results.json holds it. Shares and BLEU are 0..1."""
+
+    command: str
+    preset: str
+    data: Data
+    environment: Mapping[str, str | int | None]
+    cells: tuple[Row, ...]
+    groups: tuple[Group, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "command": self.command,
+            "preset": self.preset,
+            "data": vars(self.data),
+            "environment": dict(self.environment),
+            "cells": [row.as_json() for row in self.cells],
+            "groups": [group.as_json() for group in self.groups],
+        }
+
+
+def judged(row: Row | Group) -> dict[str, Any]:
+    """The fields of scores, comparison and flags; a row without answers has no scores."""
+    scores = {"questions": 0, "bleu_interval": None} if row.scores is None else row.scores.as_dict()
+    found = row.difference
+    difference = found and {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    return {**scores, "difference": difference, "flags": list(row.flags), "error": row.error, "paper": row.paper}
+
+
+def chosen(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The named fields of a dataclass out of a JSON object, each of its annotated type.
+
+    Raises:
+        InputError: a field is missing or of another type.
+    """
+    hints = type_hints(kind)
+    for name in names:
+        if name not in data:
+            raise InputError(f"field {name!r} is missing")
+        check_value(data[name], hints[name], {}, name)
+    return {name: data[name] for name in names}

@@ -1,0 +1,47 @@
+"""The table of a study: columns from the list of scores, names of groups, and a terminal of 80 columns."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.metrics import scores
+from minipeft.metrics.bootstrap import Interval
+from minipeft.metrics.scores import Score, score_texts
+from minipeft.study.rows import Group, Training
+from minipeft.study.table import as_markdown, as_text, columns, filled, names
+
+REFERENCES = [f"x = sorted(y{n}, key=f)" for n in range(4)]
+TRAINED = Training(init="text", learning_rate=1e-3, steps=5, trainable=10, trainable_percent=1.0, dev_loss=2.0)
+
+
+def group(method: str, model: str = "m", **changes) -> Group:
+    found = Group(model, method, training=TRAINED, scores=score_texts(REFERENCES, REFERENCES), bleu_sd=0.01)
+    return replace(found, **changes)
+
+
+def test_the_terminal_shows_the_columns_that_fit():
+    gain = Interval(0.2, 0.1, 0.3)
+    groups = [group("zero-shot, first line"), group("lora", difference=gain), group("prompt", error="no space | left")]
+    narrow, wide = as_text(groups, 80).splitlines(), as_text(groups, 500).splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert narrow[0].split()[:3] == ["BLEU", "over", "zero-shot"]
+    assert len(wide[0]) > len(narrow[0])
+    assert narrow[-1].endswith("failed: no space | left")
+    assert "no space \\| left" in as_markdown(groups)
+
+
+def test_a_score_is_a_column(monkeypatch):
+    length = Score("mean_length", "characters", "of an answer", lambda a: float(np.mean([*map(len, a.predictions)])))
+    monkeypatch.setattr(scores, "SCORES", [*scores.SCORES, length])
+    monkeypatch.setattr("minipeft.study.table.SCORES", scores.SCORES)
+    assert "characters" in [column.title for column in columns()]
+    assert "21.000" in as_markdown([group("lora")])
+    assert [column.title for column in filled([group("lora")], "scores")][:2] == ["BLEU", "95 % interval"]
+
+
+def test_names_say_what_groups_differ_by():
+    slow, fast = group("prefix"), group("prefix", training=replace(TRAINED, learning_rate=1e-2, reparam=8))
+    text = "(text init, learning rate 0.001, 5 steps)", "(text + MLP init, learning rate 0.01, 5 steps)"
+    assert [name.split(" ", 1)[1] for name in names([slow, fast])] == list(text)
+    assert names([group("lora"), group("lora", "org/n")]) == ["m LoRA", "n LoRA"]
+    assert names([group("echo the question", "")]) == ["echo the question"]
