@@ -1,9 +1,9 @@
-"""An adapter's way from minipeft to Hugging Face PEFT and back: the same logits, the same bytes.
+"""An adapter from minipeft to Hugging Face PEFT and back: the same logits, the same bytes.
 
     python examples/peft_roundtrip.py                       # on a tiny Llama of random weights
     python examples/peft_roundtrip.py --model FOLDER        # on yours (GPT-2, Llama, Mistral)
 
-Needs `pip install peft transformers`. docs/peft-names.md says which of PEFT's names is which of ours.
+Needs `pip install peft transformers`. docs/peft-names.md lists PEFT's names beside ours.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from minipeft.models.llama import Llama, LlamaConfig
 
 
 def tiny_model(folder: Path) -> Path:
-    """A Llama of random weights, saved as Hugging Face saves one."""
+    """Save a Llama of random weights in Hugging Face's layout."""
     model = Llama(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
     model.initialize(torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def run(base: Path, work: Path) -> None:
     config = minipeft.LoRAConfig(rank=8, alpha=16, rslora=True, rank_pattern={"0.*": 4})
     print(minipeft.add_adapter(model, config))
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():  # noise in the place of training: at its start an adapter changes nothing
+    with torch.no_grad():  # noise in place of training: at its init an adapter changes nothing
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.02)

@@ -1,9 +1,11 @@
 """Pretrain the demo model (minipeft/demo/model): a small GPT-2 on Python sources, from nothing, on one CPU core.
 
-    python examples/pretrain_demo.py --out runs/demo     # stop it at any time: the same line goes on
+    python examples/pretrain_demo.py --out runs/one      # stop it at any time: the same line goes on
+    python examples/pretrain_demo.py --out runs/two --start runs/one/model --pairs 60 --rate 1e-3 --steps 0
 
-The corpus (minipeft/demo/corpus.py) is read, a byte-level BPE is trained on it, its documents are packed in rows, each
-apart from the others, and minipeft.train does the rest in bfloat16 autocast. OUT/model is the finished model.
+The first stage reads Python sources (minipeft/demo/corpus.py): a byte-level BPE is trained on them, documents are
+packed in rows, and minipeft.train does the rest. The second starts from a model and reads general pairs of a request
+and its code, with a share of the sources. --steps 0 is one epoch. OUT/model is the finished model.
 """
 
 import argparse
@@ -34,7 +36,12 @@ def prepare(a: argparse.Namespace) -> tuple[Batches, Batches, Tokenizer]:
         folder.mkdir(parents=True, exist_ok=True)
         documents = list(corpus.documents(corpus.source_files()[: a.files]))
         random.Random(a.seed).shuffle(documents)
-        backend = corpus.train_tokenizer([d.text for d in documents if not d.held_out], a.vocab)
+        if a.start is None:
+            backend = corpus.train_tokenizer([d.text for d in documents if not d.held_out], a.vocab)
+        else:
+            backend = minipeft.load_tokenizer(a.start).backend
+            documents = [*documents[: a.sources], *corpus.pair_documents(a.pairs, a.seed)]
+            random.Random(a.seed).shuffle(documents)
         corpus.save_tokenizer(backend, folder, a.length)
         tensors = {}
         for kind in KINDS:
@@ -87,6 +94,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rate", type=float, default=2e-3, help="the peak (default: %(default)s)")
     parser.add_argument("--files", type=int, help="read only the first so many files")
+    parser.add_argument("--start", help="second stage: a folder or hub id of the model to go on from")
+    parser.add_argument("--pairs", type=int, default=60, help="second stage: times that each wording is filled")
+    parser.add_argument("--sources", type=int, default=6000, help="second stage: documents of the first to read again")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     sizes = {"vocab": 4096, "width": 256, "layers": 4, "heads": 4, "length": 512}
     for name, default in {**sizes, "rows": 4, "steps": 6557, "save_every": 100, "seed": 0}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="(default: %(default)s)")
@@ -95,16 +106,20 @@ def main() -> None:
     batches, held_out, tokenizer = prepare(a)
     shape = {"vocab_size": a.vocab, "n_positions": a.length, "n_embd": a.width, "n_layer": a.layers, "n_head": a.heads}
     marks = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.require_eos())
-    model = GPT2(GPT2Config(**shape, **marks, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    model.initialize(torch.Generator().manual_seed(a.seed))
+    if a.start is None:
+        model = GPT2(GPT2Config(**shape, **marks, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        model.initialize(torch.Generator().manual_seed(a.seed))
+    else:
+        model = minipeft.load_model(a.start, dtype=torch.float32)
     print(minipeft.add_adapter(model, minipeft.FullConfig()), batches.report, held_out.report, sep="\n")
     state, file = minipeft.TrainState(model), a.out / "checkpoint.safetensors"
     log = restore(file, model, state)
+    a.steps = a.steps or len(batches)
     config = minipeft.TrainConfig(steps=a.steps, learning_rate=a.rate, warmup=0.04, decay="cosine",
                                   weight_decay=0.05, beta2=0.95)  # fmt: skip
     began, width = time.time() - (log[-1]["seconds"] if log else 0), bytes_per_target(held_out, tokenizer)
     # Without cache_enabled=False autocast would keep its bfloat16 copies of step 0's weights to the end of the block.
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False, enabled=a.bf16):
         for step in minipeft.train(model, batches, config, state):
             if step.number % a.save_every == 0 or step.number == a.steps:
                 nats = minipeft.evaluate(model, list(held_out)[: None if step.number == a.steps else 8])

@@ -1,4 +1,4 @@
-"""Why an empty answer scores CodeBLEU 0.25: the score taken apart, on the pairs below or on a file of yours.
+"""Why an empty answer scores CodeBLEU 0.25: the score in its parts, on the pairs below or on a file of your own.
 
     python examples/why_codebleu_says_025.py [conala-paired-test.json]
 
@@ -28,28 +28,28 @@ PAIRS = [
 ]
 
 WHAT = """
-CodeBLEU adds four quarters: n-grams of words, n-grams where keywords weigh more, subtrees of the syntax tree, and
-data flow: which value comes from which variable. An answer that has nothing in common with its reference has 0 of each.
+CodeBLEU is the mean of four parts: n-grams of words, n-grams with keywords weighted more, subtrees of the syntax tree,
+and data flow (which value comes from which variable). An answer with nothing in common with its reference has 0 in all.
 
 The codebleu package, which many papers use, computes the last quarter as
 
     theta * (dataflow_match_score or 1)
 
-It was meant for references in which no data flows, such as `pass`: there is nothing to match, so nothing is missed. But
-in Python `0 or 1` is 1. So whoever matches NOTHING of the data flow gets ALL of its quarter: 0.25, for empty answers,
-for end-of-text marks, for a model that has collapsed into `!!!!`. It is not a score, it is the weight theta.
+This was meant for references without data flow, such as `pass`: nothing to match, so nothing is missed. But in Python
+`0 or 1` is 1. So an answer that matches NONE of the data flow gets ALL of that quarter: 0.25 for empty answers,
+for end-of-text tokens, for a model that has collapsed into `!!!!`. That is not a score; it is the weight theta.
 """
 
 THEN = """
-Read the rows from the top: answers that say nothing stand above answers that share real variables with their reference,
-because a small match is a small number while none at all counts as 1. minipeft's score is the strict one: a miss is 0,
-and where no reference has any data flow, that part is None and the other three share its weight. The package's number
-stands beside it as `compat`, so that published tables can still be compared. Where the two part, trust the strict one.
+Read the rows from the top: empty answers score above answers that share real variables with their reference, because a
+small match is a small number while no match at all counts as 1. minipeft's score is the strict one: a miss is 0, and
+where no reference has any data flow, that part is None and the other three share its weight. The package's number is
+shown beside it as `compat`, for comparison with published tables. Where the two differ, trust the strict one.
 """
 
 
 def answers(intents: list[str], snippets: list[str]) -> dict[str, list[str]]:
-    """Systems that know nothing, less than nothing, and everything."""
+    """Systems that answer nothing, noise, or the reference itself."""
     same = lambda text: [text] * len(snippets)
     return {
         "nothing at all": same(""),

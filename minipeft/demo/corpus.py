@@ -1,4 +1,4 @@
-"""The text that the demo model reads in pretraining: Python sources of the running installation, cut into documents.
+"""The pretraining text of the demo model: Python sources of the running installation, cut into documents.
 
 Five kinds of document, so that a model of a few million parameters sees words beside the code they describe:
 
@@ -8,7 +8,13 @@ Five kinds of document, so that a model of a few million parameters sees words b
     example     a paragraph of a docstring and the lines that it shows behind `>>>`
     reference   a signature of a builtin or a C module under the first sentence of its help text
 
-The demo's own intent/snippet pairs (pairs.jsonl) are no part of it: neither split.
+A second stage reads the sixth kind, with a share of the others so that they are not forgotten:
+
+    pair        a request in words and the code that does it (make_pairs.general_pairs), in one of LAYOUTS
+
+It teaches what the first cannot in so few tokens: to copy a name, a text or a number of a request into code. The demo's
+task (pairs.jsonl) is no part of either stage: not its house library, not its wordings, not its template, and no name of
+its test questions.
 """
 
 import ast
@@ -27,10 +33,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from minipeft.demo.make_pairs import draw, general_pairs
 from minipeft.files import write_json
 
 END = "<|endoftext|>"
-# Packages that are read where they are installed, with the licence that each states; all of them permissive.
+# Packages that are read where they are installed, each with the licence that it declares; all are permissive.
 PACKAGES = {
     "numpy": "BSD-3-Clause",
     "sympy": "BSD-3-Clause",
@@ -51,16 +58,24 @@ PACKAGES = {
 }
 REFERENCE_MODULES = """bisect collections datetime functools hashlib heapq itertools json math operator os os.path
 pathlib random re shutil statistics string struct sys textwrap time urllib.parse"""
+LAYOUTS = (  # of a pair; the task's own template (### Instruction) is none of them
+    "# {intent}\n{snippet}\n",
+    "{intent}\n{snippet}\n",
+    '"""{intent}"""\n{snippet}\n',
+    "Task: {intent}\nCode: {snippet}\n",
+    "<request>{intent}</request>\n<code>{snippet}</code>\n",
+    ">>> # {intent}\n>>> {snippet}\n",
+)
 REFERENCE_TIMES = 4  # there are only about 900 of them
 # a paragraph of prose, a blank line or none, then lines behind the prompts
 UNDERLINED = re.compile(r"^.*\n\s*[-=~]{3,}$", re.M)  # a heading
 PARAGRAPH_AND_EXAMPLE = re.compile(
     r"((?:^[A-Z`(][^\n]*[\w,.:`) ]\n)(?:^(?!>>> )[^\n]+\n)*)\n?((?:^(?:>>>|\.\.\.) [^\n]*\n?)+)", re.M
 )
-SOURCE_CHARACTERS = 6000  # a source document ends at the first top-level statement after so many
+SOURCE_CHARACTERS = 6000  # a source document ends at the first top-level statement after this many
 FUNCTION_CHARACTERS = 1500
 COMMENT_CHARACTERS = 600
-FILE_CHARACTERS = 400_000  # longer files are tables, not code; pydoc's topics, which are prose, are read all the same
+FILE_CHARACTERS = 400_000  # longer files are tables, not code; pydoc's topics, which are prose, are an exception
 HELD_OUT_ONE_IN = 60
 
 
@@ -170,7 +185,7 @@ def reference_documents() -> Iterator[str]:
             if described and callable(getattr(owner, name)):
                 try:
                     signature = str(inspect.signature(getattr(owner, name)))
-                except ValueError:  # a C function that states none
+                except ValueError:  # a C function without one
                     signature = "(...)"
                 yield f"{first_sentence(described)}\n{prefix}{name}{signature}\n"
 
@@ -210,6 +225,13 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[Document]:
         yield Document("reference", each, False)
 
 
+def pair_documents(times: int, seed: int = 0) -> Iterator[Document]:
+    """General pairs in words and code, each wording filled `times` times, each in a layout of its own."""
+    for place, (intent, snippet) in enumerate(general_pairs(times, seed)):
+        text = draw(LAYOUTS, "layout", seed, place).replace("{intent}", intent).replace("{snippet}", snippet)
+        yield Document("pair", text, is_held_out(f"pair/{seed}/{place}"))
+
+
 def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     """Learn a byte-level BPE of `vocab` tokens (Sennrich et al. 2016; GPT-2's alphabet and word pattern)."""
     tokenizer = Tokenizer(models.BPE())
@@ -224,7 +246,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 
 
 def pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """The ids of each text, END behind them, in pieces of at most `length`."""
+    """The ids of each text followed by END, in pieces of at most `length`."""
     end = tokenizer.get_vocab()[END]
     found: list[list[int]] = []
     for start in range(0, len(texts), 1000):
@@ -235,7 +257,7 @@ def pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """Write tokenizer.json and what transformers wants to know of it beside it."""
+    """Write tokenizer.json, and beside it the file that transformers reads with it."""
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, **names}

@@ -1,10 +1,17 @@
-"""Make the demo's intent/snippet pairs (pairs.jsonl) from templates.txt, the same bytes on every machine.
+"""Make the demo's pairs (pairs.jsonl) from dialect.txt, and the general pairs that the demo model reads before.
 
-    python -m minipeft.demo.make_pairs     # writes pairs.jsonl beside this file; a test runs each snippet of it
+    python -m minipeft.demo.make_pairs     # writes pairs.jsonl beside this file, the same bytes on every machine
 
-The fields are CoNaLa's (Yin et al. 2018), so that whatever reads CoNaLa reads this: intent, rewritten_intent (here the
-same), snippet, question_id (the template's number). `split` is "train" or "test". The test split has templates of its
-own, and names of its own for every variable and literal: a model that learned the training pairs by heart knows none.
+pairs.jsonl is the study's task: questions about tables, answered in the words of a house library (house.py). Its fields
+are CoNaLa's (Yin et al. 2018), so that whatever reads CoNaLa reads this; each pair is a question of its own. `split`:
+
+    train   2,016 pairs of 28 operations
+    test    168 of the same operations, with names, texts and numbers that no training pair has (names.py): whoever
+            answers has to copy them
+    hard    60 of six operations that no training pair shows
+
+General pairs are templates.txt, Python that the standard library can do, filled with the same names: `general_pairs`
+yields them for the pretraining corpus (corpus.py). They share no wording with the task.
 """
 
 from __future__ import annotations
@@ -12,101 +19,33 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from string import Template as Blank
 from typing import TypeVar
 
-HERE = Path(__file__).parent
-TRAIN_PAIRS, TEST_PAIRS = 8, 3  # of a template; fewer where it has not so many ways to be filled
-RAISES = "raises "
+from minipeft.demo.names import is_kept, pools
 
-# A variable: what it holds when a snippet is run; the second of a kind holds something else.
-VALUES = {
-    "ints": ("[4, 8, 15, 16, 23, 42, 8]", "[8, 15, 3, 7, 42, 1, 9]"),
-    "words": ("['pear', 'fig', 'apple', 'kiwi', 'fig']", "['plum', 'fig']"),
-    "text": ("'  Der quick brown fox, a 2nd one-liner'", "'fox'"),
-    "map": (
-        "dict(a=3, b=1, name=2, id=7, color=5, size=4, kind=6, code=8, unit=9, status=10)",
-        "dict(a=5, c=1, name=4)",
-    ),
-    "lists": ("{}",),
-    "num": ("37", "12"),
-    "float": ("3.14159", "3.14160"),
-    "tuples": ("[('b', 2), ('a', 3), ('c', 1)]",),
-    "dicts": (
-        "[dict.fromkeys(('name', 'city', 'title', 'email', 'country', 'team'), 'Ann')"
-        " | dict.fromkeys(('age', 'score', 'price', 'salary', 'height', 'rank'), 5)]",
-    ),
-    "matrix": ("[[1, 5, 3], [4, 2, 6], [7, 8, 9]]",),
-    "set": ("{1, 2, 3, 5}", "{2, 3, 4}"),
-    "date": ("__import__('datetime').datetime(2024, 3, 15, 10, 30)", "__import__('datetime').datetime(2023, 12, 1)"),
-    "path": ("'notes.txt'",),
-    "folder": ("'folder'",),
-    "iterator": ("iter([1, 2, 3])",),
-    "object": ("object()",),
-}
-# Each slot: what a split may put there. No variable's name stands in both splits, nor does a literal.
-TRAIN = {
-    "ints": "numbers values scores nums ages prices sizes my_list",
-    "words": "words names items tokens fruits tags strings",
-    "text": "s text message sentence name title greeting",
-    "map": "d mapping table stock config lookup my_dict",
-    "lists": "buckets index by_key",
-    "num": "n x number k size age",
-    "float": "price ratio score y temperature",
-    "tuples": "pairs tuples records points results",
-    "dicts": "people users students products books",
-    "matrix": "matrix grid lists nested board",
-    "set": "a seen left chosen ids",
-    "date": "dt date when day created",
-    "path": "path filename file_path fname input_file",
-    "folder": "folder directory root base_dir",
-    "iterator": "it iterator stream",
-    "object": "obj node item",
-    "n": "2 3 4 5 10",
-    "i": "0 1",
-    "sep": [", ", "-", ":", ";", "|", "/"],
-    "sub": "a the ing pre un foo py",
-    "fruit": "apple pear plum cherry",
-    "key": "a b name id color size",
-    "field": "name city title",
-    "nfield": "age score price",
-    "ext": "txt csv py json",
-    "env": "HOME PATH USER DEBUG",
-}
-TEST = {
-    "ints": "amounts readings marks totals levels",
-    "words": "cities terms headings fields entries",
-    "text": "phrase comment paragraph caption header",
-    "map": "inventory weights ratings votes quotas",
-    "num": "amount total quantity number_of_seats",
-    "float": "weight rate speed distance",
-    "tuples": "couples edges samples hits",
-    "dicts": "employees players customers orders",
-    "matrix": "blocks layers tiles cells",
-    "set": "known members visited allowed",
-    "date": "moment deadline birthday updated",
-    "path": "source log_file report_path target_file",
-    "folder": "location home_dir destination",
-    "object": "element widget target",
-    "n": "6 7 8 9 12",
-    "m": "6 7",
-    "sep": ["_", " - ", "=", "+"],
-    "sub": "e ed re bar log",
-    "key": "kind code unit status",
-    "field": "email country team",
-    "nfield": "salary height rank",
-}
-POOLS = {"train": TRAIN, "test": TEST}
+HERE = Path(__file__).parent
+TRAIN_PAIRS = 72  # of an operation, and of each of its wordings a third
+TEST_PAIRS = {"taught": 6, "unseen": 10}  # of an operation
+TEXTS = """amber autumn basic berlin black blue bold bronze cairo calm clear closed cold copper coral cotton crisp daily
+dark deep delhi dry dublin east empty failed fast fixed flat free fresh full geneva glass gold grand gray green heavy
+high hot iron ivory jade kyoto large leather lima linen locked loud low lunar marble milan minor misty moist narrow
+navy north olive open orange oslo oval paid pale paris pending pink plain prague purple quiet rapid ready red rome
+rough round royal rural sealed sharp shiny short silent silk silver simple slow small smooth soft solid south spring
+square steel steep sunny sweet tall thin tokyo torn urban vague velvet violet warm weak west wet white wide winter
+wooden yellow young"""
+KINDS = {"t": "table", "c": "column", "v": "text", "n": "number", "m": "number"}
 
 T = TypeVar("T")
 
 
 @dataclass
 class Template:
-    """A block of templates.txt; `number` is its place there, from 1, and every pair's question_id."""
+    """A block of a template file; `number` is its place there, from 1. Its fields are as the file's head says."""
 
     number: int
     split: str
@@ -118,18 +57,17 @@ class Template:
 
 @dataclass(frozen=True)
 class Pair:
-    """A filled template; `program` runs the snippet, `raises` names the exception that it ends with."""
+    """A filled template: `slots` are what was drawn for its blanks."""
 
     intent: str
     snippet: str
-    number: int
-    split: str
-    program: str
-    raises: str | None
+    number: int  # of the question: 1000 * the operation's number + the turn, + 500 in the test
+    split: str  # train, test, hard
+    slots: tuple[tuple[str, str], ...]
 
 
-def read_templates(file: Path = HERE / "templates.txt") -> list[Template]:
-    """Parse templates.txt, whose head says how it is written."""
+def read_templates(file: Path = HERE / "dialect.txt") -> list[Template]:
+    """Parse a template file, whose head says how it is written."""
     templates: list[Template] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -149,41 +87,78 @@ def draw(choices: Sequence[T], *key: object) -> T:
     return choices[int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") % len(choices)]
 
 
-def fill(template: Template, turn: int) -> Pair:
-    """The template with its `turn`-th way of asking and names drawn for that turn."""
-    snippet = template.snippet.rstrip("\n")
-    intent = template.intents[turn % len(template.intents)]
-    slots = sorted(set(Blank(snippet).get_identifiers()) | set(Blank(intent).get_identifiers()))
+@cache
+def choices_of(kind: str, test: bool) -> list[str]:
+    """What may stand in a slot: names, texts and numbers of the test questions, or of all else."""
+    many, one = pools(test)
+    if kind == "table":
+        return many
+    if kind == "column":
+        return one
+    found = TEXTS.split() if kind == "text" else [str(number) for number in range(2, 100)]
+    return [word for word in found if is_kept(word) is test]
+
+
+def fill(template: Template, turn: int, test: bool) -> Pair:
+    """The template with its `turn`-th wording and what is drawn for that turn."""
+    intent, snippet = template.intents[turn % len(template.intents)], template.snippet.rstrip("\n")
     drawn: dict[str, str] = {}
-    program = [line for line in template.setup if line.startswith("import ")]
-    for slot in slots:
-        kind = slot.rstrip("2")
-        pool = POOLS[template.split][kind]
-        choices = pool.split() if isinstance(pool, str) else pool
-        drawn[slot] = draw([c for c in choices if c not in drawn.values()], template.title, turn, slot)
-        if kind in VALUES:
-            program.append(f"{drawn[slot]} = {VALUES[kind][slot != kind]}")
-    setup = [Blank(line).substitute(drawn) for line in template.setup]
-    program += [line for line in setup if not line.startswith(("import ", RAISES))]
-    snippet = Blank(snippet).substitute(drawn)
-    raises = next((line.removeprefix(RAISES) for line in setup if line.startswith(RAISES)), None)
-    intent = Blank(intent).substitute(drawn)
-    return Pair(intent, snippet, template.number, template.split, "\n".join([*program, snippet]), raises)
+    for slot in sorted(set(Blank(snippet).get_identifiers())):
+        left = [c for c in choices_of(KINDS[slot[0]], test) if c not in drawn.values()]
+        drawn[slot] = draw(left, template.title, turn, slot, test)
+    if "m" in drawn and int(drawn["m"]) < int(drawn["n"]):  # above n and below m
+        drawn["m"], drawn["n"] = drawn["n"], drawn["m"]
+    intent, snippet = Blank(intent).substitute(drawn), Blank(snippet).substitute(drawn)
+    split = "train" if not test else "test" if template.split == "taught" else "hard"
+    return Pair(intent, snippet, 1000 * template.number + turn + 500 * test, split, tuple(drawn.items()))
 
 
 def make_pairs(templates: list[Template] | None = None) -> list[Pair]:
-    """All pairs, each once, training before test, shuffled within."""
+    """All pairs of the task, each once, split by split, shuffled within."""
     pairs: dict[tuple[str, str], Pair] = {}
     for template in read_templates() if templates is None else templates:
-        wanted, before = (TRAIN_PAIRS if template.split == "train" else TEST_PAIRS), len(pairs)
-        for turn in range(10 * wanted):
-            pair = fill(template, turn)
-            if len(pairs) - before < wanted:
+        for test in (False, True):
+            wanted = TEST_PAIRS[template.split] if test else TRAIN_PAIRS * (template.split == "taught")
+            before = len(pairs)
+            for turn in range(10 * wanted):
+                if len(pairs) - before == wanted:
+                    break
+                pair = fill(template, turn, test)
                 pairs.setdefault((pair.intent, pair.snippet), pair)
-    order = {"train": 0, "test": 1}
+    order = {"train": 0, "test": 1, "hard": 2}
     return sorted(
         pairs.values(), key=lambda p: (order[p.split], hashlib.sha256((p.intent + p.snippet).encode()).digest())
     )
+
+
+# ---- general pairs, for the pretraining corpus
+
+MANY = ("ints", "words", "lists", "tuples", "dicts", "matrix", "set")  # slots of templates.txt that a plural name fits
+ONE = ("text", "map", "num", "float", "date", "path", "folder", "iterator", "object")
+LITERALS = {  # what stands for itself, or comes from the texts and names
+    "i": ["0", "1"],
+    "sep": [", ", "-", ":", ";", "|", "/", "_", " - ", "=", "+"],
+    "ext": ["txt", "csv", "py", "json"],
+    "env": ["HOME", "PATH", "USER", "DEBUG"],
+}
+
+
+def general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Fill each wording of each block of templates.txt `times` times -> (intent, snippet); no name of the test."""
+    many, one = pools(test=False)
+    texts, numbers = choices_of("text", False), choices_of("number", False)
+    pool = {**dict.fromkeys(MANY, many), **dict.fromkeys(ONE, one), **LITERALS, "n": numbers, "m": numbers}
+    for template in read_templates(HERE / "templates.txt"):
+        snippet = template.snippet.rstrip("\n")
+        for number, intent in enumerate(template.intents):
+            slots = sorted(set(Blank(snippet).get_identifiers()) | set(Blank(intent).get_identifiers()))
+            for turn in range(times):
+                drawn: dict[str, str] = {}
+                for slot in slots:
+                    choices = pool.get(slot.rstrip("2"), texts)  # sub, fruit, key, field: any text
+                    left = [c for c in choices if c not in drawn.values()]
+                    drawn[slot] = draw(left, seed, template.title, number, turn, slot)
+                yield Blank(intent).substitute(drawn), Blank(snippet).substitute(drawn)
 
 
 def as_lines(pairs: list[Pair]) -> str:

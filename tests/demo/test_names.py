@@ -1,0 +1,23 @@
+"""Names for the demo's pairs: none is a Python keyword, none stands in both splits, the plurals are English."""
+
+import keyword
+
+from minipeft.demo.names import all_names, is_kept, plural, pools
+
+
+def test_plurals():
+    assert [plural(noun) for noun in ("order", "city", "box", "day", "branch", "class")] == [
+        "orders", "cities", "boxes", "days", "branches", "classes",
+    ]  # fmt: skip
+
+
+def test_each_name_is_one_and_has_one_split():
+    many, one = all_names()
+    assert len(set(many) | set(one)) == len(many) + len(one) > 2500
+    assert not [name for name in many + one if keyword.iskeyword(name) or not name.isidentifier()]
+    for mine, whole in zip(zip(pools(False), pools(True)), (many, one)):
+        train, test = mine
+        assert sorted(train + test) == sorted(whole)
+        assert not set(train) & set(test)
+        assert len(test) > 100
+    assert is_kept(pools(True)[0][0])
