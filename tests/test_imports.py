@@ -17,14 +17,15 @@ import minipeft
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWS = {  # package: what of minipeft it may import
-    "models": {"models", "errors", "files", "hub"},
-    "data": {"data", "models", "errors", "files", "hub"},  # of models: the owners PADDING and SHARED
-    "adapters": {"adapters", "models", "errors", "files", "hub"},
-    "training": {"training", "models", "data", "errors", "files", "hub"},
-    "metrics": {"metrics", "errors", "files"},
     "errors": set(),
+    "documents": set(),
     "files": {"errors"},
-    "hub": {"errors"},
+    "hub": {"errors", "files"},
+    "data": {"data", "documents", "errors", "files", "hub"},
+    "models": {"models", "documents", "errors", "files", "hub"},
+    "metrics": {"metrics", "errors", "files"},
+    "adapters": {"adapters", "models", "documents", "errors", "files", "hub"},
+    "training": {"training", "models", "data", "documents", "errors", "files", "hub"},
 }
 PEERS = {"transformers", "peft", "trl", "datasets", "codebleu", "accelerate", "bitsandbytes"}
 LAZY = [

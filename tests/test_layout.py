@@ -1,24 +1,59 @@
 """What is true of the tree as a whole: where files stand, what they are called, and what no file may hold."""
 
 import ast
+import json
 import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+
+from minipeft import cli
+from minipeft.adapters import METHODS, merge_adapter, remove_adapter
+from minipeft.adapters.peft_format import load_adapter
+from minipeft.errors import InputError
+from minipeft.metrics import scores
+from minipeft.metrics.scores import Score
+from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import load_model, save_model
+from minipeft.runs import estimates
+from tests.small import LLAMA, write_pairs, write_tokenizer
+from tests.toys import toy_family, toy_method
+from tests.toys.toy_family import Toy, ToyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-LINEAR, PATHS = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton_paths.py"
+LINEAR, TRITON = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton_backends.py"
 ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the parts of a kernel are tested through it
     **dict.fromkeys(("choice", "dropout", "onednn", "reference", "rows"), LINEAR),
-    **dict.fromkeys(("compile_check", "decode", "device", "fused", "hybrid", "launch", "tiles"), PATHS),
+    **dict.fromkeys(("compile_check", "decode", "device", "fused", "hybrid", "launch", "tiles"), TRITON),
 }
+FAMILY_FILES = (
+    "qwen",
+    "smollm3",
+    "granite",
+    "olmo",
+    "gemma",
+    "starcoder2",
+    "phi3",
+    "gpt_neox",
+    "phi",
+    "layered",
+    "rotary",
+)
+CLI = ("flags", "generate", "inspect", "plan", "score", "streams", "study", "train")
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
-    **dict.fromkeys(("study/charts", "study/report", "study/results", "study/table"), "tests/study/test_page.py"),
-    **dict.fromkeys(("cli/commands", "cli/flags"), "tests/cli/test_cli.py"),
-    **dict.fromkeys(("runs/config", "runs/estimates"), "tests/runs/test_finetune.py"),
+    **dict.fromkeys([f"models/{name}" for name in FAMILY_FILES], "tests/models/test_families.py"),
+    **dict.fromkeys(
+        ("adapters/peft_ia3", "adapters/peft_targets", "adapters/peft_vera"), "tests/adapters/test_peft_format.py"
+    ),
+    "adapters/full": "tests/adapters/test_adapters.py",
+    "adapters/lora_variants": "tests/adapters/test_lora.py",
+    **dict.fromkeys(("study/browser", "study/charts", "study/report", "study/results"), "tests/study/test_page.py"),
+    **dict.fromkeys([f"cli/{name}" for name in CLI], "tests/cli/test_cli.py"),
+    "runs/folder": "tests/runs/test_checkpoints.py",
     "runs/process": "tests/test_survival.py",
-    "study/cells": "tests/study/test_runner.py",
+    **dict.fromkeys(("study/cells", "study/progress"), "tests/study/test_runner.py"),
 }
 
 
@@ -114,3 +149,79 @@ def test_every_package_is_declared():
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {Path(name).parent.as_posix().removeprefix("kernels/").replace("/", ".") for name in sources()}
     assert found - {"kernels"} == declared
+
+
+# ---- A method, a family, a score and an option are each one file and one record (DESIGN, "Places to touch").
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toys of tests/toys, registered by their records alone."""
+    monkeypatch.setitem(METHODS, "toy", toy_method.METHOD)
+    monkeypatch.setitem(FAMILIES, "toy", toy_family.FAMILY)
+    letters = Score("letters", "letters", "mean length of an answer", lambda a: sum(map(len, a.predictions)) / 3)
+    monkeypatch.setattr(scores, "SCORES", [*scores.SCORES, letters])
+    monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """A command's standard output; it must succeed."""
+    status = cli.main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    return said.out
+
+
+def test_a_method_a_family_and_an_option_come_from_one_file_each(toys, tmp_path, capsys):
+    """Trained, saved, inspected, planned, answered with and merged from the command line, which knows neither toy."""
+    torch.set_num_threads(1)
+    model = Toy(ToyConfig(**LLAMA))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model.eval(), tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    pairs, out = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run"
+    given = ["--model", tmp_path / "base", "--data", pairs, "--method", "toy", "--shift-init", "0.25", "--steps", "2"]
+    run(capsys, "train", *given, "--length", "64", "--held-out", "2", "--out", out)
+    assert json.loads((out / "run.json").read_text())["arguments"]["shift_init"] == 0.25
+    assert json.loads((out / "result.json").read_text())["learning_rate"] == 1e-2  # the record's recipe
+    assert "toy" in run(capsys, "inspect", out / "adapter")
+    assert "toy" in run(capsys, "plan", tmp_path / "base", "--method", "toy", "--length", "64")
+    answer = ["generate", "--model", tmp_path / "base", "--adapter", out / "adapter", "--max-new-tokens", "4", "add 1"]
+    run(capsys, *answer)
+    tuned = load_model(tmp_path / "base")
+    assert load_adapter(tuned, out / "adapter").method == "toy"
+    with pytest.raises(InputError, match="the base has none there"):  # this toy's vector needs a bias to go into
+        merge_adapter(tuned)
+    remove_adapter(tuned)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(tuned(ids), model(ids))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert "--shift-init" in said
+    assert "initial shift, the toy's own option" in said
+
+
+def test_a_score_is_its_function_and_one_row(toys, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    rows = [{"prediction": "x = 1", "reference": "x = 1"}, {"prediction": "y", "reference": "y"}, {"prediction": "",
+            "reference": "z"}]  # fmt: skip
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert json.loads(run(capsys, "score", answers, "--json"))["letters"] == 2.0
+    assert "letters" in run(capsys, "score", answers)
+
+
+def test_no_ladder_asks_for_the_class_of_a_config():
+    """`isinstance(config, LoRAConfig)`: what differs between methods stands in their records."""
+    configs = {method.config.__name__ for method in METHODS.values()}
+    for name, tree in sources().items():
+        for called, node in calls(tree):
+            if called == "isinstance" and len(node.args) == 2:
+                assert not {ast.unparse(part) for part in ast.walk(node.args[1])} & configs, f"{name}:{node.lineno}"
+
+
+def test_no_namespace_below_the_command_line():
+    """argparse's Namespace stops at cli/; what is below takes configs and arguments."""
+    for name, tree in sources().items():
+        if name.startswith("minipeft/") and not name.startswith(("minipeft/cli/", "minipeft/demo/")):
+            assert "argparse" not in ast.unparse(tree), name
