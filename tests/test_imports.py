@@ -26,7 +26,12 @@ KNOWS = {  # package: what of minipeft it may import
     "metrics": {"metrics", "errors", "files"},
     "adapters": {"adapters", "models", "documents", "errors", "files", "hub"},
     "training": {"training", "models", "data", "documents", "errors", "files", "hub"},
+    "generation": {"models", "data", "documents", "errors", "files"},
+    "runs": {"runs", "training", "adapters", "generation", "models", "data", "documents", "errors", "files", "hub"},
+    "demo": {"demo", "errors", "files"},
 }
+KNOWS["study"] = {"study", "metrics"} | KNOWS["runs"]
+KNOWS["cli"] = {"cli"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli the study
 PEERS = {"transformers", "peft", "trl", "datasets", "codebleu", "accelerate", "bitsandbytes"}
 LAZY = [
     "transformers",
@@ -87,6 +92,13 @@ def test_each_knows_only_what_it_may(package):
             known = {other.split(".")[1] for other in ours(name) if "." in other and other.startswith("minipeft.")}
             assert known <= KNOWS[package], name
             assert "minipeft" not in ours(name), f"{name} imports the whole of minipeft"
+
+
+def test_the_rule_is_for_every_room():
+    rooms = {name.split(".")[1] for name in modules() if name.startswith("minipeft.")}
+    assert rooms - {"__main__"} == set(KNOWS)
+    assert not any({"cli", "study"} & knows for room, knows in KNOWS.items() if room not in ("cli", "study"))
+    assert "study" not in set().union(*(KNOWS[room] for room in KNOWS if room not in ("cli", "study")))
 
 
 def test_metrics_know_no_tensor():
