@@ -61,7 +61,9 @@ class Run:
         self.folder, self.lock, self.resumed = folder, lock, resumed
         self.checkpoints = folder / "checkpoints"
         self.log_file = folder / LOG
-        self.log_stream = open(self.log_file, "ab")  # noqa: SIM115 (open as long as the run)
+        with writing(folder):
+            self.log_stream = open(self.log_file, "ab")  # noqa: SIM115 (open as long as the run)
+            sync_folder(folder)  # a power cut must not take the new log's name back
         self.log_bytes, self.log_crc = 0, 0
         self.notes: list[str] = []
 

@@ -213,7 +213,7 @@ def test_other_adapters_are_refused(decoder, family, tmp_path):
     for config, said in [
         (LoRAConfig(2, dora=True), "holds LoRA with dora or lora_bias; a bank takes plain LoRA"),
         (LoRAConfig(2, lora_bias=True), "holds LoRA with dora or lora_bias"),
-        (PrefixConfig(2, init="peft"), "holds prefix; a bank takes plain LoRA"),
+        (PrefixConfig(2, init="peft"), "holds prefix-tuning; a bank takes plain LoRA"),
     ]:
         model = decoder(family)
         add_adapter(model, config)

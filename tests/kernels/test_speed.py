@@ -16,7 +16,7 @@ from minipeft.models.loss import LinearCrossEntropy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = {"LoRA linear": 1.01, "with dropout": 1.02, "one token": 1.63, "cross-entropy": 1.13}
-LOST, ATTEMPTS = 1.15, 6  # how much slower fails; attempts
+LOST, ATTEMPTS = 1.25, 6  # how much slower fails; attempts
 Call = Callable[[], object]
 
 
