@@ -112,7 +112,7 @@ def find_by_name(model: Decoder, name: str, paths: list[str]) -> list[str]:
 
 
 def refuse(model: Decoder, path: str) -> None:
-    """Say why an embedding or the head is not adapted."""
+    """Refuse an embedding or the head as a target, with the reason."""
     if path == "lm_head":
         raise InputError("'lm_head' is not adapted: the loss and the tied embedding use its weight", where="targets")
     kind = type(model.get_submodule(path)).__name__

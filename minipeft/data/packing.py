@@ -215,7 +215,7 @@ def join(examples: Sequence[Example], tokenizer: Tokenizer, loss_mask: str, widt
 
 
 def has_target(document: Document) -> bool:
-    """Whether a document has a token that the loss is taken on."""
+    """Whether a document has a supervised token."""
     return any(label != IGNORED for label in document[1])
 
 

@@ -98,7 +98,7 @@ MEANING = (
 
 
 def tables(groups: Sequence[Group]) -> list[Grid]:
-    """The grid of each number of steps for which prefixes of two inits or more were trained at several rates."""
+    """One grid per number of steps at which prefixes with at least two inits were trained at several learning rates."""
     prefixes = [group for group in groups if group.method == "prefix" and group.error is None]
     found = []
     for steps in sorted({group.training.steps or 0 for group in prefixes}):

@@ -36,7 +36,7 @@ DECAYS = ("linear", "cosine", "constant")
 
 
 class Batches(Protocol):
-    """What `train` reads: batch i for any i >= 0, the same each time."""
+    """The batches of `train`: batch i for any i >= 0, the same on every call."""
 
     def __getitem__(self, i: int, /) -> Batch: ...
 

@@ -107,7 +107,7 @@ class Movement:
 
     @staticmethod
     def start(model: nn.Module) -> Movement:
-        """Copy what will be trained: after add_adapter, before the first step, or before a saved state is loaded."""
+        """Copy the trainable parameters; call it after add_adapter, before the first step or a restored state."""
         parameters = trained(model)
         if not parameters:
             raise InputError("nothing is trainable", where="movement", hint="add_adapter(model, ...) first")

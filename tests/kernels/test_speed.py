@@ -16,7 +16,8 @@ from minipeft.models.loss import LinearCrossEntropy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = {"LoRA linear": 1.01, "with dropout": 1.02, "one token": 1.63, "cross-entropy": 1.13}
-LOST, ATTEMPTS = 1.25, 6  # how much slower fails; attempts
+LOST, ATTEMPTS = 1.15, 6  # how much slower fails; attempts
+LOST_BESIDE_OTHERS = {"one token": 1.25}  # beside a second test process 1.33 to 1.37 of its 1.63 are left
 Call = Callable[[], object]
 
 
@@ -57,13 +58,13 @@ def test_no_slower_than_when_it_was_measured(name: str, monkeypatch: pytest.Monk
         "one token": lambda: linears(lora_linear, (1, 64, 64), 0.0, False),
         "cross-entropy": losses,
     }[name]()
-    found = []
+    found, lost = [], LOST_BESIDE_OTHERS.get(name, LOST)
     for _ in range(ATTEMPTS):
         rows = measure.measure(
             {"ours": ours, "peer": peers}, name=name, shape="", dtype="float32", rounds=11, seconds=0.01, busy=True
         )
         found.append(rows[0].ratios["peer"])
-        if found[-1] > GOLDEN[name] / LOST:
+        if found[-1] > GOLDEN[name] / lost:
             break
 
-    assert max(found) > GOLDEN[name] / LOST, f"{name}: {found} times the peer's speed; it was {GOLDEN[name]}"
+    assert max(found) > GOLDEN[name] / lost, f"{name}: {found} times the peer's speed; it was {GOLDEN[name]}"
