@@ -109,6 +109,8 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
         raise InputError(f"{shown(value)} must be true or false", where=where)
     if origin is str:
         return check_text(value, limits.get("choices"), where)
+    if origin is Path and not isinstance(value, Path):
+        raise InputError(f"{shown(value)} must be a Path", where=where)
     if origin is tuple and parts:
         if not isinstance(value, tuple):
             raise InputError(f"{shown(value)} must be a list", where=where)

@@ -20,8 +20,6 @@ from typing import Any
 
 from minipeft.errors import InputError
 
-MOST_THREADS = 1024
-
 
 class Pairs(argparse.Action):
     """Collects NAME=VALUE flags into a dict."""
@@ -74,7 +72,7 @@ def reading(setting: Any, several: str | None) -> dict[str, Any]:
         return {"action": "append" if several is None else "extend", "nargs": several, "metavar": "TEXT"}
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {"action": Pairs, "type": pair_reader(typing.get_args(kind)[1]), "metavar": "NAME=VALUE"}
-    return {"type": kind, "metavar": kind.__name__.upper(), "required": is_required(setting)}
+    return {"type": kind, "metavar": "TEXT" if kind is str else kind.__name__.upper(), "required": is_required(setting)}
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
@@ -181,20 +179,3 @@ def method_settings(options: argparse.Namespace) -> dict[str, Any]:
         for name in (flag.replace("-", "_") for flag in sorted(flags))
         if hasattr(options, name)
     }
-
-
-def add_threads(parser: Any) -> None:
-    """Add --threads."""
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default all cores")
-
-
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads."""
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"{threads} must be >= 1", where="threads")
-        if threads > MOST_THREADS:  # torch would end the process
-            raise InputError(f"{threads} must be <= {MOST_THREADS}", where="threads")
-        torch.set_num_threads(threads)

@@ -6,31 +6,22 @@ import argparse
 import json
 
 from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, typed
-from minipeft.errors import InputError
 
 HELP = "predict what training takes, from config.json alone: parameters, memory, time"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
   minipeft plan --preset paper --activation-checkpointing"""
-METHODS = ("full", "lora", "prefix", "prompt")
 SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not ask for
 ROWS = ("isolate", "loss-mask")  # nor of the rows: each is one document
 AGAIN = "activation-checkpointing"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    from minipeft.adapters import method_names
     from minipeft.data.packing import PackConfig
     from minipeft.runs.config import ModelConfig, settings
+    from minipeft.study.presets import PlanConfig
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; only config.json is read")
-    parser.add_argument("--preset", choices=["paper"], help="the eight models of the paper")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=list(METHODS),
-        metavar="NAME",
-        help=f"one or more of {', '.join(method_names())} (default {' '.join(METHODS)})",
-    )
+    add_fields(parser, PlanConfig, several="+")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     add_fields(parser.add_argument_group("model"), ModelConfig, skip=SKIP)
     group = parser.add_argument_group("training")
@@ -45,16 +36,14 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.config import ModelConfig, adapter_config, share_settings
     from minipeft.runs.estimates import plan_row
     from minipeft.runs.planning import as_table
-    from minipeft.study.paper import MODELS
+    from minipeft.study.presets import PlanConfig
 
-    models = [*options.models, *(MODELS.values() if options.preset else ())]
-    if not models:
-        raise InputError("give models, or --preset paper", where="plan")
+    config = PlanConfig(**typed(PlanConfig, options), named=tuple(options.models))
     shared, packing = typed(ModelConfig, options, skip=SKIP), PackConfig(**typed(PackConfig, options, skip=ROWS))
-    each = share_settings(options.method, method_settings(options))
+    each = share_settings(config.method, method_settings(options))
     rows = []
-    for source in models:
-        for name in options.method:
+    for source in config.models:
+        for name in config.method:
             # --dtype is that of the frozen base; full tuning trains the weights, in float32
             own = {**shared, "dtype": None} if method_named(name)[0].trains_base else shared
             adapter = adapter_config(name, each[name])

@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 from minipeft.cli.flags import add_fields, typed
 from minipeft.cli.streams import report
@@ -15,26 +14,30 @@ from minipeft.cli.train import add_run_flags, run_settings
 HELP = "compare methods, from nothing to a table and a report; the same command resumes"
 EXAMPLE = """minipeft study --out study
   minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study"""
-OWN = ("model", "data", "seed")  # settings of a training run that the study decides
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    from minipeft.study.presets import StudyConfig
+    from minipeft.runs.folder import FolderConfig
+    from minipeft.runs.process import ProcessConfig
+    from minipeft.study.presets import OWN, StudyConfig
 
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the study")
+    add_fields(parser, FolderConfig, skip=("resume", "overwrite"))  # a study always resumes
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     add_fields(parser, StudyConfig, several="+")
+    add_fields(parser, ProcessConfig)
     add_run_flags(parser, skip=OWN)
 
 
 def main(options: argparse.Namespace) -> int:
     """Status 0, or 2 where a cell failed."""
-    from minipeft.study.presets import StudyConfig
+    from minipeft.runs.process import ProcessConfig
+    from minipeft.study.presets import OWN, StudyConfig
     from minipeft.study.report import as_terminal, write_report
     from minipeft.study.results import assemble
     from minipeft.study.runner import conduct
 
-    config = StudyConfig(**typed(StudyConfig, options), settings=run_settings(options, skip=OWN))
+    process = ProcessConfig(**typed(ProcessConfig, options))
+    config = StudyConfig(**typed(StudyConfig, options), settings=run_settings(options, skip=OWN), process=process)
     try:
         outcomes = conduct(config, options.out, say=report)
     except (KeyboardInterrupt, SystemExit):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from minipeft.cli.flags import add_fields, add_flag, add_method_flags, add_threads, method_settings, set_threads
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, typed
 from minipeft.cli.streams import report
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
@@ -16,12 +15,12 @@ EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lo
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.adapters import method_names
+    from minipeft.runs.folder import FolderConfig
+    from minipeft.runs.process import ProcessConfig
 
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
+    add_fields(parser, FolderConfig)
+    add_fields(parser, ProcessConfig)
     parser.add_argument("--method", default="lora", metavar="NAME", help=f"{', '.join(method_names())} (default lora)")
-    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_run_flags(parser)
 
@@ -53,12 +52,14 @@ def run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dic
 def main(options: argparse.Namespace) -> int:
     from minipeft.runs.config import run_config
     from minipeft.runs.finetune import finetune
-    from minipeft.runs.process import Stopped
+    from minipeft.runs.folder import FolderConfig
+    from minipeft.runs.process import ProcessConfig, Stopped
 
-    set_threads(options.threads)
+    ProcessConfig(**typed(ProcessConfig, options)).apply()
+    folder = FolderConfig(**typed(FolderConfig, options))
     config = run_config(options.method, **run_settings(options))
     try:
-        result = finetune(config, options.out, resume=options.resume, overwrite=options.overwrite, say=report)
+        result = finetune(config, **vars(folder), say=report)
     except Stopped as stopped:
         report(f"{stopped}; continue with --resume")
         return 128 + stopped.number
@@ -69,7 +70,7 @@ def main(options: argparse.Namespace) -> int:
     held_out = f", held-out loss {result['dev_loss']:.3f}" if result["dev_loss"] is not None else ""
     kind = "model" if config.method.trains_base else "adapter"
     print(
-        f"{options.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{held_out}{speed}, "
+        f"{folder.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{held_out}{speed}, "
         f"peak {result['peak_memory_bytes'] / 1e9:.1f} GB"
     )
     return 0

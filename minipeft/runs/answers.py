@@ -1,14 +1,14 @@
-"""Answers to the questions of a data set, in a file: make it, resume it, read it back.
+"""Answers of a model, tuned or not: to prompts, or to the questions of a data set in a file that can be resumed.
 
-Each line is a JSON object: prediction, reference, question_id, intent, ended (eos, stop, limit). While it is being made
-the file is called FILE.part and gets a line per answer; the same command continues where it stopped.
+Each line of the file is a JSON object: prediction, reference, question_id, intent, ended (eos, stop, limit). Until all
+questions are answered the file is FILE.part, which gets a line per answer; the same command resumes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,65 +16,84 @@ from tqdm import tqdm
 
 from minipeft.adapters import merge_adapter
 from minipeft.adapters.peft_format import load_adapter
-from minipeft.data.examples import load_pairs
+from minipeft.data.examples import Pair, load_pairs
 from minipeft.data.templates import prompt_text
 from minipeft.data.tokens import Tokenizer, load_tokenizer
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_fields, option
 from minipeft.files import kind_of, parse_json, read_text, write_whole
-from minipeft.generation import GenerateConfig, answer
+from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import load_model
 from minipeft.runs.config import DTYPES, ModelConfig
 from minipeft.runs.process import check_device
 
 
-def load_tuned(
-    config: ModelConfig, adapter: str | Path | None = None, *, merge: bool = False, say: Callable[[str], None] = print
-) -> tuple[Decoder, Tokenizer]:
-    """The model, with an adapter where one is named, and the tokenizer; `say` gets what the adapter's file notes."""
-    check_device(config.device)
-    tokenizer = load_tokenizer(config.source, revision=config.revision)
-    if config.eos_token is not None:
-        tokenizer = tokenizer.with_eos(config.eos_token)
+@dataclass(frozen=True)
+class AnswersConfig:
+    """What answers (a model, with or without an adapter), what is asked, and where the answers go."""
+
+    model: ModelConfig
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    adapter: Path | None = option(None, "folder of an adapter, ours or PEFT's")
+    merge: bool = option(False, "merge the adapter into the weights first")
+    raw: bool = option(False, "continue PROMPT as it is, without the training template")
+    data: str | None = option(None, "answer the questions of this data set instead of PROMPT")
+    split: str = option("test", "split of the data set, where it has several")
+    limit: int | None = option(None, "answer the first N questions only", least=1)
+    out: Path | None = option(None, "JSON lines with prediction and reference; resumable")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.data is not None and self.out is None:
+            raise InputError("data needs a file for the answers", where="out")
+        if self.data is not None and self.raw:
+            raise InputError("has no effect with data: questions take the training template", where="raw")
+        for name, plain in (("split", "test"), ("limit", None), ("out", None)):
+            if self.data is None and getattr(self, name) != plain:
+                raise InputError("has no effect without data", where=name)
+
+
+def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tuple[Decoder, Tokenizer]:
+    """The model, with its adapter where it has one, and the tokenizer; `say` gets the notes on the adapter's files."""
+    given = config.model
+    check_device(given.device)
+    tokenizer = load_tokenizer(given.source, revision=given.revision)
+    if given.eos_token is not None:
+        tokenizer = tokenizer.with_eos(given.eos_token)
+    dtype = None if given.dtype is None else DTYPES[given.dtype]
     model = load_model(
-        config.source,
-        dtype=None if config.dtype is None else DTYPES[config.dtype],
-        device=config.device,
-        revision=config.revision,
-        legacy_bin=config.legacy_bin,
+        given.source, dtype=dtype, device=given.device, revision=given.revision, legacy_bin=given.legacy_bin
     )
-    tokenizer.check_fits(model.config.vocab_size, config.source)
-    if adapter is not None:
-        for note in load_adapter(model, adapter).notes:
+    tokenizer.check_fits(model.config.vocab_size, given.source)
+    if config.adapter is not None:
+        for note in load_adapter(model, config.adapter).notes:
             say(f"note: {note}")
-    if merge:
+    if config.merge:
         merge_adapter(model)
     return model, tokenizer
 
 
-def answer_data(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    generate: GenerateConfig,
-    data: str,
-    out: Path,
-    *,
-    split: str = "test",
-    limit: int | None = None,
-    about: Mapping[str, object] | None = None,
-) -> int:
-    """Answer the questions of a data set into the file `out`, resumably; returns how many there are.
+def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, prompts: Sequence[str]) -> list[str]:
+    """The answer to each prompt, which stands in the training template unless it is `raw`."""
+    texts = prompts if config.raw else [prompt_text(prompt) for prompt in prompts]
+    return generate(model, tokenizer, texts, config.generate)
 
-    `limit`: the first so many only. `about` says what answers them (model, adapter): a resumed file must repeat it.
+
+def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> int:
+    """Answer the questions of `config.data` into the file `config.out`, resumably; returns how many there are.
 
     Raises:
         InputError: the file exists, or FILE.part was begun with other settings.
     """
+    assert config.data is not None
+    assert config.out is not None
+    out = config.out
     if out.exists():
         raise InputError("exists already", file=out, hint="Name another --out, or remove it")
-    pairs = load_pairs(data, split=split)
-    items = pairs.items[:limit]
-    identity = {"settings": asdict(generate), **(about or {}), "data_sha256": pairs.sha256, "questions": len(items)}
+    pairs = load_pairs(config.data, split=config.split)
+    items = pairs.items[: config.limit]
+    about = {"model": config.model.source, "adapter": str(config.adapter), "merge": config.merge}
+    identity = {"settings": asdict(config.generate), **about, "data_sha256": pairs.sha256, "questions": len(items)}
     part = out.with_name(out.name + ".part")
     done = begin(part, json.loads(json.dumps(identity)))
     left = [number for number in range(len(items)) if number not in done]
@@ -83,15 +102,8 @@ def answer_data(
         open(part, "a", encoding="utf-8") as stream,
         tqdm(total=len(items), initial=len(done), unit="answer", disable=None) as bar,
     ):
-        for a in answer(model, tokenizer, prompts, generate, only=left):
-            pair = items[a.index]
-            done[a.index] = {
-                "prediction": a.text,
-                "reference": pair.snippet,
-                "question_id": pair.question_id,
-                "intent": pair.intent,
-                "ended": a.ended,
-            }
+        for a in answer(model, tokenizer, prompts, config.generate, only=left):
+            done[a.index] = answer_row(items[a.index], a)
             stream.write(json.dumps({"index": a.index, **done[a.index]}) + "\n")
             stream.flush()
             bar.update()
@@ -99,6 +111,12 @@ def answer_data(
     write_whole(out, lambda target: target.write(lines.encode()))
     part.unlink()
     return len(items)
+
+
+def answer_row(pair: Pair, answer: Answer) -> dict[str, Any]:
+    """A line of the file."""
+    row = {"prediction": answer.text, "reference": pair.snippet, "question_id": pair.question_id}
+    return {**row, "intent": pair.intent, "ended": answer.ended}
 
 
 def begin(part: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -33,7 +33,9 @@ class ModelConfig:
 
     source: str = option(help="folder or hub id of a checkpoint, or demo", flag="model")
     revision: str | None = option(None, "commit, tag or branch on the hub")
-    dtype: str | None = option(None, "dtype of the base; default its own, full tuning: fp32", choices=DTYPES)
+    dtype: str | None = option(
+        None, "dtype of the base, fp32 or bf16; default its own, for full tuning fp32", choices=DTYPES
+    )
     device: str = option("cpu", "cpu, cuda, ...")
     legacy_bin: bool = option(False, "read pytorch_model.bin where there are no safetensors")
     eos_token: str | None = option(None, "token that ends a text, where the tokenizer names none")

@@ -12,14 +12,30 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, check_fields, option, shown
 from minipeft.files import lock_folder, make_folder, read_object, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
 PROBE_BYTES = 2**16  # written and removed first of all: a folder that takes them takes a run's first files
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """Where a run is written, and what happens to a run that is there already."""
+
+    out: Path = option(help="folder to write to")
+    resume: bool = option(False, "continue the run in --out")
+    overwrite: bool = option(False, "remove the run in --out and start again")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.resume and self.overwrite:
+            problem = "cannot go together: one continues a run, the other removes it"
+            raise InputError(problem, where="resume, overwrite")
 
 
 def check_folder(folder: Path) -> None:
@@ -54,9 +70,7 @@ def claim_folder(
         InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
             arguments, or cannot be written.
     """
-    if resume and overwrite:
-        problem = "cannot go together: one continues a run, the other removes it"
-        raise InputError(problem, where="resume, overwrite")
+    FolderConfig(folder, resume, overwrite)
     check_folder(folder)
     lock = lock_folder(folder, LOCK)
     try:

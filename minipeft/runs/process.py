@@ -1,4 +1,4 @@
-"""What a run needs of its process: signals that stop it, a device, determinism on CUDA, memory, and standard error.
+"""What a run needs of its process: threads, signals, a device, determinism on CUDA, memory, and standard error.
 
 A signal only sets a flag that is read between steps: inside an optimizer step half of the parameters are updated.
 """
@@ -12,13 +12,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_fields, option
+
+MOST_THREADS = 1024  # with more, torch ends the process
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """What a command takes of its machine; no result depends on it but in the last digits."""
+
+    threads: int | None = option(None, "CPU threads; default all cores", least=1, most=MOST_THREADS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def apply(self) -> None:
+        """Let torch use this many threads in this process."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
 
 class Stopped(Exception):

@@ -32,7 +32,7 @@ from minipeft.errors import InputError
 from minipeft.files import parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.scores import Scores, score_texts
-from minipeft.runs.answers import answer_data, load_tuned, read_answers
+from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
 from minipeft.runs.config import RunConfig
 from minipeft.runs.finetune import finetune, pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
@@ -165,10 +165,10 @@ def answer(cell: Cell, folder: Path, row: Row) -> Row:
         source = replace(run.model, source=str(folder / "run" / "model"))
     elif not untrained:
         adapter = folder / "run" / "adapter"
-    model, tokenizer = load_tuned(source, adapter)
+    config = AnswersConfig(source, cell.generate, adapter=adapter, data=QUESTIONS, out=out)
+    model, tokenizer = load_tuned(config)
     if not out.exists():
-        about = {"model": source.source, "adapter": str(adapter), "merge": False}
-        answer_data(model, tokenizer, cell.generate, QUESTIONS, out, about=about)
+        answer_data(model, tokenizer, config)
     if not untrained:
         return row
     loss = None

@@ -17,6 +17,7 @@ from minipeft.adapters import method_named, method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.runs.config import run_config, settings
+from minipeft.runs.process import ProcessConfig
 from minipeft.study import prefix_experiment
 from minipeft.study.cells import ZERO_SHOT, Cell
 from minipeft.study.paper import MODELS
@@ -49,18 +50,22 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+OWN = ("model", "data", "seed")  # settings of a training run that the study decides
+COMPARED = ("full", "lora", "prefix", "prompt")  # the paper's methods
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """What to compare; None and () take the preset's."""
 
     preset: str = option("demo", "what to compare", choices=PRESETS)
     model: tuple[str, ...] = option((), "folders, hub ids or demo")
-    method: tuple[str, ...] = option(("full", "lora", "prefix", "prompt"), "methods to compare", choices=method_names())
+    method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=method_names())
     data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
-    threads: int | None = option(None, "CPU threads; default: all cores", least=1)
     settings: Mapping[str, Any] = option(factory=dict, flag="")  # of every training run, by the names of run_config
+    process: ProcessConfig = field(default_factory=ProcessConfig)  # of each cell
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,16 +79,35 @@ class StudyConfig:
                 raise InputError(f"has no effect with {', '.join(self.method)}", where=name)
 
     @property
+    def threads(self) -> int | None:
+        return self.process.threads
+
+    @property
     def device(self) -> str:
         return str(self.settings.get("device", "cpu"))
-
-
-OWN = ("model", "data", "seed")  # settings of a training run that the study decides
 
 
 def has(method: str, name: str) -> bool:
     """Whether a training run with this method has a setting of this name."""
     return name.replace("_", "-") in settings(method)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `minipeft plan` plans: each method on each model."""
+
+    preset: str | None = option(None, "plan the models of a study", choices=PRESETS)
+    method: tuple[str, ...] = option(COMPARED, "methods to plan", choices=method_names())
+    named: tuple[str, ...] = option((), "models beside the preset's", flag="")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.models:
+            raise InputError("give models, or --preset paper", where="plan")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.named + (() if self.preset is None else PRESETS[self.preset].models)
 
 
 @dataclass(frozen=True)

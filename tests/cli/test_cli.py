@@ -1,5 +1,6 @@
 """The commands as a person meets them: help with an example, one line for an error, JSON for programs, going on."""
 
+import ast
 import json
 import os
 import shlex
@@ -87,6 +88,26 @@ def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
         for flag, setting in settings(method).items():
             assert f"--{flag} " in said or f"--{flag}," in said, flag
             assert setting.metadata["help"], flag
+
+
+def test_flags_that_no_config_declares() -> None:
+    """Positionals, the form of the output, --debug, and the method, which decides whose fields are read."""
+    found = {}
+    for file in sorted(Path(cli.__file__).parent.glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [call for call in calls if ast.unparse(call.func).endswith(".add_argument")]
+        names = [call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)]
+        if names:
+            found[file.stem] = names
+    assert found == {
+        "__init__": ["--debug"],
+        "generate": ["prompts"],
+        "inspect": ["folder", "--json"],
+        "plan": ["models", "--json"],
+        "score": ["file", "--json"],
+        "study": ["--json"],
+        "train": ["--method", "--json"],
+    }
 
 
 def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:

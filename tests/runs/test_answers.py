@@ -1,11 +1,13 @@
 """Files of answers: read back strictly, gone on with only under the same settings, and scored in words."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.runs.answers import begin, read_answers
+from minipeft.runs.answers import AnswersConfig, begin, read_answers
+from minipeft.runs.config import ModelConfig
 
 
 def write(file, *rows):
@@ -67,3 +69,21 @@ def test_a_line_may_hold_what_unicode_calls_a_line_end(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prediction": "a\u2028b", "reference": "c\x85"}\r\n', encoding="utf-8")
     assert read_answers(file).predictions == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": "demo"}, "out: data needs a file for the answers"),
+        ({"data": "demo", "out": Path("a"), "raw": True}, "raw: has no effect with data"),
+        ({"data": "demo", "out": Path("a"), "limit": 0}, "limit: 0 must be an integer >= 1"),
+        ({"split": "train"}, "split: has no effect without data"),
+        ({"limit": 3}, "limit: has no effect without data"),
+        ({"out": Path("a.jsonl")}, "out: has no effect without data"),
+        ({"adapter": "runs/lora"}, "adapter: 'runs/lora' must be a Path"),
+    ],
+)
+def test_settings_without_effect_are_refused(given, said):
+    with pytest.raises(InputError) as error:
+        AnswersConfig(ModelConfig("demo"), **given)
+    assert str(error.value).startswith(said)
