@@ -2,7 +2,9 @@
 
 import ast
 import json
+import re
 import tomllib
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -149,6 +151,22 @@ def test_every_package_is_declared():
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {Path(name).parent.as_posix().removeprefix("kernels/").replace("/", ".") for name in sources()}
     assert found - {"kernels"} == declared
+
+
+def test_nothing_is_used_by_tests_alone():
+    """Each function, class and method is named once more: in the sources, a benchmark or an example.
+
+    The house library of the demo is data: its functions are read, not called. sentence_bleu is for callers.
+    """
+    for_callers = {"sentence_bleu"}
+    texts = [file.read_text(encoding="utf-8") for root in ("minipeft", "kernels", "benchmarks", "examples")
+             for file in (ROOT / root).rglob("*.py")]  # fmt: skip
+    named = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    for name, tree in sources().items():
+        if name != "minipeft/demo/house.py":
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__"):
+                    assert named[node.name] > 1 or node.name in for_callers, f"{name}:{node.lineno}: {node.name}"
 
 
 # ---- A method, a family, a score and an option are each one file and one record (DESIGN, "Places to touch").

@@ -112,7 +112,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
     """Train whatever requires gradients in `model`, from `state.step` to `config.steps`; yields after each step.
 
-    Where a step raises, the model is put back in the mode that it was in, train or eval.
+    Where a step raises, the model gets back its mode (train or eval) and its activation checkpointing.
 
     Raises:
         InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32, or
@@ -162,13 +162,14 @@ def take_steps(
 ) -> Iterator[Step]:
     """The generator behind `train`."""
     assert config.steps is not None
-    was_training = model.training
+    was_training, was_checkpointing = model.training, model.activation_checkpointing
     silent = dict.fromkeys(parameters, 0)  # consecutive steps in which a tensor's gradient was zero
     while state.step < config.steps:
         try:
             step = take_step(model, parameters, groups, batches, config, state, silent)
         except BaseException:
             model.train(was_training)
+            model.activation_checkpointing = was_checkpointing
             raise
         yield step
 

@@ -333,9 +333,10 @@ def test_the_mode_is_put_back_when_training_or_evaluation_raises(mode: bool) -> 
             return super().__getitem__(i)
 
     model = tuned().train(mode)
+    model.activation_checkpointing = mode
     with pytest.raises(OSError, match="gone"):
-        list(train(model, Broken(), CONFIG))
-    assert model.training == mode
+        list(train(model, Broken(), dataclasses.replace(CONFIG, activation_checkpointing=not mode)))
+    assert (model.training, model.activation_checkpointing) == (mode, mode)
     short = dataclasses.replace(Rows()[0], documents=torch.zeros(1, 1, dtype=torch.long))
     assert "documents: shape" in refused(lambda: evaluate(model, [short]))
     assert model.training == mode
