@@ -112,12 +112,13 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Base:
-    """A model that can be read: its source, its size and family, and the number of rows of an epoch."""
+    """A model that can be read: its source, size, family and context, and the number of rows of an epoch."""
 
     source: str  # folder or hub id
     parameters: int = 0
     family: str = ""
     rows: int = 1
+    context: int = 1024
 
 
 def label_models(models: Sequence[str]) -> dict[str, str]:

@@ -1,35 +1,48 @@
-"""One progress bar for all cells of a study, in units of work; a cell's progress is the lines of its files."""
+"""One progress bar for all cells of a study, and the time that is left; a cell's progress is the lines of its files.
+
+work      = forward passes over a token x parameters: of training 2 (3 with the gradient of the weights) for each
+            token of each step, of answering DECODING for each token of a question and its answer
+time left = work left x seconds per unit of work so far, in which a cell counts FADE of the next;
+            for the cell that runs, its own seconds count the more the further it is
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minipeft.study.cells import ANSWERS, ZERO_SHOT, Cell
+from minipeft.study.presets import Base
 
-TRAINING, ANSWERING = 3.0, 1.0  # shares of a cell's time
-FULL = 4 / 3  # training where every weight is trained, over training of an adapter
+DECODING = 2.0  # cost of a decoded token over that of one in a forward pass of training: 1.7 to 2.7 on the demo model
+FADE = 1 / 2  # the last cell says most: other users of the machine come and go
+QUESTION = 30  # tokens of a question in its template, about
 
 
 class Bar:
-    """The bar. `sizes`: the parameters of each model; `finished`: the names of the cells that are done already."""
+    """The bar. `bases`: what is known of each model; `finished`: the names of the cells that are done already."""
 
     def __init__(
-        self, cells: Sequence[Cell], sizes: Mapping[str, int], out: Path, questions: int, finished: Collection[str]
+        self,
+        cells: Sequence[Cell],
+        bases: Mapping[str, Base | None],
+        out: Path,
+        questions: int,
+        finished: Collection[str],
     ):
         self.out, self.questions = out, questions
-        self.work = {cell.name: estimate_work(cell, sizes.get(cell.model, 0)) for cell in cells}
-        self.counted = set(finished)
-        self.done_work = sum(self.work[name] for name in self.counted)
+        self.parts = {cell.name: estimate_work(cell, bases.get(cell.model), questions) for cell in cells}
+        work = {name: sum(parts) for name, parts in self.parts.items()}
+        self.forecast = Forecast(work, finished)
         self.bar = tqdm(
-            total=sum(self.work.values()),
-            initial=self.done_work,
-            smoothing=0,
+            total=sum(work.values()),
+            initial=sum(work[name] for name in finished),
             file=sys.stderr,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}",
             mininterval=0.5 if sys.stderr.isatty() else 15.0,  # seconds between drawings
         )
 
@@ -43,33 +56,101 @@ class Bar:
         """Show which cell runs."""
         seed = f" seed {cell.seed}" if cell.seed else ""
         self.bar.set_description_str(f"{cell.model} {cell.method}{seed}", refresh=False)
+        self.forecast.begin(cell.name, time.monotonic())
 
     def show(self, cell: Cell) -> None:
         """Move to the cell's progress."""
+        training, answering = self.parts[cell.name]
+        trained, answered = self.read_progress(cell)
+        share = (training * trained + answering * answered) / max(1.0, training + answering)
+        self.move(self.forecast.advance(cell.name, share, time.monotonic()))
+
+    def read_progress(self, cell: Cell) -> tuple[float, float]:
+        """How much of a cell's training and of its answers is done, 0 to 1 each."""
         folder = self.out / "cells" / cell.name
-        training = 0.0 if cell.method == ZERO_SHOT else TRAINING
-        answered = max(count_lines(folder / f"{ANSWERS}.part") - 1, count_lines(folder / ANSWERS), 0) / self.questions
-        logged = count_lines(folder / "run" / "log.jsonl")
-        trained = 1.0 if answered else min(1.0, logged / (cell.steps or 1))
-        share = (training * trained + ANSWERING * answered) / (training + ANSWERING)
-        self.move(self.done_work + share * self.work[cell.name])
+        answers = max(count_lines(folder / f"{ANSWERS}.part") - 1, count_lines(folder / ANSWERS), 0)
+        steps = max(0, count_lines(folder / "run" / "log.jsonl") - 1)  # the first line is of step 0
+        trained = 1.0 if answers else min(1.0, steps / (cell.steps or 1))
+        return trained, min(1.0, answers / self.questions)
 
     def finish(self, cell: Cell) -> None:
         """Count the cell as over, done or failed."""
-        if cell.name not in self.counted:
-            self.counted.add(cell.name)
-            self.done_work += self.work[cell.name]
-        self.move(self.done_work)
+        if cell.name == self.forecast.cell:
+            self.show(cell)
+        self.move(self.forecast.finish(cell.name, time.monotonic()))
 
     def move(self, to: float) -> None:
-        """Move forward to an amount of work; never back."""
+        """Move forward to an amount of work, never back, and say how long the rest will take."""
+        left = self.forecast.seconds_left(time.monotonic())
+        self.bar.set_postfix_str("" if left is None else f"about {tqdm.format_interval(left)} left", refresh=False)
         self.bar.update(max(0.0, to - self.bar.n))
 
 
-def estimate_work(cell: Cell, parameters: int) -> float:
-    """A cell's work, in no unit: by parameters; training an adapter counts three times what answering does."""
-    training = {ZERO_SHOT: 0.0, "full": FULL}.get(cell.method, 1.0) * TRAINING
-    return (training + ANSWERING * (cell.generate is not None)) * parameters
+class Forecast:
+    """How long the cells that are left will take, from those that ran; `work` is each cell's."""
+
+    def __init__(self, work: Mapping[str, float], finished: Collection[str]):
+        self.work, self.over = work, set(finished)
+        self.measured, self.seconds = 0.0, 0.0  # work and time of the cells that ran, each counted FADE of the next
+        self.cell, self.begun = "", 0.0  # the cell that runs, and since when
+        self.share = 0.0  # of its work, done
+        self.at_begin: float | None = None  # the share that it was begun with
+
+    def begin(self, cell: str, now: float) -> None:
+        """A cell begins. One that is resumed has progress already, which took no time now."""
+        self.cell, self.begun, self.share, self.at_begin = cell, now, 0.0, None
+
+    def advance(self, cell: str, share: float, now: float) -> float:
+        """The cell has done this share of its work; returns the work of all cells that is done.
+
+        Its time counts from its first progress: what it takes to load a model says nothing about the speed.
+        """
+        self.at_begin = share if self.at_begin is None else self.at_begin
+        self.begun = now if share <= self.at_begin else self.begun
+        self.share = max(share, self.share)
+        return self.done() + share * self.work[cell]
+
+    def finish(self, cell: str, now: float) -> float:
+        """The cell is over; returns the work of all cells that is done."""
+        if cell == self.cell:
+            self.measured = FADE * (self.measured + self.new_work())
+            self.seconds = FADE * (self.seconds + now - self.begun)
+            self.cell, self.share, self.at_begin = "", 0.0, None
+        self.over.add(cell)
+        return self.done()
+
+    def done(self) -> float:
+        """The work of the cells that are over."""
+        return sum(self.work[name] for name in self.over)
+
+    def new_work(self) -> float:
+        """What the cell that runs has done since it was begun or resumed."""
+        return (self.share - (self.at_begin or 0.0)) * self.work[self.cell] if self.cell else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """The seconds until all cells are over; None before any work is measured."""
+        new, running = self.new_work(), now - self.begun if self.cell else 0.0
+        if self.measured + new <= 0:
+            return None
+        average = (self.seconds + (running if new else 0.0)) / (self.measured + new)  # seconds per unit of work
+        waiting = sum(work for name, work in self.work.items() if name not in self.over and name != self.cell)
+        if not self.cell:
+            return waiting * average
+        own = running / new if new else average
+        rate = self.share * own + (1 - self.share) * average
+        return waiting * average + (1 - self.share) * self.work[self.cell] * rate
+
+
+def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float, float]:
+    """The work of a cell's training and of its answers."""
+    if cell.run is None or base is None:
+        return 0.0, 0.0
+    packing, settings = cell.run.packing, cell.run.train
+    tokens = (cell.steps or 0) * settings.accumulate * packing.batch * (packing.length or min(1024, base.context))
+    passes = 2 + cell.run.method.trains_base + settings.activation_checkpointing
+    training = 0.0 if cell.method == ZERO_SHOT else float(tokens * passes * base.parameters)
+    new = QUESTION + cell.generate.max_new_tokens if cell.generate else 0
+    return training, DECODING * questions * new * base.parameters
 
 
 def count_lines(file: Path) -> int:

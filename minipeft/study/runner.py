@@ -66,9 +66,8 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     with open_folder(out, train, test), stopping() as stop:
         check_settings(out, cells)
         outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines()]
-        sizes = {label: base.parameters for label, base in bases.items() if base is not None}
         rows = {cell.name: row for cell in cells if (row := finished_row(out / "cells" / cell.name, say)) is not None}
-        with Bar(cells, sizes, out, len(test), rows) as bar:
+        with Bar(cells, bases, out, len(test), rows) as bar:
             for cell in cells:
                 end_if(stop)
                 error = errors.get(cell.model)
@@ -138,7 +137,7 @@ def read_base(source: str, train: Pairs, held_out: int) -> Base:
     kept = split_by_question(train, held_out)[0] if held_out else train
     rows = pack(encode_pairs(kept, tokenizer), tokenizer, length=min(1024, config.context), batch=1)
     size = sum(p.numel() for p in build_on_meta(config).parameters())
-    return Base(source, size, config.model_type, len(rows))
+    return Base(source, size, config.model_type, len(rows), config.context)
 
 
 @contextmanager
