@@ -516,7 +516,7 @@ def test_an_ended_run_is_left_alone(place: Path, wanted: dict[str, bytes], monke
     monkeypatch.setattr(tuning, "load_model", None)  # not even the model is loaded
     lines: list[str] = []
     result = run(place, out, say=lines.append)
-    assert lines == ["the run has ended: 0 steps to do, nothing is written"]
+    assert lines == ["the run is complete: 0 steps left, nothing is written"]
     assert result["steps"] == 6
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert files_of(out) == wanted

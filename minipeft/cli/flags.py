@@ -169,7 +169,7 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
 
 
 def method_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What was typed of all methods' flags, by name; whether the chosen method has them is checked later."""
+    """The values of all methods' flags that were typed, by name; run_config checks that the method has them."""
     from minipeft.adapters import METHODS
     from minipeft.runs.config import fields_of
 

@@ -89,7 +89,7 @@ class PackReport:
         if self.left_out:
             lines.append(f"{self.left_out:,} without a supervised token left out ({self.tokens_left_out:,} tokens)")
         if self.virtual_tokens:
-            lines.append(f"{self.virtual_tokens} positions of each row are left to virtual tokens")
+            lines.append(f"{self.virtual_tokens} positions of each row are reserved for virtual tokens")
         return "\n".join(lines)
 
 

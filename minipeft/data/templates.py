@@ -1,4 +1,4 @@
-"""The text around a question and its answer: that of Männistö, Attieh and Tiedemann (2025).
+"""The prompt template of Männistö, Attieh and Tiedemann (2025).
 
     ### Instruction:
     {intent}

@@ -1,9 +1,9 @@
-"""How sure a BLEU is: percentile bootstrap over questions (Koehn 2004), for one system or the difference of two.
+"""Confidence intervals of BLEU: percentile bootstrap over questions (Koehn 2004), of one system or a difference of two.
 
 One resample is Q of the Q questions, drawn with replacement. Pairs of one question are drawn together, because an
-answer that fits one fits the others (the demo's test set has 299 pairs of 100 questions); drawn singly, they would
-make the interval too narrow. A system trained with S seeds scores, in a resample, the mean BLEU of its S runs over the
-same questions. Two systems are compared resample by resample: what the questions have in common cancels out.
+answer that fits one fits the others; drawn singly, they would make the interval too narrow. A system trained with S
+seeds scores, in a resample, the mean BLEU of its S runs over the same questions. Two systems are compared resample by
+resample: what the questions have in common cancels out.
 """
 
 from collections.abc import Hashable, Sequence

@@ -74,7 +74,7 @@ def product(
 def capped_product(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None, cap: float
 ) -> Tensor:
-    """The product with scores cap * tanh(scores / cap) before the mask, which torch's fused one has not."""
+    """The product with scores cap * tanh(scores / cap) before the mask, which torch's fused product cannot do."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5) / cap)  # [B, H, T, S]
     if causal:

@@ -1,4 +1,4 @@
-"""The record of a decoder family: all that the rest of the library knows of it beside its module.
+"""The record of a decoder family: everything that differs between families and is not in the module.
 
 A family is its file (gpt2.py, llama.py, ...) and one record at the end of that file; `FAMILIES` in models/__init__.py
 lists them. Whoever needs something that differs between families looks it up here, never by `model_type ==`.

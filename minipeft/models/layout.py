@@ -1,4 +1,4 @@
-"""What one forward pass knows of its rows: positions, and what each block may see, worked out once for all blocks.
+"""The layout of a forward pass: positions, and which columns each block attends to, computed once for all blocks.
 
 Each distinct window has its own `View`, and each distinct rotary setting its own table; a block asks for its own.
 """
@@ -22,7 +22,7 @@ Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length a
 
 @dataclass(frozen=True)
 class View:
-    """What may be seen within one window: by a mask, by runs, or neither: plainly causal."""
+    """Which keys a query attends to within one window: a mask, runs, or plain causal attention."""
 
     mask: Tensor | None = None  # [B, 1, T, S], as_addend
     runs: Runs | None = None
@@ -30,7 +30,7 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a forward pass has to know of its rows; made once by `lay_out`, used by every block."""
+    """Positions and views of a forward pass; made once by `lay_out`, used by every block."""
 
     positions: Tensor  # [B, T] of the queries
     columns: int  # S, key columns: cached ones and virtual tokens included
@@ -88,7 +88,7 @@ def lay_out(
 
 
 def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to the scores: 0 where one may look, else minus infinity. A bool mask stays one.
+    """The mask as what is added to the scores: 0 where a query attends, else minus infinity. A bool mask stays one.
 
     torch's product makes this of a bool mask itself, in every block, and keeps each for backward; here all share one.
     """

@@ -1,4 +1,4 @@
-"""Which product computes x W^T: the one door to a base weight, where other formats and kernels will differ."""
+"""x W^T with a base weight: the one place where other weight formats and kernels plug in."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class AnswersConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.data is not None and self.out is None:
-            raise InputError("data needs a file for the answers", where="out")
+            raise InputError("must be given with data: the answers are written there", where="out")
         if self.data is not None and self.raw:
             raise InputError("has no effect with data: questions take the training template", where="raw")
         for name, plain in (("split", "test"), ("limit", None), ("out", None)):
@@ -74,7 +74,7 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
 
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, prompts: Sequence[str]) -> list[str]:
-    """The answer to each prompt, which stands in the training template unless it is `raw`."""
+    """The answer to each prompt; unless `raw`, a prompt is put into the training template."""
     texts = prompts if config.raw else [prompt_text(prompt) for prompt in prompts]
     return generate(model, tokenizer, texts, config.generate)
 
@@ -83,7 +83,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     """Answer the questions of `config.data` into the file `config.out`, resumably; returns how many there are.
 
     Raises:
-        InputError: the file exists, or FILE.part was begun with other settings.
+        InputError: the file exists, or FILE.part was started with other settings.
     """
     assert config.data is not None
     assert config.out is not None
@@ -128,7 +128,7 @@ def begin(part: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     head, *lines = [parse_json(line, part, f"line {n}") for n, line in enumerate(whole.splitlines(), 1)] or [None]
     if head != identity:
-        raise InputError("was begun with other settings", file=part, hint="Remove it, or give the same arguments")
+        raise InputError("was started with other settings", file=part, hint="Remove it, or give the same arguments")
     if whole != text:
         write_whole(part, lambda stream: stream.write(whole.encode()))
     return {line.pop("index"): line for line in lines}

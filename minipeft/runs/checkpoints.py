@@ -165,7 +165,7 @@ class Run:
             held = self.log_file.read_bytes()[:length]
             if len(held) != length or zlib.crc32(held) != crc:
                 aside = self.log_file.with_name(f"{LOG}.damaged")
-                self.notes.append(f"{self.log_file}: damaged, kept as {aside.name}; the log goes on from here")
+                self.notes.append(f"{self.log_file}: damaged, kept as {aside.name}; the log continues from here")
                 self.log_file.rename(aside)
                 self.log_stream.close()
                 self.log_stream = open(self.log_file, "ab")  # noqa: SIM115

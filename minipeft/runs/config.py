@@ -195,7 +195,7 @@ def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
 
 
 def refuse(name: str, method: str) -> typing.NoReturn:
-    """Say which methods have a setting that this one lacks, or which name was meant."""
+    """Raise an InputError that names the methods with this setting, or the setting that may have been meant."""
     flag = name.replace("_", "-")
     if having := methods_with(flag):
         verb = "has" if len(having) == 1 else "have"
@@ -246,8 +246,8 @@ def plain(value: Any) -> Any:
 
 
 def base_of(model: ModelConfig) -> tuple[int, str]:
-    """How many parameters the base has, and its family, from config.json; (0, family) where it has too many layers to
-    be built, which loading will refuse.
+    """The base's parameter count and family, from config.json; (0, family) for a model of more than MOST_LAYERS layers,
+    which loading will refuse.
 
     Raises:
         InputError: config.json is missing or wrong.

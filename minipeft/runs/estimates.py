@@ -1,4 +1,4 @@
-"""What a whole run takes: space on the disk, memory and time, found before anything large is read."""
+"""Estimates for a whole run, made before any weight is read: disk space, memory and time."""
 
 from __future__ import annotations
 

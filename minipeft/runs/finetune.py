@@ -78,7 +78,7 @@ def finetune(
         run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
         try:
             if (result := read_result(run.folder)) is not None:
-                say("the run has ended: 0 steps to do, nothing is written")
+                say("the run is complete: 0 steps left, nothing is written")
                 return result
             return do_run(run, config, pairs, tokenizer, say)
         finally:
@@ -86,7 +86,7 @@ def finetune(
 
 
 def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say: Say) -> dict[str, Any]:
-    """The run, once its folder is locked."""
+    """Do the run in its locked folder."""
     model = load_base(config, tokenizer)
     report = add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)
     say(str(report))
@@ -120,7 +120,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run trains, on what, how, and how far it is."""
+    """The parts of a run: config, training settings, model, data and state."""
 
     config: RunConfig
     settings: TrainConfig

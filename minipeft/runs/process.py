@@ -26,7 +26,7 @@ MOST_THREADS = 1024  # with more, torch ends the process
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """What a command takes of its machine; no result depends on it but in the last digits."""
+    """CPU settings of a command; results depend on them in the last digits only."""
 
     threads: int | None = option(None, "CPU threads; default all cores", least=1, most=MOST_THREADS)
 
@@ -99,7 +99,7 @@ def lossy_stderr() -> Iterator[None]:
 
 
 class LossyStream:
-    """A text stream whose writes may fail without a word."""
+    """A text stream that ignores failed writes."""
 
     def __init__(self, stream: Any):
         self.stream = stream

@@ -1,4 +1,4 @@
-"""The report's answers: each question with its reference and every cell's answer, and a filter over them.
+"""The answers in the report: each question with its reference and every cell's answer, and a filter.
 
 They are readable without script; the filter is shown by the script alone.
 """

@@ -114,7 +114,7 @@ def perform(folder: Path) -> Row:
 
 
 def untrained_row(cell: Cell) -> Training:
-    """The fields of training that are known before it; of the untrained model there are no others."""
+    """The training fields that are known before training; the untrained model has no others."""
     assert cell.run is not None
     adapter: Any = cell.run.adapter
     virtual = cell.method != ZERO_SHOT and hasattr(adapter, "reparam")  # a prefix or prompt
@@ -131,7 +131,7 @@ def untrained_row(cell: Cell) -> Training:
 
 
 def train(cell: Cell, folder: Path, row: Row) -> Row:
-    """Do the training run, and note what it took."""
+    """Do the training run, and add its result to the row."""
     assert cell.run is not None
     result = finetune(cell.run, folder / "run", resume=(folder / "run").exists())
     names = ["learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second"]

@@ -1,4 +1,4 @@
-"""What a study runs: its presets, and the cells (a model, a method, a seed) that they stand for.
+"""The presets of a study, and the cells (a model, a method, a seed) that each expands to.
 
 preset    models                    pairs     purpose
 demo      ours (minipeft/demo)      ours      compare four methods in minutes, without network or GPU
@@ -70,8 +70,9 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("model", "method"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise InputError("names one thing twice", where=name)
+            given = getattr(self, name)
+            if twice := [value for value in given if given.count(value) > 1]:
+                raise InputError(f"{twice[0]!r} is given twice", where=name)
         for name in self.settings:
             if name in OWN:
                 raise InputError("is set by the study itself", where=name)
@@ -156,7 +157,7 @@ class Draft:
 
 
 def untrained(config: StudyConfig, model: str, seed: int) -> Draft:
-    """The cell that all others of its model are compared with; its held-out loss is of the same tokens as theirs."""
+    """The baseline of its model's other cells; its held-out loss is taken on the same tokens as theirs."""
     mask = {name: value for name, value in PRESETS[config.preset].settings.items() if name == "loss_mask"}
     return Draft(Cell(model, ZERO_SHOT, seed, generate=generate_config(config, seed)), mask)
 

@@ -44,9 +44,7 @@ def summarize(results: Results) -> list[str]:
     silent = [(name, group) for name, group in done if group.scores is None]
     if silent:
         name, best = min(silent, key=lambda pair: pair[1].dev_loss)
-        text.append(
-            f"Of {len(silent)} that generated no answers, {name} has the lowest held-out loss, {best.dev_loss:.3f}."
-        )
+        text.append(f"Of the {len(silent)} without answers, {name} has the lowest held-out loss, {best.dev_loss:.3f}.")
     name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
     text.append(f"The best baseline without a model, {name!r}, scores {100 * (best.bleu or 0.0):.1f}.")
     failed = [name for name, group in named if group.error is not None]

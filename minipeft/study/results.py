@@ -1,4 +1,4 @@
-"""From the cells of a study to its results: comparisons with the untrained model, flags, and means over seeds."""
+"""Turns the cells of a study into its results: differences to the untrained model, flags, means over seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minipeft.study.statistics import flag, mean_and_sd
 
 
 def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> Results:
-    """Everything that is known of a study."""
+    """Build the results of a study."""
     rows = {outcome.cell.name: row_of(outcome) for outcome in outcomes}
     trivial = [(row.method, row.scores["bleu"] or 0.0) for row in rows.values() if not row.model and row.scores]
     floor = max(trivial, key=lambda pair: pair[1])
@@ -44,7 +44,7 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
 
 
 def row_of(outcome: Outcome) -> Row:
-    """A cell's row, or what there is to say of one that failed."""
+    """A cell's row; of a cell that failed, its name and error."""
     cell: Cell = outcome.cell
     row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
     return replace(row, cell=cell.name, error=outcome.error, paper=reported(cell.model, cell.method) or None)
@@ -92,7 +92,7 @@ def deviation(values: Sequence[float | None]) -> float | None:
 
 
 def data_of(config: StudyConfig, baseline: Group, out: Path) -> Data:
-    """What was answered; a baseline has answered all of it."""
+    """The size and hashes of the test set; a baseline has answered all of it."""
     about, scores = read_object(out / "study.json"), baseline.scores
     assert scores is not None  # a baseline cannot fail
     source = config.data or PRESETS[config.preset].data
@@ -100,7 +100,7 @@ def data_of(config: StudyConfig, baseline: Group, out: Path) -> Data:
 
 
 def environment(config: StudyConfig) -> dict[str, str | int | None]:
-    """What times and last digits depend on."""
+    """Versions and hardware, which times and last digits depend on."""
     return {
         "minipeft": version("minipeft"),
         "torch": torch.__version__,

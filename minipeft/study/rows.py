@@ -28,7 +28,7 @@ def averaged() -> Any:
 
 @dataclass(frozen=True)
 class Training:
-    """How a cell was trained and what that took; None where there is nothing to say, as for baselines."""
+    """How a cell was trained, and its cost; None where it does not apply, as for baselines."""
 
     recipe: str | None = None
     init: str | None = None  # of a prefix or prompt
@@ -165,7 +165,7 @@ class Results:
 
 
 def judged(row: Row | Group) -> dict[str, Any]:
-    """The fields of scores, comparison and flags; a row without answers has no scores."""
+    """The fields of scores, difference and flags; a row without answers has no scores."""
     scores = {"questions": 0, "bleu_interval": None} if row.scores is None else row.scores.as_dict()
     found = row.difference
     difference = found and {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}

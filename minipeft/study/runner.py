@@ -1,4 +1,4 @@
-"""A whole study: from a StudyConfig to how each of its cells ended, in a folder that can be resumed at any moment.
+"""Runs a whole study: from a StudyConfig to the outcome of each cell, in a folder that can be resumed at any moment.
 
 check models and data -> lock the folder -> baselines -> each cell in its own process, under one bar
 
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Do what is left of a study in the folder `out`; returns how each cell ended, baselines first.
+    """Run the unfinished cells of a study in the folder `out`; returns the outcome of every cell, baselines first.
 
     Raises:
         InputError: the folder belongs to something else or is in use, the data cannot be used, or no model can.
@@ -151,7 +151,7 @@ def open_folder(out: Path, train: Pairs, test: Pairs) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise InputError("is a file; a study needs a folder", file=out)
     if not marker.exists() and out.exists() and any(file.name != LOCK for file in out.iterdir()):
-        raise InputError("holds something else than a study", file=out, hint="Name another --out")
+        raise InputError("is not empty and holds no study", file=out, hint="Name another --out")
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, LOCK):
         write_data(out, marker, train, test)
@@ -301,7 +301,7 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let a process save itself and end."""
+    """Terminate a process, and wait until it has saved itself."""
     if process.poll() is None:
         process.terminate()
         try:

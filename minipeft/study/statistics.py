@@ -1,4 +1,4 @@
-"""What to know before trusting a cell's scores: the spread over seeds, and flags for training and answers gone wrong.
+"""The spread of scores over seeds, and flags on cells whose training or answers look wrong.
 
 The intervals themselves are a bootstrap over questions (metrics/bootstrap.py).
 """

@@ -1,4 +1,4 @@
-"""The table of a study: its columns, what each shows of a group, and what the groups are called.
+"""The table of a study: its columns, the text of each cell, and the names of the groups.
 
 Scores come from metrics/scores.py, one column a row of SCORES; the columns of training and cost stand here. A column
 that has nothing to show for any group is left out, so one table serves every preset.
@@ -119,7 +119,7 @@ TRAINING_COLUMNS = [
 
 
 def filled(groups: Sequence[Group], table: str | None = None) -> list[Column]:
-    """The columns, of one table or all, that have something to show."""
+    """The columns, of one table or all, in which some group has a value."""
     return [column for column in columns() if table in (None, column.table) and any(map(column.show, groups))]
 
 

@@ -110,7 +110,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
-    """Train whatever requires gradients in `model`, from `state.step` to `config.steps`; yields after each step.
+    """Train the parameters that require gradients, from `state.step` to `config.steps`; yields after each step.
 
     Where a step raises, the model gets back its mode (train or eval) and its activation checkpointing.
 

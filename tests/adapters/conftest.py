@@ -1,4 +1,4 @@
-"""What the tests of adapters share: tiny random decoders of each family, and an adapter that is not at its start.
+"""Fixtures of the adapter tests: tiny random decoders of each family, and an adapter away from its init.
 
 Every weight is N(0, 0.25) (norms 1 + that), so that logits are of the order of 1 to 10 and a wrong scale, mask or
 position shows as 1, not as 1e-3.
@@ -53,7 +53,7 @@ def model(decoder: Callable[..., nn.Module], family: str) -> nn.Module:
 
 @pytest.fixture
 def stir() -> Callable[..., nn.Module]:
-    """Adds noise to everything trainable, as training would: an adapter at its start hides what it does wrong."""
+    """Adds noise to everything trainable, as training would: an adapter at its init has no effect."""
 
     def add_noise(model: nn.Module, scale: float = 0.1, seed: int = 7) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)

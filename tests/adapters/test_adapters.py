@@ -1,4 +1,4 @@
-"""The life of an adapter: what is counted and trained, and that adding, removing and merging leave no trace."""
+"""Adding, training, removing and merging each adapter: what is counted and trained, and that nothing else changes."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""A bank gives each row what its adapter gives it alone, takes its adapters' memory, and leaves no trace."""
+"""An adapter bank: each row as with its adapter alone; memory; removal restores the model."""
 
 import copy
 import gc

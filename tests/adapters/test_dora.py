@@ -1,4 +1,4 @@
-"""DoRA's row norms against the sum formed in float64, and that nothing as large as the sum is made."""
+"""DoRA's row norms against W + sBA formed in float64, and that no tensor of that size is allocated."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

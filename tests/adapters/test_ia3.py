@@ -1,4 +1,4 @@
-"""(IA)3: its equation, packed as separate, and what its config refuses; PEFT's files are in test_files.py."""
+"""(IA)3: its equation, packed as separate, and what its config refuses; its files are in test_peft_format.py."""
 
 import pytest
 import torch

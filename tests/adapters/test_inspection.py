@@ -1,4 +1,4 @@
-"""A folder is told from its files alone: what is said equals what loading it would count."""
+"""inspect reads the files alone, and reports what loading would count."""
 
 import json
 

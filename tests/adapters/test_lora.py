@@ -1,4 +1,4 @@
-"""LoRA and its variants against their equations written out, and the places where who-sees-whom could go wrong."""
+"""LoRA and its variants against their equations written out; packing, padding and the cache."""
 
 import math
 import re

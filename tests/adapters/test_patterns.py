@@ -1,4 +1,4 @@
-"""Patterns: one that would take years is stopped, and the first that matches a path gives its value."""
+"""Patterns: catastrophic backtracking is stopped, and the first match of a path gives its value."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What stands in adapter_config.json, key by key; that PEFT reads it is shown in test_files.py."""
+"""adapter_config.json of LoRA, key by key; test_peft_format.py shows that PEFT reads it."""
 
 import pytest
 

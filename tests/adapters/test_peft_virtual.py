@@ -1,4 +1,4 @@
-"""The two files beside PEFT's: with them training goes on, and what they lack or contradict is said."""
+"""The two files beside PEFT's: training resumes from them, and missing or contradictory entries are refused."""
 
 import json
 
@@ -39,7 +39,7 @@ def config(request) -> PrefixConfig | PromptConfig:
 
 @pytest.fixture
 def model(config, decoder, stir) -> Decoder:
-    """A tiny Llama with an adapter away from its start."""
+    """A tiny Llama with an adapter away from its init."""
     made = decoder("llama")
     add_adapter(made, config, Letters())
     return stir(made)

@@ -1,4 +1,4 @@
-"""PiSSA's start against the singular values of the weight."""
+"""PiSSA's init against the singular values of the weight."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Prefix-tuning by itself: how it starts, its gate; and HF PEFT's, where that is right and where not."""
+"""Prefix-tuning: init and gate; and HF PEFT's prefix, where it is right and where it is wrong."""
 
 import dataclasses
 import json
@@ -214,7 +214,7 @@ def test_logits_and_gradients_are_pefts(both, ids, apart, gradients):
 
 
 def test_pefts_own_file_means_what_it_means_there(model, peer, ids, apart, tmp_path):
-    """Also on Mistral: without our file beside it, the columns leave the window as PEFT's do."""
+    """Also on Mistral: without our file beside it, the window hides the virtual tokens, as in PEFT."""
     theirs = peft.get_peft_model(peer(model), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     theirs.save_pretrained(tmp_path / "theirs")
     load_adapter(model, tmp_path / "theirs")
@@ -254,7 +254,7 @@ def test_peft_cannot_go_on_training(both, tmp_path):
 
 
 def test_pefts_prefix_leaves_mistrals_window(decoder, gradients, ids):
-    """The last token's loss reaches the last layer's columns, unless the window hides them as PEFT's does."""
+    """The last token's loss reaches the last layer's virtual tokens, unless the window hides them, as in PEFT."""
     reached = {}
     for windowed in (False, True):
         model = decoder("mistral")
@@ -281,7 +281,7 @@ def test_peft_gets_left_padding_wrong_under_a_window(both, ids):
 
 
 def test_pefts_zero_start_keeps_all_columns_alike(decoder, peer, packed):
-    """All see one gradient for ever: a prefix of one column, P times. Our columns of value 0 have keys that differ."""
+    """All get the same gradient for ever: one virtual token, P times. Ours with value 0 have keys that differ."""
     model = decoder("llama")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, init_weights="zero")
     theirs = peft.get_peft_model(peer(model), config)

@@ -1,4 +1,4 @@
-"""Prompt tuning by itself: how it starts, and HF PEFT's, where that is right and where not."""
+"""Prompt tuning: init; and HF PEFT's prompt, where it is right and where it is wrong."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The network that makes learned columns: where it starts, that it is folded exactly, and why it trains."""
+"""The reparameterization MLP: init, exact folding into the table, and why it trains faster."""
 
 import peft
 import pytest
@@ -76,7 +76,7 @@ def test_pefts_start_with_a_network_is_pefts_projection(decoder):
 
 
 def test_the_network_moves_the_columns_further_than_its_rate(decoder, packed):
-    """Why it trains: at one rate and one number of steps the same columns go several times as far."""
+    """At the same learning rate and number of steps, the virtual tokens move several times as far."""
     moved = {}
     for reparam in (None, 64):
         model = decoder("llama")

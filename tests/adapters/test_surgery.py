@@ -1,4 +1,4 @@
-"""Merging in the weight's dtype: what it reports, what it refuses, and how often it computes a weight."""
+"""Merging in the weight's dtype: its report, what it refuses, and that each weight is computed once."""
 
 import math
 

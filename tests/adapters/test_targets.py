@@ -1,4 +1,4 @@
-"""Targets: each way to name linears, and what matches nothing."""
+"""Targets: each way to name linears, and the errors for no match."""
 
 import re
 

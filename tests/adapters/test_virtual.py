@@ -1,4 +1,4 @@
-"""What prefix and prompt must get right wherever they stand: packing, padding, the cache, recomputation, casts, files.
+"""Prefix and prompt under packing, padding, the cache, activation checkpointing, casts, and on disk.
 
 Each kind stands in GPT-2, Llama with grouped queries, Mistral with a window (6) shorter than its texts, and in the
 trained weights of stories260K, as Llama and as a Mistral with a window of 16.
@@ -86,7 +86,7 @@ def config(case) -> PrefixConfig | PromptConfig:
 
 @pytest.fixture
 def model(plain, config, stir) -> Decoder:
-    """The base with an adapter away from its start."""
+    """The base with an adapter away from its init."""
     add_adapter(plain, config, Letters())
     return stir(plain)
 
@@ -150,7 +150,7 @@ def test_everything_trainable_moves_after_an_evaluation_pass_and_nothing_else(pl
     "case", [("mistral", "prefix"), ("stories mistral", "prefix mlp")], ids=" ".join, indirect=True
 )
 def test_mistral_with_a_prefix_learns(plain, config, packed, gradients):
-    """The cell that the paper could not fill, on texts longer than the window."""
+    """The paper's missing cell (Mistral, prefix), on texts longer than the window."""
     add_adapter(plain, config, Letters())
     before, _ = gradients(plain, [packed])
     for _ in train(plain, [packed] * 20, TrainConfig(steps=20, learning_rate=2e-2)):

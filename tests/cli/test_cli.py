@@ -131,7 +131,7 @@ def test_train_says_what_it_did(folder: Path, run: Callable[..., Ran]) -> None:
     assert again[2].startswith(f"error: {folder}/out: is not empty (")
     status, out, err = run(*train(folder, "--resume", "--json"))
     assert (status, json.loads(out)["steps"]) == (0, 2)
-    assert "0 steps to do" in err
+    assert "0 steps left" in err
 
 
 def test_full_tuning_leaves_a_model_that_answers(folder: Path, run: Callable[..., Ran]) -> None:
@@ -218,7 +218,7 @@ def test_answering_goes_on_where_it_was_stopped(
     part.write_bytes(part.read_bytes() + b'{"index": 6, "predic')  # a line that was cut
     status, _, err = run(*given(out, "--seed", "3"))
     assert status == 2
-    assert f"{part}: was begun with other settings" in err
+    assert f"{part}: was started with other settings" in err
     seen: list[Answer] = []
     monkeypatch.setattr(answering, "answer", lambda *a, **n: (seen.append(x) or x for x in plain(*a, **n)))
     assert run(*given(out))[0] == 0

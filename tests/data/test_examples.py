@@ -1,4 +1,4 @@
-"""Reading pairs, splitting them by question, their ids, and what unusable data gives."""
+"""Reading pairs, splitting them by question, encoding them, and the errors of unusable data."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rows against a plain reading of the rules, token by token, and what cannot be packed."""
+"""Rows against a literal implementation of the rules, token by token; and what cannot be packed."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -162,7 +162,7 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
-    """A promise, so the numbers stand here: a run that is resumed elsewhere must go on with the same rows."""
+    """A resumed run must see the same rows on any machine, so the order is written out here."""
     batches = pack(examples_of([(10, 2)] * 8), TOKENIZER, length=10, batch=8, seed=0)
     assert derived_seed("order", 0, 0) == 6842717984295184508
     assert [first // 10 for first in batches[0].ids[:, 0].tolist()] == [0, 2, 7, 6, 5, 1, 4, 3]
@@ -194,7 +194,7 @@ def test_the_drawing_at_the_head_of_the_file() -> None:
 
 
 def test_padding_needs_no_token_of_its_own() -> None:
-    """Padding is told by `documents`, not by its id: where padding is EOS, EOS is still learned."""
+    """`documents` marks padding, not the id: where padding is EOS, EOS is still supervised."""
     same: Any = SimpleNamespace(pad=EOS, eos=EOS, require_eos=lambda: EOS)
     examples = [Example([5, EOS], 1), Example([6, 7, EOS], 1)]
     (batch,) = pack(examples, same, length=3, batch=2, shuffle=False)
@@ -213,7 +213,7 @@ def test_the_report_says_where_the_tokens_went() -> None:
         "22 tokens kept, 19 of them with a loss; 2 padded",
         "2 documents were too long: 23 tokens cut off their ends",
         "1 without a supervised token left out (1 tokens)",
-        "2 positions of each row are left to virtual tokens",
+        "2 positions of each row are reserved for virtual tokens",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The paper's prompt, and templates that cannot be one."""
+"""The paper's prompt, and templates that are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ids and texts against transformers, the rules for special tokens, and what damaged tokenizer files give."""
+"""Ids and texts against transformers, special tokens, and the errors of damaged tokenizer files."""
 
 import json
 import shutil
@@ -195,7 +195,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path) -> None:
 
 
 def test_random_merges_are_refused(assets: Path, tmp_path: Path) -> None:
-    """BPE dropout in the file gave other ids at each call, so that two runs of one command differed."""
+    """With BPE dropout each call would give other ids, and two runs of one command would differ."""
     spec = json.loads((assets / "fixtures" / "mistral-tokenizer" / "tokenizer.json").read_text())
     spec["model"]["dropout"] = 0.3
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

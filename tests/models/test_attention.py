@@ -1,4 +1,4 @@
-"""Who sees whom against a literal definition; documents, virtual tokens, padding, the cache and recomputation.
+"""Attention masks against a literal definition: documents, virtual tokens, padding, cache, activation checkpointing.
 
 The virtual tokens here are of the smallest module that can stand in the model's slots: adapters have their own tests.
 """
@@ -86,7 +86,7 @@ def outcome(model: nn.Module, ids: Tensor, documents: Tensor | None, weigh: Tens
 
 
 def weights(documents: Tensor) -> Tensor:
-    """Random weights for logits [B, T, V], 0 where there is padding: what stands there is nobody's."""
+    """Random weights for logits [B, T, V]; 0 at padding, where logits have no meaning."""
     weigh = torch.randn(*documents.shape, 61, generator=torch.Generator().manual_seed(3))
     return weigh * (documents != PADDING)[:, :, None]
 
@@ -137,7 +137,7 @@ class TestPackedRows:
         assert torch.allclose(found, model(ids, documents), atol=1e-4)
 
     def test_documents_do_not_see_each_other(self, model, ids):
-        """The control: without documents, the later ones change."""
+        """Negative control: without `documents`, the logits of later documents change."""
         apart = (model(ids, PACKED) - model(ids)).abs().amax(dim=-1)  # [B, T]
         assert apart[0, :9].max() < 1e-4
         assert apart[0, 10:24].min() > 1e-2
@@ -230,7 +230,7 @@ def test_documents_of_another_shape_are_refused(twins, ids):
 
 
 def test_gradient_checks_against_float64():
-    """attend_by_run and the dense product in double precision: what is left is rounding, not a tolerance."""
+    """attend_by_run and the dense product in float64, where only rounding is left."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 30, 6, dtype=torch.float64, generator=generator)
     k, v = (torch.randn(2, 2, 33, 6, dtype=torch.float64, generator=generator) for _ in "kv")

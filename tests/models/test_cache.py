@@ -1,4 +1,4 @@
-"""The decode cache: which rows it keeps, and what it says where there is no room. Its values: test_attention.py."""
+"""The decode cache: keep_rows, and the error for too many columns. test_attention.py checks its values."""
 
 import pytest
 import torch

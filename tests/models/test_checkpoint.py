@@ -203,7 +203,7 @@ class TestVariants:
             load_model(twins.save(twins.peer("gpt2")), dtype=torch.float64)
 
     def test_code_named_in_config_json_is_ignored(self, bad_inputs, ids, tmp_path):
-        """auto_map asks for code that lies in the folder; it is never looked at."""
+        """auto_map names code in the folder, which is never read."""
         bad_inputs.write_sound(tmp_path / "m")
         wanted = load_model(tmp_path / "m")(ids)
         bad_inputs.config(auto_map={"AutoModelForCausalLM": "evil.Model"}, custom_pipelines={"x": {"impl": "evil.P"}})(
@@ -466,7 +466,7 @@ def peak() -> int:
 
 
 def test_the_fingerprint_reads_every_byte(tmp_path):
-    """A byte changed in the middle of a large file is another model: once, only 64 KiB at either end were read."""
+    """A changed byte in the middle of a large file counts; only 64 KiB at either end used to be read."""
     model = FAMILIES["gpt2"].decoder(FAMILIES["gpt2"].config(vocab_size=4096, n_embd=64, n_layer=1, n_head=2))
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model, tmp_path)

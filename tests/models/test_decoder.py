@@ -1,4 +1,4 @@
-"""What every decoder does beside its blocks: the loss, with labels and without data."""
+"""Decoder.loss: with labels, and on the meta device."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each family against transformers on tiny random models, and what adapters promise on each.
+"""Each family against transformers on tiny random models, and every adapter on each family.
 
 A family is a table of fields and what a fuzz may choose for them. The last choice of each is the rich one: together
 they turn on all that the family has, for the negative controls. MINIPEFT_TRIALS multiplies the configurations drawn,
@@ -261,7 +261,7 @@ SWITCHES = {  # family -> what is taken away: fields of config.json, or a change
 @pytest.mark.parametrize("family", PEERS)
 @torch.no_grad()
 def test_each_switch_counts(family, tmp_path):
-    """The negative control: with any one switch taken away, logits differ by > 1e-3."""
+    """Negative control: with any one switch off, logits differ by > 1e-3."""
     ours, theirs = both(family, rich(family), tmp_path)
     wanted = theirs(rows()).logits
     assert apart(ours(rows()), wanted) <= 2e-5
@@ -588,7 +588,7 @@ def test_what_is_not_supported_is_refused_by_name(config, says, tmp_path):
 
 
 def test_longrope_is_refused_beyond_the_context_of_pretraining():
-    """There transformers would take other frequencies than those of the keys in the cache."""
+    """Beyond it transformers switches to other frequencies than those of the cached keys."""
     model = rich_model("phi3")
     assert model.config.context == 32
     with torch.no_grad():

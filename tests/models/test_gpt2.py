@@ -1,4 +1,4 @@
-"""GPT-2 against transformers' on the same weights; its dropout, its table of positions."""
+"""GPT-2 against transformers' on the same weights; dropout; the position table."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_logits_are_those_of_transformers(shape, twins, apart, ids):
 
 
 def test_every_field_of_a_shape_matters(twins, apart, ids):
-    """The control: each of the shapes' fields that is no size changes the logits, so that ignoring it would show."""
+    """Negative control: each field of SHAPES that is not a size changes the logits."""
     plain, _ = twins("gpt2")
     for shape in ("scaled by layer", "unscaled", "wide epsilon", "gelu", "relu", "silu"):
         least = 1e-4 if shape == "gelu" else 1e-2  # gelu and its tanh form differ by at most 5e-4 a value

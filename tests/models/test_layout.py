@@ -50,7 +50,7 @@ class Alternating(MistralConfig):
 
 
 def test_layers_with_and_without_a_window_stand_in_one_model(ids):
-    """Packed equals separate, cached equals uncached, and both kinds of layer have a say."""
+    """Packed equals separate, cached equals uncached, and both kinds of layer change the logits."""
     models = []
     for config in (Alternating(**SMALL, sliding_window=5), MistralConfig(**SMALL, sliding_window=5)):
         model = Mistral(config).eval().double()  # so that what is left is rounding

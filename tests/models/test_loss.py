@@ -1,4 +1,4 @@
-"""The chunked loss against float64 autograd and torch's own, whatever the chunk; what is no target has no say."""
+"""The chunked loss against float64 autograd and torch's own, for any chunk size; unsupervised tokens have no effect."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The equation as it stands: hidden t is held against label t + 1."""
+    """The equation written out: hidden t predicts label t + 1."""
     logits = hidden[:, :-1] @ weight.T
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
@@ -55,7 +55,7 @@ def test_bfloat16_is_as_near_as_its_rounding() -> None:
 
 
 def test_gradcheck() -> None:
-    """Against finite differences; in float64 what is not in float32 is the loss itself, to 1e-6."""
+    """Against finite differences in float64; the loss itself is float32, hence 1e-6."""
     hidden, weight, labels = given(torch.float64)
     step = 1e-3
     cross_entropy(hidden, weight, labels).backward()
@@ -92,7 +92,7 @@ def test_without_a_target_the_loss_is_zero() -> None:
 
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one product of the pass has more logits than a chunk may have."""
+    """No product of the pass makes more logits than a chunk holds."""
     seen: list[int] = []
     linear = F.linear
     monkeypatch.setattr(module, "CHUNK_LOGITS", 62)

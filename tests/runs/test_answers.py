@@ -1,4 +1,4 @@
-"""Files of answers: read back strictly, gone on with only under the same settings, and scored in words."""
+"""Answer files: strict reading, resuming under the same settings only, and settings without effect."""
 
 import json
 from pathlib import Path
@@ -47,25 +47,25 @@ def test_answers_come_back(tmp_path):
         ),
     ],
 )
-def test_what_is_no_answer_says_where(tmp_path, rows, said):
+def test_a_malformed_line_is_named(tmp_path, rows, said):
     file = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(InputError) as error:
         read_answers(file)
     assert str(error.value) == f"{file}: {said}"
 
 
-def test_a_part_is_gone_on_with_and_a_torn_line_is_dropped(tmp_path):
+def test_a_part_is_resumed_and_a_torn_line_dropped(tmp_path):
     part, settings = tmp_path / "a.jsonl.part", {"seed": 0}
     assert begin(part, settings) == {}
     whole = part.read_text()
     part.write_text(whole + json.dumps({"index": 3, "prediction": "x"}) + "\n" + '{"index": 4, "predi')
     assert begin(part, settings) == {3: {"prediction": "x"}}
     assert part.read_text() == whole + json.dumps({"index": 3, "prediction": "x"}) + "\n"
-    with pytest.raises(InputError, match="was begun with other settings"):
+    with pytest.raises(InputError, match="was started with other settings"):
         begin(part, {"seed": 1})
 
 
-def test_a_line_may_hold_what_unicode_calls_a_line_end(tmp_path):
+def test_unicode_line_separators_do_not_split_a_line(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prediction": "a\u2028b", "reference": "c\x85"}\r\n', encoding="utf-8")
     assert read_answers(file).predictions == ["a\u2028b"]
@@ -74,7 +74,7 @@ def test_a_line_may_hold_what_unicode_calls_a_line_end(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"data": "demo"}, "out: data needs a file for the answers"),
+        ({"data": "demo"}, "out: must be given with data"),
         ({"data": "demo", "out": Path("a"), "raw": True}, "raw: has no effect with data"),
         ({"data": "demo", "out": Path("a"), "limit": 0}, "limit: 0 must be an integer >= 1"),
         ({"split": "train"}, "split: has no effect without data"),

@@ -1,4 +1,4 @@
-"""A run's folder by itself: what a checkpoint holds and weighs, which stay, and what is cleared away at a start."""
+"""Checkpoints: their content and size, how many are kept, and which leftovers are removed at the start of a run."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def opened(folder: Path, **how: bool) -> Run:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_checkpoint_weighs_twelve_bytes_a_number(full: bool, tmp_path: Path) -> None:
-    """Also for a deep model with rank 1, where names are many and numbers few."""
+    """Also for a deep model with rank 1: many tensors, few parameters."""
     model, run = tuned(full=full), opened(tmp_path)
     run.save(model, TrainState(model))
     numbers = sum(p.numel() for p in trained(model).values())

@@ -1,4 +1,4 @@
-"""RunConfig: one table of settings for Python, JSON and flags; what a method lacks is refused by name."""
+"""RunConfig: one table of settings for Python, JSON and flags; a setting that the method lacks is refused by name."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_what_is_not_given_comes_from_the_recipe(method: str) -> None:
 
 
 def test_the_base_may_be_told() -> None:
-    """So that a study of eight models is planned without reading one."""
+    """So that a study can be planned without reading a config.json for each cell."""
     large = run_config("lora", base=(7_000_000_000, "llama"), model="no/such-model", data="demo")
     assert large.train.learning_rate == 3e-4
     assert run_config("lora", base=(0, ""), model="no/such-model", data="demo").train.learning_rate == 1e-3

@@ -1,4 +1,4 @@
-"""What a run takes: the space on the disk that is asked for is that of the parameters that add_adapter makes."""
+"""The disk check of a run asks for the space of the parameters that add_adapter makes."""
 
 import shutil
 from pathlib import Path

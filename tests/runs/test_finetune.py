@@ -1,4 +1,4 @@
-"""What a whole run says and writes; that it survives is tests/test_survival.py's."""
+"""The output and files of a run; tests/test_survival.py covers interruptions."""
 
 import json
 import threading
@@ -70,7 +70,7 @@ def test_deterministic_is_put_back_and_is_part_of_what_a_run_is(folder: Path) ->
 
 
 def test_it_runs_in_a_thread(folder: Path) -> None:
-    """Where no signal can be listened for."""
+    """A thread other than the main one cannot set signal handlers."""
     done: list[object] = []
     thread = threading.Thread(target=lambda: done.append(finetune(config(folder), folder / "out", say=lambda _: None)))
     thread.start()

@@ -166,7 +166,7 @@ def test_the_command_plans_what_it_is_told(capsys):
 
 
 def test_the_dtype_is_of_the_frozen_base(capsys):
-    """Full tuning trains the weights, in float32: its row is there and says so."""
+    """Full tuning trains the weights, so its row says float32."""
     assert main(["plan", "demo", "--method", "full", "lora", "--dtype", "bf16", "--length", "16", "--json"]) == 0
     assert [row["dtype"] for row in json.loads(capsys.readouterr().out)] == ["float32", "bfloat16"]
 

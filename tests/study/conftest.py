@@ -1,4 +1,4 @@
-"""What the tests of a study share: a small real model, a few pairs, and cells that run in this process."""
+"""Fixtures of the study tests: a small real model, a few pairs, and cells that run in this process."""
 
 import json
 import os

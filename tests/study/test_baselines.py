@@ -1,4 +1,4 @@
-"""The baselines on CoNaLa, against what is known of its test set."""
+"""The baselines on CoNaLa, against published and measured scores of its test set."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""report.html: nothing that a model prints is markup, and nothing is asked of the network."""
+"""report.html: model output is escaped, and the page makes no request."""
 
 import base64
 import hashlib
@@ -51,7 +51,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture
 def page(inside, tmp_path, model, pairs) -> str:
-    """The page of a study whose tuned model says the worst."""
+    """The page of a study whose tuned model prints hostile text."""
     config = StudyConfig(model=(str(model),), data=str(pairs), method=("prompt",), settings={"steps": 1})
     out = tmp_path / "s"
     outcomes = conduct(config, out, say=lambda line: None)

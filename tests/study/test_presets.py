@@ -1,4 +1,4 @@
-"""What the presets stand for."""
+"""The cells that each preset expands to."""
 
 import json
 

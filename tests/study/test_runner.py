@@ -1,4 +1,4 @@
-"""A whole study: what it leaves on disk, what it does not do again, what does not end it, and what it refuses."""
+"""A whole study: its files, resuming, cells that fail, and what it refuses."""
 
 import fcntl
 import hashlib
@@ -148,7 +148,7 @@ def test_ctrl_c_then_the_same_line(tmp_path, model, pairs):
 
 
 def until(claim, seconds: float = 300.0) -> None:
-    """Wait until the claim holds."""
+    """Wait until the condition holds."""
     end = time.monotonic() + seconds
     while not claim():
         assert time.monotonic() < end
@@ -182,13 +182,13 @@ def test_what_is_refused(inside, tmp_path, model, pairs, capsys):
         refused(words, "in use by process")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    refused([*words, "--out", str(tmp_path / "other")], "holds something else than a study")
+    refused([*words, "--out", str(tmp_path / "other")], "is not empty and holds no study")
     assert os.listdir(tmp_path / "other") == ["thesis.tex"]
     refused([*words, "--out", str(pairs)], "is a file")
     elsewhere = line(tmp_path / "new", "./nope", pairs)
     refused(elsewhere, "nope: no such folder")
     refused([*words, "--seeds", "0"], "seeds: 0 must be an integer >= 1")
-    refused([*words, "--model", str(model), str(model)], "model: names one thing twice")
+    refused([*words, "--model", str(model), str(model)], "is given twice")
     assert not (tmp_path / "new").exists()
     for name in ("preset", "method"):
         refused([*words, f"--{name}", "nope"], f"{name}: 'nope' is not known")

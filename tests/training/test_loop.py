@@ -1,4 +1,4 @@
-"""The loop: exact when stopped anywhere, k micro-batches are one batch of k, AdamW's equation, and what it refuses."""
+"""The loop: exact resume, gradient accumulation, AdamW's equation, and what it refuses."""
 
 import copy
 import dataclasses
@@ -89,7 +89,7 @@ def test_stopped_anywhere_it_goes_on_with_the_same_bits(
 
 
 def test_the_controls_differ() -> None:
-    """Lost moments, a lost step count and another seed are seen by the test above."""
+    """Negative control: the test above fails for lost moments, a lost step count or another seed."""
     whole, want = tuned(), None
     list(train(whole, Rows(), CONFIG))
     want = copies(whole)
@@ -112,7 +112,7 @@ def test_the_controls_differ() -> None:
 
 
 def test_interrupted_within_a_step_it_goes_on_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KeyboardInterrupt in the second micro-batch: half a gradient is there, and is not used."""
+    """KeyboardInterrupt in the second micro-batch: the partial gradient is dropped."""
     whole = tuned()
     list(train(whole, Rows(), CONFIG))
     model = tuned()
@@ -227,7 +227,7 @@ def refused(action: Callable[[], object]) -> str:
 
 
 def test_arguments_are_checked_at_the_call() -> None:
-    """Not at the first `next`: a generator would check nothing before."""
+    """At the call, not at the first `next`, where a generator would check them."""
     model = tuned()
     assert "nothing is trainable" in refused(lambda: train(copy.deepcopy(model).requires_grad_(False), Rows(), CONFIG))
     other = TrainState(tuned("prompt"))

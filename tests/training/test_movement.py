@@ -1,4 +1,4 @@
-"""The dead-adapter check: what it measures, and when it speaks."""
+"""The dead-adapter check: what it measures, and when it warns."""
 
 import json
 
