@@ -41,9 +41,9 @@ def add_fields(
     `several`: "+" lets a flag that holds a list of texts take all of them after it (--model A B), where no positional
     argument may follow. `defaults`: what the help says of a field's default, where it is not the config's own.
     """
-    from minipeft.runs.config import fields_of
+    from minipeft.runs.config import list_settings
 
-    for setting in fields_of(config, ""):
+    for setting in list_settings(config, ""):
         if setting.name not in skip:
             add_flag(parser, setting, explain(setting, (defaults or {}).get(setting.field)), several)
 
@@ -53,14 +53,14 @@ def add_flag(parser: Any, setting: Any, help: str | None = None, several: str | 
     names = [f"--{name}" for name in (setting.name, *(setting.metadata.get("aliases") or ()))]
     how: dict[str, Any] = {"dest": setting.name.replace("-", "_"), "default": argparse.SUPPRESS}
     how["help"] = (explain(setting) if help is None else help).replace("%", "%%")
-    parser.add_argument(*names, **how, **reading(setting, several))
+    parser.add_argument(*names, **how, **choose_reader(setting, several))
 
 
-def reading(setting: Any, several: str | None) -> dict[str, Any]:
+def choose_reader(setting: Any, several: str | None) -> dict[str, Any]:
     """How argparse reads the value of a flag: its action, type and metavar."""
     from minipeft.runs.config import is_required
 
-    parts = [part for part in options_of(setting.hint) if part is not type(None)]
+    parts = [part for part in list_alternatives(setting.hint) if part is not type(None)]
     kind, origin = parts[0], typing.get_origin(parts[0]) or parts[0]
     if len(parts) > 1:  # str | tuple[str, ...]
         return {"type": read_targets, "metavar": "NAMES"}
@@ -71,11 +71,11 @@ def reading(setting: Any, several: str | None) -> dict[str, Any]:
     if origin is tuple:
         return {"action": "append" if several is None else "extend", "nargs": several, "metavar": "TEXT"}
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"action": Pairs, "type": pair_reader(typing.get_args(kind)[1]), "metavar": "NAME=VALUE"}
+        return {"action": Pairs, "type": make_pair_reader(typing.get_args(kind)[1]), "metavar": "NAME=VALUE"}
     return {"type": kind, "metavar": "TEXT" if kind is str else kind.__name__.upper(), "required": is_required(setting)}
 
 
-def options_of(hint: Any) -> tuple[Any, ...]:
+def list_alternatives(hint: Any) -> tuple[Any, ...]:
     """The alternatives of an annotation: int | None -> (int, None)."""
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return typing.get_args(hint) if union else (hint,)
@@ -114,7 +114,7 @@ def read_integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} must be integers with commas between them") from None
 
 
-def pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
+def make_pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
     """A function that reads NAME=VALUE; the name may hold "=" itself."""
 
     def read(text: str) -> tuple[str, Any]:
@@ -129,11 +129,11 @@ def pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
     return read
 
 
-def typed(config: type, options: argparse.Namespace, skip: Iterable[str] = ()) -> dict[str, Any]:
+def read_typed(config: type, options: argparse.Namespace, skip: Iterable[str] = ()) -> dict[str, Any]:
     """The fields of a config that were typed, by field name."""
-    from minipeft.runs.config import fields_of
+    from minipeft.runs.config import list_settings
 
-    found = [setting for setting in fields_of(config, "") if setting.name not in skip]
+    found = [setting for setting in list_settings(config, "") if setting.name not in skip]
     return {s.field: getattr(options, s.name.replace("-", "_")) for s in found if was_typed(s.name, options)}
 
 
@@ -148,11 +148,11 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
     A flag that is explained differently by two methods gets both texts: --init.
     """
     from minipeft.adapters import METHODS
-    from minipeft.runs.config import fields_of
+    from minipeft.runs.config import list_settings
 
     found: dict[str, dict[str, Any]] = {}  # flag -> method -> setting
     for method in METHODS.values():
-        for setting in fields_of(method.config, "adapter"):
+        for setting in list_settings(method.config, "adapter"):
             if setting.name not in skip:
                 found.setdefault(setting.name, {})[method.name] = setting
     sharing: dict[tuple[str, ...], list[str]] = {}
@@ -171,9 +171,9 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
 def method_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The values of all methods' flags that were typed, by name; run_config checks that the method has them."""
     from minipeft.adapters import METHODS
-    from minipeft.runs.config import fields_of
+    from minipeft.runs.config import list_settings
 
-    flags = {setting.name for method in METHODS.values() for setting in fields_of(method.config, "adapter")}
+    flags = {setting.name for method in METHODS.values() for setting in list_settings(method.config, "adapter")}
     return {
         name: getattr(options, name)
         for name in (flag.replace("-", "_") for flag in sorted(flags))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from minipeft.cli.flags import add_fields, typed, was_typed
+from minipeft.cli.flags import add_fields, read_typed, was_typed
 from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
@@ -35,9 +35,9 @@ def main(options: argparse.Namespace) -> int:
     if bool(options.prompts) == was_typed("data", options):
         raise InputError("give PROMPTs, or --data", where="generate")
     parts = {"model": ModelConfig, "generate": GenerateConfig}
-    nested = {name: config(**typed(config, options)) for name, config in parts.items()}
-    config = AnswersConfig(**nested, **typed(AnswersConfig, options))
-    ProcessConfig(**typed(ProcessConfig, options)).apply()
+    nested = {name: config(**read_typed(config, options)) for name, config in parts.items()}
+    config = AnswersConfig(**nested, **read_typed(AnswersConfig, options))
+    ProcessConfig(**read_typed(ProcessConfig, options)).apply()
     model, tokenizer = load_tuned(config, say=report)
     if config.data is not None:
         report(f"{config.out}: {answer_data(model, tokenizer, config)} answers")

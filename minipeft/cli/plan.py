@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, typed
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
 
 HELP = "predict what training takes, from config.json alone: parameters, memory, time"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
@@ -38,8 +38,11 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.planning import as_table
     from minipeft.study.presets import PlanConfig
 
-    config = PlanConfig(**typed(PlanConfig, options), named=tuple(options.models))
-    shared, packing = typed(ModelConfig, options, skip=SKIP), PackConfig(**typed(PackConfig, options, skip=ROWS))
+    config = PlanConfig(**read_typed(PlanConfig, options), named=tuple(options.models))
+    shared, packing = (
+        read_typed(ModelConfig, options, skip=SKIP),
+        PackConfig(**read_typed(PackConfig, options, skip=ROWS)),
+    )
     each = share_settings(config.method, method_settings(options))
     rows = []
     for source in config.models:

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator
 
-from minipeft.cli.flags import add_fields, typed
+from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report
 from minipeft.cli.train import add_run_flags, run_settings
 
@@ -36,31 +36,31 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.study.results import assemble
     from minipeft.study.runner import conduct
 
-    process = ProcessConfig(**typed(ProcessConfig, options))
-    config = StudyConfig(**typed(StudyConfig, options), settings=run_settings(options, skip=OWN), process=process)
+    process = ProcessConfig(**read_typed(ProcessConfig, options))
+    config = StudyConfig(**read_typed(StudyConfig, options), settings=run_settings(options, skip=OWN), process=process)
     try:
         outcomes = conduct(config, options.out, say=report)
     except (KeyboardInterrupt, SystemExit):
         report("stopped; the same command resumes")
         raise
-    results = assemble(outcomes, config, options.out, command_line(options))
+    results = assemble(outcomes, config, options.out, format_command(options))
     write_report(results, options.out)
     print(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
     return 2 if any(outcome.error is not None for outcome in outcomes) else 0
 
 
-def command_line(options: argparse.Namespace) -> str:
+def format_command(options: argparse.Namespace) -> str:
     """The command that was typed, without --debug and --json, as a shell takes it."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     words = ["minipeft", "study"]
     for action in parser._actions:
         if action.dest not in ("json", "help") and hasattr(options, action.dest):
-            words += words_of(action, getattr(options, action.dest))
+            words += make_words(action, getattr(options, action.dest))
     return shlex.join(words)
 
 
-def words_of(action: argparse.Action, value: object) -> Iterator[str]:
+def make_words(action: argparse.Action, value: object) -> Iterator[str]:
     """A flag and its value as words of a command."""
     flag = action.option_strings[0]
     if isinstance(value, bool):

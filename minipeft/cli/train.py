@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, typed
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
 from minipeft.cli.streams import report
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
@@ -28,13 +28,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
     """Every setting of a training run, in groups, but for the flags in `skip`."""
     from minipeft.adapters.method import Recipe
-    from minipeft.runs.config import SECTIONS, RunConfig, fields_of
+    from minipeft.runs.config import SECTIONS, RunConfig, list_settings
 
     defaults = dict.fromkeys(Recipe.__dataclass_fields__, "the method's own")
     for section, config in SECTIONS.items():
         group = parser.add_argument_group(section if section != "train" else "training")
         add_fields(group, config, skip=skip, defaults=defaults if section == "train" else None)
-    for setting in fields_of(RunConfig, "run"):  # the last group is the training's
+    for setting in list_settings(RunConfig, "run"):  # the last group is the training's
         if setting.name not in skip:
             add_flag(group, setting)
     add_method_flags(parser, skip)
@@ -42,9 +42,9 @@ def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -
 
 def run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """What was typed of `add_run_flags`, by the names of run_config."""
-    from minipeft.runs.config import SECTIONS, RunConfig, fields_of
+    from minipeft.runs.config import SECTIONS, RunConfig, list_settings
 
-    names = {setting.name for config in (*SECTIONS.values(), RunConfig) for setting in fields_of(config, "")}
+    names = {setting.name for config in (*SECTIONS.values(), RunConfig) for setting in list_settings(config, "")}
     chosen = {name.replace("-", "_"): None for name in sorted(names) if name not in skip}
     return {**{name: getattr(options, name) for name in chosen if hasattr(options, name)}, **method_settings(options)}
 
@@ -55,8 +55,8 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.folder import FolderConfig
     from minipeft.runs.process import ProcessConfig, Stopped
 
-    ProcessConfig(**typed(ProcessConfig, options)).apply()
-    folder = FolderConfig(**typed(FolderConfig, options))
+    ProcessConfig(**read_typed(ProcessConfig, options)).apply()
+    folder = FolderConfig(**read_typed(FolderConfig, options))
     config = run_config(options.method, **run_settings(options))
     try:
         result = finetune(config, **vars(folder), say=report)

@@ -83,7 +83,7 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Every setting under its flag's name, and the method: JSON values, a tuple as a list."""
-        values = {name: getattr(part_of(self, setting), setting.field) for name, setting in named(self).items()}
+        values = {name: getattr(find_part(self, setting), setting.field) for name, setting in named(self).items()}
         return {"method": self.method.name, **{name: plain(value) for name, value in values.items()}}
 
     @classmethod
@@ -96,7 +96,7 @@ class RunConfig:
         if not isinstance(value, Mapping) or "method" not in value:
             raise InputError("must be an object with a method", where="run config")
         given = {name: setting for name, setting in value.items() if name != "method"}
-        table = by_name(str(value["method"]))
+        table = index_settings(str(value["method"]))
         if absent := [name for name in table if name not in given]:
             raise InputError(f"missing settings: {', '.join(absent)}", where="run config")
         return assemble(str(value["method"]), given)
@@ -125,13 +125,13 @@ def settings(method: str = "lora") -> dict[str, Setting]:
     """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
     kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
              "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
-    found = [setting for section, kind in kinds.items() for setting in fields_of(kind, section)]
+    found = [setting for section, kind in kinds.items() for setting in list_settings(kind, section)]
     table = {setting.name: setting for setting in found}
     assert len(table) == len(found), f"two settings of {method} have one flag"
     return table
 
 
-def fields_of(kind: type, section: str) -> list[Setting]:
+def list_settings(kind: type, section: str) -> list[Setting]:
     """The fields of a config that have a flag; of RunConfig those that are no config themselves."""
     hints, found = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
@@ -149,7 +149,7 @@ def is_required(setting: Setting) -> bool:
     return setting.default is dataclasses.MISSING
 
 
-def methods_with(name: str) -> list[str]:
+def find_methods(name: str) -> list[str]:
     """The methods that have a setting, by its flag."""
     return [method for method in METHODS if name in settings(method)]
 
@@ -165,10 +165,12 @@ def run_config(method: str = "lora", *, base: tuple[int, str] | None = None, **c
     """
     given = {name: value for name, value in chosen.items() if value is not None}
     config = assemble(method, given)
-    parameters, family = base_of(config.model) if base is None else base
+    parameters, family = measure_base(config.model) if base is None else base
     recipe = config.method.recipe(config.adapter, parameters, family).settings()
     fields = {
-        setting.field for name, setting in by_name(method).items() if name in given and setting.section == "train"
+        setting.field
+        for name, setting in index_settings(method).items()
+        if name in given and setting.section == "train"
     }
     return replace(config, train=replace(config.train, **{k: v for k, v in recipe.items() if k not in fields}))
 
@@ -180,7 +182,7 @@ def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
         InputError: as `run_config`.
     """
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    table, parts = by_name(method), {section: {} for section in ("adapter", "run", *SECTIONS)}  # type: ignore[var-annotated]
+    table, parts = index_settings(method), {section: {} for section in ("adapter", "run", *SECTIONS)}  # type: ignore[var-annotated]
     for name, value in given.items():
         if name not in table:
             refuse(name, method)
@@ -197,10 +199,10 @@ def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
 def refuse(name: str, method: str) -> typing.NoReturn:
     """Raise an InputError that names the methods with this setting, or the setting that may have been meant."""
     flag = name.replace("_", "-")
-    if having := methods_with(flag):
+    if having := find_methods(flag):
         verb = "has" if len(having) == 1 else "have"
         raise InputError(f"has no effect with {method} ({', '.join(having)} {verb} it)", where=name)
-    known = sorted({setting for other in METHODS for setting in by_name(other)})
+    known = sorted({setting for other in METHODS for setting in index_settings(other)})
     near = difflib.get_close_matches(name, known, 1, 0.5)
     raise InputError(f"is not a setting of {method}", where=name, hint=f"Did you mean {near[0]}?" if near else None)
 
@@ -212,28 +214,28 @@ def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[st
         InputError: a setting that none of the methods has.
     """
     for name in chosen:
-        if not any(name in by_name(method) for method in methods):
+        if not any(name in index_settings(method) for method in methods):
             refuse(name, ", ".join(methods))
-    return {method: {n: value for n, value in chosen.items() if n in by_name(method)} for method in methods}
+    return {method: {n: value for n, value in chosen.items() if n in index_settings(method)} for method in methods}
 
 
 def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
     """The config of a method from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
-    table = by_name(method)
+    table = index_settings(method)
     return make_adapter_config(method, **{table[name].field: value for name, value in chosen.items()})
 
 
-def by_name(method: str) -> dict[str, Setting]:
+def index_settings(method: str) -> dict[str, Setting]:
     """The settings by their names in Python and JSON."""
     return {flag.replace("-", "_"): setting for flag, setting in settings(method).items()}
 
 
 def named(config: RunConfig) -> dict[str, Setting]:
     """The settings of a config's own method, by name."""
-    return by_name(config.method.name)
+    return index_settings(config.method.name)
 
 
-def part_of(config: RunConfig, setting: Setting) -> Any:
+def find_part(config: RunConfig, setting: Setting) -> Any:
     """The nested config that holds a setting."""
     return config if setting.section == "run" else getattr(config, setting.section)
 
@@ -245,7 +247,7 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def base_of(model: ModelConfig) -> tuple[int, str]:
+def measure_base(model: ModelConfig) -> tuple[int, str]:
     """The base's parameter count and family, from config.json; (0, family) for a model of more than MOST_LAYERS layers,
     which loading will refuse.
 

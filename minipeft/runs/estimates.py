@@ -69,7 +69,7 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
     }
 
 
-def row_length(packing: PackConfig, model: Decoder) -> int:
+def choose_row_length(packing: PackConfig, model: Decoder) -> int:
     """Tokens of a row, those of the adapter included.
 
     Raises:
@@ -81,7 +81,7 @@ def row_length(packing: PackConfig, model: Decoder) -> int:
     return length
 
 
-def evaluation_interval(config: RunConfig, batches: Batches) -> int:
+def choose_evaluation_interval(config: RunConfig, batches: Batches) -> int:
     """Steps between evaluations: one epoch, where the config does not say."""
     return config.evaluate_every or max(1, len(batches) // config.train.accumulate)
 
@@ -93,12 +93,12 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
     full, again = config.method.trains_base, train.activation_checkpointing
     flops = train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
-    evaluations = 1 + train.steps // evaluation_interval(config, batches) if held_out else 0
+    evaluations = 1 + train.steps // choose_evaluation_interval(config, batches) if held_out else 0
     evaluated = packed.tokens_out / packed.documents * config.data.held_out  # tokens
     flops += evaluations * forward_flops(model.config, evaluated, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
-    length = min(row_length(config.packing, model), model.config.context - model.virtual_tokens)
+    length = min(choose_row_length(config.packing, model), model.config.context - model.virtual_tokens)
     shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
     return f"{work}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

@@ -35,7 +35,7 @@ from minipeft.models import Decoder
 from minipeft.models.checkpoint import fingerprint, load_model, save_model
 from minipeft.runs.checkpoints import Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
-from minipeft.runs.estimates import check_room, estimate, evaluation_interval, row_length
+from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, TIMING, check_folder
 from minipeft.runs.process import Stopped, check_device, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
@@ -101,7 +101,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, held_out))
     work = Work(config, settings, model, batches, held_out, state)
-    with explain_memory(config.packing.batch, row_length(config.packing, model), config.model.device):
+    with explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device):
         result = train_and_save(run, work)
     base = load_base(config, tokenizer).state_dict() if movement.tensors is None else None
     moved = movement.measure(model, settings, base)
@@ -133,7 +133,7 @@ class Work:
 def train_and_save(run: Run, work: Work) -> dict[str, Any]:
     """Train to the end: log each step, evaluate and save at their intervals, stop at a signal."""
     config, settings, model, state = work.config, work.settings, work.model, work.state
-    every = evaluation_interval(config, work.batches)
+    every = choose_evaluation_interval(config, work.batches)
     resumed_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
     last: dict[str, Any] = {}
     with (
@@ -220,7 +220,7 @@ def pack_pairs(
     batches = pack(
         encode_pairs(kept, tokenizer),
         tokenizer,
-        length=row_length(packing, model),
+        length=choose_row_length(packing, model),
         batch=packing.batch,
         virtual_tokens=model.virtual_tokens,
         seed=config.train.seed,

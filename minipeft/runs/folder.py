@@ -118,19 +118,19 @@ def remove_run(folder: Path) -> None:
 
 def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
     """Refuse to resume a run with arguments that would make it another run; objects are compared by their keys."""
-    changed = list(differences(before, now))
+    changed = list(find_differences(before, now))
     if changed:
         listed = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, old, new in changed)
         hint = "Give the run's own arguments, or another --out"
         raise InputError(f"this run was started differently ({listed})", file=file, hint=hint)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name, old and new value of each entry of `now` that has another value in `before`."""
     for name, value in now.items():
         old = before.get(name)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            yield from differences(old, value)
+            yield from find_differences(old, value)
         elif old != value:
             yield name, old, value
 

@@ -102,7 +102,7 @@ def perform(folder: Path) -> Row:
         Stopped: a signal came; the same call resumes.
     """
     cell = Cell.from_json(read_object(folder / CELL))
-    row = Row(folder.name, cell.model, cell.method, cell.seed, untrained_row(cell))
+    row = Row(folder.name, cell.model, cell.method, cell.seed, describe_untrained(cell))
     if cell.method != ZERO_SHOT:
         row = train(cell, folder, row)
     if cell.generate is not None:
@@ -113,7 +113,7 @@ def perform(folder: Path) -> Row:
     return row
 
 
-def untrained_row(cell: Cell) -> Training:
+def describe_untrained(cell: Cell) -> Training:
     """The training fields that are known before training; the untrained model has no others."""
     assert cell.run is not None
     adapter: Any = cell.run.adapter

@@ -15,7 +15,7 @@ from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
 from minipeft.study.charts import PATTERNS, Bar, Curve, Line, draw_bars, draw_by_rate, draw_losses, draw_pairs, escape
 from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import bleu, by_flag, filled, join_names, names
+from minipeft.study.table import bleu, choose_columns, group_by_flag, join_names, name_groups
 
 ARTEFACT = (0.25, "0.25: an empty answer, as the package counts")
 
@@ -138,10 +138,10 @@ def section(title: str, body: str, caption: str = "") -> str:
 
 def draw_table(groups: Sequence[Group], part: str) -> str:
     """One table of the columns, in a box that scrolls by itself where it is wider than the screen."""
-    columns = filled(groups, part)
+    columns = choose_columns(groups, part)
     head = "".join(f'<th title="{escape(c.meaning)}" scope="col">{escape(c.title)}</th>' for c in columns)
     rows = []
-    for name, group in zip(names(groups), groups):
+    for name, group in zip(name_groups(groups), groups):
         if part == "details" and group.error is not None:
             continue
         if part == "scores" and group.error is None and group.scores is None:
@@ -191,7 +191,7 @@ def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:
 def draw_scores(groups: Sequence[Group]) -> str:
     """BLEU of each group, and a line at the best baseline."""
     rows, trivial = [], []
-    for name, group in zip(names(groups), groups):
+    for name, group in zip(name_groups(groups), groups):
         if group.scores is None or group.bleu is None:
             continue
         kind = "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
@@ -203,7 +203,7 @@ def draw_scores(groups: Sequence[Group]) -> str:
 
 def draw_flags(groups: Sequence[Group]) -> str:
     """Failures and flags, each once, with the groups that it applies to."""
-    found = [f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>" for flag, who in by_flag(groups).items()]
+    found = [f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>" for flag, who in group_by_flag(groups).items()]
     return f'<ul class="flags">{"".join(found)}</ul>' if found else "<p>Nothing was flagged.</p>"
 
 
@@ -211,7 +211,7 @@ def draw_codebleu(groups: Sequence[Group]) -> str:
     """Both CodeBLEU totals of each group."""
     rows = [
         (name, group.scores["codebleu"] or 0.0, group.scores["codebleu_compat"] or 0.0)
-        for name, group in zip(names(groups), groups)
+        for name, group in zip(name_groups(groups), groups)
         if group.scores is not None
     ]
     return draw_pairs(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""

@@ -17,7 +17,7 @@ from typing import Any
 
 from minipeft.adapters import PrefixConfig
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import init, label_of, names
+from minipeft.study.table import init, label_of, name_groups
 
 RATES = (2e-4, 1e-3, 5e-3, 3e-2)
 WIDTH = 512  # of the reparameterization MLP, as in Li & Liang 2021
@@ -117,7 +117,7 @@ def several_seeds(results: Results) -> dict[int, list[tuple[str, str, Group]]]:
     found: dict[int, list[tuple[str, str, Group]]] = {}
     if results.preset != "prefix":
         return found
-    named = zip(names(results.groups), results.groups)
+    named = zip(name_groups(results.groups), results.groups)
     several = [(name, group) for name, group in named if group.error is None and group.dev_loss_sd is not None]
     for name, group in sorted(several, key=lambda pair: pair[1].dev_loss):
         text = f"{mean_loss(group)} over {len(group.seeds)} seeds, {group.training.stored or 0:,} parameters stored"

@@ -76,7 +76,7 @@ class StudyConfig:
         for name in self.settings:
             if name in OWN:
                 raise InputError("is set by the study itself", where=name)
-            if not any(has(method, name) for method in self.method):
+            if not any(has_setting(method, name) for method in self.method):
                 raise InputError(f"has no effect with {', '.join(self.method)}", where=name)
 
     @property
@@ -88,7 +88,7 @@ class StudyConfig:
         return str(self.settings.get("device", "cpu"))
 
 
-def has(method: str, name: str) -> bool:
+def has_setting(method: str, name: str) -> bool:
     """Whether a training run with this method has a setting of this name."""
     return name.replace("_", "-") in settings(method)
 
@@ -139,10 +139,10 @@ def make_cells(config: StudyConfig, bases: Mapping[str, Base | None], held_out: 
     cells: dict[str, Cell] = {}
     for label, base in bases.items():
         if config.preset == "prefix":
-            drafts = [untrained(config, label, 0), *experiment(config, label, seeds)]
+            drafts = [draft_untrained(config, label, 0), *draft_experiment(config, label, seeds)]
         else:
-            drafts = [untrained(config, label, seed) for seed in range(seeds)]
-            drafts += [tuned(config, label, method, seed) for method in config.method for seed in range(seeds)]
+            drafts = [draft_untrained(config, label, seed) for seed in range(seeds)]
+            drafts += [draft_tuned(config, label, method, seed) for method in config.method for seed in range(seeds)]
         found = [settle(draft, config, base, held_out) for draft in drafts]
         cells |= {cell.name: cell for cell in found}
     return list(cells.values())
@@ -156,13 +156,13 @@ class Draft:
     settings: Mapping[str, Any]
 
 
-def untrained(config: StudyConfig, model: str, seed: int) -> Draft:
+def draft_untrained(config: StudyConfig, model: str, seed: int) -> Draft:
     """The baseline of its model's other cells; its held-out loss is taken on the same tokens as theirs."""
     mask = {name: value for name, value in PRESETS[config.preset].settings.items() if name == "loss_mask"}
     return Draft(Cell(model, ZERO_SHOT, seed, generate=generate_config(config, seed)), mask)
 
 
-def tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draft:
+def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draft:
     """A tuned cell: the preset's settings, then the method's, then those of the caller."""
     preset = PRESETS[config.preset]
     chosen = {**preset.settings, **preset.each.get(method, {})}
@@ -171,7 +171,7 @@ def tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draft:
     return Draft(Cell(model, method, seed, generate=generate_config(config, seed)), chosen)
 
 
-def experiment(config: StudyConfig, model: str, seeds: int) -> list[Draft]:
+def draft_experiment(config: StudyConfig, model: str, seeds: int) -> list[Draft]:
     """The two parts of the prefix experiment: the grid, for its held-out loss alone; then longer runs, of which the
     first seed also answers."""
     trials = [*prefix_experiment.grid(), *prefix_experiment.long_runs(seeds=seeds)]
@@ -201,11 +201,11 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
     if base.source in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
         chosen["legacy_bin"] = True
     if cell.method == ZERO_SHOT:
-        mine = {name: value for name, value in config.settings.items() if has(method, name)}
+        mine = {name: value for name, value in config.settings.items() if has_setting(method, name)}
         chosen |= {n: v for n, v in mine.items() if known[n.replace("_", "-")].section in ("model", "data", "packing")}
     else:
         method = cell.method
-        chosen |= {name: value for name, value in config.settings.items() if has(method, name)}
+        chosen |= {name: value for name, value in config.settings.items() if has_setting(method, name)}
         if "steps" not in chosen and "epochs" in chosen:
             chosen["steps"] = max(1, round(chosen["epochs"] * base.rows))
         if method_named(method)[0].trains_base and "dtype" in config.settings:

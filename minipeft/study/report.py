@@ -12,7 +12,7 @@ from minipeft.study.charts import Curve
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import as_markdown, as_text, by_flag, filled, join_names, names
+from minipeft.study.table import as_markdown, as_text, choose_columns, group_by_flag, join_names, name_groups
 
 NOTES = (
     "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
@@ -35,7 +35,7 @@ def write_report(results: Results, out: Path) -> None:
 
 def summarize(results: Results) -> list[str]:
     """The findings in a few sentences."""
-    named = list(zip(names(results.groups), results.groups))
+    named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
     text = [f"{data.pairs} pairs of {data.questions} questions ({data.source}) were answered."]
@@ -72,7 +72,7 @@ def as_terminal(results: Results, out: Path) -> str:
     """What the command prints at its end."""
     flags = [
         f"! {join_names(who)}: {flag}"
-        for flag, who in by_flag(results.groups).items()
+        for flag, who in group_by_flag(results.groups).items()
         if not flag.startswith("CodeBLEU artefact")
     ]
     parts = [as_text(results.groups), " ".join(summarize(results)), "\n".join(flags), f"{out / 'report.html'}"]
@@ -82,8 +82,8 @@ def as_terminal(results: Results, out: Path) -> str:
 def draw_markdown(results: Results) -> str:
     """report.md"""
     groups = results.groups
-    flags = "\n".join(f"- {join_names(who)}: {flag}" for flag, who in by_flag(groups).items()) or "- none"
-    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in filled(groups))
+    flags = "\n".join(f"- {join_names(who)}: {flag}" for flag, who in group_by_flag(groups).items()) or "- none"
+    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in choose_columns(groups))
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
     parts = [
         f"# Study: {results.preset}\n\n    {results.command}\n\n{' '.join(summarize(results))}",
@@ -112,7 +112,7 @@ def draw_grid(grid: Grid) -> str:
 def name_cells(results: Results) -> dict[str, str]:
     """What each cell is called: its group's name, and its seed unless that is 0."""
     seeds = {row.cell: f" seed {row.seed}" if row.seed else "" for row in results.cells}
-    named = zip(names(results.groups), results.groups)
+    named = zip(name_groups(results.groups), results.groups)
     return {cell: name + seeds[cell] for name, group in named for cell in group.cells}
 
 

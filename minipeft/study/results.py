@@ -24,7 +24,7 @@ from minipeft.study.statistics import flag, mean_and_sd
 
 def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> Results:
     """Build the results of a study."""
-    rows = {outcome.cell.name: row_of(outcome) for outcome in outcomes}
+    rows = {outcome.cell.name: make_row(outcome) for outcome in outcomes}
     trivial = [(row.method, row.scores["bleu"] or 0.0) for row in rows.values() if not row.model and row.scores]
     floor = max(trivial, key=lambda pair: pair[1])
     bases: dict[str, list[Scores]] = {}  # of each model the scores of its untrained cells, one a seed
@@ -37,13 +37,18 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
     alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
         alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
-    groups = tuple(group_of(same, bases) for same in alike.values())
+    groups = tuple(make_group(same, bases) for same in alike.values())
     return Results(
-        command, config.preset, data_of(config, groups[0], out), environment(config), tuple(rows.values()), groups
+        command,
+        config.preset,
+        describe_data(config, groups[0], out),
+        describe_environment(config),
+        tuple(rows.values()),
+        groups,
     )
 
 
-def row_of(outcome: Outcome) -> Row:
+def make_row(outcome: Outcome) -> Row:
     """A cell's row; of a cell that failed, its name and error."""
     cell: Cell = outcome.cell
     row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
@@ -57,7 +62,7 @@ def compare(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> 
     return bootstrap_bleu(scores.runs, [run for base in bases[row.model] for run in base.runs])
 
 
-def group_of(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
+def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
     """Cells that differ only by seed as one group."""
     done, failed = [row for row in rows if row.error is None], [row for row in rows if row.error is not None]
     first = (done or failed)[0]
@@ -78,20 +83,20 @@ def group_of(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
         group,
         training=Training.mean([row.training for row in done]),
         scores=scores,
-        bleu_sd=deviation([one["bleu"] for one in several]),
-        dev_loss_sd=deviation([row.training.dev_loss for row in done]),
+        bleu_sd=compute_sd([one["bleu"] for one in several]),
+        dev_loss_sd=compute_sd([row.training.dev_loss for row in done]),
         difference=compare(first, scores, bases),
         flags=tuple(dict.fromkeys(flags)),
     )
 
 
-def deviation(values: Sequence[float | None]) -> float | None:
+def compute_sd(values: Sequence[float | None]) -> float | None:
     """The sample standard deviation of the values that are known."""
     known = [value for value in values if value is not None]
     return mean_and_sd(known)[1] if known else None
 
 
-def data_of(config: StudyConfig, baseline: Group, out: Path) -> Data:
+def describe_data(config: StudyConfig, baseline: Group, out: Path) -> Data:
     """The size and hashes of the test set; a baseline has answered all of it."""
     about, scores = read_object(out / "study.json"), baseline.scores
     assert scores is not None  # a baseline cannot fail
@@ -99,7 +104,7 @@ def data_of(config: StudyConfig, baseline: Group, out: Path) -> Data:
     return Data(source, scores.pairs, scores.questions, about["train_sha256"], about["test_sha256"])
 
 
-def environment(config: StudyConfig) -> dict[str, str | int | None]:
+def describe_environment(config: StudyConfig) -> dict[str, str | int | None]:
     """Versions and hardware, which times and last digits depend on."""
     return {
         "minipeft": version("minipeft"),

@@ -78,7 +78,7 @@ class Row:
         own = ("cell", "model", "method", "seed")
         rest = ("loss", "resumed_at", "adapter_movement")
         row = {name: getattr(self, name) for name in own} | vars(self.training)
-        row |= {name: getattr(self, name) for name in rest} | judged(self)
+        row |= {name: getattr(self, name) for name in rest} | list_verdicts(self)
         if counts and self.scores is not None:
             row["bleu_counts"] = [run.tolist() for run in self.scores.runs]
         return row
@@ -91,8 +91,8 @@ class Row:
             InputError: a field is missing, or is not what it should be.
         """
         own = ("cell", "model", "method", "seed", "loss", "resumed_at", "adapter_movement")
-        row = Row(**chosen(Row, data, own))
-        training = Training(**chosen(Training, data, [f.name for f in fields(Training)]))
+        row = Row(**read_fields(Row, data, own))
+        training = Training(**read_fields(Training, data, [f.name for f in fields(Training)]))
         return replace(row, training=training, scores=Scores.from_json(data) if "bleu" in data else None)
 
 
@@ -127,7 +127,7 @@ class Group:
         """The group as one flat object."""
         own = {"model": self.model, "method": self.method, "seeds": list(self.seeds), "cells": list(self.cells)}
         spread = {"bleu_sd": self.bleu_sd, "dev_loss_sd": self.dev_loss_sd}
-        return own | vars(self.training) | spread | judged(self)
+        return own | vars(self.training) | spread | list_verdicts(self)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Results:
         }
 
 
-def judged(row: Row | Group) -> dict[str, Any]:
+def list_verdicts(row: Row | Group) -> dict[str, Any]:
     """The fields of scores, difference and flags; a row without answers has no scores."""
     scores = {"questions": 0, "bleu_interval": None} if row.scores is None else row.scores.as_dict()
     found = row.difference
@@ -172,7 +172,7 @@ def judged(row: Row | Group) -> dict[str, Any]:
     return {**scores, "difference": difference, "flags": list(row.flags), "error": row.error, "paper": row.paper}
 
 
-def chosen(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def read_fields(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The named fields of a dataclass out of a JSON object, each of its annotated type.
 
     Raises:

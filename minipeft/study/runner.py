@@ -66,7 +66,7 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     with open_folder(out, train, test), stopping() as stop:
         check_settings(out, cells)
         outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines()]
-        rows = {cell.name: row for cell in cells if (row := finished_row(out / "cells" / cell.name, say)) is not None}
+        rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
         with Bar(cells, bases, out, len(test), rows) as bar:
             for cell in cells:
                 end_if(stop)
@@ -171,12 +171,12 @@ def write_data(out: Path, marker: Path, train: Pairs, test: Pairs) -> None:
     if read_object(marker) != about:
         raise InputError("holds a study of other data or other questions", file=out, hint="Name another --out")
     for pairs, name in ((train, "data/train.jsonl"), (test, QUESTIONS)):
-        text = "".join(json.dumps(pair_row(pair)) + "\n" for pair in pairs)
+        text = "".join(json.dumps(make_pair_row(pair)) + "\n" for pair in pairs)
         if not (out / name).exists() or read_text(out / name) != text:
             write_whole(out / name, lambda stream, text=text: stream.write(text.encode()))  # type: ignore[misc]
 
 
-def pair_row(pair: Pair) -> dict[str, Any]:
+def make_pair_row(pair: Pair) -> dict[str, Any]:
     """A pair as a row of JSON."""
     row = {"intent": pair.intent, "snippet": pair.snippet}
     return row if pair.question_id is None else {**row, "question_id": pair.question_id}
@@ -191,22 +191,22 @@ def check_settings(out: Path, cells: Sequence[Cell]) -> None:
     for cell in cells:
         file = out / "cells" / cell.name / CELL
         if cell.run is not None and file.exists() and (begun := read_object(file)) != cell.as_json():
-            names = ", ".join(dict.fromkeys(differing(begun, json.loads(json.dumps(cell.as_json())))))
+            names = ", ".join(dict.fromkeys(find_differences(begun, json.loads(json.dumps(cell.as_json())))))
             if names:
                 problem = f"was made with other settings ({names})"
                 raise InputError(problem, file=file.parent, hint="Name another --out, or remove this folder")
 
 
-def differing(one: Any, other: Any, name: str = "") -> Iterator[str]:
+def find_differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
     """The names of the leaves in which two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one | other:
-            yield from differing(one.get(key), other.get(key), key)
+            yield from find_differences(one.get(key), other.get(key), key)
     elif one != other:
         yield name
 
 
-def finished_row(folder: Path, say: Callable[[str], None] = lambda line: None) -> Row | None:
+def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) -> Row | None:
     """The row of a cell that is finished; None, and a note, where its result.json is not a row."""
     if not (folder / RESULT).exists():
         return None
@@ -249,7 +249,7 @@ def score_rows(out: Path, row: Row, rows: list[dict[str, Any]]) -> Row:
     """Write answers that took no model into the cell's folder, and score them, unless that was done before."""
     folder, text = out / "cells" / row.cell, "".join(json.dumps(answer) + "\n" for answer in rows)
     same = (folder / ANSWERS).exists() and read_text(folder / ANSWERS) == text
-    before = finished_row(folder) if same else None
+    before = read_finished(folder) if same else None
     if before is not None:
         return replace(row, scores=before.scores)
     write_whole(folder / ANSWERS, lambda stream: stream.write(text.encode()))
@@ -260,7 +260,7 @@ def score_rows(out: Path, row: Row, rows: list[dict[str, Any]]) -> Row:
 
 def read_outcomes(cell: Cell, out: Path, error: str | None, say: Callable[[str], None]) -> list[Outcome]:
     """How a cell ended; the first lines of the untrained model's answers are another cell."""
-    row = finished_row(out / "cells" / cell.name, say) if error is None else None
+    row = read_finished(out / "cells" / cell.name, say) if error is None else None
     if row is None:
         error = error or f"{RESULT} does not hold a row"
         say(f"note: {cell.model} {cell.method} failed: {error}")

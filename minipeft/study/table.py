@@ -118,7 +118,7 @@ TRAINING_COLUMNS = [
 ]  # fmt: skip
 
 
-def filled(groups: Sequence[Group], table: str | None = None) -> list[Column]:
+def choose_columns(groups: Sequence[Group], table: str | None = None) -> list[Column]:
     """The columns, of one table or all, in which some group has a value."""
     return [column for column in columns() if table in (None, column.table) and any(map(column.show, groups))]
 
@@ -128,7 +128,7 @@ def label_of(method: str) -> str:
     return METHODS[method].label if method in METHODS else method
 
 
-def names(groups: Sequence[Group]) -> list[str]:
+def name_groups(groups: Sequence[Group]) -> list[str]:
     """What each group is called: its method, after the model where there are several, and what else is its own."""
     several = len({group.model for group in groups if group.model}) > 1
     plain = [(group.model, group.method) for group in groups]
@@ -144,10 +144,10 @@ def names(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def by_flag(groups: Sequence[Group]) -> dict[str, list[str]]:
+def group_by_flag(groups: Sequence[Group]) -> dict[str, list[str]]:
     """The names of the groups that each flag, or failure, applies to."""
     found: dict[str, list[str]] = {}
-    for name, group in zip(names(groups), groups):
+    for name, group in zip(name_groups(groups), groups):
         for text in [f"failed: {group.error}"] if group.error is not None else group.flags:
             found.setdefault(text, []).append(name)
     return found
@@ -161,17 +161,17 @@ def join_names(who: Sequence[str]) -> str:
 def as_text(groups: Sequence[Group], width: int | None = None) -> str:
     """The table for a terminal: as many columns as fit into `width`, by default the terminal's."""
     width = width or shutil.get_terminal_size((80, 24)).columns
-    kept = [column for column in filled(groups) if column.rank]
+    kept = [column for column in choose_columns(groups) if column.rank]
     while len(kept) > 1 and len(max(lay_out(groups, kept), key=len)) > width:
         kept.remove(max(kept, key=lambda column: column.rank))
-    failed = [f"{name}  failed: {g.error}" for name, g in zip(names(groups), groups) if g.error is not None]
+    failed = [f"{name}  failed: {g.error}" for name, g in zip(name_groups(groups), groups) if g.error is not None]
     return "\n".join([*lay_out(groups, kept), *failed])
 
 
 def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
     """The lines of a table of the groups that did not fail."""
     rows = [["", *(column.title for column in kept)]]
-    named = zip(names(groups), groups)
+    named = zip(name_groups(groups), groups)
     rows += [[name, *(column.show(group) for column in kept)] for name, group in named if group.error is None]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
@@ -182,9 +182,9 @@ def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
 
 def as_markdown(groups: Sequence[Group]) -> str:
     """The table in Markdown; whatever a model or an error printed cannot break its cells."""
-    kept = filled(groups)
+    kept = choose_columns(groups)
     rows = [["", *(column.title for column in kept)], ["---"] + ["---:"] * len(kept)]
-    for name, group in zip(names(groups), groups):
+    for name, group in zip(name_groups(groups), groups):
         if group.error is not None:
             rows.append([name, f"failed: {group.error}", *[""] * (len(kept) - 1)])
         else:

@@ -6,7 +6,7 @@ import pytest
 
 from minipeft import InputError
 from minipeft.adapters import METHODS, method_names
-from minipeft.runs.config import RunConfig, base_of, run_config, settings, share_settings
+from minipeft.runs.config import RunConfig, measure_base, run_config, settings, share_settings
 
 DEMO = {"model": "demo", "data": "demo"}
 
@@ -29,7 +29,7 @@ def test_lists_of_names_come_back_as_tuples() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_given_comes_from_the_recipe(method: str) -> None:
     config = run_config(method, **DEMO)
-    parameters, family = base_of(config.model)
+    parameters, family = measure_base(config.model)
     recipe = METHODS[method].recipe(config.adapter, parameters, family).settings()
     assert {name: getattr(config.train, name) for name in recipe} == recipe
     chosen = run_config(method, **DEMO, warmup=0.5, weight_decay=0.25)

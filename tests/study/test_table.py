@@ -8,7 +8,7 @@ from minipeft.metrics import scores
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import Score, score_texts
 from minipeft.study.rows import Group, Training
-from minipeft.study.table import as_markdown, as_text, columns, filled, names
+from minipeft.study.table import as_markdown, as_text, choose_columns, columns, name_groups
 
 REFERENCES = [f"x = sorted(y{n}, key=f)" for n in range(4)]
 TRAINED = Training(init="text", learning_rate=1e-3, steps=5, trainable=10, trainable_percent=1.0, dev_loss=2.0)
@@ -36,12 +36,12 @@ def test_a_score_is_a_column(monkeypatch):
     monkeypatch.setattr("minipeft.study.table.SCORES", scores.SCORES)
     assert "characters" in [column.title for column in columns()]
     assert "21.000" in as_markdown([group("lora")])
-    assert [column.title for column in filled([group("lora")], "scores")][:2] == ["BLEU", "95 % interval"]
+    assert [column.title for column in choose_columns([group("lora")], "scores")][:2] == ["BLEU", "95 % interval"]
 
 
 def test_names_say_what_groups_differ_by():
     slow, fast = group("prefix"), group("prefix", training=replace(TRAINED, learning_rate=1e-2, reparam=8))
     text = "(text init, learning rate 0.001, 5 steps)", "(text + MLP init, learning rate 0.01, 5 steps)"
-    assert [name.split(" ", 1)[1] for name in names([slow, fast])] == list(text)
-    assert names([group("lora"), group("lora", "org/n")]) == ["m LoRA", "n LoRA"]
-    assert names([group("echo the question", "")]) == ["echo the question"]
+    assert [name.split(" ", 1)[1] for name in name_groups([slow, fast])] == list(text)
+    assert name_groups([group("lora"), group("lora", "org/n")]) == ["m LoRA", "n LoRA"]
+    assert name_groups([group("echo the question", "")]) == ["echo the question"]
