@@ -98,11 +98,13 @@ class PlanConfig:
     """What `minipeft plan` plans: each method on each model."""
 
     preset: str | None = option(None, "plan the models of a study", choices=PRESETS)
-    method: tuple[str, ...] = option(COMPARED, "methods to plan", choices=method_names())
+    method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(method_names())}")
     named: tuple[str, ...] = option((), "models beside the preset's", flag="")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in self.method:
+            method_named(name)  # refuses one that is not known
         if not self.models:
             raise InputError("give models, or --preset paper", where="plan")
 
