@@ -31,7 +31,7 @@ from minipeft.errors import InputError
 from minipeft.files import lock_folder
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
-from minipeft.runs.config import RunConfig, methods_with, run_config
+from minipeft.runs.config import RunConfig, find_methods, run_config
 from minipeft.runs.finetune import finetune
 from tests.faulty_disk import GROWS, Disk, power_cut, write_tree
 from tests.small import write_pairs, write_small_model
@@ -75,7 +75,7 @@ def config_of(place: Path, **changes: Any) -> RunConfig:
 
 
 def has(method: str, name: str) -> bool:
-    having = methods_with(name.replace("_", "-"))
+    having = find_methods(name.replace("_", "-"))
     return method in having
 
 
