@@ -200,7 +200,7 @@ def survives(place: Path, wanted: dict[str, bytes], tree: Any, least: int) -> st
         result = run(place, out, say=lines.append)
     except InputError as error:
         return f"refused: {error}"
-    ended = any("has ended" in line for line in lines)  # what it returns then is what it returned before
+    ended = any("is complete" in line for line in lines)  # what it returns then is what it returned before
     if not ended and result["resumed_at"] < least:
         return f"went back to step {result['resumed_at']}, but {least} was committed"
     held = files_of(out)
