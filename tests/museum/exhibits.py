@@ -1,0 +1,172 @@
+"""An exhibit: one public failure, what minipeft does with it, and what the installed peers do, as the run found them.
+
+The docstring of a museum test begins with its threads and the symptom:
+
+    \"\"\"owner/repository#12, owner/other#3: the symptom in a line.\"\"\"
+
+The test itself decides the outcome. Ours is "right" unless `refused` or `not_offered` was entered; a peer's is found in
+`theirs`:
+
+    right        it does what the user meant              refused    an error that names the cause
+    warned       it goes on wrong, with a warning         wrong      it goes on wrong without a word
+    fails        an error that does not name the cause    not offered, not run
+"""
+
+import ast
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import minipeft
+
+CLUSTERS = {
+    "no_op": "Adapters that adapt nothing, or a part",
+    "loss": "Loss, masks and packing",
+    "eos": "Special tokens and generation",
+    "training": "Optimizer steps",
+    "merge": "Save, load and merge",
+    "resume": "Resume and determinism",
+    "prefix": "Prefix and prompt",
+    "cost": "Memory and speed",
+    "scores": "Scores",
+    "configs": "Configs that change under a checkpoint",
+}
+PEERS = ("transformers", "peft", "codebleu")
+THREAD = re.compile(r"([\w.-]+/[\w.-]+)#(\d+)")
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a museum test's name and docstring say."""
+
+    test: str
+    cluster: str
+    threads: tuple[str, ...]
+    symptom: str
+
+
+def read_labels() -> list[Label]:
+    """The label of each test of the folder, in the order of CLUSTERS and of the files."""
+    labels = []
+    for cluster in CLUSTERS:
+        tree = ast.parse((FOLDER / f"test_{cluster}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                labels.append(label_of(node.name, cluster, ast.get_docstring(node) or ""))
+    return labels
+
+
+def label_of(test: str, cluster: str, docstring: str) -> Label:
+    """Split a docstring's first paragraph into threads and symptom."""
+    head, separator, symptom = " ".join(docstring.split("\n\n")[0].split()).partition(": ")
+    threads = tuple(head.split(", "))
+    assert separator, f"{test}: the docstring has no 'thread: symptom'"
+    assert all(THREAD.fullmatch(thread) for thread in threads), f"{test}: {head!r} are not threads"
+    return Label(test, cluster, threads, symptom)
+
+
+def peer_versions() -> dict[str, str]:
+    """The versions of the peers that the tests run."""
+    return {peer: version(peer) for peer in PEERS}
+
+
+@dataclass
+class Peer:
+    """What a peer did: set `right` to what was measured. `said` are the warnings that it gave."""
+
+    right: bool | None = None
+    said: list[str] = field(default_factory=list)
+
+
+class Listener(logging.Handler):
+    """Keeps what a library logs from WARNING on."""
+
+    def __init__(self, said: list[str]):
+        super().__init__(logging.WARNING)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+class Exhibit:
+    """Records the outcomes of one test."""
+
+    def __init__(self) -> None:
+        self.ours = "right"
+        self.peers: dict[str, str] = {}
+
+    @contextmanager
+    def refused(self, match: str) -> Iterator[None]:
+        """Within, minipeft must raise an InputError whose text matches."""
+        with pytest.raises(minipeft.InputError, match=match):
+            yield
+        self.ours = "refused"
+
+    @contextmanager
+    def not_offered(self, match: str) -> Iterator[None]:
+        """Within, minipeft must raise an InputError that says that it has no such feature."""
+        with self.refused(match):
+            yield
+        self.ours = "not offered"
+
+    @contextmanager
+    def theirs(
+        self, name: str, *, warning: str | None = None, refusal: str | None = None, failure: str | None = None
+    ) -> Iterator[Peer]:
+        """Within, run a peer and set `peer.right`.
+
+        `warning`: a pattern of what it may say where it goes on wrong. `refusal` and `failure`: patterns of the error
+        that it may raise; any other error is the test's own.
+        """
+        peer, listener = Peer(), None
+        logger = logging.getLogger("transformers")
+        listener = Listener(peer.said)
+        logger.addHandler(listener)
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield peer
+            peer.said += [str(entry.message) for entry in caught]
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, NotImplementedError, OSError) as error:
+            if refusal is not None and re.search(refusal, str(error)):
+                self.peers[name] = "refused"
+            elif failure is not None and re.search(failure, str(error)):
+                self.peers[name] = "fails"
+            else:
+                raise
+            return
+        finally:
+            logger.removeHandler(listener)
+            logger.setLevel(level)
+        assert peer.right is not None, f"{name}: nothing was measured"
+        warned = warning is not None and any(re.search(warning, text) for text in peer.said)
+        self.peers[name] = "right" if peer.right else "warned" if warned else "wrong"
+
+
+def render_row(label: Label, ours: str, peers: dict[str, str]) -> str:
+    """An exhibit's line of the page."""
+    links = ", ".join(f"[{thread}]({address(thread)})" for thread in label.threads)
+    theirs = ", ".join(f"{name}: {mark(outcome)}" for name, outcome in peers.items()) or "not run"
+    return f"| {links} | {label.symptom} | {mark(ours)} | {theirs} |"
+
+
+def address(thread: str) -> str:
+    """Where a thread is found; GitHub forwards a pull request's number."""
+    repository, number = thread.split("#")
+    return f"https://github.com/{repository}/issues/{number}"
+
+
+def mark(outcome: str) -> str:
+    """An outcome, in bold where a user would be left with a wrong result."""
+    return f"**{outcome}**" if outcome in ("wrong", "warned") else outcome

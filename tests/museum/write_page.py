@@ -1,0 +1,112 @@
+"""Write docs/museum.md from a run of the museum's tests: `.venv/bin/python tests/museum/write_page.py`.
+
+With `--show` the page is printed and not written.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.museum.exhibits import CLUSTERS, Label, mark, peer_versions, read_labels, render_row
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parents[1] / "docs" / "museum.md"
+WRITER = "museum-writer"
+
+Outcome = tuple[str, dict[str, str]]  # ours, and that of each peer
+
+HEAD = """# A museum of public failures
+
+Each row is a way in which users of the fine-tuning stack were silently wronged or left alone, as a public thread tells
+it, rebuilt in a test of `tests/museum/` that runs minipeft and, where it can show the failure on a CPU, the installed
+peer. This page is made from those tests (`tests/museum/write_page.py`), and each test fails if its row here says
+anything else. The peers are those of `constraints.txt`: {versions}.
+
+| outcome | means |
+|---|---|
+| right | it does what the user meant |
+| refused | an error that names the cause, before anything is wrong |
+| fails | an error that does not name the cause |
+| **warned** | it goes on wrong, with a warning |
+| **wrong** | it goes on wrong without a word |
+| not offered | there is no such feature, and an error says so |
+| not run | the thread's own software was not run here |
+
+A peer in the last column is not always the software of the thread: where that cannot run on a CPU without its own
+stack, the nearest peer that can show the same failure runs instead. That a peer is right today often means that the
+thread was heard. Peers that were run: {counts}. minipeft: {ours}.
+"""
+
+
+class Collector:
+    """Keeps the outcomes of a pytest run."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == "museum" and report.when == "teardown":
+                test, ours, peers = value
+                self.outcomes[test] = (ours, peers)
+
+
+def render_head(outcomes: list[Outcome]) -> str:
+    """What stands before the tables."""
+    peers = peer_versions()
+    counts = []
+    for peer in peers:
+        found = Counter(theirs[peer] for _, theirs in outcomes if peer in theirs)
+        counts.append(f"{peer} {found.total()} ({listed(found)})")
+    versions = ", ".join(f"{name} {version}" for name, version in peers.items())
+    return HEAD.format(versions=versions, counts="; ".join(counts), ours=listed(Counter(ours for ours, _ in outcomes)))
+
+
+def listed(found: Counter[str]) -> str:
+    """Outcomes with their numbers."""
+    return ", ".join(f"{count} {outcome}" for outcome, count in found.most_common())
+
+
+def render_page(labels: list[Label], outcomes: dict[str, Outcome]) -> str:
+    """The whole page."""
+    parts = [render_head([outcomes[label.test] for label in labels])]
+    for cluster, title in CLUSTERS.items():
+        parts += [f"## {title}", "", "| thread | symptom | minipeft | peers |", "|---|---|---|---|"]
+        parts += [render_row(label, *outcomes[label.test]) for label in labels if label.cluster == cluster]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Run the tests and write the page."""
+    collector = Collector()
+    arguments = [str(FOLDER), "-q", "-p", "no:randomly", "-n", "0", *(a for a in sys.argv[1:] if a != "--show")]
+    plugin = pytest.main(arguments, plugins=[Named(collector)])
+    for test, (ours, peers) in collector.outcomes.items():
+        print(f"{mark(ours):<12} {peers} {test}")
+    if "--show" in sys.argv:
+        return int(plugin)
+    labels = read_labels()
+    missing = [label.test for label in labels if label.test not in collector.outcomes]
+    if plugin or missing:
+        print(f"not written: {missing}")
+        return 1
+    PAGE.write_text(render_page(labels, collector.outcomes), encoding="utf-8")
+    return 0
+
+
+class Named:
+    """Registers the collector under the name that the tests look for."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.pluginmanager.register(self.collector, WRITER)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
