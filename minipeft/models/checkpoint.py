@@ -16,6 +16,7 @@ import hashlib
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
@@ -24,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, shown
 from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+GENERATION = "generation_config.json"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
            UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
@@ -56,11 +58,13 @@ def load_model(
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
-    folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
-    held = [name for name in ("config.json", SINGLE, INDEX) if (folder / name).exists()]
+    folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX, GENERATION])
+    held = [name for name in ("config.json", SINGLE, INDEX, GENERATION) if (folder / name).exists()]
     for name in held:
         check_inside(folder / name, folder)
     config = read_config(folder / "config.json")
+    if GENERATION in held:
+        config = add_end_tokens(config, folder / GENERATION)
     weights = folder / next((name for name in (SINGLE, INDEX) if name in held), LEGACY)
     tensors: dict[str, Tensor] = {}
     if weights.name in held:
@@ -91,6 +95,24 @@ def read_config(file: Path) -> Any:
         return config_from(FAMILIES[kind].config, given)
     except InputError as error:
         raise InputError(str(error), file=file) from error
+
+
+def add_end_tokens(config: Any, file: Path) -> Any:
+    """The config with the end tokens of generation_config.json too: a chat model of Llama 3 or Gemma ends its turn with
+    one that config.json does not name.
+
+    Raises:
+        InputError: eos_token_id is no id and no list of ids.
+    """
+    given = read_object(file).get("eos_token_id")
+    added = given if isinstance(given, list) else [given]
+    if given is None:
+        return config
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in added):
+        raise InputError(f"{shown(given)} must be an id or a list of ids", file=file, where="eos_token_id")
+    held = config.eos_token_id
+    own = held if isinstance(held, tuple) else () if held is None else (held,)
+    return config if set(added) <= set(own) else replace(config, eos_token_id=tuple(dict.fromkeys([*own, *added])))
 
 
 def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Found:

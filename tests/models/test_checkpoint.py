@@ -34,6 +34,24 @@ STYLES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, 2), ({"eos_token_id": None}, 2), ({"eos_token_id": 2}, 2), ({"eos_token_id": [5, 2]}, (2, 5))],
+)
+def test_the_end_tokens_of_generation_config_count_too(twins, given, wanted):
+    folder = twins.save(twins.peer("llama", eos_token_id=2))
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    assert load_model(folder).config.eos_token_id == wanted
+
+
+@pytest.mark.parametrize("given", ["</s>", [2, True], [-1], 1.5])
+def test_end_tokens_that_are_no_ids(twins, given):
+    folder = twins.save(twins.peer("llama"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id: .* must be an id or a list of ids"):
+        load_model(folder)
+
+
 class TestSave:
     @pytest.mark.parametrize("style", STYLES)
     def test_transformers_reads_it_with_equal_logits(self, style, twins, apart, ids, tmp_path):
