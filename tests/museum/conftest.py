@@ -6,7 +6,6 @@ Every weight is N(0, 0.25) (norms 1 + that), so that logits are of the order of 
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,21 @@ from torch import Tensor, nn
 
 from minipeft.data.packing import Batch
 from minipeft.data.tokens import Tokenizer, load_tokenizer
-from minipeft.models import Decoder
 from minipeft.models.checkpoint import load_model
-from tests.museum.exhibits import Exhibit, label_of, render_row
+from tests.museum.exhibits import PAGE, WRITER, Exhibit, label_of, render_row
+from tests.museum.twins import Twins
 from tests.small import TOKENS, write_tokenizer
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "museum.md"
-WRITER = "museum-writer"  # the plugin of write_page.py
 GPT2 = {"n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
         "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": 0,
          "pad_token_id": None}  # fmt: skip
+
+
+FAILED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -49,9 +49,6 @@ def exhibit(request: pytest.FixtureRequest) -> Iterator[Exhibit]:
         assert row in held, f"docs/museum.md has no such row; run tests/museum/write_page.py\n{row}"
 
 
-FAILED = pytest.StashKey[bool]()
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """Remember whether the test itself failed: then its outcomes are not to be compared."""
@@ -59,19 +56,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == "call":
         item.stash[FAILED] = report.outcome != "passed"
     return report
-
-
-@dataclass
-class Twins:
-    """Ours and transformers' model of the same weights, both in eval mode, and the folder that they came from."""
-
-    ours: Decoder
-    theirs: nn.Module
-    folder: Path
-
-    def reload(self) -> nn.Module:
-        """A fresh copy of transformers' model."""
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder).eval()
 
 
 @pytest.fixture
@@ -135,11 +119,7 @@ def stir() -> Callable[[nn.Module], None]:
     return add_noise
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+@pytest.fixture
+def apart() -> Callable[[Tensor, Tensor], float]:
     """max |a - b| / max |b|"""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
-
-
-@pytest.fixture(name="apart")
-def apart_fixture() -> Callable[[Tensor, Tensor], float]:
-    return apart
+    return lambda a, b: float((a.double() - b.double()).abs().max() / b.double().abs().max())

@@ -6,14 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer as Backend
 
-from minipeft import InputError, LoRAConfig, TrainConfig, add_adapter, encode_pairs, generate, load_tokenizer, pack, train
+from minipeft import (
+    LoRAConfig,
+    TrainConfig,
+    add_adapter,
+    encode_pairs,
+    generate,
+    load_tokenizer,
+    pack,
+    train,
+)
 from minipeft.data.examples import Example, Pair
 from minipeft.generation import GenerateConfig, answer
 from minipeft.models.checkpoint import load_model
-from tests.museum.conftest import Twins
-from tests.small import TOKENS, write_tokenizer
+from tests.museum.twins import Twins
+from tests.small import write_tokenizer
 
 GREEDY = GenerateConfig(max_new_tokens=8, temperature=0)
 

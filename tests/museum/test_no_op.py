@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minipeft import LoRAConfig, TrainConfig, add_adapter, load_adapter, save_adapter, train
 from minipeft.adapters.peft_format import CONFIG, WEIGHTS
+from tests.museum.twins import peft_layers
 
 LORA = LoRAConfig(4, 16.0, targets=("q_proj", "v_proj"))
 
@@ -42,11 +43,6 @@ def differs(theirs: nn.Module, folder: Path, ids: Tensor) -> bool:
     with torch.no_grad():
         base = theirs(ids).logits
         return not torch.allclose(peft.PeftModel.from_pretrained(theirs, folder).eval()(ids).logits, base)
-
-
-def lora_layers(model: nn.Module) -> list[nn.Module]:
-    """PEFT's LoRA layers."""
-    return [module for module in model.modules() if hasattr(module, "lora_B")]
 
 
 def test_names_with_another_prefix(exhibit, twins, stir, ids, tmp_path):
@@ -94,7 +90,7 @@ def test_a_layer_that_the_file_lacks(exhibit, twins, stir, ids, apart, tmp_path)
         load_adapter(both.ours, folder)
     with exhibit.theirs("peft", warning="missing adapter keys") as peer:
         model = peft.PeftModel.from_pretrained(both.theirs, folder)
-        peer.right = all(module.lora_B["default"].weight.any() for module in lora_layers(model))
+        peer.right = all(module.lora_B["default"].weight.any() for module in peft_layers(model))
 
 
 def test_one_name_of_several_that_matches_nothing(exhibit, twins):
@@ -117,7 +113,7 @@ def test_rank_pattern_that_matches_nothing(exhibit, twins):
     with exhibit.theirs("peft", warning="queries", refusal="queries") as peer:
         given = peft.LoraConfig(r=4, target_modules=["q_proj"], alpha_pattern={"queries": 100})
         model = peft.get_peft_model(both.theirs, given)
-        peer.right = any(module.scaling["default"] == 25 for module in lora_layers(model))
+        peer.right = any(module.scaling["default"] == 25 for module in peft_layers(model))
 
 
 def test_embedding_and_head_as_targets(exhibit, twins, ids):

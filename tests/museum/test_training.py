@@ -23,7 +23,7 @@ from minipeft.adapters.peft_format import save_adapter
 from minipeft.generation import GenerateConfig
 from minipeft.training.loop import learning_rate_at
 from minipeft.training.movement import Movement
-from tests.museum.test_no_op import lora_layers as peft_lora_layers
+from tests.museum.twins import peft_layers
 
 
 def test_a_loss_that_is_not_a_number(exhibit, twins, batch, tmp_path):
@@ -108,7 +108,7 @@ def test_alpha_over_rank(exhibit, twins, stir, ids, apart, tmp_path):
         assert apart(found, base) > 0.01
         with exhibit.theirs("peft") as peer:
             peer.right = apart(model.eval()(ids).logits, found) < 1e-5 and all(
-                module.scaling["default"] == 3 for module in peft_lora_layers(model)
+                module.scaling["default"] == 3 for module in peft_layers(model)
             )
 
 

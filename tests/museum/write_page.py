@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.museum.exhibits import CLUSTERS, Label, mark, peer_versions, read_labels, render_row
-
-FOLDER = Path(__file__).parent
-PAGE = FOLDER.parents[1] / "docs" / "museum.md"
-WRITER = "museum-writer"
+from tests.museum.exhibits import CLUSTERS, FOLDER, PAGE, WRITER, Label, mark, peer_versions, read_labels, render_row
 
 Outcome = tuple[str, dict[str, str]]  # ours, and that of each peer
 
@@ -84,14 +80,14 @@ def main() -> int:
     """Run the tests and write the page."""
     collector = Collector()
     arguments = [str(FOLDER), "-q", "-p", "no:randomly", "-n", "0", *(a for a in sys.argv[1:] if a != "--show")]
-    plugin = pytest.main(arguments, plugins=[Named(collector)])
+    code = pytest.main(arguments, plugins=[Named(collector)])
     for test, (ours, peers) in collector.outcomes.items():
         print(f"{mark(ours):<12} {peers} {test}")
     if "--show" in sys.argv:
-        return int(plugin)
+        return int(code)
     labels = read_labels()
     missing = [label.test for label in labels if label.test not in collector.outcomes]
-    if plugin or missing:
+    if code or missing:
         print(f"not written: {missing}")
         return 1
     PAGE.write_text(render_page(labels, collector.outcomes), encoding="utf-8")
