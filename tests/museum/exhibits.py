@@ -7,9 +7,9 @@ The docstring of a museum test begins with its threads and the symptom:
 The test itself decides the outcome. Ours is "right" unless `refused` or `not_offered` was entered; a peer's is found in
 `theirs`:
 
-    right        it does what the user meant              refused    an error that names the cause
-    warned       it goes on wrong, with a warning         wrong      it goes on wrong without a word
-    fails        an error that does not name the cause    not offered, not run
+    right     what the user asked for              refused    an error names the cause
+    warned    wrong, with a warning                wrong      wrong, silently
+    fails     an error that does not name the cause
 """
 
 import ast
@@ -41,6 +41,7 @@ CLUSTERS = {
 }
 PEERS = ("transformers", "peft", "codebleu")
 THREAD = re.compile(r"([\w.-]+/[\w.-]+)#(\d+)")
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, OSError, SafetensorError)  # that peers raise
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "museum.md"
 WRITER = "museum-writer"  # the plugin of write_page.py: while it is there, the page is not compared
@@ -90,7 +91,7 @@ class Peer:
 
 
 class Listener(logging.Handler):
-    """Keeps what a library logs from WARNING on."""
+    """Keeps what is logged from WARNING on."""
 
     def __init__(self, said: list[str]):
         super().__init__(logging.WARNING)
@@ -98,6 +99,25 @@ class Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(record.getMessage())
+
+
+@contextmanager
+def listening(said: list[str]) -> Iterator[None]:
+    """Within, keep each warning, raised or logged; transformers' logger does not pass its own on to the root."""
+    listener, library = Listener(said), logging.getLogger("transformers")
+    level = library.level
+    for logger in (library, logging.getLogger()):
+        logger.addHandler(listener)
+    library.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        said += [str(entry.message) for entry in caught]
+        library.setLevel(level)
+        for logger in (library, logging.getLogger()):
+            logger.removeHandler(listener)
 
 
 class Exhibit:
@@ -127,31 +147,20 @@ class Exhibit:
     ) -> Iterator[Peer]:
         """Within, run a peer and set `peer.right`.
 
-        `warning`: a pattern of what it may say where it goes on wrong. `refusal` and `failure`: patterns of the error
-        that it may raise; any other error is the test's own.
+        `warning`: a pattern of the warning that a wrong result may come with. `refusal` and `failure`: patterns of the
+        errors that name the cause, and of those that do not; any other error fails the test.
         """
         peer = Peer()
-        logger = logging.getLogger("transformers")
-        listener = Listener(peer.said)
-        logger.addHandler(listener)
-        level = logger.level
-        logger.setLevel(logging.WARNING)
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with listening(peer.said):
                 yield peer
-            peer.said += [str(entry.message) for entry in caught]
-        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, OSError, SafetensorError) as error:
-            if refusal is not None and re.search(refusal, str(error)):
-                self.peers[name] = "refused"
-            elif failure is not None and re.search(failure, str(error)):
-                self.peers[name] = "fails"
-            else:
+        except REFUSALS as error:
+            patterns = {"refused": refusal, "fails": failure}
+            found = [kind for kind, pattern in patterns.items() if pattern and re.search(pattern, str(error))]
+            if not found:
                 raise
+            self.peers[name] = found[0]
             return
-        finally:
-            logger.removeHandler(listener)
-            logger.setLevel(level)
         assert peer.right is not None, f"{name}: nothing was measured"
         warned = warning is not None and any(re.search(warning, text) for text in peer.said)
         self.peers[name] = "right" if peer.right else "warned" if warned else "wrong"

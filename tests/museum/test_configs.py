@@ -20,8 +20,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def test_rotary_base_in_both_spellings(exhibit, twins, ids, apart):
-    """deepspeedai/DeepSpeed#8345, vllm-project/vllm#42624, Open-Athena/MarinFold#184, sgl-project/sglang#14745: transformers 5
-    writes rope_theta into rope_parameters, and readers of the old place take the default, 10000, without a word."""
+    """deepspeedai/DeepSpeed#8345, vllm-project/vllm#42624, Open-Athena/MarinFold#184, sgl-project/sglang#14745:
+    transformers 5 writes rope_theta into rope_parameters, and readers of the old place take the default, 10000, without
+    a word."""
     both = twins(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     with torch.no_grad():
         wanted = both.theirs(ids).logits
@@ -36,8 +37,8 @@ def test_rotary_base_in_both_spellings(exhibit, twins, ids, apart):
 
 
 def test_rotary_scaling_in_both_spellings(exhibit, twins, ids, apart):
-    """NVIDIA-NeMo/Megatron-Bridge#3077, microsoft/onnxruntime-genai#2609: rope_scaling, as transformers 4 wrote it, loses the
-    base or the type where transformers 5's rope_parameters are read."""
+    """NVIDIA-NeMo/Megatron-Bridge#3077, microsoft/onnxruntime-genai#2609: rope_scaling, as transformers 4 wrote it,
+    loses the base or the type where transformers 5's rope_parameters are read."""
     both = twins(rope_parameters={"rope_theta": 500000.0, **LLAMA3})
     with torch.no_grad():
         wanted = both.theirs(ids).logits

@@ -66,8 +66,8 @@ def largest_made(layer: nn.Module, x: Tensor) -> int:
 
 
 def test_doras_norm_without_the_product(exhibit, twins):
-    """huggingface/peft#3387, huggingface/peft#1692, Stability-AI/stable-audio-3#69: each pass through DoRA forms B A, a
-    matrix as large as the weight, for its norms."""
+    """huggingface/peft#3387, Stability-AI/stable-audio-3#69: each pass through DoRA forms B A, a matrix as large as the
+    weight, for its norms."""
     both = twins(**WIDE)
     x = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(0))
     add_adapter(both.ours, LoRAConfig(4, targets=("q_proj",), dora=True))
@@ -80,8 +80,8 @@ def test_doras_norm_without_the_product(exhibit, twins):
 
 
 def test_memory_before_the_run(exhibit, twins):
-    """deepspeedai/DeepSpeed#5304, axolotl-ai-cloud/axolotl#848, axolotl-ai-cloud/axolotl#2531: an estimate of a LoRA run's
-    memory counts frozen parameters as trained, or there is none."""
+    """deepspeedai/DeepSpeed#5304, axolotl-ai-cloud/axolotl#848: an estimate of a LoRA run's memory counts frozen
+    parameters as trained, or there is none."""
     both = twins()
     for config in (LoRAConfig(4), PrefixConfig(5, init="peft"), FullConfig()):
         planned = plan(read_config(both.folder / "config.json"), config, rows=1, length=32)

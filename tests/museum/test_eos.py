@@ -7,16 +7,7 @@ import pytest
 import torch
 import transformers
 
-from minipeft import (
-    LoRAConfig,
-    TrainConfig,
-    add_adapter,
-    encode_pairs,
-    generate,
-    load_tokenizer,
-    pack,
-    train,
-)
+from minipeft import LoRAConfig, TrainConfig, add_adapter, encode_pairs, generate, load_tokenizer, pack, train
 from minipeft.data.examples import Example, Pair
 from minipeft.generation import GenerateConfig, answer
 from minipeft.models.checkpoint import load_model
@@ -34,9 +25,9 @@ def peer_tokenizer(folder: Path, **changes: object) -> transformers.PreTrainedTo
 
 
 def test_eos_is_learned_where_it_also_pads(exhibit, tokenizer, tmp_path):
-    """mlabonne/llm-course#33, huggingface/trl#976, huggingface/blog#1302, NVIDIA-NeMo/Megatron-Bridge#4660,
-    ibm-granite/granite-3.1-language-models#2: where the padding token is EOS, EOS is masked out of the labels, and the
-    model never learns to stop."""
+    """mlabonne/llm-course#33, huggingface/trl#976, unslothai/unsloth#416, huggingface/blog#1302,
+    NVIDIA-NeMo/Megatron-Bridge#4660, ibm-granite/granite-3.1-language-models#2: where the padding token is EOS, EOS is
+    masked out of the labels, and the model never learns to stop."""
     examples = [Example([5, 6, 0], 1), Example([7, 8, 9, 10, 0], 1)]
     batches = pack(examples, tokenizer, length=8, batch=2, shuffle=False)
     assert batches[0].labels.flatten().tolist().count(0) == 2  # both EOS, and no padding
@@ -49,7 +40,7 @@ def test_eos_is_learned_where_it_also_pads(exhibit, tokenizer, tmp_path):
 
 
 def test_the_last_target_is_eos(exhibit, tmp_path):
-    """ludwig-ai/ludwig#3945, unslothai/unsloth#416: where the padding token is not EOS, texts end in padding."""
+    """ludwig-ai/ludwig#3945: where the padding token is not EOS, texts end in padding."""
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "pad_token": "!"}))
     tokenizer = load_tokenizer(tmp_path)
@@ -69,8 +60,8 @@ def test_the_tokenizer_adds_no_eos(exhibit, tokenizer, tmp_path):
 
 
 def test_a_trained_model_stops(exhibit, twins, tokenizer):
-    """huggingface/trl#734, brevdev/launchables#4: a fine-tuned model generates until the limit, and nothing says that the
-    answer was cut."""
+    """huggingface/trl#734, brevdev/launchables#4: a fine-tuned model generates until the limit, and nothing says that
+    the answer was cut."""
     both = twins()
     examples = encode_pairs([Pair("a", "xy"), Pair("b", "z")], tokenizer)
     prompts = ["### Instruction:\na\n### Response:\n", "### Instruction:\nb\n### Response:\n"]
@@ -136,8 +127,8 @@ def test_one_bos(exhibit, tmp_path):
 
 
 def test_control_tokens_in_a_users_text(exhibit, tmp_path):
-    """huggingface/transformers#29279, google-deepmind/gemma#770, vllm-project/vllm#11691: the name of a control token in
-    a user's text becomes that token, and ends or forges a turn."""
+    """huggingface/transformers#29279, google-deepmind/gemma#770, vllm-project/vllm#11691: the name of a control token
+    in a user's text becomes that token, and ends or forges a turn."""
     with_bos(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode("a<|endoftext|>b<s>c", bos=False)
@@ -196,8 +187,8 @@ def test_the_default_padding_side(exhibit, twins, tokenizer, prompts, tmp_path):
 
 
 def test_prompts_beyond_the_context(exhibit, twins, tokenizer):
-    """CarperAI/trlx#130, huggingface/transformers#530, openai/gpt-2#121: a prompt longer than the context fails deep in the
-    model, after a warning at most."""
+    """CarperAI/trlx#130, huggingface/transformers#530, openai/gpt-2#121: a prompt longer than the context fails deep in
+    the model, after a warning at most."""
     both = twins("gpt2")
     with exhibit.refused("prompt 1: 200 tokens and 8 new ones exceed the context, 96. Cut it to 88 tokens"):
         generate(both.ours, tokenizer, ["a" * 200], GREEDY)
@@ -207,13 +198,13 @@ def test_prompts_beyond_the_context(exhibit, twins, tokenizer):
 
 
 def test_ids_beyond_the_vocabulary(exhibit, twins, tmp_path):
-    """huggingface/tokenizers#1609, BlinkDL/RWKV-LM#346, pytorch/torchtitan#1495, 01-ai/Yi#448: a tokenizer with more tokens
-    than the model has embeddings fails in the middle of training."""
+    """huggingface/tokenizers#1609, BlinkDL/RWKV-LM#346, pytorch/torchtitan#1495, 01-ai/Yi#448: a tokenizer with more
+    tokens than the model has embeddings fails in the middle of training."""
     both = twins()
     with_bos(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     with exhibit.refused("257"):
         tokenizer.check_fits(both.ours.config.vocab_size)
     with exhibit.theirs("transformers", failure="index out of range") as peer:
-        both.theirs(torch.tensor([[tokenizer.bos, 5]]))
-        peer.right = True
+        made = both.theirs(torch.tensor([[tokenizer.bos, 5]]))
+        peer.right = made.logits.shape[-1] > tokenizer.bos

@@ -35,8 +35,8 @@ def mean_loss(model: Decoder, batch: Batch) -> Tensor:
 
 def test_packed_documents_are_separate(exhibit, twins, ids, apart):
     """huggingface/trl#3910, huggingface/trl#1230, huggingface/trl#3067, hiyouga/LlamaFactory#4224,
-    MeetKai/functionary#132, huggingface/alignment-handbook#204: without FlashAttention, documents that share a packed row
-    see each other."""
+    MeetKai/functionary#132, huggingface/alignment-handbook#204: without FlashAttention, documents that share a packed
+    row see each other."""
     both = twins()
     row = torch.cat([ids[0, :10], ids[1, :14]])[None]
     documents = torch.tensor([[0] * 10 + [1] * 14])
@@ -48,16 +48,6 @@ def test_packed_documents_are_separate(exhibit, twins, ids, apart):
         packed = collator([{"input_ids": ids[0, :10].tolist()}, {"input_ids": ids[1, :14].tolist()}])
         given = {"input_ids": packed["input_ids"], "position_ids": packed["position_ids"], "use_cache": False}
         peer.right = apart(both.theirs(**given).logits[:, 10:], alone) < 1e-4
-
-
-def test_no_label_crosses_a_document(exhibit, tokenizer):
-    """huggingface/trl#3526: in a packed row, the last token of a document is trained to predict the first of the next."""
-    documents = [[5, 6, 7, 0], [8, 9, 0]]
-    rows = pack([Example(d, 0) for d in documents], tokenizer, length=8, batch=1, shuffle=False)
-    assert rows[0].labels.tolist() == [[IGNORED, 6, 7, 0, IGNORED, 9, 0, IGNORED]]
-    with exhibit.theirs("transformers") as peer:
-        packed = transformers.DataCollatorWithFlattening()([{"input_ids": d} for d in documents])
-        peer.right = packed["labels"][0, 4].item() == IGNORED
 
 
 def test_accumulated_batches_are_one_batch(exhibit, twins, tokenizer, apart, tmp_path):
@@ -142,8 +132,8 @@ def test_examples_that_lost_their_answer(exhibit, tokenizer):
 
 
 def test_long_examples_are_counted(exhibit, tokenizer):
-    """axolotl-ai-cloud/axolotl#775, axolotl-ai-cloud/axolotl#2211: examples longer than a row are dropped or cut without
-    a word."""
+    """axolotl-ai-cloud/axolotl#775, axolotl-ai-cloud/axolotl#2211: examples longer than a row are dropped or cut
+    without a word."""
     batches = pack([Example([5] * 20, 0), Example([6] * 4, 0)], tokenizer, length=16, batch=1)
     report = batches.report
     assert (report.documents_cut, report.tokens_cut, report.tokens_out) == (1, 4, 20)
@@ -151,7 +141,8 @@ def test_long_examples_are_counted(exhibit, tokenizer):
 
 
 def test_a_mask_and_a_fused_loss(exhibit, twins, ids):
-    """huggingface/trl#3781: with a fused loss kernel the assistant mask is ignored, and the whole text is trained on."""
+    """huggingface/trl#3781: with a fused loss kernel the assistant mask is ignored, and the whole text is trained
+    on."""
     both = twins()
     labels = ids.clone()
     labels[:, :15] = IGNORED
@@ -176,8 +167,8 @@ def loss_and_gradient(both: object, ids: Tensor, apart: Callable[[Tensor, Tensor
 
 
 def test_soft_cap_in_a_fused_loss(exhibit, twins, ids, apart):
-    """apple/ml-cross-entropy#48, linkedin/Liger-Kernel#320, huggingface/trl#6629: a fused loss leaves out Gemma 2's soft
-    cap of the logits."""
+    """apple/ml-cross-entropy#48, linkedin/Liger-Kernel#320, huggingface/trl#6629: a fused loss leaves out Gemma 2's
+    soft cap of the logits."""
     both = twins("gemma2", head_dim=8, final_logit_softcapping=3.0, sliding_window=64, query_pre_attn_scalar=8)
     assert isinstance(both.theirs, Gemma2ForCausalLM)
     ours, theirs = loss_and_gradient(both, ids, apart)
@@ -228,8 +219,8 @@ def write_merging_tokenizer(folder: Path) -> None:
 
 
 def test_prompt_and_answer_are_cut_at_the_prompt(exhibit, tmp_path):
-    """huggingface/trl#5213, huggingface/trl#6105: the tokens of prompt and answer together do not begin with those of the
-    prompt, and the mask is cut at the wrong place."""
+    """huggingface/trl#5213, huggingface/trl#6105: the tokens of prompt and answer together do not begin with those of
+    the prompt, and the mask is cut at the wrong place."""
     write_merging_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     (example,) = encode_pairs([Pair("q", "  return 1")], tokenizer)

@@ -24,8 +24,8 @@ from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 
 
 def test_what_rounding_takes_away(exhibit, twins, stir, ids):
-    """unslothai/unsloth#3091, huggingface/peft#1035: an adapter that is merged into bfloat16 weights loses a part of its
-    update, and nothing says how much."""
+    """unslothai/unsloth#3091, huggingface/peft#1035: an adapter that is merged into bfloat16 weights loses a part of
+    its update, and nothing says how much."""
     both = twins(dtype=torch.bfloat16)
     add_adapter(both.ours, LoRAConfig(4, 0.05, targets=("q_proj", "v_proj")))
     stir(both.ours)
@@ -63,8 +63,8 @@ def test_a_merge_that_overflows(exhibit, twins, stir):
 
 
 def test_a_tied_head(exhibit, twins, stir):
-    """huggingface/peft#2018, huggingface/transformers#45127, hiyouga/LlamaFactory#8859: an adapter on the head of a tied
-    model changes the embedding too when it is merged, or is lost when the model is saved."""
+    """huggingface/peft#2018, huggingface/transformers#45127, hiyouga/LlamaFactory#8859: an adapter on the head of a
+    tied model changes the embedding too when it is merged, or is lost when the model is saved."""
     both = twins(tie_word_embeddings=True)
     with exhibit.refused("'lm_head' is not adapted: the loss and the tied embedding use its weight"):
         add_adapter(both.ours, LoRAConfig(4, targets=("lm_head",)))
@@ -76,8 +76,8 @@ def test_a_tied_head(exhibit, twins, stir):
 
 
 def test_pissa_leaves_the_base_alone(exhibit, twins, stir, ids, apart, tmp_path):
-    """huggingface/peft#2184, huggingface/transformers#34468, huggingface/peft#1929: loading a PiSSA adapter changes the base,
-    so that without it, or with another, the model answers otherwise."""
+    """huggingface/peft#2184, huggingface/transformers#34468, huggingface/peft#1929: loading a PiSSA adapter changes the
+    base, so that without it, or with another, the model answers otherwise."""
     both = twins()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     with torch.no_grad():
@@ -103,8 +103,8 @@ def test_pissa_leaves_the_base_alone(exhibit, twins, stir, ids, apart, tmp_path)
 
 
 def test_merged_is_unmerged(exhibit, twins, stir, ids, apart):
-    """Lightning-AI/litgpt#1224, Lightning-AI/litgpt#960, Lightning-AI/litgpt#629, tloen/alpaca-lora#19: a merged model is
-    not the adapted one: a transposed weight, an unknown scale, or no merge at all."""
+    """Lightning-AI/litgpt#1224, Lightning-AI/litgpt#960, Lightning-AI/litgpt#629, tloen/alpaca-lora#19: a merged model
+    is not the adapted one: a transposed weight, an unknown scale, or no merge at all."""
     both = twins("gpt2")
     targets = ("c_attn", "attn.c_proj", "c_fc")
     given = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_rslora=True)
@@ -124,7 +124,7 @@ def test_merged_is_unmerged(exhibit, twins, stir, ids, apart):
 
 
 def test_a_saved_model_holds_the_adapter(exhibit, twins, stir, ids, tmp_path):
-    """unslothai/unsloth#611, unslothai/unsloth#5410: the model that is saved as merged is the base."""
+    """unslothai/unsloth#611: the model that is saved as merged is the base."""
     both = twins()
     add_adapter(both.ours, LoRAConfig(4))
     stir(both.ours)
@@ -138,8 +138,8 @@ def test_a_saved_model_holds_the_adapter(exhibit, twins, stir, ids, tmp_path):
 
 
 def test_a_quantized_base(exhibit, twins):
-    """artidoro/qlora#28, bitsandbytes-foundation/bitsandbytes#430, huggingface/peft#2321: merging into a 4-bit base fails, or
-    changes the answers by rounding."""
+    """artidoro/qlora#28, bitsandbytes-foundation/bitsandbytes#430, huggingface/peft#2321: merging into a 4-bit base
+    fails, or changes the answers by rounding."""
     both = twins()
     file = both.folder / "config.json"
     given = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -149,8 +149,8 @@ def test_a_quantized_base(exhibit, twins):
 
 
 def test_an_adapter_of_another_vocabulary(exhibit, twins, tmp_path):
-    """unslothai/unsloth#1343, huggingface/peft#436: an adapter that was trained with added tokens is loaded on the base without
-    them."""
+    """unslothai/unsloth#1343, huggingface/peft#436: an adapter that was trained with added tokens is loaded on the base
+    without them."""
     both = twins()
     model = peft.get_peft_model(twins(vocab_size=300).theirs, peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
     model.save_pretrained(tmp_path / "adapter")
@@ -158,11 +158,12 @@ def test_an_adapter_of_another_vocabulary(exhibit, twins, tmp_path):
         load_adapter(both.ours, tmp_path / "adapter")
     with exhibit.theirs("peft", refusal="size mismatch") as peer:
         peft.PeftModel.from_pretrained(both.theirs, tmp_path / "adapter")
-        peer.right = True
+        peer.right = both.theirs.config.vocab_size == 300
 
 
 def test_saving_and_loading_is_the_identity(exhibit, twins, stir, ids, tmp_path):
-    """huggingface/peft#1836: an adapter that was trained, saved and loaded answers otherwise than before."""
+    """OpenGVLab/InternVL#615: an adapter that was trained, saved and loaded again answers as if it had not been
+    trained."""
     both = twins()
     for config in (
         LoRAConfig(3, 5.0, rslora=True),

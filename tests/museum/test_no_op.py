@@ -133,7 +133,7 @@ def test_embedding_and_head_as_targets(exhibit, twins, ids):
 
 def test_a_whole_head_in_an_adapter_file(exhibit, twins, stir, ids, apart, tmp_path):
     """ggml-org/llama.cpp#11554, unslothai/unsloth#3454: a head that was trained beside LoRA and lies in the adapter's
-    file is dropped when the adapter is converted or merged."""
+    file cannot be converted, or is dropped at the merge."""
     both = twins()
     folder = write_adapter(both.ours, stir, tmp_path / "adapter")
     head = torch.randn(both.theirs.lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
@@ -200,7 +200,8 @@ def test_all_linears_are_named(exhibit, twins):
 
 
 def test_a_frozen_adapter_is_not_trained(exhibit, twins, stir, batch, tmp_path):
-    """huggingface/trl#6700, huggingface/trl#3926, huggingface/peft#282: an adapter that was loaded frozen takes part in a training that moves nothing."""
+    """huggingface/trl#6700, huggingface/trl#3926, huggingface/peft#282: an adapter that was loaded frozen takes part in
+    a training that moves nothing."""
     both = twins()
     folder = write_adapter(both.ours, stir, tmp_path / "adapter")
     load_adapter(both.ours, folder)
@@ -209,4 +210,4 @@ def test_a_frozen_adapter_is_not_trained(exhibit, twins, stir, batch, tmp_path):
     with exhibit.theirs("peft", failure="does not require grad") as peer:
         model = peft.PeftModel.from_pretrained(both.theirs, folder).train()
         model(batch.ids, labels=batch.labels).loss.backward()
-        peer.right = True
+        peer.right = any(p.grad is not None for p in model.parameters())

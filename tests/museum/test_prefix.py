@@ -40,7 +40,7 @@ def test_a_prefix_and_activation_checkpointing(exhibit, twins, tokenizer, stir, 
         theirs.train()
         theirs.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         theirs(batch.ids, labels=batch.labels).loss.backward()
-        peer.right = True
+        peer.right = bool(theirs.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0)
 
 
 def padded_left(ids: Tensor, pads: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def padded_left(ids: Tensor, pads: int) -> tuple[Tensor, Tensor]:
 
 
 def test_left_padding_behind_a_prompt(exhibit, twins, tokenizer, stir, ids, apart, tmp_path):
-    """huggingface/peft#1093, huggingface/peft#1212, huggingface/peft#54: with left padding, the padding stands between a soft
-    prompt and its text, whose positions it shifts."""
+    """huggingface/peft#1093, huggingface/peft#1212, huggingface/peft#54: with left padding, the padding stands between
+    a soft prompt and its text, whose positions it shifts."""
     both = twins("gpt2")
     add_adapter(both.ours, PromptConfig(5, text=TEXT), tokenizer)
     stir(both.ours)
@@ -99,8 +99,8 @@ def test_generation_with_a_prefix(exhibit, twins, tokenizer, stir, tmp_path):
 
 
 def test_heads_of_a_width_of_their_own(exhibit, twins, tokenizer, stir, ids, apart, tmp_path):
-    """huggingface/peft#2881, huggingface/peft#1901, adapter-hub/adapters#825: prefix-tuning takes the head width for hidden
-    size over heads, and fails on grouped queries or on Qwen3."""
+    """huggingface/peft#2881, huggingface/peft#1901, adapter-hub/adapters#825: prefix-tuning takes the head width for
+    hidden size over heads, and fails on grouped queries or on Qwen3."""
     both = twins("qwen3", head_dim=16)
     add_adapter(both.ours, PrefixConfig(5, text=TEXT, windowed=True), tokenizer)
     stir(both.ours)
@@ -115,14 +115,16 @@ def test_heads_of_a_width_of_their_own(exhibit, twins, tokenizer, stir, ids, apa
         peer.right = apart(theirs(ids).logits, found) < 1e-4
 
 
-def test_packed_documents_behind_a_prefix(exhibit, twins, tokenizer, stir, ids, apart, tmp_path):
+def test_the_mask_counts_the_prefix(exhibit, twins, tokenizer, stir, ids, apart, tmp_path):
     """zai-org/ChatGLM3#359, huggingface/transformers#41696: the attention mask of a row does not count its prefix."""
     both = twins()
     theirs = with_prefix(both, tokenizer, tmp_path / "adapter", stir)
+    row = torch.cat([ids[:1], torch.zeros_like(ids[:1, :9])], 1)
+    mask = torch.tensor([[1] * 24 + [0] * 9])
     documents = torch.tensor([[0] * 10 + [1] * 14])
-    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
     with torch.no_grad():
-        alone = both.ours(ids[:1, 10:])
-        assert apart(both.ours(ids[:1], documents)[:, 10:], alone) < 1e-5
-    with exhibit.theirs("peft") as peer, torch.no_grad():
-        peer.right = apart(theirs(ids[:1], position_ids=positions).logits[:, 10:], alone) < 1e-4
+        alone = both.ours(ids[:1])
+        assert apart(both.ours(row, mask - 1)[:, :24], alone) < 1e-5
+        assert apart(both.ours(ids[:1], documents)[:, 10:], both.ours(ids[:1, 10:])) < 1e-5
+    with exhibit.theirs("peft", failure="size|shape") as peer, torch.no_grad():
+        peer.right = apart(theirs(row, attention_mask=mask).logits[:, :24], alone) < 1e-4

@@ -19,7 +19,8 @@ def judge(references: list[str], predictions: list[str], **given: object) -> dic
 
 
 def test_nothing_scores_nothing(exhibit):
-    """k4black/codebleu#59: without any data flow in common, as for an empty answer, CodeBLEU's fourth part counts as 1."""
+    """k4black/codebleu#59: without any data flow in common, as for an empty answer, CodeBLEU's fourth part counts as
+    1."""
     assert codebleu([""], [FUNCTION]).score == 0
     assert codebleu([""], [FUNCTION]).compat == 0.25  # what the package gives, by its name
     with exhibit.theirs("codebleu") as peer:
@@ -27,8 +28,8 @@ def test_nothing_scores_nothing(exhibit):
 
 
 def test_references_without_data_flow(exhibit):
-    """k4black/codebleu#20, microsoft/CodeXGLUE#46: where the references have no data flow, its part is a division by zero, or
-    0 with a warning."""
+    """k4black/codebleu#20, microsoft/CodeXGLUE#46: where the references have no data flow, its part is a division by
+    zero, or 0 with a warning."""
     result = codebleu(["pass"], ["pass"])
     assert result.dataflow is None
     assert sum(result.weights[:3]) == pytest.approx(1)
@@ -50,7 +51,7 @@ def scores_by_hash_seed(module: str, name: str, call: str) -> set[str]:
     """What a call prints under different seeds of Python's string hashes."""
     script = SCRIPT.format(module=module, name=name, call=call)
     found = set()
-    for seed in ("0", "1", "2", "3"):
+    for seed in ("0", "2"):
         command = [sys.executable, "-c", script, FLOWS, CHANGED]
         ran = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
@@ -58,8 +59,18 @@ def scores_by_hash_seed(module: str, name: str, call: str) -> set[str]:
     return found
 
 
-FLOWS = "def f(a, b, c, d, e):\n    while a:\n        a = b + c + d + e\n        b = a + c\n        c = d + e + a\n    return a"
-CHANGED = "def f(a, b, c, d, e):\n    while a:\n        a = c + b + e + d\n        b = c + a\n        c = e + a + d\n    return a"
+FLOWS = """def f(a, b, c, d, e):
+    while a:
+        a = b + c + d + e
+        b = a + c
+        c = d + e + a
+    return a"""
+CHANGED = """def f(a, b, c, d, e):
+    while a:
+        a = c + b + e + d
+        b = c + a
+        c = e + a + d
+    return a"""
 
 
 def test_one_text_has_one_score(exhibit):

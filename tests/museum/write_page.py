@@ -16,24 +16,27 @@ Outcome = tuple[str, dict[str, str]]  # ours, and that of each peer
 
 HEAD = """# A museum of public failures
 
-Each row is a way in which users of the fine-tuning stack were silently wronged or left alone, as a public thread tells
-it, rebuilt in a test of `tests/museum/` that runs minipeft and, where it can show the failure on a CPU, the installed
-peer. This page is made from those tests (`tests/museum/write_page.py`), and each test fails if its row here says
-anything else. The peers are those of `constraints.txt`: {versions}.
+Each row is a failure that users of the fine-tuning stack reported in a public thread, most of them silent. A test in
+`tests/museum/` reproduces it in a few lines, runs minipeft on it, and runs an installed peer where that can show it on
+a CPU. `tests/museum/write_page.py` writes this page from the outcomes of these tests, and each test fails if its row
+here says anything else. The peers are those of `constraints.txt`: {versions}.
 
 | outcome | means |
 |---|---|
-| right | it does what the user meant |
-| refused | an error that names the cause, before anything is wrong |
+| right | the result is what the user asked for |
+| refused | an error names the cause, before anything is changed |
 | fails | an error that does not name the cause |
-| **warned** | it goes on wrong, with a warning |
-| **wrong** | it goes on wrong without a word |
-| not offered | there is no such feature, and an error says so |
-| not run | the thread's own software was not run here |
+| **warned** | the result is wrong, and a warning was given |
+| **wrong** | the result is wrong, silently |
+| not offered | minipeft has no such feature; an error says so |
+| not run | no installed peer can show it on a CPU |
 
-A peer in the last column is not always the software of the thread: where that cannot run on a CPU without its own
-stack, the nearest peer that can show the same failure runs instead. That a peer is right today often means that the
-thread was heard. Peers that were run: {counts}. minipeft: {ours}.
+The peer of a row is not always the software of its thread: vLLM, unsloth, axolotl and others cannot run here, and
+transformers or PEFT shows the same failure instead. A peer that is right today often fixed what the thread reported.
+
+{ours}
+
+{counts}
 """
 
 
@@ -56,9 +59,11 @@ def render_head(outcomes: list[Outcome]) -> str:
     counts = []
     for peer in peers:
         found = Counter(theirs[peer] for _, theirs in outcomes if peer in theirs)
-        counts.append(f"{peer} {found.total()} ({listed(found)})")
+        counts.append(f"{peer} in {found.total()} rows: {listed(found)}.")
     versions = ", ".join(f"{name} {version}" for name, version in peers.items())
-    return HEAD.format(versions=versions, counts="; ".join(counts), ours=listed(Counter(ours for ours, _ in outcomes)))
+    ours = Counter(ours for ours, _ in outcomes)
+    held = f"minipeft in {ours.total()} rows: {listed(ours)}."
+    return HEAD.format(versions=versions, counts="\n\n".join(counts), ours=held)
 
 
 def listed(found: Counter[str]) -> str:
