@@ -6,8 +6,8 @@ import json
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minipeft import (
     LoRAConfig,
@@ -21,29 +21,34 @@ from minipeft import (
 )
 from minipeft.adapters.lora import lora_layers
 from minipeft.adapters.peft_format import CONFIG, WEIGHTS
+from tests.museum.twins import peft_layers
 
 
-def test_what_rounding_takes_away(exhibit, twins, stir, ids):
+def lost_share(before: Tensor, update: Tensor, after: Tensor) -> float:
+    """|after - before - update| / |update|: the share of an update that rounding took away."""
+    return float((after.double() - before.double() - update.double()).norm() / update.double().norm())
+
+
+def test_what_rounding_takes_away(exhibit, twins, stir):
     """unslothai/unsloth#3091, huggingface/peft#1035: an adapter that is merged into bfloat16 weights loses a part of
     its update, and nothing says how much."""
     both = twins(dtype=torch.bfloat16)
-    add_adapter(both.ours, LoRAConfig(4, 0.05, targets=("q_proj", "v_proj")))
+    add_adapter(both.ours, LoRAConfig(4, 0.05, targets=("layers.0.self_attn.q_proj",)))
     stir(both.ours)
-    updates = {path: layer.merged()[0] - layer.weight.float() for path, layer in lora_layers(both.ours).items()}
-    before = {path: layer.weight.detach().float() for path, layer in lora_layers(both.ours).items()}
+    (layer,) = lora_layers(both.ours).values()
+    before, update = layer.weight.detach().clone(), (layer.merged()[0] - layer.weight).detach()
     report = merge_adapter(both.ours)
-    missed = torch.cat([
-        (both.ours.get_parameter(f"{path}.weight").float() - before[path] - update).flatten().double()
-        for path, update in updates.items()
-    ])  # fmt: skip
-    whole = torch.cat([update.flatten().double() for update in updates.values()])
-    assert report.relative_error == pytest.approx((missed.norm() / whole.norm()).item(), rel=1e-3)
-    assert report.relative_error > 0.3
+    lost = lost_share(before, update, both.ours.model.layers[0].self_attn.q_proj.weight.detach())
+    assert report.relative_error == pytest.approx(lost, rel=1e-3)
+    assert lost > 0.3
     with exhibit.theirs("peft", warning="round|precision") as peer, torch.no_grad():
-        model = peft.get_peft_model(both.reload(), peft.LoraConfig(r=4, lora_alpha=0.05, target_modules=["q_proj"]))
+        given = peft.LoraConfig(r=4, lora_alpha=0.05, target_modules=["layers.0.self_attn.q_proj"])
+        model = peft.get_peft_model(both.reload(), given)
         stir(model)
-        wanted = model(ids).logits
-        peer.right = torch.allclose(model.merge_and_unload()(ids).logits, wanted, rtol=1e-3)
+        (layer,) = peft_layers(model)
+        before, update = layer.base_layer.weight.clone(), layer.get_delta_weight("default").float()
+        merged = model.merge_and_unload()
+        peer.right = lost_share(before, update, merged.model.layers[0].self_attn.q_proj.weight) < 0.1
 
 
 def test_a_merge_that_overflows(exhibit, twins, stir):
@@ -214,7 +219,5 @@ def test_weights_that_a_checkpoint_lacks(exhibit, twins):
     with exhibit.refused("model.layers.1.mlp.up_proj.weight"):
         load_model(both.folder)
     with exhibit.theirs("transformers", warning="MISSING|newly initialized", refusal="up_proj") as peer:
-        transformers.logging.set_verbosity_warning()
         weight = both.reload().model.layers[1].mlp.up_proj.weight
-        transformers.logging.set_verbosity_error()
         peer.right = torch.equal(weight, both.theirs.model.layers[1].mlp.up_proj.weight)

@@ -1,6 +1,7 @@
 """docs/museum.md is what write_page.py makes of its rows: each row is held by its own test, the rest here."""
 
 import re
+from collections import Counter
 
 from tests.museum.exhibits import CLUSTERS, FOLDER, PAGE, read_labels
 from tests.museum.write_page import render_page
@@ -33,6 +34,14 @@ def test_every_exhibit_has_its_place():
 def test_minipeft_is_never_wrong():
     """Right, refused by name, or not offered."""
     assert {ours for ours, _ in ROW.findall(PAGE.read_text(encoding="utf-8"))} == {"right", "refused", "not offered"}
+
+
+def test_the_readme_counts_them():
+    found = Counter(ours for ours, _ in ROW.findall(PAGE.read_text(encoding="utf-8")))
+    said = " ".join((FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"{found.total()} failures that users of the field reported" in said
+    counts = f"right in {found['right']}, refuses {found['refused']} by name and does not offer {found['not offered']}"
+    assert counts in said
 
 
 def test_the_museum_is_wide():
