@@ -109,7 +109,7 @@ def test_an_alpha_of_zero(exhibit, twins, stir, ids, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     assert json.loads(file.read_text())["lora_alpha"] == 16
     file.write_text(file.read_text().replace('"lora_alpha": 16', '"lora_alpha": 0'))
-    with exhibit.refused("lora_alpha: 0 must be finite and > 0"):
+    with exhibit.refused("lora_alpha: 0 must be"):
         load_adapter(load_model(both.folder), tmp_path / "adapter")
     with exhibit.theirs("peft", refusal="alpha") as peer, torch.no_grad():
         base = both.theirs(ids).logits
