@@ -10,6 +10,7 @@ The test itself decides the outcome. Ours is "right" unless `refused` or `not_of
     right     what the user asked for              refused    an error names the cause
     warned    wrong, with a warning                wrong      wrong, silently
     fails     an error that does not name the cause
+    costs     right, at the cost that the thread tells of
 """
 
 import ast
@@ -143,12 +144,19 @@ class Exhibit:
 
     @contextmanager
     def theirs(
-        self, name: str, *, warning: str | None = None, refusal: str | None = None, failure: str | None = None
+        self,
+        name: str,
+        *,
+        warning: str | None = None,
+        refusal: str | None = None,
+        failure: str | None = None,
+        wrong: str = "wrong",
     ) -> Iterator[Peer]:
         """Within, run a peer and set `peer.right`.
 
         `warning`: a pattern of the warning that a wrong result may come with. `refusal` and `failure`: patterns of the
-        errors that name the cause, and of those that do not; any other error fails the test.
+        errors that name the cause, and of those that do not; any other error fails the test. `wrong`: the outcome where
+        `peer.right` is false, "costs" if the result itself is right.
         """
         peer = Peer()
         try:
@@ -163,7 +171,7 @@ class Exhibit:
             return
         assert peer.right is not None, f"{name}: nothing was measured"
         warned = warning is not None and any(re.search(warning, text) for text in peer.said)
-        self.peers[name] = "right" if peer.right else "warned" if warned else "wrong"
+        self.peers[name] = "right" if peer.right else "warned" if warned else wrong
 
 
 def render_row(label: Label, ours: str, peers: dict[str, str]) -> str:
@@ -181,4 +189,4 @@ def address(thread: str) -> str:
 
 def mark(outcome: str) -> str:
     """An outcome, in bold where a user would be left with a wrong result."""
-    return f"**{outcome}**" if outcome in ("wrong", "warned") else outcome
+    return f"**{outcome}**" if outcome in ("wrong", "warned", "costs") else outcome

@@ -37,7 +37,7 @@ def test_no_wide_copy_of_the_input(exhibit, twins):
     add_adapter(both.ours, LoRAConfig(4, targets=("q_proj",)))
     (layer,) = lora_layers(both.ours).values()
     assert widest_saved(layer.train(), x) <= 2 * x.numel()
-    with exhibit.theirs("peft") as peer:
+    with exhibit.theirs("peft", wrong="costs") as peer:
         model = peft.get_peft_model(both.reload(), peft.LoraConfig(r=4, target_modules=["q_proj"])).train()
         (layer,) = peft_layers(model)
         peer.right = widest_saved(layer, x) <= 2 * x.numel()
@@ -73,7 +73,7 @@ def test_doras_norm_without_the_product(exhibit, twins):
     add_adapter(both.ours, LoRAConfig(4, targets=("q_proj",), dora=True))
     (layer,) = lora_layers(both.ours).values()
     assert largest_made(layer, x) <= x.numel()
-    with exhibit.theirs("peft") as peer:
+    with exhibit.theirs("peft", wrong="costs") as peer:
         model = peft.get_peft_model(both.theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
         (layer,) = peft_layers(model.eval())
         peer.right = largest_made(layer, x) <= x.numel()

@@ -28,6 +28,7 @@ here says anything else. The peers are those of `constraints.txt`: {versions}.
 | fails | an error that does not name the cause |
 | **warned** | the result is wrong, and a warning was given |
 | **wrong** | the result is wrong, silently |
+| **costs** | the result is right, at the memory or time that the thread tells of |
 | not offered | minipeft has no such feature; an error says so |
 | not run | no installed peer can show it on a CPU |
 
