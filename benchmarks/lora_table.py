@@ -13,7 +13,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, object]
-FLOORS = ("frozen", "base")
+FLOORS = ("frozen", "base", "plain torch")
 
 
 def main() -> None:

@@ -2,7 +2,15 @@
 
 from .choice import BACKENDS, Call, UnavailableBackend, choose_backend
 from .dropout import Dropout, keep_mask, make_dropout
-from .lora_linear import lora_linear, lora_linear_reference, lora_linears, lora_rows, make_lora_linear
+from .lora_linear import (
+    lora_linear,
+    lora_linear_reference,
+    lora_linears,
+    lora_linears_reference,
+    lora_rows,
+    make_lora_linear,
+    make_lora_linears,
+)
 from .reference import Part
 from .rows import RowGroups
 
@@ -18,7 +26,9 @@ __all__ = [
     "lora_linear",
     "lora_linear_reference",
     "lora_linears",
+    "lora_linears_reference",
     "lora_rows",
     "make_dropout",
     "make_lora_linear",
+    "make_lora_linears",
 ]

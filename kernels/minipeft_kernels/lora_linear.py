@@ -59,7 +59,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, *four = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        return (*_input_gradients(reference, needs, x, s, [dy], [Part(*four, ctx.scale)], ctx.drop), None, None)
+        return (*_compute_gradients(reference, needs, x, s, [dy], [Part(*four, ctx.scale)], ctx.drop), None, None)
 
 
 def lora_linear_reference(
@@ -125,27 +125,48 @@ def lora_linear(
 def lora_linears(
     x: Tensor,
     projections: Sequence[Part | tuple[Tensor, Tensor | None, Tensor, Tensor, float]],
-    *,
     dropout: float = 0.0,
     seed: int | None = None,
+    *,
     backend: str = "auto",
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """Return lora_linear(x, *projection) for several projections of one x (q, k and v; gate and up), reading x once.
 
     They share one dropout mask as well: the results are those of one call each with the same seed.
     """
     parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # of "meta" (shapes without data) torch cannot say
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch has no answer for "meta"
         return _under_autocast(x, parts, dropout, seed, backend)
     _check(x, parts)
     drop = make_dropout(dropout, seed)
-    flat = [t for part in parts for t in part[:4]]
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
+    tensors = [t for part in parts for t in part[:4]]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     functions = import_backend(_choose(backend, x, parts, drop is not None, needs_grad))
-    if needs_grad:
-        return list(_LoRALinears.apply(x, _Plan(functions, tuple(p.scale for p in parts), drop), *flat))
-    ys, _ = functions.forward(x.reshape(-1, x.shape[-1]), parts, drop)  # [M, N] each
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]  # [..., N] each
+    return _compute(functions, x, parts, drop, needs_grad)
+
+
+def lora_linears_reference(
+    x: Tensor, parts: Sequence[Part], dropout: float = 0.0, seed: int | None = None
+) -> Sequence[Tensor]:
+    """lora_linears with backend="reference", without its checks: torch's own errors say what does not fit."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return lora_linears(x, parts, dropout=dropout, seed=seed, backend="reference")
+    drop = None if dropout == 0.0 else make_dropout(dropout, seed)
+    return _compute(reference, x, parts, drop, torch.is_grad_enabled())
+
+
+def make_lora_linears(backend: str, device: torch.device) -> Callable[..., Sequence[Tensor]]:
+    """Return the function for layers that share x: (x, parts, dropout=0.0, seed=None) -> y [..., N] of each.
+
+    As make_lora_linear: the reference's own where the backend is known before the call, else `lora_linears`.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    check_name(backend)
+    if is_always_reference(backend, device.type):
+        return lora_linears_reference
+    return functools.partial(lora_linears, backend=backend)
 
 
 def lora_rows(
@@ -201,27 +222,47 @@ class _Plan(NamedTuple):
 
 
 class _LoRALinears(torch.autograd.Function):
-    """All projections of one x, on any backend. Kept for backward: x, and s [M, R]; no mask, no copy of x."""
+    """All projections of one x, on any backend. Saved for backward: x and s [M, R]; no mask, no copy of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        parts = _parts(flat, plan.scales)
-        ys, s = plan.functions.forward(x.reshape(-1, x.shape[-1]), parts, plan.drop)  # [M, N] each, [M, R]
-        ctx.save_for_backward(x, s, *flat)
+    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        parts = _gather_parts(tensors, plan.scales)
+        ys, s = plan.functions.forward(_flatten(x), parts, plan.drop)  # [M, N] each, [M, R]
+        ctx.save_for_backward(x, s, *tensors)
         ctx.plan = plan
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # [..., N] each
+        return tuple(_unflatten(ys, x))  # [..., N] each
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, *flat = ctx.saved_tensors
+        x, s, *tensors = ctx.saved_tensors
         plan, (needs_dx, _, *needs) = ctx.plan, ctx.needs_input_grad
-        parts = _parts(flat, plan.scales)
-        dx, *others = _input_gradients(plan.functions, (needs_dx, *needs), x, s, dys, parts, plan.drop)
+        parts = _gather_parts(tensors, plan.scales)
+        dx, *others = _compute_gradients(plan.functions, (needs_dx, *needs), x, s, dys, parts, plan.drop)
         return (dx, None, *others)
 
 
-def _input_gradients(
+def _compute(
+    functions: ModuleType, x: Tensor, parts: Sequence[Part], drop: Dropout | None, needs_grad: bool
+) -> Sequence[Tensor]:
+    """Return each projection's y [..., N] by a backend's functions, recorded for backward where `needs_grad`."""
+    if needs_grad:
+        plan = _Plan(functions, tuple(part.scale for part in parts), drop)
+        return _LoRALinears.apply(x, plan, *(t for part in parts for t in part[:4]))
+    return _unflatten(functions.forward(_flatten(x), parts, drop)[0], x)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Return x [..., K] as a matrix."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
+
+
+def _unflatten(ys: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+    """Give each y [M, N] the leading dimensions of x."""
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]  # [..., N] each
+
+
+def _compute_gradients(
     functions: ModuleType,
     needs: Sequence[bool],
     x: Tensor,
@@ -244,9 +285,9 @@ def _input_gradients(
     return grads
 
 
-def _parts(flat: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]:
+def _gather_parts(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Part]:
     """Gather the flat list of tensors that autograd hands over into projections again."""
-    fours = [flat[4 * i : 4 * i + 4] for i in range(len(scales))]
+    fours = [tensors[4 * i : 4 * i + 4] for i in range(len(scales))]
     return [Part(W, b, A, B, scale) for (W, b, A, B), scale in zip(fours, scales)]  # type: ignore[arg-type]
 
 

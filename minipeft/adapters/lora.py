@@ -23,7 +23,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from minipeft_kernels import BACKENDS, Call, Part, UnavailableBackend, choose_backend, lora_linears, make_lora_linear
+from minipeft_kernels import (
+    BACKENDS,
+    Call,
+    Part,
+    UnavailableBackend,
+    choose_backend,
+    make_lora_linear,
+    make_lora_linears,
+)
 from minipeft_kernels import RowGroups as RowGroups  # the bank's, as lora_rows: minipeft_kernels is imported here alone
 from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
@@ -53,8 +61,9 @@ class LoRALinear(TrainableModule):
         self.bind()
 
     def bind(self) -> None:
-        """Choose the function that computes the product on this device."""
+        """Choose the functions that compute the layer on this device: alone, and with layers that share its x."""
         self.product = make_lora_linear(self.backend, self.weight.device)
+        self.products = make_lora_linears(self.backend, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -85,7 +94,7 @@ class LoRALinear(TrainableModule):
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Each linear of the same x: those with LoRA share one read of x and one dropout mask (q, k, v; gate, up)."""
         parts = [linear.part() for linear in linears if isinstance(linear, LoRALinear)]
-        ys = iter(lora_linears(x, parts, dropout=self.dropout if self.training else 0.0, backend=self.backend))
+        ys = iter(self.products(x, parts, self.dropout if self.training else 0.0))
         return tuple(next(ys) if isinstance(linear, LoRALinear) else linear(x) for linear in linears)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import peft
@@ -19,9 +19,11 @@ from minipeft_kernels import (
     lora_linear,
     lora_linear_reference,
     lora_linears,
+    lora_linears_reference,
     lora_rows,
     make_dropout,
     make_lora_linear,
+    make_lora_linears,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -235,20 +237,66 @@ def test_what_can_be_decided_before_a_call_is() -> None:
         make_lora_linear("decode", cpu)(*problem(5, 8, 6, 2, torch.float32, 0)[:5], 1.0, 0.5)
 
 
-def test_the_product_is_two_calls_away() -> None:
-    """What a student has to open between a layer and x W^T: functions of this package, in order."""
-    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
-    opened: list[str] = []
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_layers_that_share_x_get_lora_linears_bits(dropout: float) -> None:
+    """The unchecked function: y, dX, dA and dB of three projections, with and without gradients, under autocast too."""
+    products = make_lora_linears("auto", torch.device("cpu"))
+    assert products is lora_linears_reference
+    x = problem(33, 20, 1, 1, torch.float32, 0)[0].view(3, 11, 20)
+    parts = [Part(*problem(1, 20, n, r, torch.float32, n)[1:5], 1.3) for n, r in [(12, 4), (8, 2), (12, 1)]]
+    leaves = [x, *(t for part in parts for t in part[2:4])]
+
+    def run(compute: Callable[..., Sequence[Tensor]], *leaves: Tensor) -> list[Tensor]:
+        given = [p._replace(lora_A=A, lora_B=B) for p, A, B in zip(parts, leaves[1::2], leaves[2::2])]
+        return list(compute(leaves[0], given, dropout, 5))
+
+    trained = [t.clone().requires_grad_() for t in leaves]
+    got, want = run(products, *trained), run(lora_linears, *trained)
+    free = run(products, *leaves)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(got, want, free, strict=True))
+    grads = [torch.autograd.grad(sum(y.sin().sum() for y in ys), trained) for ys in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = run(products, *leaves)
+        assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(low, run(lora_linears, *leaves)))
+    meta = [Part(*(t.to("meta") for t in p[:4]), p.scale) for p in parts]  # type: ignore[union-attr]
+    assert [y.shape for y in products(x.to("meta"), meta)] == [(3, 11, 12), (3, 11, 8), (3, 11, 12)]
+
+
+def called(call: Callable[[], object]) -> list[str]:
+    """Return the functions of this package that a call enters, in order."""
+    names: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_globals["__name__"].startswith("minipeft_kernels."):
-            opened.append(frame.f_code.co_name)
+            names.append(frame.f_code.co_name)
 
-    product = make_lora_linear("auto", x.device)
     sys.setprofile(note)
-    product(x.requires_grad_(), W, b, A, B, 2.0)
+    call()
     sys.setprofile(None)
-    assert opened == ["lora_linear_reference", "forward", "shrink", "times_weight_t", "factor"]
+    return names
+
+
+def test_the_product_is_two_calls_away() -> None:
+    """What a student has to open between a layer and x W^T: functions of this package, in order."""
+    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    product = make_lora_linear("auto", x.device)
+    names = called(lambda: product(x.requires_grad_(), W, b, A, B, 2.0))
+    assert names == ["lora_linear_reference", "forward", "shrink", "times_weight_t", "factor"]
+
+
+def test_a_layers_call_checks_nothing() -> None:
+    """Shapes, dtypes and the backend's name are checked by lora_linears alone, and when a layer is made."""
+    x, *four, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    checks = {"_check", "_choose", "import_backend", "check_name"}
+    parts = [Part(*four, 2.0)] * 3
+    products = make_lora_linears("auto", x.device)
+    assert not checks & set(called(lambda: products(x, parts)))
+    assert {"_check", "_choose"} <= set(called(lambda: lora_linears(x, parts)))
+    with pytest.raises(ValueError, match="no backend is named 'fast'"):
+        make_lora_linears("fast", x.device)
+    with pytest.raises(UnavailableBackend, match="backend='decode' cannot run here"):
+        make_lora_linears("decode", x.device)(x, parts, 0.5)
 
 
 def test_the_weight_of_a_part_as_a_plain_tensor() -> None:
