@@ -53,7 +53,7 @@ def main() -> None:
     rows: list[measure.Row] = []
     with tempfile.TemporaryDirectory() as work, torch.no_grad():
         folders = make_adapters(arguments, Path(work), max(arguments.adapters))
-        ours, theirs = our_bank(arguments, folders), their_model(arguments, folders)
+        ours, theirs = load_our_bank(arguments, folders), load_their_model(arguments, folders)
         for threads, count in itertools.product(arguments.threads, arguments.adapters):
             torch.set_num_threads(threads)
             found = compare(ours, theirs, count, threads, arguments)
@@ -85,14 +85,14 @@ def make_adapters(arguments: argparse.Namespace, work: Path, count: int) -> list
     return folders
 
 
-def our_bank(arguments: argparse.Namespace, folders: list[Path]) -> AdapterBank:
+def load_our_bank(arguments: argparse.Namespace, folders: list[Path]) -> AdapterBank:
     bank = AdapterBank(load(arguments))
     for folder in folders:
         bank.load(folder.name, folder)
     return bank
 
 
-def their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.Module:
+def load_their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.Module:
     dtype = getattr(torch, arguments.dtype)
     base = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
     model = peft.PeftModel.from_pretrained(base, folders[0], adapter_name="0")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import measure
 import torch
 import torch.nn.functional as F
-from lora_linear import Problem, find_backends, peft_layer, problem, record_graphs, relative, under_autocast
+from lora_linear import Problem, find_backends, make_peft_layer, problem, record_graphs, relative, under_autocast
 from minipeft_kernels import Part, lora_linears
 from torch import Tensor
 
@@ -70,11 +70,11 @@ def compare(
 ) -> list[measure.Row]:
     """Time forward and backward of each way to compute a block; each row carries its kept bytes and its checks."""
     x = layers[0].inputs[0][0]
-    build = all_builds(layers, arguments)
+    build = list_builds(layers, arguments)
     plain = [dataclasses.replace(layer, dropout=0.0) for layer in layers]
     checks = {label: check(make(plain), plain) for label, make in build.items() if label != "frozen"}
     blocks = {label: make(layers) for label, make in build.items()}
-    kept = {label: kept_bytes(block, layers) for label, block in blocks.items()}
+    kept = {label: count_kept_bytes(block, layers) for label, block in blocks.items()}
     calls = {label: repeat_over_inputs(block, layers) for label, block in blocks.items()}
     calls |= record_graphs(calls, len(layers[0].inputs)) if x.is_cuda else {}
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
@@ -116,7 +116,7 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, fl
     return dataclasses.replace(row, extra=extra)
 
 
-def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
+def list_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
     """Return how to build the floor, PEFT's columns and this project's backends that can run here, by name."""
     build: dict[str, Build] = {"frozen": frozen, "peft, same dtype": lambda given: peft(given, upcast=False)}
     if layers[0].weight.dtype != torch.float32:  # in float32 the three are one
@@ -137,7 +137,7 @@ def frozen(layers: list[Problem]) -> Block:
 
 def peft(layers: list[Problem], upcast: bool, wrap: Callable[[Linear], Linear] = lambda call: call) -> Block:
     """Return the block of HF PEFT's linears, one module each."""
-    variants = [peft_layer(given, upcast) for given in layers]
+    variants = [make_peft_layer(given, upcast) for given in layers]
     calls = [wrap(variant.call) for variant in variants]
     return Block(join(calls, layers), [matrix for variant in variants for matrix in variant.trained])
 
@@ -223,16 +223,16 @@ def loss_after(steps: int, block: Block, layers: list[Problem]) -> float:
     """Return the mean square of each token's mean output less a target, after some steps of plain SGD on one input."""
     x = layers[0].inputs[0][0]  # [M, K]
     target = torch.linspace(-1, 1, len(x), device=x.device)  # [M]
-    loss_of = lambda: (sum(y.float().mean(-1) for y in block.call(x)) - target).square().mean()
+    compute_loss = lambda: (sum(y.float().mean(-1) for y in block.call(x)) - target).square().mean()
     for _ in range(steps):
-        loss = loss_of()
+        loss = compute_loss()
         for matrix, gradient in zip(block.trained, torch.autograd.grad(loss, block.trained)):
             matrix.data -= 0.005 * gradient / (gradient.norm() + 1e-12)
     with torch.no_grad():
-        return loss_of().item()
+        return compute_loss().item()
 
 
-def kept_bytes(block: Block, layers: list[Problem]) -> int:
+def count_kept_bytes(block: Block, layers: list[Problem]) -> int:
     """Return the bytes that forward keeps for backward, weights apart, each memory once."""
     own = {t.data_ptr() for layer in layers for t in (layer.weight, layer.bias)} | {t.data_ptr() for t in block.trained}
     kept: dict[int, int] = {}

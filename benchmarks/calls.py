@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import measure
 import torch
 import torch.nn.functional as F
-from lora_linear import Problem, exact, peft_layer, problem, relative
+from lora_linear import Problem, exact, make_peft_layer, problem, relative
 from torch import Tensor, nn
 
 from minipeft.adapters.lora import LoRAConfig, LoRALinear
@@ -83,7 +83,7 @@ def judge(row: measure.Row, error: float) -> measure.Row:
 def make_variants(layers: list[Problem]) -> dict[str, Call]:
     """Return each way to compute the linears of one x, by name."""
     ours, plain = [make_layer(given) for given in layers], [make_plain(given) for given in layers]
-    pefts = [peft_layer(given, upcast=False).call for given in layers]
+    pefts = [make_peft_layer(given, upcast=False).call for given in layers]
     return {
         "plain torch": lambda x: [linear(x) for linear in plain],
         "peft": lambda x: [linear(x) for linear in pefts],

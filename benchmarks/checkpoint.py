@@ -70,7 +70,7 @@ def trainers(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None],
     return save, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def demo_run(out: Path) -> tuple[Callable[[], object], Callable[[], None]]:
+def make_demo_run(out: Path) -> tuple[Callable[[], object], Callable[[], None]]:
     """A step of training the demo model with LoRA, and a save of that run."""
     model, tokenizer = load_model("demo"), load_tokenizer("demo")
     add_adapter(model, LoRAConfig(16))
@@ -110,7 +110,7 @@ def main() -> None:
         shape, packages = f"{numbers} trained numbers, LoRA rank {options.rank}", ("transformers", "peft")
         rows = measure(both, name="checkpoint", shape=shape, dtype="float32", rounds=options.saves, packages=packages)
         print(f"{size():,} bytes a checkpoint, {size() / numbers:.3f} a trained number")
-        step, save_demo = demo_run(Path(work, "demo"))
+        step, save_demo = make_demo_run(Path(work, "demo"))
         pair = {"a step": step, "a save": save_demo}
         rows += measure(pair, name="demo run", shape="LoRA rank 16, 512 tokens", dtype="float32", rounds=options.saves)
         print(f"saving every 50 steps costs {rows[-1].median / (50 * rows[-2].median):.2%}")

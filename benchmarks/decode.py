@@ -77,7 +77,7 @@ def draw_layers(batch: int, adapters: int, k: int, n: int, arguments: argparse.N
             owner=owner,
             scales=scales,
         )
-        for _ in range(measure.input_sets(k * n * dtype.itemsize, device))
+        for _ in range(measure.count_input_sets(k * n * dtype.itemsize, device))
     ]
 
 
@@ -88,7 +88,7 @@ def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) ->
     truth = exact(first)
     ways: dict[str, Callable[[Layer], Callable[[], Tensor]]] = {
         "base": lambda layer: lambda: F.linear(layer.x, layer.weight),
-        "peft, adapter_names": peft_call,
+        "peft, adapter_names": make_peft_call,
     }
     for backend in find_backends(first):
         ways[backend] = lambda layer, backend=backend: lambda: ours(layer, backend)
@@ -158,7 +158,7 @@ def ours(layer: Layer, backend: str) -> Tensor:
     return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, backend=backend)
 
 
-def peft_call(layer: Layer) -> Callable[[], Tensor]:
+def make_peft_call(layer: Layer) -> Callable[[], Tensor]:
     """Return HF PEFT's linear with these adapters loaded, called with a name for each row."""
     r, (n, k) = layer.A.shape[1], layer.weight.shape
     model = nn.Sequential(nn.Linear(k, n, bias=False, device=layer.x.device, dtype=layer.x.dtype))

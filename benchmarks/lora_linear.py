@@ -89,7 +89,7 @@ def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, 
     """Draw a layer whose update is as large as its base, and inputs that differ from call to call."""
     random = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
-    sets = measure.input_sets(m * (k + n) * dtype.itemsize, device)
+    sets = measure.count_input_sets(m * (k + n) * dtype.itemsize, device)
     return Problem(
         weight=(draw(n, k) / k**0.5).to(dtype),
         bias=draw(n).to(dtype),
@@ -113,17 +113,17 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
     """Time forward, and forward with backward, of every variant in turn; each row carries its errors and norms."""
     (x, dy), *_ = given.inputs
     torch.compiler.reset()  # else the ninth shape would silently run as it is, and the second with unknown sizes
-    variants = all_variants(given, arguments)
+    variants = make_variants(given, arguments)
     plain = dataclasses.replace(given, dropout=0.0)  # PEFT's mask is another, so errors are compared without one
     checks = {
-        name: check(variant, plain) for name, variant in all_variants(plain, arguments).items() if variant.trained
+        name: check(variant, plain) for name, variant in make_variants(plain, arguments).items() if variant.trained
     }
     found = []
     for kind in ("forward", "forward + backward"):
         calls = {name: repeat_over_inputs(variant, given, kind != "forward") for name, variant in variants.items()}
         if kind == "forward" and not given.dropout:
-            calls["k-concat"] = k_concat(given)
-            checks["k-concat"] = Check({"y": relative(k_concat(given)(), exact(given)["y"])}, {})
+            calls["k-concat"] = make_k_concat(given)
+            checks["k-concat"] = Check({"y": relative(make_k_concat(given)(), exact(given)["y"])}, {})
         if x.is_cuda:
             calls |= record_graphs(calls, len(given.inputs))
         rows = measure.measure(
@@ -174,15 +174,15 @@ def judge(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
     return dataclasses.replace(row, extra=extra | shown)
 
 
-def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
+def make_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
     """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
     variants = {"frozen": Variant(lambda x: F.linear(x, given.weight, given.bias))}
-    variants["peft, same dtype"] = peft_layer(given, upcast=False)
+    variants["peft, same dtype"] = make_peft_layer(given, upcast=False)
     if given.weight.dtype != torch.float32:  # in float32 the three are one
-        default = variants["peft, default"] = peft_layer(given, upcast=True)
+        default = variants["peft, default"] = make_peft_layer(given, upcast=True)
         variants["peft, autocast"] = Variant(under_autocast(default.call), default.trained)
     if arguments.compile or given.weight.is_cuda:
-        same = peft_layer(given, upcast=False)
+        same = make_peft_layer(given, upcast=False)
         variants["peft, compiled"] = Variant(torch.compile(same.call, dynamic=False), same.trained)
     return variants | {backend: make_ours(given, backend) for backend in find_backends(given)}
 
@@ -219,7 +219,7 @@ def make_ours(given: Problem, backend: str) -> Variant:
     return Variant(call, (A, B))
 
 
-def peft_layer(given: Problem, upcast: bool) -> Variant:
+def make_peft_layer(given: Problem, upcast: bool) -> Variant:
     """Return HF PEFT's layer with these weights, built as its users do, through get_peft_model."""
     n, k = given.weight.shape
     with torch.device("meta"):
@@ -250,7 +250,7 @@ def repeat_over_inputs(variant: Variant, given: Problem, backward: bool) -> Call
     return both if backward else forward_only
 
 
-def k_concat(given: Problem) -> Callable[[], object]:
+def make_k_concat(given: Problem) -> Callable[[], object]:
     """Return forward as ONE product of torch's: [x | s] [W | scale B]^T, for a producer that leaves room beside x.
 
     The producer of x (a norm, an activation) would write rows of K + 64 entries, of which s takes r; B is copied beside
@@ -313,12 +313,12 @@ def tune(given: Problem, device: str) -> None:
     from minipeft_kernels import launch, tiles
 
     (x, dy), *_ = given.inputs
-    architecture, _ = launch._gpu(x)
-    rank, dropped = tiles.rank_block(len(given.lora_A)), given.dropout > 0
+    architecture, _ = launch._describe_gpu(x)
+    rank, dropped = tiles.pad_rank(len(given.lora_A)), given.dropout > 0
     picked = tiles.pick
     for kernel in tiles.TILES:
         times, keys = {}, set()
-        for tile in tiles.fitting(kernel, architecture, len(given.lora_A), dropped):
+        for tile in tiles.list_tiles(kernel, architecture, len(given.lora_A), dropped):
 
             def forced(name: str, *where: Any, tile: Any = tile, kernel: str = kernel, keys: set = keys) -> Any:
                 if name != kernel:
@@ -328,18 +328,18 @@ def tune(given: Problem, device: str) -> None:
 
             tiles.pick = forced
             backend = "hybrid" if kernel == "expand_add" else "fused"
-            times[tile] = seconds_of(make_ours(given, backend), given, device)
+            times[tile] = measure_seconds(make_ours(given, backend), given, device)
         tiles.pick = picked
         best = min(times, key=lambda tile: times[tile])
         print(f"{kernel}: " + ", ".join(f"{tile} {1e3 * time:.3f} ms" for tile, time in times.items()))
         for key in sorted(keys):
             print(f"    TUNED: {key}: {best},")
-    backends = {backend: seconds_of(make_ours(given, backend), given, device) for backend in find_backends(given)}
+    backends = {backend: measure_seconds(make_ours(given, backend), given, device) for backend in find_backends(given)}
     key = (architecture, 1 << (len(x) - 1).bit_length(), x.shape[1], dy.shape[1], rank, dropped)
     print(f"    MEASURED: {key}: {min(backends, key=lambda backend: backends[backend])!r},  # {backends}")
 
 
-def seconds_of(variant: Variant, given: Problem, device: str) -> float:
+def measure_seconds(variant: Variant, given: Problem, device: str) -> float:
     """Return the median seconds of forward and backward."""
     call = repeat_over_inputs(variant, given, backward=True)
     rows = measure.measure({"it": call}, name="tune", shape="", dtype="bfloat16", device=device, rounds=7, seconds=0.01)

@@ -96,7 +96,7 @@ def measure(
     """
     if not busy and not device.startswith("cuda"):
         wait_for_rest()
-    clock = clock_of(threads)
+    clock = choose_clock(threads)
     around = surroundings(device, dtype, threads)
     warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
     first = next(iter(variants))
@@ -118,7 +118,7 @@ def measure(
     shared = {
         "shape": shape,
         "dtype": dtype,
-        "device": device_name(device),
+        "device": describe_device(device),
         "versions": versions(packages),
         "commit": commit(),
         "command": command(),
@@ -195,7 +195,7 @@ def commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + ("+changes" if changed.strip() else "")
 
 
-def device_name(device: str) -> str:
+def describe_device(device: str) -> str:
     """The device in words: the GPU's name, or the processor's with the number of cores this process may use."""
     if device.startswith("cuda"):
         import torch
@@ -267,17 +267,17 @@ def ceilings(device: str, dtype: str, threads: int) -> dict[str, float]:
         call()
         seconds: list[float] = []
         while len(seconds) < 10 and sum(seconds) < 6:
-            seconds.append(_round(call, 1, device, clock_of(threads)))
+            seconds.append(_round(call, 1, device, choose_clock(threads)))
         best[name] = float(f"{work / min(seconds):.3g}")
     return best
 
 
-def clock_of(threads: int) -> Callable[[], float]:
+def choose_clock(threads: int) -> Callable[[], float]:
     """The processor's seconds for one thread; for more, which it would add up, the wall's."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def input_sets(size: int, device: str) -> int:
+def count_input_sets(size: int, device: str) -> int:
     """How many inputs of `size` bytes to take in turn, so that a GPU's L2 cache never holds the next call's.
 
     At least 4, and as many (up to 32) as are four times that cache; on a CPU one.

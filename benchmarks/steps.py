@@ -111,7 +111,7 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
     config, device = CASES[case], options.device
     if options.layers:
         config = config | {"n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers": options.layers}
-    weights = fresh_weights(config, getattr(torch, options.dtype), device)
+    weights = draw_weights(config, getattr(torch, options.dtype), device)
     random = torch.Generator(device).manual_seed(1)
     ids = torch.randint(config["vocab_size"], (rows, length), generator=random, device=device)  # [B, T]
     own = {weight.data_ptr() for weight in weights.values()}
@@ -119,12 +119,12 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
     found = []
     for dropout in (0.0, *(p for p in options.dropout if p)):  # masks differ from PEFT's: losses are compared without
         torch.compiler.reset()
-        variants = all_variants(config, weights, ids, dropout, options)
+        variants = make_variants(config, weights, ids, dropout, options)
         if not dropout:
             checks = {name: after(variant, options.steps) for name, variant in variants.items() if variant.parameters}
         if dropout not in options.dropout:
             continue
-        kept = {name: kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
+        kept = {name: count_kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
         steps: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
         if ids.is_cuda and case != "7b":
             steps |= record_graphs(steps, 1)
@@ -146,7 +146,7 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
     return found
 
 
-def all_variants(
+def make_variants(
     config: Config, weights: dict[str, Tensor], ids: Tensor, dropout: float, options: argparse.Namespace
 ) -> dict[str, Trained]:
     """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
@@ -180,7 +180,7 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float,
     return dataclasses.replace(row, extra=extra)
 
 
-def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def draw_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Random weights by our names."""
     of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
@@ -222,17 +222,17 @@ def ours(
     model = decoder(config, weights)
     add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=backend))
     model.activation_checkpointing = options.activation_checkpointing
-    return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
+    return Trained(lambda: compute_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
 
 
 def frozen(model: Decoder, ids: Tensor, options: argparse.Namespace) -> Trained:
     """The floor: nothing is trained, and backward goes down to the embedding."""
     model.activation_checkpointing = options.activation_checkpointing
     model.embedding.register_forward_hook(lambda module, given, x: x.requires_grad_())
-    return Trained(lambda: loss_of(model, ids), [])
+    return Trained(lambda: compute_loss(model, ids), [])
 
 
-def loss_of(model: Decoder, ids: Tensor) -> Tensor:
+def compute_loss(model: Decoder, ids: Tensor) -> Tensor:
     """Nats per token."""
     return cross_entropy(model.hidden(ids), model.lm_head.weight, ids) / ids[:, 1:].numel()
 
@@ -282,7 +282,7 @@ def after(variant: Trained, steps: int) -> tuple[float, float]:
     return loss.item(), torch.stack([g.float().norm() for g in gradients]).norm().item()
 
 
-def kept_bytes(variant: Trained, own: set[int]) -> int:
+def count_kept_bytes(variant: Trained, own: set[int]) -> int:
     """The bytes that forward keeps for backward, weights apart, each memory once."""
     own = own | {p.data_ptr() for p in variant.parameters}
     kept: dict[int, int] = {}

@@ -139,7 +139,7 @@ def compare(variants: list[str], options: argparse.Namespace) -> list[measure.Ro
             ratio=statistics.median(a / b for a, b in zip(times[variants[0]], t)),
             shape=f"1x{LENGTH}",
             dtype=v.split()[2],
-            device=measure.device_name("cpu"),
+            device=measure.describe_device("cpu"),
             memory_bytes=memory[v],
             versions=measure.versions(("transformers", "peft")),
             commit=measure.commit(),

@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minipeft.adapters import LORA, check_empty, method_of
-from minipeft.adapters.lora import RowGroups, lora_rows, plan, scale_of
+from minipeft.adapters.lora import RowGroups, group_rows, lora_rows, plan, scale_of
 from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
@@ -155,7 +155,7 @@ class AdapterBank:
                 A, B = layer.stack
                 layer.stack = (A[present], B[present]) if present else None
         self.owner = [present.index(mine) if mine >= 0 else -1 for mine in self.owner]
-        rows = RowGroups.of(self.owner, self.model.embedding.weight.device)
+        rows = group_rows(self.owner, self.model.embedding.weight.device)
         for layer in self.layers.values():
             layer.rows = rows
 

@@ -32,7 +32,8 @@ from minipeft_kernels import (
     make_lora_linear,
     make_lora_linears,
 )
-from minipeft_kernels import RowGroups as RowGroups  # the bank's, as lora_rows: minipeft_kernels is imported here alone
+from minipeft_kernels import RowGroups as RowGroups  # for the bank: adapters/ imports minipeft_kernels here alone
+from minipeft_kernels import group_rows as group_rows
 from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 

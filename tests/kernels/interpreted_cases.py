@@ -11,9 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from minipeft_kernels import Part, choice, keep_mask, launch, lora_linear, lora_linears, lora_rows, make_dropout, tiles
+from minipeft_kernels import (
+    Part,
+    choice,
+    launch,
+    lora_linear,
+    lora_linears,
+    lora_rows,
+    make_dropout,
+    make_keep_mask,
+    tiles,
+)
+from test_lora_linear import compute_gradients, pefts, problem
 from test_lora_linear import exact as exact_by_autograd
-from test_lora_linear import pefts, problem, with_gradients
 from torch import Tensor
 
 import minipeft
@@ -78,11 +88,11 @@ def test_error_is_no_larger_than_pefts(backend: str, shape: tuple[int, ...], dty
     b = torch.zeros_like(b) if bias is None else b
     for dropout in (0.0, 0.25):
         drop = make_dropout(dropout, 17)
-        given = (torch.ones(x.shape), 1.0) if drop is None else (keep_mask(drop, *x.shape).float(), drop.keep)
+        given = (torch.ones(x.shape), 1.0) if drop is None else (make_keep_mask(drop, *x.shape).float(), drop.keep)
         call = lambda backend: (
             lambda x, A, B: lora_linear(x, W, bias, A, B, 1.3, dropout=dropout, seed=17, backend=backend)  # noqa: B023
         )
-        got, reference = (with_gradients(call(p), dy, x, A.float(), B.float()) for p in (backend, "reference"))
+        got, reference = (compute_gradients(call(p), dy, x, A.float(), B.float()) for p in (backend, "reference"))
         peers, want = pefts(x, W, b, A, B, dy, *given), exact_by_autograd(x, W, b, A, B, dy, *given)
         for name, a, r, peer, true in zip(("y", "dX", "dA", "dB"), got, reference, peers, want):
             limit = 1.25 * error(r, true) + 2 * EPSILON if dtype == torch.float32 else error(peer, true)
@@ -124,7 +134,7 @@ def test_the_mask_is_the_published_one() -> None:
         drop = make_dropout(dropout, seed)
         assert drop is not None
         m, k = 70, 48
-        want = keep_mask(drop, m, k).float()
+        want = make_keep_mask(drop, m, k).float()
         ones, eye = torch.ones(m, k), torch.eye(k)
         assert torch.equal(launch.shrink(ones, eye, drop), want)
         assert torch.equal(launch.gradient_A(ones, torch.eye(m), drop), want)
@@ -172,7 +182,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tupl
     """Return the kernels that a call launches, and the bytes of the tensors they are given, each once a kernel."""
     names: list[str] = []
     total = 0
-    launched = launch.run
+    launched = launch.launch_kernel
 
     def count(kernel: object, grid: tuple[int, ...], *arguments: object, **settings: object) -> None:
         nonlocal total
@@ -181,7 +191,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tupl
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         launched(kernel, grid, *arguments, **settings)
 
-    monkeypatch.setattr(launch, "run", count)
+    monkeypatch.setattr(launch, "launch_kernel", count)
     call()
     return names, total
 
@@ -193,7 +203,9 @@ def test_launches_and_bytes_of_the_fused_backend(dropout: float, monkeypatch: py
     Forward: x for s; x, W and y for the product: 4 passes in 2 kernels. Backward: dY for dS and dB; x for dA; dY, W and
     dX: 5 passes in 6 kernels, three of which add up small parts. The reference takes 6 and 8, PEFT 9 and 12.
     """
-    monkeypatch.setattr(launch, "_gpu", lambda x: (90, 4))  # few multiprocessors, so that no small sum is divided
+    monkeypatch.setattr(
+        launch, "_describe_gpu", lambda x: (90, 4)
+    )  # few multiprocessors, so that no small sum is divided
     m = k = n = 256
     x, p = draw(m, k, seed=0, dtype=torch.float32).requires_grad_(), part(k, n, 1, 1, torch.float32, bias=False)
     leaves = [x, p.lora_A.requires_grad_(), p.lora_B.requires_grad_()]
@@ -227,13 +239,13 @@ LLAMA = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> None:
     """Through the library itself, dropout on: LoRALinear hands q and v to one call where they share x."""
-    losses = {backend: losses_of(family, backend) for backend in ("reference", "hybrid", "fused")}
+    losses = {backend: train_losses(family, backend) for backend in ("reference", "hybrid", "fused")}
     assert losses["reference"][-1] < losses["reference"][0] - 0.1
     for backend in ("hybrid", "fused"):
         assert losses[backend] == pytest.approx(losses["reference"], rel=2e-5)
 
 
-def losses_of(family: str, backend: str) -> list[float]:
+def train_losses(family: str, backend: str) -> list[float]:
     """Train a tiny model for 20 steps, from one start, on one backend."""
     config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     model = decoder(

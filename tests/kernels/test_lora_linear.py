@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from minipeft_kernels import (
     Part,
-    RowGroups,
     UnavailableBackend,
-    keep_mask,
+    group_rows,
     lora_linear,
     lora_linear_reference,
     lora_linears,
     lora_linears_reference,
     lora_rows,
     make_dropout,
+    make_keep_mask,
     make_lora_linear,
     make_lora_linears,
 )
@@ -48,7 +48,7 @@ def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, seed: int) -> tu
     return tuple(t.to(dtype) for t in (x, W, b, A, draw(n, r) / r**0.5, draw(m, n)))
 
 
-def with_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
+def compute_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Return the call's output and its gradient with respect to each input."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     y = call(*leaves)
@@ -66,7 +66,7 @@ class FixedMask(torch.nn.Module):
         return x * (self.mask.to(x.dtype) / self.keep)
 
 
-def peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
+def make_peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
     """Return HF PEFT's own LoRA linear with these weights, adapters in the dtype of W."""
     base = torch.nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
     base.load_state_dict({"weight": W, "bias": b})
@@ -84,12 +84,12 @@ def exact(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mas
     """Return y, dX, dA and dB in float64, by autograd on equation 3."""
     W, b, mask = W.double(), b.double(), mask.double() / keep
     call = lambda x, A, B: x @ W.T + b + 1.3 * ((x * mask) @ A.T) @ B.T
-    return with_gradients(call, dy.double(), x.double(), A.double(), B.double())
+    return compute_gradients(call, dy.double(), x.double(), A.double(), B.double())
 
 
 def pefts(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float) -> list[Tensor]:
     """Return the same as HF PEFT computes it, in the dtype of the inputs."""
-    layer = peft_layer(W, b, A, B, 1.3)
+    layer = make_peft_layer(W, b, A, B, 1.3)
     layer.lora_dropout["a"] = FixedMask(mask, keep)
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
@@ -103,16 +103,16 @@ def shuffled(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, 
     return x[m][:, k], W[n][:, k], b[n], A[r][:, k], B[n][:, r], dy[m][:, n], mask[m][:, k]
 
 
-def log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
+def measure_log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
     """Return log errors [seed, whose, quantity]: of ours, of PEFT's, of PEFT's with its sums in another order."""
     rows = []
     for seed in range(10):
         x, W, b, A, B, dy = problem(*shape, dtype, seed)
         drop = make_dropout(dropout, seed)
-        mask = torch.ones(x.shape) if drop is None else keep_mask(drop, *x.shape).float()
+        mask = torch.ones(x.shape) if drop is None else make_keep_mask(drop, *x.shape).float()
         given, keep = (x, W, b, A, B, dy, mask), 1.0 if drop is None else drop.keep
         call = lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=dropout, seed=seed)  # noqa: B023
-        ours = with_gradients(call, dy, x, A.float(), B.float())
+        ours = compute_gradients(call, dy, x, A.float(), B.float())
         assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
         again = shuffled(*given)
         want, want_again = exact(*given, keep), exact(*again, keep)
@@ -128,7 +128,7 @@ def test_mean_error_in_16_bits_is_no_larger_than_pefts(
     shape: tuple[int, ...], dtype: torch.dtype, dropout: float
 ) -> None:
     """y, dX, dA and dB against float64: no allowance. PEFT rounds each step to 16 bits, we results and s."""
-    ours, peers, _ = log_errors(shape, dtype, dropout).exp().mean(0)
+    ours, peers, _ = measure_log_errors(shape, dtype, dropout).exp().mean(0)
     assert (ours <= peers).all(), ours / peers
 
 
@@ -139,7 +139,9 @@ def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float
     What such a throw is worth is measured here: PEFT's own error against PEFT's error on the same problem shuffled.
     Over 50 draws the mean (of the logarithm of the ratio) may exceed 0 by four of its standard errors.
     """
-    errors = torch.cat([log_errors(shape, torch.float32, dropout) for shape in SHAPES])  # [draw, whose, quantity]
+    errors = torch.cat(
+        [measure_log_errors(shape, torch.float32, dropout) for shape in SHAPES]
+    )  # [draw, whose, quantity]
     ours, peers, again = errors.unbind(1)
     chance = (again - peers).std(0) / len(errors) ** 0.5
     assert (chance < 0.03).all()
@@ -153,13 +155,13 @@ def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dt
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
     call = lambda backend: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, backend=backend)
     try:
-        got = with_gradients(call("onednn"), dy, x, A.float(), B.float())
+        got = compute_gradients(call("onednn"), dy, x, A.float(), B.float())
     except UnavailableBackend as reason:
         pytest.skip(str(reason))
-    again = with_gradients(call("onednn"), dy, x, A.float(), B.float())
-    reference = with_gradients(call("reference"), dy, x, A.float(), B.float())
+    again = compute_gradients(call("onednn"), dy, x, A.float(), B.float())
+    reference = compute_gradients(call("reference"), dy, x, A.float(), B.float())
     W, b = W.double(), b.double()
-    want = with_gradients(call("reference"), dy.double(), x.double(), A.double(), B.double())
+    want = compute_gradients(call("reference"), dy.double(), x.double(), A.double(), B.double())
     for a, b_, r, true in zip(got, again, reference, want):
         assert torch.equal(a, b_)
         assert relative_error(a, true) <= 2 * relative_error(r, true)
@@ -214,8 +216,8 @@ def test_the_function_of_a_layer_gives_lora_linears_bits(dtype: torch.dtype, dro
         x, W, b, A, B, dy = problem(size, 20, 12, 4, dtype, 3)
         x, dy = x.view(*shape, 20), dy.view(*shape, 12)
         leaves = (x, W, b, A.to(torch.promote_types(dtype, torch.float32)), B)
-        got = with_gradients(lambda *five: product(*five, 1.3, dropout, 5), dy, *leaves)
-        want = with_gradients(lambda *five: lora_linear(*five, 1.3, dropout=dropout, seed=5), dy, *leaves)
+        got = compute_gradients(lambda *five: product(*five, 1.3, dropout, 5), dy, *leaves)
+        want = compute_gradients(lambda *five: lora_linear(*five, 1.3, dropout=dropout, seed=5), dy, *leaves)
         assert all(torch.equal(a, b_) and a.dtype == b_.dtype for a, b_ in zip(got, want, strict=True))
         with torch.no_grad():
             assert torch.equal(product(*leaves, 1.3, dropout, 5), want[0])
@@ -282,7 +284,7 @@ def test_the_product_is_two_calls_away() -> None:
     x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
     product = make_lora_linear("auto", x.device)
     names = called(lambda: product(x.requires_grad_(), W, b, A, B, 2.0))
-    assert names == ["lora_linear_reference", "forward", "shrink", "times_weight_t", "factor"]
+    assert names == ["lora_linear_reference", "forward", "shrink", "matmul_weight_t", "compute_scale"]
 
 
 def test_a_layers_call_checks_nothing() -> None:
@@ -317,9 +319,9 @@ def test_autocast_casts_as_linear_does() -> None:
     x, W, b, A, B, dy = problem(6, 8, 4, 2, torch.float32, 0)
     low = torch.bfloat16
     with torch.autocast("cpu", low):
-        got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0), dy.to(low), x, A, B)
+        got = compute_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0), dy.to(low), x, A, B)
     cast = lambda x, A, B: lora_linear(x.to(low), W.to(low), b.to(low), A, B, 2.0)
-    for a, b_ in zip(got, with_gradients(cast, dy.to(low), x, A, B)):
+    for a, b_ in zip(got, compute_gradients(cast, dy.to(low), x, A, B)):
         assert torch.equal(a, b_)
     assert got[0].dtype == low
     assert got[1].dtype == torch.float32
@@ -331,9 +333,9 @@ def test_checkpointing_changes_no_bit(seed: int | None) -> None:
     x, W, b, A, B, dy = problem(40, 32, 24, 4, torch.float32, 0)
     block = lambda x, A, B: lora_linear(x.sin(), W, b, A, B, 2.0, dropout=0.4, seed=seed).cos()
     torch.manual_seed(5)
-    plain = with_gradients(block, dy, x, A, B)
+    plain = compute_gradients(block, dy, x, A, B)
     torch.manual_seed(5)
-    again = with_gradients(lambda *leaves: checkpoint(block, *leaves, use_reentrant=False), dy, x, A, B)
+    again = compute_gradients(lambda *leaves: checkpoint(block, *leaves, use_reentrant=False), dy, x, A, B)
     for a, b_ in zip(plain, again):
         assert torch.equal(a, b_)
 
@@ -341,8 +343,8 @@ def test_checkpointing_changes_no_bit(seed: int | None) -> None:
 def test_two_runs_are_the_same_to_the_bit_and_a_deep_copy_too() -> None:
     x, W, b, A, B, dy = problem(65, 130, 97, 8, torch.bfloat16, 0)
     call = lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.1, seed=1)
-    first = with_gradients(call, dy, x, A, B)
-    for again in (with_gradients(call, dy, x, A, B), with_gradients(call, dy, *copy.deepcopy((x, A, B)))):
+    first = compute_gradients(call, dy, x, A, B)
+    for again in (compute_gradients(call, dy, x, A, B), compute_gradients(call, dy, *copy.deepcopy((x, A, B)))):
         assert all(torch.equal(a, b_) for a, b_ in zip(first, again))
 
 
@@ -374,9 +376,11 @@ def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
 @pytest.mark.parametrize("seed", [0, 1, 2**61 + 12345, -3])
 def test_mask_is_the_published_hash(seed: int) -> None:
     drop = make_dropout(0.3, seed)
-    assert torch.equal(keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
-    assert torch.equal(keep_mask(drop, 3, 11, first=4), keep_mask(drop, 7, 11)[4:])
-    assert torch.equal(keep_mask(drop, 3001, 11)[:7], keep_mask(drop, 7, 11))  # torch's operators, and NumPy's
+    assert torch.equal(make_keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
+    assert torch.equal(make_keep_mask(drop, 3, 11, first=4), make_keep_mask(drop, 7, 11)[4:])
+    assert torch.equal(
+        make_keep_mask(drop, 3001, 11)[:7], make_keep_mask(drop, 7, 11)
+    )  # torch's operators, and NumPy's
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -385,7 +389,7 @@ def test_mask_is_uniform_and_independent(dropout: float) -> None:
     rows, columns = 1000, 1000
     drop = make_dropout(dropout, 0)
     keep = drop.keep
-    mask = keep_mask(drop, rows, columns).double() - keep
+    mask = make_keep_mask(drop, rows, columns).double() - keep
     deviation = (keep * (1 - keep)) ** 0.5
     assert abs(mask.mean()) < 5 * deviation / mask.numel() ** 0.5
     for half in (mask[:, ::2], mask[:, 1::2]):
@@ -393,7 +397,7 @@ def test_mask_is_uniform_and_independent(dropout: float) -> None:
     assert mask.mean(0).abs().max() < 5 * deviation / rows**0.5
     assert mask.mean(1).abs().max() < 5 * deviation / columns**0.5
     neighbours = [(mask[:, :-d], mask[:, d:]) for d in (1, 2, 3, 8)] + [(mask[:-d], mask[d:]) for d in (1, 2, 8)]
-    others = [keep_mask(make_dropout(dropout, seed), rows, columns).double() - keep for seed in (1, 2, 2**32)]
+    others = [make_keep_mask(make_dropout(dropout, seed), rows, columns).double() - keep for seed in (1, 2, 2**32)]
     neighbours += [(mask, other) for other in others]
     for a, b in neighbours:
         assert abs((a * b).mean()) < 5 * deviation**2 / a.numel() ** 0.5
@@ -406,7 +410,7 @@ def test_dropout_keeps_the_mean_and_drops_only_the_adapters_input() -> None:
     runs = torch.stack([lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=seed) for seed in seeds])
     assert (runs.mean(0) - full).norm() < 5 * (runs.std(0) / len(seeds) ** 0.5).norm()
     drop = make_dropout(0.2, 9)
-    want = base + 2.0 / drop.keep * ((x * keep_mask(drop, 64, 96)) @ A.T) @ B.T
+    want = base + 2.0 / drop.keep * ((x * make_keep_mask(drop, 64, 96)) @ A.T) @ B.T
     torch.testing.assert_close(lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=9), want)
 
 
@@ -414,10 +418,10 @@ def test_blocks_of_the_mask_do_not_show() -> None:
     """On a CPU the mask is made in blocks of rows; the largest shape here takes several."""
     x, W, b, A, B, dy = problem(600, 1024, 16, 4, torch.float64, 0)
     drop = make_dropout(0.5, 2)
-    mask = keep_mask(drop, 600, 1024)
+    mask = make_keep_mask(drop, 600, 1024)
     plain = lambda x, A, B: F.linear(x, W, b) + 2.0 / drop.keep * ((x * mask) @ A.T) @ B.T
-    got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.5, seed=2), dy, x, A, B)
-    for a, b_ in zip(got, with_gradients(plain, dy, x, A, B)):
+    got = compute_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.5, seed=2), dy, x, A, B)
+    for a, b_ in zip(got, compute_gradients(plain, dy, x, A, B)):
         torch.testing.assert_close(a, b_)
 
 
@@ -442,13 +446,13 @@ def test_rows_equal_one_call_each(tokens: int) -> None:
 
 
 def test_rows_are_grouped_by_adapter() -> None:
-    groups = RowGroups.of([3, 0, -1, 3, 3])
+    groups = group_rows([3, 0, -1, 3, 3])
     assert groups.present == (0, 3)
     assert groups.places.tolist() == [1, 0, 0, 0, 3, 4]
     assert groups.slots.tolist() == [0, 3, 4, 5]
     assert groups.targets.tolist() == [1, 0, 3, 4]
     assert not groups.in_order
-    assert RowGroups.of([0, 0, 1, 1]).in_order
+    assert group_rows([0, 0, 1, 1]).in_order
 
 
 def test_rows_share_nothing_but_the_base() -> None:
@@ -463,7 +467,7 @@ def test_rows_share_nothing_but_the_base() -> None:
     for i, j in enumerate(rows.tolist()):
         if j >= 0:
             torch.testing.assert_close(y[i], lora_linear(x[i], W, None, A[j], B[j], 1.0))
-    assert torch.equal(lora_rows(x, W, None, A, B, RowGroups.of(rows.tolist())), y)
+    assert torch.equal(lora_rows(x, W, None, A, B, group_rows(rows.tolist())), y)
     assert torch.equal(lora_rows(x, W, None, A, B, torch.full((5,), -1)), F.linear(x, W))
     with torch.autocast("cpu", torch.bfloat16):
         assert lora_rows(x, W, None, A, B, rows).dtype == torch.bfloat16
@@ -505,7 +509,7 @@ def test_operators_and_bytes_of_forward_and_backward() -> None:
     m = k = n = 512
     x, W, b, A, B, dy = problem(m, k, n, 4, torch.float32, 0)
     leaves = [t.requires_grad_() for t in (x, A, B)]
-    layer = peft_layer(W, b, A.detach(), B.detach(), 2.0).requires_grad_(False)
+    layer = make_peft_layer(W, b, A.detach(), B.detach(), 2.0).requires_grad_(False)
     weights = [layer.lora_A["a"].weight.requires_grad_(), layer.lora_B["a"].weight.requires_grad_()]
     cost = {}
     for who, call, wanted in (

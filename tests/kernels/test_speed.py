@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 def linears(lora_linear: ModuleType, shape: tuple[int, int, int], dropout: float, backward: bool) -> tuple[Call, Call]:
     """Ours and HF PEFT's layer, as the benchmark builds them. shape: M, K, N"""
     given = lora_linear.problem(*shape, 16, torch.float32, dropout, "cpu")
-    variants = lora_linear.make_ours(given, "auto"), lora_linear.peft_layer(given, upcast=False)
+    variants = lora_linear.make_ours(given, "auto"), lora_linear.make_peft_layer(given, upcast=False)
     ours, peers = (lora_linear.repeat_over_inputs(variant, given, backward) for variant in variants)
     return ours, peers
 

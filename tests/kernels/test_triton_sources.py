@@ -14,8 +14,9 @@ from pathlib import Path
 import minipeft_kernels
 import pytest
 
-DEVICE = Path(minipeft_kernels.__file__).with_name("device.py")
-WIDEN = ("wide", "to")  # what makes a raw value fit for arithmetic
+FILES = [Path(minipeft_kernels.__file__).with_name(f"triton_{name}.py") for name in ("blocks", "kernels", "decode")]
+SOURCE = "\n".join(path.read_text() for path in FILES)
+WIDEN = ("widen", "to")  # what makes a raw value fit for arithmetic
 MOVES = ("trans", "reshape", "view", "broadcast_to", "expand_dims", "permute", "join", "interleave", "cat")
 STORES = ("store",)  # writing a value is no arithmetic
 
@@ -117,7 +118,7 @@ def breaches(source: str) -> list[str]:
         before = str((raw_arguments, results))
         found = []
         for name, function in functions.items():
-            if name == "wide":
+            if name == "widen":
                 continue  # the one place that decides: raw on a GPU, float32 in the interpreter
             reader = Reader(functions, results)
             reader.raw = set(raw_arguments[name])
@@ -133,11 +134,11 @@ def breaches(source: str) -> list[str]:
 
 def kernel(body: str) -> str:
     """Return device.py's helpers and one more kernel."""
-    return DEVICE.read_text() + f"\n\n@triton.jit\ndef planted(x, y, at, UPCAST):\n    {body}\n"
+    return SOURCE + f"\n\n@triton.jit\ndef planted(x, y, at, UPCAST):\n    {body}\n"
 
 
 def test_no_kernel_computes_with_what_it_has_not_widened() -> None:
-    assert breaches(DEVICE.read_text()) == []
+    assert breaches(SOURCE) == []
 
 
 @pytest.mark.parametrize(
@@ -145,11 +146,11 @@ def test_no_kernel_computes_with_what_it_has_not_widened() -> None:
     [
         "tl.store(y + at, tl.load(x + at) * 2.0)",  # straight
         "a = tl.load(x + at)\n    b = a\n    tl.store(y + at, b + 1.0)",  # under another name
-        "a = tl.load(x + at)\n    if UPCAST:\n        a = wide(a, UPCAST)\n    tl.store(y + at, -a)",  # one way only
+        "a = tl.load(x + at)\n    if UPCAST:\n        a = widen(a, UPCAST)\n    tl.store(y + at, -a)",  # one way only
         "a = 0.0\n    for i in range(4):\n        a += tl.load(x + at)",
         "a = 0.0\n    for i in range(4):\n        b = a + 1.0\n        a = tl.load(x + at)",  # in the next round
         "tl.store(y, tl.sum(tl.trans(tl.load(x + at)), axis=0))",
-        "tl.store(y, tl.dot(tl.load(x + at), wide(tl.load(y + at), UPCAST)))",
+        "tl.store(y, tl.dot(tl.load(x + at), widen(tl.load(y + at), UPCAST)))",
         "tl.store(y, tl.where(at > 3, tl.load(x + at), 0.0) > 0.5)",
         "tl.store(y, mix(tl.load(x + at), at))",  # inside a function that does not widen its argument
         "a = tl.load(x + at)[:, None]\n    tl.store(y, (a if UPCAST else at) < at)",
@@ -165,8 +166,8 @@ def test_a_planted_breach_is_found(body: str) -> None:
     "body",
     [
         "tl.store(y + at, tl.load(x + at).to(tl.float32) * 2.0)",
-        "a = tl.load(x + at)\n    a = wide(a, UPCAST)\n    tl.store(y + at, a * 2.0)",
-        "tl.store(y, product(tl.trans(tl.load(x + at)), tl.load(y + at), 0.0, UPCAST) + 1.0)",
+        "a = tl.load(x + at)\n    a = widen(a, UPCAST)\n    tl.store(y + at, a * 2.0)",
+        "tl.store(y, multiply_add(tl.trans(tl.load(x + at)), tl.load(y + at), 0.0, UPCAST) + 1.0)",
         "tl.store(y + at, tl.load(x + at))",  # a copy is no arithmetic
     ],
 )
@@ -176,9 +177,9 @@ def test_what_keeps_the_rule_passes(body: str) -> None:
 
 def test_dropping_one_widening_from_the_kernels_is_found() -> None:
     """Each `.to(tl.float32)` of a load in device.py, and each `wide` in its helpers, is there for this rule alone."""
-    source = DEVICE.read_text()
-    assert breaches(source.replace("tile = wide(tile, UPCAST)", "tile = tile")) != []
-    assert breaches(source.replace("tl.dot(wide(a, UPCAST), wide(b, UPCAST)", "tl.dot(a, b")) != []
+    source = SOURCE
+    assert breaches(source.replace("tile = widen(tile, UPCAST)", "tile = tile")) != []
+    assert breaches(source.replace("tl.dot(widen(a, UPCAST), widen(b, UPCAST)", "tl.dot(a, b")) != []
     loads = [at for at in range(len(source)) if source.startswith("other=0.0).to(tl.float32)", at)]
     assert len(loads) >= 7
     for at in loads:
