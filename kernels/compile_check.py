@@ -1,4 +1,4 @@
-"""Compile every configuration of the Triton kernels for several GPU architectures and reject those that would run badly.
+"""Compile every configuration of the Triton kernels for each GPU architecture and reject those that would run badly.
 
     python kernels/compile_check.py              # what changed since compiled.json, and a sample; exit 1 on a fault
     python kernels/compile_check.py --write      # compile all that is missing or stale, and write compiled.json
