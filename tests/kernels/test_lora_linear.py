@@ -1,4 +1,4 @@
-"""The LoRA linear's reference backend against float64, HF PEFT, finite differences, and what it may cost."""
+"""The reference backend against float64, HF PEFT and finite differences; its operators and saved tensors."""
 
 import copy
 import itertools
@@ -34,14 +34,14 @@ SHAPES = [(70, 96, 130, 1), (33, 64, 48, 8), (128, 256, 192, 16), (65, 130, 97, 
 
 @pytest.fixture(autouse=True)
 def _poison() -> object:
-    """Fill uninitialised memory with NaN, so that an entry that nobody writes cannot pass."""
+    """Fill uninitialized memory with NaN, so that an entry that is not written fails."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """Return x, W, b, A, B and dY of the size that training has: y, s and the update all near 1."""
+    """Return x, W, b, A, B and dY scaled so that y, s and the update are all near 1."""
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
     x, W, b, A = draw(m, k), draw(n, k) / k**0.5, draw(n), draw(r, k) / k**0.5
@@ -56,7 +56,7 @@ def compute_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) 
 
 
 class FixedMask(torch.nn.Module):
-    """A dropout whose mask is given, so that PEFT's layer and ours drop the same entries."""
+    """Dropout with a given mask, so that PEFT's layer and ours drop the same entries."""
 
     def __init__(self, mask: Tensor, keep: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class FixedMask(torch.nn.Module):
 
 
 def make_peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
-    """Return HF PEFT's own LoRA linear with these weights, adapters in the dtype of W."""
+    """Return HF PEFT's LoRA linear with these weights, adapters in the dtype of W."""
     base = torch.nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
     base.load_state_dict({"weight": W, "bias": b})
     config = peft.LoraConfig(r=len(A), lora_alpha=scale * len(A))
@@ -87,7 +87,9 @@ def exact(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mas
     return compute_gradients(call, dy.double(), x.double(), A.double(), B.double())
 
 
-def pefts(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float) -> list[Tensor]:
+def compute_peft(
+    x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float
+) -> list[Tensor]:
     """Return the same as HF PEFT computes it, in the dtype of the inputs."""
     layer = make_peft_layer(W, b, A, B, 1.3)
     layer.lora_dropout["a"] = FixedMask(mask, keep)
@@ -96,15 +98,15 @@ def pefts(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mas
     return [y.detach(), *torch.autograd.grad(y, [leaf, layer.lora_A["a"].weight, layer.lora_B["a"].weight], dy)]
 
 
-def shuffled(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Return the same problem with its rows, columns and ranks in another order: every sum is added in another one."""
+def shuffle(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Return the same problem with permuted rows, columns and ranks, so that every sum has another order."""
     random = torch.Generator().manual_seed(0)
     m, k, n, r = (torch.randperm(size, generator=random) for size in (*x.shape, *B.shape))
     return x[m][:, k], W[n][:, k], b[n], A[r][:, k], B[n][:, r], dy[m][:, n], mask[m][:, k]
 
 
 def measure_log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
-    """Return log errors [seed, whose, quantity]: of ours, of PEFT's, of PEFT's with its sums in another order."""
+    """Return log errors [seed, variant, quantity]: ours, PEFT's, and PEFT's with permuted sums."""
     rows = []
     for seed in range(10):
         x, W, b, A, B, dy = problem(*shape, dtype, seed)
@@ -114,9 +116,9 @@ def measure_log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: floa
         call = lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=dropout, seed=seed)  # noqa: B023
         ours = compute_gradients(call, dy, x, A.float(), B.float())
         assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
-        again = shuffled(*given)
+        again = shuffle(*given)
         want, want_again = exact(*given, keep), exact(*again, keep)
-        found = [(ours, want), (pefts(*given, keep), want), (pefts(*again, keep), want_again)]
+        found = [(ours, want), (compute_peft(*given, keep), want), (compute_peft(*again, keep), want_again)]
         rows.append([[relative_error(*pair) for pair in zip(got, true)] for got, true in found])
     return torch.tensor(rows).log()
 
@@ -127,17 +129,17 @@ def measure_log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: floa
 def test_mean_error_in_16_bits_is_no_larger_than_pefts(
     shape: tuple[int, ...], dtype: torch.dtype, dropout: float
 ) -> None:
-    """y, dX, dA and dB against float64: no allowance. PEFT rounds each step to 16 bits, we results and s."""
+    """y, dX, dA and dB against float64, without tolerance: PEFT rounds each operator to 16 bits, we s and results."""
     ours, peers, _ = measure_log_errors(shape, dtype, dropout).exp().mean(0)
     assert (ours <= peers).all(), ours / peers
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float) -> None:
-    """There both round only where they add, so which errs more is a coin's throw that the order of the sums decides.
+    """Both round only in their sums, so the order of summation decides at random which error is larger.
 
-    What such a throw is worth is measured here: PEFT's own error against PEFT's error on the same problem shuffled.
-    Over 50 draws the mean (of the logarithm of the ratio) may exceed 0 by four of its standard errors.
+    The standard error of that is measured: PEFT's error against PEFT's error on the same problem permuted. Over 50
+    draws the mean log ratio may exceed 0 by four standard errors.
     """
     errors = torch.cat(
         [measure_log_errors(shape, torch.float32, dropout) for shape in SHAPES]
@@ -151,7 +153,7 @@ def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Its float32 sums are in another order: of the reference's error against float64, not more than twice."""
+    """Its float32 sums have another order: the error is at most twice the reference's, against float64."""
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
     call = lambda backend: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, backend=backend)
     try:
@@ -170,7 +172,7 @@ def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dt
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_derivative_against_finite_differences(dropout: float, bias: bool) -> None:
-    """Three projections of one x, of different widths, ranks and scales; every input trained, the base too."""
+    """Three projections of one x with different widths, ranks and scales; every input is trained, W and b too."""
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     flat, scales = [], []
     for n, r, scale in [(4, 2, 0.7), (3, 1, 2.0), (4, 3, -1.0)]:
@@ -227,8 +229,8 @@ def test_the_function_of_a_layer_gives_lora_linears_bits(dtype: torch.dtype, dro
     assert product(*(t.to("meta") for t in (x, W, b, A, B)), 2.0).shape == (5, 6)
 
 
-def test_what_can_be_decided_before_a_call_is() -> None:
-    """A layer on a CPU gets the equation itself; on a GPU, and for a named backend, the choice depends on the call."""
+def test_the_backend_is_chosen_before_the_call() -> None:
+    """A layer on a CPU gets the reference; on a GPU, and for another backend, the choice depends on the call."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert make_lora_linear("auto", cpu) is make_lora_linear("reference", cuda) is lora_linear_reference
     for backend, device in (("auto", cuda), ("fused", cpu), ("onednn", cpu)):
@@ -265,8 +267,8 @@ def test_layers_that_share_x_get_lora_linears_bits(dropout: float) -> None:
     assert [y.shape for y in products(x.to("meta"), meta)] == [(3, 11, 12), (3, 11, 8), (3, 11, 12)]
 
 
-def called(call: Callable[[], object]) -> list[str]:
-    """Return the functions of this package that a call enters, in order."""
+def list_calls(call: Callable[[], object]) -> list[str]:
+    """Return the functions of minipeft_kernels that are called, in order."""
     names: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -280,21 +282,21 @@ def called(call: Callable[[], object]) -> list[str]:
 
 
 def test_the_product_is_two_calls_away() -> None:
-    """What a student has to open between a layer and x W^T: functions of this package, in order."""
+    """The functions between a layer and x W^T, in order."""
     x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
     product = make_lora_linear("auto", x.device)
-    names = called(lambda: product(x.requires_grad_(), W, b, A, B, 2.0))
+    names = list_calls(lambda: product(x.requires_grad_(), W, b, A, B, 2.0))
     assert names == ["lora_linear_reference", "forward", "shrink", "matmul_weight_t", "compute_scale"]
 
 
 def test_a_layers_call_checks_nothing() -> None:
-    """Shapes, dtypes and the backend's name are checked by lora_linears alone, and when a layer is made."""
+    """lora_linears checks shapes, dtypes and the backend; the function of a layer does not."""
     x, *four, _ = problem(5, 8, 6, 2, torch.float32, 0)
     checks = {"_check", "_choose", "import_backend", "check_name"}
     parts = [Part(*four, 2.0)] * 3
     products = make_lora_linears("auto", x.device)
-    assert not checks & set(called(lambda: products(x, parts)))
-    assert {"_check", "_choose"} <= set(called(lambda: lora_linears(x, parts)))
+    assert not checks & set(list_calls(lambda: products(x, parts)))
+    assert {"_check", "_choose"} <= set(list_calls(lambda: lora_linears(x, parts)))
     with pytest.raises(ValueError, match="no backend is named 'fast'"):
         make_lora_linears("fast", x.device)
     with pytest.raises(UnavailableBackend, match="backend='decode' cannot run here"):
@@ -309,7 +311,7 @@ def test_the_weight_of_a_part_as_a_plain_tensor() -> None:
 
 
 def test_zero_b_changes_no_bit() -> None:
-    """A fresh adapter: y is the frozen linear's own."""
+    """A new adapter: y equals the frozen linear's output bit for bit."""
     for dtype, dropout in itertools.product([torch.float32, torch.bfloat16], [0.0, 0.5]):
         x, W, b, A, B, _ = problem(33, 64, 48, 8, dtype, 1)
         assert torch.equal(lora_linear(x, W, b, A, torch.zeros_like(B), 2.0, dropout=dropout), F.linear(x, W, b))
@@ -329,7 +331,7 @@ def test_autocast_casts_as_linear_does() -> None:
 
 @pytest.mark.parametrize("seed", [None, 11])
 def test_checkpointing_changes_no_bit(seed: int | None) -> None:
-    """The recomputation meets the same mask, with a seed of its own or one drawn from torch's generator."""
+    """Recomputation uses the same mask, with a given seed or one drawn from torch's generator."""
     x, W, b, A, B, dy = problem(40, 32, 24, 4, torch.float32, 0)
     block = lambda x, A, B: lora_linear(x.sin(), W, b, A, B, 2.0, dropout=0.4, seed=seed).cos()
     torch.manual_seed(5)
@@ -352,7 +354,7 @@ def test_two_runs_are_the_same_to_the_bit_and_a_deep_copy_too() -> None:
 
 
 def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
-    """Return the mask by Python's own integers: what README publishes, written a second time."""
+    """Return the mask in Python's integers: a second implementation of README's definition."""
     wrap = (1 << 32) - 1
 
     def mix(h: int, key: int = 0) -> int:
@@ -369,7 +371,7 @@ def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
         key = mix((i * 0x9E3779B1 + (z & wrap)) & wrap)
         h = mix((j // 2 * 0x9E3779B1 + key) & wrap, mix(key ^ z >> 32))
         level = h >> 16 if j % 2 else h & 0xFFFF
-        mask[i, j] = (level ^ 0x8000) >= drops  # the sign bit turned over: signed order is unsigned order plus 2^15
+        mask[i, j] = (level ^ 0x8000) >= drops  # flipping the sign bit maps signed order to unsigned order
     return mask
 
 
@@ -414,8 +416,8 @@ def test_dropout_keeps_the_mean_and_drops_only_the_adapters_input() -> None:
     torch.testing.assert_close(lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=9), want)
 
 
-def test_blocks_of_the_mask_do_not_show() -> None:
-    """On a CPU the mask is made in blocks of rows; the largest shape here takes several."""
+def test_a_mask_computed_in_blocks_equals_one_mask() -> None:
+    """On a CPU the mask is computed in blocks of rows; this shape takes several."""
     x, W, b, A, B, dy = problem(600, 1024, 16, 4, torch.float64, 0)
     drop = make_dropout(0.5, 2)
     mask = make_keep_mask(drop, 600, 1024)
@@ -455,8 +457,8 @@ def test_rows_are_grouped_by_adapter() -> None:
     assert group_rows([0, 0, 1, 1]).in_order
 
 
-def test_rows_share_nothing_but_the_base() -> None:
-    """A row without an adapter is the base's own to the bit, and an adapter that no row has may hold anything."""
+def test_rows_are_independent() -> None:
+    """A row without an adapter equals the base bit for bit, and an adapter that no row uses may hold NaN."""
     random = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random)
     x, W, A, B = draw(5, 2, 10), draw(7, 10), draw(4, 3, 10), draw(4, 7, 3)
@@ -473,7 +475,7 @@ def test_rows_share_nothing_but_the_base() -> None:
         assert lora_rows(x, W, None, A, B, rows).dtype == torch.bfloat16
 
 
-# What it costs
+# Operators, memory traffic and saved tensors
 
 
 class Counter(TorchDispatchMode):
@@ -500,7 +502,7 @@ class Counter(TorchDispatchMode):
 
 
 def test_operators_and_bytes_of_forward_and_backward() -> None:
-    """The proof of the fusion that needs no GPU: what forward and backward do, in passes over one [M, K] matrix.
+    """Operators of forward and backward, and their memory traffic in passes over one [M, K] matrix.
 
     M = K = N, so W is one pass too. Forward: x, W and y for the base, x again for s, y read and written again for the
     update: 6. Backward: dY and W and dX for the base, dY twice more (dS, dB), x once (dA), dX twice (its update): 8.
@@ -532,8 +534,8 @@ def test_operators_and_bytes_of_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_backward_keeps_x_and_s_and_nothing_else(dropout: float) -> None:
-    """x is kept once however many projections read it; of new tensors there is only s, [M, R]."""
+def test_only_x_and_s_are_saved_for_backward(dropout: float) -> None:
+    """x is saved once for all projections; the only new tensor is s, [M, R]."""
     m, k = 256, 64
     x = problem(m, k, 1, 1, torch.float32, 0)[0].requires_grad_()
     parts = [Part(*problem(1, k, n, 4, torch.float32, n)[1:5], 2.0) for n in (64, 32, 32)]
@@ -547,7 +549,7 @@ def test_backward_keeps_x_and_s_and_nothing_else(dropout: float) -> None:
 # Refusals
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_mismatched_arguments_are_refused() -> None:
     x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
     with pytest.raises(ValueError, match=r"shapes do not fit: x \(5, 7\)"):
         lora_linear(x[:, :7], W, b, A, B, 1.0)
