@@ -3,10 +3,9 @@
     python benchmarks/bank.py --model FOLDER                    # a Llama, Mistral or GPT-2 in safetensors
     python benchmarks/bank.py --model FOLDER --out benchmarks/results/bank-cpu.json
 
-A batch of 16 prompts, 1, 4 or 16 different LoRA adapters (rank 16, every linear) among them, prefill and greedy
-decoding from the same files in one process, in turn. PEFT runs every adapter of the batch on every linear in a loop;
-the bank stacks them once a batch. The tokens of both must be equal, else there is no ratio. With one thread a time is
-the processor's: the same as the wall's on an idle machine, and still true on a busy one.
+Each batch has 16 prompts with 1, 4 or 16 different LoRA adapters (rank 16, every linear): prefill and greedy decoding,
+from the same files, in interleaved rounds. PEFT loops over the adapters in every linear; the bank stacks them once a
+batch. If the tokens of both differ in more than 5 %, the row is a FAIL without a ratio.
 """
 
 import argparse
@@ -29,7 +28,7 @@ ROWS, PROMPT = 16, 8
 
 
 class Numbers:
-    """A tokenizer whose texts are written numbers, so that both sides get the same ids."""
+    """A tokenizer for texts of decimal ids, so that both sides get the same ids."""
 
     eos = bos = None
 
@@ -45,7 +44,7 @@ def main() -> None:
     measure.add_options(parser, rounds=3)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--tokens", type=int, default=8, help="new tokens a row")
+    parser.add_argument("--tokens", type=int, default=8, help="new tokens per row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
@@ -53,7 +52,7 @@ def main() -> None:
     rows: list[measure.Row] = []
     with tempfile.TemporaryDirectory() as work, torch.no_grad():
         folders = make_adapters(arguments, Path(work), max(arguments.adapters))
-        ours, theirs = our_bank(arguments, folders), their_model(arguments, folders)
+        ours, theirs = load_our_bank(arguments, folders), load_their_model(arguments, folders)
         for threads, count in itertools.product(arguments.threads, arguments.adapters):
             torch.set_num_threads(threads)
             found = compare(ours, theirs, count, threads, arguments)
@@ -64,14 +63,14 @@ def main() -> None:
 
 
 def load(arguments: argparse.Namespace) -> torch.nn.Module:
-    """The base as minipeft loads it, without tokens that would end a row early."""
+    """Load the base, without end-of-text tokens that would end a row early."""
     model = minipeft.load_model(arguments.model, dtype=getattr(torch, arguments.dtype), device=arguments.device)
     model.config = dataclasses.replace(model.config, eos_token_id=None)
     return model
 
 
 def make_adapters(arguments: argparse.Namespace, work: Path, count: int) -> list[Path]:
-    """Adapters whose B is noise, large enough that each says something else."""
+    """Save adapters with a random B, large enough that their answers differ."""
     model = load(arguments)
     folders = []
     for i in range(count):
@@ -85,14 +84,14 @@ def make_adapters(arguments: argparse.Namespace, work: Path, count: int) -> list
     return folders
 
 
-def our_bank(arguments: argparse.Namespace, folders: list[Path]) -> AdapterBank:
+def load_our_bank(arguments: argparse.Namespace, folders: list[Path]) -> AdapterBank:
     bank = AdapterBank(load(arguments))
     for folder in folders:
         bank.load(folder.name, folder)
     return bank
 
 
-def their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.Module:
+def load_their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.Module:
     dtype = getattr(torch, arguments.dtype)
     base = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
     model = peft.PeftModel.from_pretrained(base, folders[0], adapter_name="0")
@@ -104,7 +103,7 @@ def their_model(arguments: argparse.Namespace, folders: list[Path]) -> torch.nn.
 def compare(
     bank: AdapterBank, theirs: torch.nn.Module, count: int, threads: int, arguments: argparse.Namespace
 ) -> list[measure.Row]:
-    """Time both on one batch, beside the base alone; tokens a second stand in `extra`."""
+    """Time both on one batch, and the base alone; `extra` holds tokens per second."""
     vocabulary, new = bank.model.config.vocab_size, arguments.tokens
     ids = torch.randint(vocabulary, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)).to(arguments.device)
     prompts = [" ".join(map(str, row)) for row in ids.tolist()]

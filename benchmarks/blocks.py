@@ -3,11 +3,11 @@
     python benchmarks/blocks.py
     python benchmarks/blocks.py --device cuda --out benchmarks/results/lora-blocks-h200.json
 
-One call of `lora_linears` reads x once for all its projections and keeps it once; PEFT's modules each read it, and each
-keep a copy of their own where adapters are float32. Each row has the bytes that backward keeps, its gradients' norms,
-their errors against float64 (float32 on a GPU) beside PEFT's with adapters in the base's dtype, and the loss after 20
-steps of SGD from one start. An error above PEFT's by a quarter, or a loss not PEFT's (in bfloat16: under autocast) to
-1e-3 of the loss at the start, and there is no ratio.
+One call of `lora_linears` reads and saves x once for all projections; PEFT's modules each read it, and each save a copy
+where adapters are float32. Each row holds the bytes saved for backward, the norms of the gradients, their errors
+against float64 (float32 on a GPU), PEFT's errors with adapters in the base's dtype, and the loss after 20 SGD steps. If
+an error is more than 1.25 times PEFT's, or the loss differs from PEFT's (in bfloat16: under autocast) by more than 1e-3
+of the initial loss, the row is a FAIL without a ratio.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import measure
 import torch
 import torch.nn.functional as F
-from lora_linear import Problem, find_backends, peft_layer, problem, record_graphs, relative, under_autocast
+from lora_linear import Problem, find_backends, make_peft_layer, problem, record_graphs, relative, under_autocast
 from minipeft_kernels import Part, lora_linears
 from torch import Tensor
 
@@ -31,7 +31,7 @@ Build = Callable[[list[Problem]], "Block"]
 
 @dataclass(frozen=True)
 class Block:
-    """A block as one call of x (q, k and v; or down alone), with the matrices that it trains."""
+    """A block as one function of x (q, k and v; or gate, up and down), with the matrices that it trains."""
 
     call: Callable[[Tensor], Sequence[Tensor]]
     trained: list[Tensor] = field(default_factory=list)
@@ -68,13 +68,13 @@ def main() -> None:
 def compare(
     name: str, layers: list[Problem], dtype: str, threads: int, arguments: argparse.Namespace
 ) -> list[measure.Row]:
-    """Time forward and backward of each way to compute a block; each row carries its kept bytes and its checks."""
+    """Time forward and backward of each way to compute a block; each row holds its saved bytes and its checks."""
     x = layers[0].inputs[0][0]
-    build = all_builds(layers, arguments)
+    build = list_builds(layers, arguments)
     plain = [dataclasses.replace(layer, dropout=0.0) for layer in layers]
     checks = {label: check(make(plain), plain) for label, make in build.items() if label != "frozen"}
     blocks = {label: make(layers) for label, make in build.items()}
-    kept = {label: kept_bytes(block, layers) for label, block in blocks.items()}
+    kept = {label: count_kept_bytes(block, layers) for label, block in blocks.items()}
     calls = {label: repeat_over_inputs(block, layers) for label, block in blocks.items()}
     calls |= record_graphs(calls, len(layers[0].inputs)) if x.is_cuda else {}
     shape = f"{len(x)}x{x.shape[1]} -> {' '.join(str(len(layer.weight)) for layer in layers)} r{arguments.rank}"
@@ -96,7 +96,7 @@ def compare(
 
 
 def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, float]], work: float) -> measure.Row:
-    """Add to a row its checks and its ratios; where a check of ours is worse than PEFT's: FAIL, and no ratio."""
+    """Add the checks and ratios to a row; if a check of ours is worse than PEFT's: FAIL without a ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"kept_bytes": kept[variant], **checks.get(variant, {})}
     if variant in checks:
@@ -116,10 +116,10 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, fl
     return dataclasses.replace(row, extra=extra)
 
 
-def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
-    """Return how to build the floor, PEFT's columns and this project's backends that can run here, by name."""
+def list_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str, Build]:
+    """Return the builders of the frozen block, of PEFT's variants and of the available backends, by name."""
     build: dict[str, Build] = {"frozen": frozen, "peft, same dtype": lambda given: peft(given, upcast=False)}
-    if layers[0].weight.dtype != torch.float32:  # in float32 the three are one
+    if layers[0].weight.dtype != torch.float32:  # in float32 the three are the same
         build["peft, default"] = lambda given: peft(given, upcast=True)
         build["peft, autocast"] = lambda given: peft(given, upcast=True, wrap=under_autocast)
     if arguments.compile or layers[0].weight.is_cuda:
@@ -131,19 +131,19 @@ def all_builds(layers: list[Problem], arguments: argparse.Namespace) -> dict[str
 
 
 def frozen(layers: list[Problem]) -> Block:
-    """Return the block without adapters: the floor."""
+    """Return the block without adapters, the lower bound."""
     return Block(join([lambda x, given=given: F.linear(x, given.weight, given.bias) for given in layers], layers))
 
 
 def peft(layers: list[Problem], upcast: bool, wrap: Callable[[Linear], Linear] = lambda call: call) -> Block:
     """Return the block of HF PEFT's linears, one module each."""
-    variants = [peft_layer(given, upcast) for given in layers]
+    variants = [make_peft_layer(given, upcast) for given in layers]
     calls = [wrap(variant.call) for variant in variants]
     return Block(join(calls, layers), [matrix for variant in variants for matrix in variant.trained])
 
 
 def compiled(block: Block) -> Block:
-    """Return the block as torch.compile makes it, as one graph."""
+    """Return the block compiled by torch.compile, as one graph."""
     return Block(torch.compile(block.call, dynamic=False), block.trained)
 
 
@@ -162,7 +162,7 @@ def ours(layers: list[Problem], backend: str) -> Block:
 
 
 def join(calls: Sequence[Linear], layers: list[Problem]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Return one call of x from a call a linear: q, k and v; or down(silu(gate) up)."""
+    """Return a function of x that calls each linear: q, k and v; or down(silu(gate) up)."""
     first, last = calls[: shared(layers)], calls[shared(layers) :]
 
     def call(x: Tensor) -> Sequence[Tensor]:
@@ -173,18 +173,18 @@ def join(calls: Sequence[Linear], layers: list[Problem]) -> Callable[[Tensor], S
 
 
 def shared(layers: list[Problem]) -> int:
-    """Return how many of the linears read the block's own x: all, or all but the last (down)."""
+    """Return how many of the linears read the input of the block: all, or all but the last (down)."""
     return sum(layer.weight.shape[1] == layers[0].weight.shape[1] for layer in layers)
 
 
 def repeat_over_inputs(block: Block, layers: list[Problem]) -> Callable[[], Sequence[Tensor]]:
-    """Return forward and backward as a call without arguments that takes the inputs in turn."""
+    """Return forward and backward as a function without arguments that cycles through the inputs."""
     turn = itertools.cycle(range(len(layers[0].inputs)))
     return lambda: step(block, layers, next(turn))
 
 
 def step(block: Block, layers: list[Problem], number: int) -> Sequence[Tensor]:
-    """Do forward and backward once: the gradients of x and of what the block trains."""
+    """Run forward and backward: the gradients of x and of the trained matrices."""
     leaf = layers[0].inputs[number][0].detach().requires_grad_()  # [M, K]
     ys = block.call(leaf)
     return torch.autograd.grad(ys, [leaf, *block.trained], [given.inputs[number][1] for given in layers[-len(ys) :]])
@@ -207,7 +207,7 @@ def check(block: Block, layers: list[Problem]) -> dict[str, float]:
 
 
 def exact(layers: list[Problem]) -> tuple[Block, list[Problem]]:
-    """Return PEFT's block in float64 (float32 on a GPU), and the layers it is made of, which have the first input."""
+    """Return PEFT's block in float64 (float32 on a GPU), and its layers, with the first input only."""
     wide = torch.float32 if layers[0].weight.is_cuda else torch.float64
     cast = lambda given: dataclasses.replace(
         given,
@@ -223,17 +223,17 @@ def loss_after(steps: int, block: Block, layers: list[Problem]) -> float:
     """Return the mean square of each token's mean output less a target, after some steps of plain SGD on one input."""
     x = layers[0].inputs[0][0]  # [M, K]
     target = torch.linspace(-1, 1, len(x), device=x.device)  # [M]
-    loss_of = lambda: (sum(y.float().mean(-1) for y in block.call(x)) - target).square().mean()
+    compute_loss = lambda: (sum(y.float().mean(-1) for y in block.call(x)) - target).square().mean()
     for _ in range(steps):
-        loss = loss_of()
+        loss = compute_loss()
         for matrix, gradient in zip(block.trained, torch.autograd.grad(loss, block.trained)):
             matrix.data -= 0.005 * gradient / (gradient.norm() + 1e-12)
     with torch.no_grad():
-        return loss_of().item()
+        return compute_loss().item()
 
 
-def kept_bytes(block: Block, layers: list[Problem]) -> int:
-    """Return the bytes that forward keeps for backward, weights apart, each memory once."""
+def count_kept_bytes(block: Block, layers: list[Problem]) -> int:
+    """Return the bytes that forward saves for backward without the weights, each storage once."""
     own = {t.data_ptr() for layer in layers for t in (layer.weight, layer.bias)} | {t.data_ptr() for t in block.trained}
     kept: dict[int, int] = {}
 

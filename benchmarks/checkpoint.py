@@ -1,11 +1,10 @@
-"""What a checkpoint costs: ours (synced, summed, retiring old ones) beside Hugging Face's Trainer, in the same run.
+"""Time to write a checkpoint: ours (synced, with checksums, removing old ones) against Hugging Face's Trainer.
 
     python benchmarks/checkpoint.py MODEL_FOLDER [--saves 20] [--out benchmarks/results/checkpoint.json]
 
-First LoRA of rank 1 on every linear of the given model. Both write a whole checkpoint each time: adapter, AdamW's
-moments and the state of the run; Trainer keeps its default of every one but is told to keep two, as ours. Trainer does
-not sync. Then a save beside a training step of the demo model (LoRA of rank 16, one row of 512 tokens a step): what
-saving every 50 steps costs.
+First, LoRA of rank 1 on every linear of the given model. Both write a complete checkpoint (adapter, AdamW's moments,
+the state of the run) and keep the last two; Trainer does not sync. Then a save against a training step of the demo
+model (LoRA of rank 16, one row of 512 tokens a step): the overhead of saving every 50 steps.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from minipeft.training.loop import TrainConfig, TrainState, train, trained
 
 
 def ours(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int, Callable[[], int]]:
-    """A function that saves as of a step, the number of trained numbers, and the size of a checkpoint."""
+    """Return a function that saves a step, the number of trained parameters, and one for a checkpoint's size."""
     model = load_model(folder)
     add_adapter(model, LoRAConfig(rank))
     state = TrainState(model)
@@ -49,7 +48,7 @@ def ours(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int
 
 
 def trainers(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None], int]:
-    """The same for transformers' Trainer with peft."""
+    """Return the same for transformers' Trainer with PEFT, without the size."""
     import peft
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -70,8 +69,8 @@ def trainers(folder: Path, out: Path, rank: int) -> tuple[Callable[[int], None],
     return save, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def demo_run(out: Path) -> tuple[Callable[[], object], Callable[[], None]]:
-    """A step of training the demo model with LoRA, and a save of that run."""
+def make_demo_run(out: Path) -> tuple[Callable[[], object], Callable[[], None]]:
+    """Return a training step of the demo model with LoRA, and a save of its run."""
     model, tokenizer = load_model("demo"), load_tokenizer("demo")
     add_adapter(model, LoRAConfig(16))
     batches = pack(encode_pairs(load_pairs("demo"), tokenizer), tokenizer, length=512, batch=1)
@@ -81,15 +80,15 @@ def demo_run(out: Path) -> tuple[Callable[[], object], Callable[[], None]]:
     saves = itertools.count(10_001)
 
     def save() -> None:
-        step, state.step = state.step, next(saves)  # a step that has been saved is not saved again
+        step, state.step = state.step, next(saves)  # a step is saved only once
         run.save(model, state)
         state.step = step
 
     return lambda: next(steps), save
 
 
-def counted(save: Callable[[int], None]) -> Callable[[], None]:
-    """A call without arguments that saves as of the next step."""
+def count_steps(save: Callable[[int], None]) -> Callable[[], None]:
+    """Return a function without arguments that saves the next step."""
     steps = itertools.count(1)
     return lambda: save(next(steps))
 
@@ -106,11 +105,11 @@ def main() -> None:
         save, numbers, size = ours(options.model, Path(work, "ours"), options.rank)
         peer, theirs = trainers(options.model, Path(work, "peer"), options.rank)
         assert numbers == theirs, (numbers, theirs)
-        both = {"transformers": counted(peer), "minipeft": counted(save)}
+        both = {"transformers": count_steps(peer), "minipeft": count_steps(save)}
         shape, packages = f"{numbers} trained numbers, LoRA rank {options.rank}", ("transformers", "peft")
         rows = measure(both, name="checkpoint", shape=shape, dtype="float32", rounds=options.saves, packages=packages)
         print(f"{size():,} bytes a checkpoint, {size() / numbers:.3f} a trained number")
-        step, save_demo = demo_run(Path(work, "demo"))
+        step, save_demo = make_demo_run(Path(work, "demo"))
         pair = {"a step": step, "a save": save_demo}
         rows += measure(pair, name="demo run", shape="LoRA rank 16, 512 tokens", dtype="float32", rounds=options.saves)
         print(f"saving every 50 steps costs {rows[-1].median / (50 * rows[-2].median):.2%}")

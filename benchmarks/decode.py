@@ -3,11 +3,10 @@
     python benchmarks/decode.py
     python benchmarks/decode.py --device cuda --out benchmarks/results/lora-decode-h200.json
 
-A batch of B rows, one token each, and 1, B/4 or B different adapters among them; 128 steps a round, a row's time is a
-step's. PEFT loops over the adapters in Python, so it pays for each; ours gathers (reference) or reads each row's own
-(decode). On a GPU the steps go through several layers in turn, as in a model, so that no weight waits in the L2 cache,
-and a second column replays CUDA graphs. A time stands beside its error against float64 (float32 on a GPU). Whole
-generation: benchmarks/bank.py.
+A batch has B rows of one token and 1, B/4 or B different adapters; a round is 128 steps, and times are per step. PEFT
+loops over the adapters in Python; ours groups the rows (reference) or reads each row's adapter (decode). On a GPU the
+steps cycle through several layers, as in a model, so that no weight stays in the L2 cache, and a second column replays
+CUDA graphs. Each row holds its error against float64 (float32 on a GPU). For whole generations see benchmarks/bank.py.
 """
 
 import argparse
@@ -29,13 +28,13 @@ STEPS = 128  # a round
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear with its adapters, and the token of each row that comes to it."""
+    """A linear with its adapters, and the input token of each row."""
 
     x: Tensor  # [B, 1, K]
     weight: Tensor  # [N, K]
     A: Tensor  # [adapters, r, K]
     B: Tensor  # [adapters, N, r]
-    owner: Tensor  # [B], which adapter a row has
+    owner: Tensor  # [B], the adapter of each row
     scales: Tensor  # [adapters]
 
 
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def draw_layers(batch: int, adapters: int, k: int, n: int, arguments: argparse.Namespace) -> list[Layer]:
-    """Draw as many layers as a GPU's cache cannot hold, one on a CPU."""
+    """Draw more layers than a GPU's L2 cache holds; one on a CPU."""
     dtype, device, r = getattr(torch, arguments.dtype), arguments.device, arguments.rank
     random = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
@@ -77,25 +76,27 @@ def draw_layers(batch: int, adapters: int, k: int, n: int, arguments: argparse.N
             owner=owner,
             scales=scales,
         )
-        for _ in range(measure.input_sets(k * n * dtype.itemsize, device))
+        for _ in range(measure.count_input_sets(k * n * dtype.itemsize, device))
     ]
 
 
 @torch.no_grad()
 def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
-    """Time the steps of each way to compute them."""
+    """Time a step of each variant."""
     first = layers[0]
     truth = exact(first)
     ways: dict[str, Callable[[Layer], Callable[[], Tensor]]] = {
         "base": lambda layer: lambda: F.linear(layer.x, layer.weight),
-        "peft, adapter_names": peft_call,
+        "peft, adapter_names": make_peft_call,
     }
     for backend in find_backends(first):
         ways[backend] = lambda layer, backend=backend: lambda: ours(layer, backend)
     calls = {name: alternate([way(layer) for layer in layers]) for name, way in ways.items()}
     errors = {name: relative(way(first)(), truth) for name, way in ways.items()}
     if first.x.is_cuda:
-        recorded = {name: call for name, call in calls.items() if "peft" not in name}  # PEFT asks the GPU for its rows
+        recorded = {
+            name: call for name, call in calls.items() if "peft" not in name
+        }  # PEFT synchronizes, which a graph cannot capture
         calls |= record_graphs(recorded, len(layers))
     (batch, _, k), (adapters, n, r) = first.x.shape, first.B.shape
     found = measure.measure(
@@ -114,10 +115,10 @@ def compare(layers: list[Layer], threads: int, arguments: argparse.Namespace) ->
 
 
 def judge(row: measure.Row, errors: dict[str, float]) -> measure.Row:
-    """Add to a row its error and its ratios; where the error is larger than PEFT's: FAIL, and no ratio."""
+    """Add the error and ratios to a row; if the error is above 1.25 times PEFT's, the row is a FAIL without a ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"times_base": 1 / row.ratios[f"base{graph}"]}
-    if variant == "base":  # another function: it has no adapters
+    if variant == "base":  # not comparable: it has no adapters
         return dataclasses.replace(row, extra=extra)
     checked = {"error": errors[variant], "peft_error": errors["peft, adapter_names"]}
     if checked["error"] > 1.25 * checked["peft_error"] + 1e-7:
@@ -140,7 +141,7 @@ def find_backends(layer: Layer) -> list[str]:
 
 
 def alternate(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    """Return a call that is one of these after the other."""
+    """Return a function that calls these in turn."""
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 
@@ -158,7 +159,7 @@ def ours(layer: Layer, backend: str) -> Tensor:
     return lora_rows(layer.x, layer.weight, None, layer.A, layer.B, layer.owner, layer.scales, backend=backend)
 
 
-def peft_call(layer: Layer) -> Callable[[], Tensor]:
+def make_peft_call(layer: Layer) -> Callable[[], Tensor]:
     """Return HF PEFT's linear with these adapters loaded, called with a name for each row."""
     r, (n, k) = layer.A.shape[1], layer.weight.shape
     model = nn.Sequential(nn.Linear(k, n, bias=False, device=layer.x.device, dtype=layer.x.dtype))

@@ -1,13 +1,13 @@
-"""The LoRA linear against HF PEFT's, one layer at a time: time, memory and error, with the frozen linear as the floor.
+"""The LoRA linear against HF PEFT's, one layer at a time: time, memory and error relative to the frozen linear.
 
     python benchmarks/lora_linear.py                                    # a CPU: GPT-2's shapes, 512 rows, 2 minutes
     python benchmarks/lora_linear.py --device cuda --quick --out benchmarks/results/lora-linear-h200.json
     python benchmarks/lora_linear.py --device cuda --tune               # rows for tiles.py and choice.py
 
-PEFT stands in three columns, because its usual setting is its slowest: adapters in the base's dtype; as it is by
-default (float32 adapters on a bfloat16 base); and that under autocast. A time is written only beside its errors
-against float64 (float32 on a GPU) and PEFT's own, and the norms of its gradients; where an error is larger by a quarter
-there is no ratio. On a GPU a second column replays a CUDA graph: the kernels without Python's time.
+PEFT has three columns, because its default is its slowest setting: adapters in the base's dtype; the default (float32
+adapters on a bfloat16 base); and the default under autocast. Each row holds the errors against float64 (float32 on a
+GPU), PEFT's errors, and the norms of the gradients; if an error is above 1.25 times PEFT's, the row is a FAIL without a
+ratio. On a GPU a second column replays a CUDA graph: kernel time without Python overhead.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)
 QUICK = [(768, 3072), (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]  # 8192 rows: the protocol's quick set
 REST = [(768, 768), (768, 50257), (4096, 6144), (14336, 4096), (4096, 32000)]  # only with --all
 ALL_ROWS, ALL_RANKS = [1, 4, 16, 64, 512, 2048, 8192, 16384], [8, 16, 64, 128]
-reasons_shown: set[str] = set()  # why a backend is not measured, each reason once
+reasons_shown: set[str] = set()  # reasons why a backend is not measured, printed once
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One linear and its adapter, and inputs to call it with."""
+    """One linear with its adapter and inputs."""
 
     weight: Tensor  # [N, K]
     bias: Tensor  # [N]
@@ -86,10 +86,10 @@ def main() -> None:
 
 
 def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, device: str) -> Problem:
-    """Draw a layer whose update is as large as its base, and inputs that differ from call to call."""
+    """Draw a layer whose update has the size of its base output, and inputs to cycle through."""
     random = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random, device=device)
-    sets = measure.input_sets(m * (k + n) * dtype.itemsize, device)
+    sets = measure.count_input_sets(m * (k + n) * dtype.itemsize, device)
     return Problem(
         weight=(draw(n, k) / k**0.5).to(dtype),
         bias=draw(n).to(dtype),
@@ -103,27 +103,27 @@ def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the layer, and the two matrices it trains (none: the frozen linear)."""
+    """An implementation of the layer, and the two matrices that it trains (none for the frozen linear)."""
 
     call: Callable[[Tensor], Tensor]
     trained: tuple[Tensor, ...] = ()
 
 
 def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
-    """Time forward, and forward with backward, of every variant in turn; each row carries its errors and norms."""
+    """Time forward, and forward with backward, of every variant; each row holds its errors and norms."""
     (x, dy), *_ = given.inputs
-    torch.compiler.reset()  # else the ninth shape would silently run as it is, and the second with unknown sizes
-    variants = all_variants(given, arguments)
-    plain = dataclasses.replace(given, dropout=0.0)  # PEFT's mask is another, so errors are compared without one
+    torch.compiler.reset()  # else the second shape compiles with dynamic sizes, and the ninth runs uncompiled
+    variants = make_variants(given, arguments)
+    plain = dataclasses.replace(given, dropout=0.0)  # PEFT draws another mask, so errors are compared without dropout
     checks = {
-        name: check(variant, plain) for name, variant in all_variants(plain, arguments).items() if variant.trained
+        name: check(variant, plain) for name, variant in make_variants(plain, arguments).items() if variant.trained
     }
     found = []
     for kind in ("forward", "forward + backward"):
         calls = {name: repeat_over_inputs(variant, given, kind != "forward") for name, variant in variants.items()}
         if kind == "forward" and not given.dropout:
-            calls["k-concat"] = k_concat(given)
-            checks["k-concat"] = Check({"y": relative(k_concat(given)(), exact(given)["y"])}, {})
+            calls["k-concat"] = make_k_concat(given)
+            checks["k-concat"] = Check({"y": relative(make_k_concat(given)(), exact(given)["y"])}, {})
         if x.is_cuda:
             calls |= record_graphs(calls, len(given.inputs))
         rows = measure.measure(
@@ -144,19 +144,19 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
 
 
 def record_graphs(calls: dict[str, Callable[[], object]], sets: int) -> dict[str, Callable[[], object]]:
-    """Return CUDA graphs of each call that can be recorded, one for each set of inputs, by "NAME, graph"."""
+    """Return CUDA graphs of each call that can be captured, one for each set of inputs, as "NAME, graph"."""
     found = {}
     for name, call in calls.items():
         try:
             found[f"{name}, graph"] = measure.record_graph(call, sets)
         except RuntimeError as reason:
-            print(f"# {name} is not record_graphs: {str(reason).splitlines()[0]}")
+            print(f"# {name} cannot be captured: {str(reason).splitlines()[0]}")
             torch.cuda.synchronize()
     return found
 
 
 def judge(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
-    """Add to a row its errors, its norms and its ratios; where an error is larger than PEFT's: FAIL, and no ratio."""
+    """Add errors, norms and ratios to a row; if an error is above 1.25 times PEFT's: FAIL without a ratio."""
     graph = ", graph" if row.variant.endswith(", graph") else ""
     m, k, n = (int(part) for part in row.shape.split()[0].split("x"))
     tflops = 2e-12 * m * k * n * (2 if "backward" in row.benchmark else 1) / row.median  # of the frozen product alone
@@ -174,21 +174,21 @@ def judge(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
     return dataclasses.replace(row, extra=extra | shown)
 
 
-def all_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
-    """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
+def make_variants(given: Problem, arguments: argparse.Namespace) -> dict[str, Variant]:
+    """Return the frozen linear, PEFT's variants and the available backends, by name."""
     variants = {"frozen": Variant(lambda x: F.linear(x, given.weight, given.bias))}
-    variants["peft, same dtype"] = peft_layer(given, upcast=False)
-    if given.weight.dtype != torch.float32:  # in float32 the three are one
-        default = variants["peft, default"] = peft_layer(given, upcast=True)
+    variants["peft, same dtype"] = make_peft_layer(given, upcast=False)
+    if given.weight.dtype != torch.float32:  # in float32 the three are the same
+        default = variants["peft, default"] = make_peft_layer(given, upcast=True)
         variants["peft, autocast"] = Variant(under_autocast(default.call), default.trained)
     if arguments.compile or given.weight.is_cuda:
-        same = peft_layer(given, upcast=False)
+        same = make_peft_layer(given, upcast=False)
         variants["peft, compiled"] = Variant(torch.compile(same.call, dynamic=False), same.trained)
     return variants | {backend: make_ours(given, backend) for backend in find_backends(given)}
 
 
 def under_autocast(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return the call as a trainer with bf16=True makes it: under autocast to the dtype of x."""
+    """Return the call under autocast to the dtype of x, as a trainer with bf16=True runs it."""
 
     def cast(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, x.dtype):
@@ -213,13 +213,13 @@ def find_backends(given: Problem) -> list[str]:
 
 
 def make_ours(given: Problem, backend: str) -> Variant:
-    """Return one of this project's backends."""
+    """Return the layer on one of this project's backends."""
     A, B = given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()
     call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=backend)
     return Variant(call, (A, B))
 
 
-def peft_layer(given: Problem, upcast: bool) -> Variant:
+def make_peft_layer(given: Problem, upcast: bool) -> Variant:
     """Return HF PEFT's layer with these weights, built as its users do, through get_peft_model."""
     n, k = given.weight.shape
     with torch.device("meta"):
@@ -235,7 +235,7 @@ def peft_layer(given: Problem, upcast: bool) -> Variant:
 
 
 def repeat_over_inputs(variant: Variant, given: Problem, backward: bool) -> Callable[[], object]:
-    """Return a call without arguments that takes the inputs in turn; backward gives dX, dA and dB."""
+    """Return a function without arguments that cycles through the inputs; backward gives dX, dA and dB."""
     turn = itertools.cycle(given.inputs)
 
     def forward_only() -> Tensor:
@@ -250,11 +250,11 @@ def repeat_over_inputs(variant: Variant, given: Problem, backward: bool) -> Call
     return both if backward else forward_only
 
 
-def k_concat(given: Problem) -> Callable[[], object]:
-    """Return forward as ONE product of torch's: [x | s] [W | scale B]^T, for a producer that leaves room beside x.
+def make_k_concat(given: Problem) -> Callable[[], object]:
+    """Return forward as ONE torch product: [x | s] [W | scale B]^T, for a producer that leaves room beside x.
 
     The producer of x (a norm, an activation) would write rows of K + 64 entries, of which s takes r; B is copied beside
-    W after each step of the optimizer. Nothing of size [M, N] is read again, and the product is cuBLAS's own.
+    W after each step of the optimizer. Nothing of size [M, N] is read again, and cuBLAS computes the product.
     """
     (n, k), r = given.weight.shape, len(given.lora_A)
     wide = torch.zeros(n, k + 64, dtype=given.weight.dtype, device=given.weight.device)  # [N, K + 64]
@@ -302,7 +302,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Check:
-    """What makes a time worth reading."""
+    """The errors and gradient norms of a variant."""
 
     errors: dict[str, float]
     norms: dict[str, float]
@@ -313,12 +313,12 @@ def tune(given: Problem, device: str) -> None:
     from minipeft_kernels import launch, tiles
 
     (x, dy), *_ = given.inputs
-    architecture, _ = launch._gpu(x)
-    rank, dropped = tiles.rank_block(len(given.lora_A)), given.dropout > 0
+    architecture, _ = launch._describe_gpu(x)
+    rank, dropped = tiles.pad_rank(len(given.lora_A)), given.dropout > 0
     picked = tiles.pick
     for kernel in tiles.TILES:
         times, keys = {}, set()
-        for tile in tiles.fitting(kernel, architecture, len(given.lora_A), dropped):
+        for tile in tiles.list_tiles(kernel, architecture, len(given.lora_A), dropped):
 
             def forced(name: str, *where: Any, tile: Any = tile, kernel: str = kernel, keys: set = keys) -> Any:
                 if name != kernel:
@@ -328,18 +328,18 @@ def tune(given: Problem, device: str) -> None:
 
             tiles.pick = forced
             backend = "hybrid" if kernel == "expand_add" else "fused"
-            times[tile] = seconds_of(make_ours(given, backend), given, device)
+            times[tile] = measure_seconds(make_ours(given, backend), given, device)
         tiles.pick = picked
         best = min(times, key=lambda tile: times[tile])
         print(f"{kernel}: " + ", ".join(f"{tile} {1e3 * time:.3f} ms" for tile, time in times.items()))
         for key in sorted(keys):
             print(f"    TUNED: {key}: {best},")
-    backends = {backend: seconds_of(make_ours(given, backend), given, device) for backend in find_backends(given)}
+    backends = {backend: measure_seconds(make_ours(given, backend), given, device) for backend in find_backends(given)}
     key = (architecture, 1 << (len(x) - 1).bit_length(), x.shape[1], dy.shape[1], rank, dropped)
     print(f"    MEASURED: {key}: {min(backends, key=lambda backend: backends[backend])!r},  # {backends}")
 
 
-def seconds_of(variant: Variant, given: Problem, device: str) -> float:
+def measure_seconds(variant: Variant, given: Problem, device: str) -> float:
     """Return the median seconds of forward and backward."""
     call = repeat_over_inputs(variant, given, backward=True)
     rows = measure.measure({"it": call}, name="tune", shape="", dtype="bfloat16", device=device, rounds=7, seconds=0.01)

@@ -13,30 +13,30 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, object]
-FLOORS = ("frozen", "base")
+FLOORS = ("frozen", "base", "plain torch")
 
 
 def main() -> None:
     """Print the tables, or write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--into", help="the page that has the markers")
+    parser.add_argument("--into", help="page with the markers")
     arguments = parser.parse_args()
     if arguments.into:
         page = Path(arguments.into)
-        page.write_text(filled(page.read_text()))
+        page.write_text(fill_tables(page.read_text()))
         return
     for path in sorted(RESULTS.glob("lora-*.json")):
         print(f"{path.stem}\n\n{table(path.stem)}\n")
 
 
-def filled(page: str) -> str:
-    """Return the page with each table between its markers made anew."""
+def fill_tables(page: str) -> str:
+    """Return the page with the table between each pair of markers regenerated."""
     pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
 
 
 def table(name: str) -> str:
-    """Return the Markdown table of a file of rows: a line a shape and setting, a column a variant, and where it ran."""
+    """Return the Markdown table of a file of rows: a line for each shape and setting, a column for each variant."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return f"No rows yet: benchmarks/results/{name}.json is not there."
@@ -74,7 +74,7 @@ def table(name: str) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Return a time, and how many times the floor it is; a variant that failed its check shows neither."""
+    """Return a time and its ratio to the baseline, or FAIL for a variant that failed its check."""
     if row is None:
         return ""
     if "FAIL" in str(row["note"]):

@@ -1,13 +1,12 @@
-"""One measurement is one JSON row: how the benchmarks of this folder time variants in turn and write them down.
+"""Time variants in interleaved rounds and write each measurement as one JSON row.
 
     rows = measure({"ours": f, "theirs": g}, name="lora_linear", shape="8x1024x768", dtype="float32")
     write_rows("benchmarks/results/lora_linear.json", rows)
 
-The variants are timed in turn, round by round (ours, theirs, ours, theirs, ...), each round in a new order: a machine
-that grows slower while it is measured, or a neighbour that wakes up, then hits all of them alike and the ratio stands.
-The first variant is timed twice in a round, as if it were two: how far those differ, round by round, is the noise of
-the run, and a difference below it is no difference. On a GPU the clock is CUDA's events; each row names what the
-machine can do at best (a large product, a large copy), measured in the same process, its clocks and its driver.
+Each round times every variant, in a new random order, so that a change of the machine's speed affects all variants and
+the ratios hold. The first variant is timed twice a round; the difference of the two is the noise of the run, and a
+smaller difference between variants is reported as none. On a GPU, CUDA events are the clock. Each row records the peak
+rates of the machine (a large product, a large copy) measured in the same process, and a GPU's clocks and driver.
 """
 
 import argparse
@@ -28,16 +27,21 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy")  # named in every row; a benchmark adds those that its peers need
+PACKAGES = ("torch", "numpy")  # their versions are in every row; a benchmark adds its peers'
 AGAIN = "the first variant again"
-FLOATS = ("float32", "bfloat16", "float16", "float64")  # dtypes whose product is a ceiling; another has float32's
-BUSY = 0.5  # of load above the number of cores from which nothing is measured
-PATIENCE, WAIT = 300.0, 15.0  # seconds that a busy machine is given to come to rest, and between two looks at it
+FLOATS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "float64",
+)  # dtypes whose peak rate is measured; float32 stands for any other
+BUSY = 0.5  # load average above the number of cores from which the machine counts as busy
+PATIENCE, WAIT = 300.0, 15.0  # seconds to wait for a busy machine to become idle, and between two checks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one benchmark: seconds of a call, and all that is needed to judge or repeat the number."""
+    """One variant of one benchmark: seconds a call, and what is needed to judge and repeat the measurement."""
 
     benchmark: str
     variant: str
@@ -46,11 +50,11 @@ class Row:
     p80: float
     rounds: int
     calls: int  # calls a round; the seconds above are already divided by it
-    ratio: float  # median of the first variant's time over this one's, round by round: above 1, this one is faster
+    ratio: float  # median over rounds of the first variant's time over this one's; above 1 this one is faster
     shape: str
     dtype: str
     device: str
-    memory_bytes: int  # at the peak of a call, beside what stood before it
+    memory_bytes: int  # peak of a call, less what was allocated before it
     versions: dict[str, str]
     commit: str
     command: str
@@ -58,16 +62,18 @@ class Row:
     best: float | None = None  # of all rounds
     ratios: dict[str, float] = field(default_factory=dict)  # as `ratio`, of each variant's time over this one's
     extra: dict[str, object] = field(default_factory=dict)
-    surroundings: dict[str, object] = field(default_factory=dict)  # clock, load, noise, ceilings; a GPU's clocks
+    surroundings: dict[str, object] = field(default_factory=dict)  # clock, load, noise, peak rates; a GPU's clocks
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Add what all benchmarks of this folder are told: where they run, how often, and where the rows go."""
+    """Add the options of all benchmarks: device, rounds, threads and output file."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="that torch may use; several: in turn")
-    parser.add_argument("--busy", action="store_true", help="measure on a busy machine too; the rows say so")
-    parser.add_argument("--out", help="where the rows go, as JSON")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="number of torch threads; several are measured in turn"
+    )
+    parser.add_argument("--busy", action="store_true", help="measure even on a busy machine; the rows record it")
+    parser.add_argument("--out", help="JSON file for the rows")
 
 
 def measure(
@@ -86,17 +92,17 @@ def measure(
     threads: int = 1,
     busy: bool = False,
 ) -> list[Row]:
-    """Time each variant in `rounds` interleaved rounds; the first variant is the one that the ratios compare with.
+    """Time each variant in `rounds` interleaved rounds; ratios are relative to the first variant.
 
     A round makes `calls` calls of a variant, or as many as fill `seconds` (at least one), after 2 calls to warm up, 25
-    on a GPU. On a device "cuda..." the time is between two events; elsewhere it is the processor's with one thread,
-    which counts nothing that other processes take, else the wall's.
+    on a GPU. CUDA devices are timed by events; a CPU by processor time with one thread, which excludes other processes,
+    and by wall-clock time with several.
 
-    Raises: SystemExit where a CPU is still busy with other work after five minutes, unless `busy` allows it.
+    Raises: SystemExit if the machine is still busy after five minutes, unless `busy`.
     """
     if not busy and not device.startswith("cuda"):
         wait_for_rest()
-    clock = clock_of(threads)
+    clock = choose_clock(threads)
     around = surroundings(device, dtype, threads)
     warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
     first = next(iter(variants))
@@ -111,14 +117,16 @@ def measure(
         shuffler.shuffle(order)
         for label in order:
             times[label].append(_round(variants[label], counts[label], device, clock))
-    memory = {label: peak_bytes(call, device) for label, call in variants.items()}  # apart: it disturbs the time
+    memory = {
+        label: peak_bytes(call, device) for label, call in variants.items()
+    }  # measured separately: it disturbs the time
     again, base = times.pop(AGAIN), times[first]
     twice = [a / b for a, b in zip(base, again)]
     noise = max(abs(statistics.median(twice) - 1), (quantile(twice, 0.8) - quantile(twice, 0.2)) / 2)
     shared = {
         "shape": shape,
         "dtype": dtype,
-        "device": device_name(device),
+        "device": describe_device(device),
         "versions": versions(packages),
         "commit": commit(),
         "command": command(),
@@ -145,19 +153,19 @@ def measure(
 
 
 def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write the rows as a JSON array with one row a line, so that a diff shows which measurement changed."""
+    """Write the rows as a JSON array with one row a line, so that a diff shows which measurements changed."""
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def faster(row: Row, other: str) -> float | str:
-    """How many times faster a row is than another variant, or "no difference" within the run's noise."""
+    """Return how many times faster a row is than another variant, or "no difference" within the noise of the run."""
     times = row.ratios[other]
     return times if abs(times - 1) > float(str(row.surroundings["noise"])) else "no difference"
 
 
 def show_rows(rows: Sequence[Row]) -> None:
-    """Print the rows as a table: milliseconds, and how many times faster than the first variant."""
+    """Print the rows as a table: milliseconds, and the speed relative to the first variant."""
     for row in rows:
         spread = f"[{row.p20 * 1e3:.3f}, {row.p80 * 1e3:.3f}]"
         label = f"{row.benchmark:28} {row.shape:26} {row.variant:22}"
@@ -177,7 +185,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def versions(packages: Sequence[str] = ()) -> dict[str, str]:
-    """The versions of Python and of each package, "absent" for one that is not installed."""
+    """Return the versions of Python and of each package, "absent" for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
         try:
@@ -188,15 +196,15 @@ def versions(packages: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, with "+changes" where tracked files differ from it."""
+    """Return the measured commit, with "+changes" if tracked files differ from it."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../minipeft", "../kernels", ".", ":!results")
     return (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + ("+changes" if changed.strip() else "")
 
 
-def device_name(device: str) -> str:
-    """The device in words: the GPU's name, or the processor's with the number of cores this process may use."""
+def describe_device(device: str) -> str:
+    """Return the name of the GPU, or of the processor with the number of cores available to this process."""
     if device.startswith("cuda"):
         import torch
 
@@ -212,14 +220,14 @@ def device_name(device: str) -> str:
 
 
 def overload() -> float:
-    """How far the load average of the last minute is above what lets a benchmark be measured; at most 0 is quiet."""
+    """Return the 1-minute load average above the limit of a busy machine; <= 0 is idle enough."""
     return os.getloadavg()[0] - (os.cpu_count() or 1) - BUSY
 
 
 def wait_for_rest() -> None:
-    """Wait until the machine is quiet.
+    """Wait until the machine is idle enough.
 
-    Raises: SystemExit where it is not in PATIENCE seconds.
+    Raises: SystemExit if it is not within PATIENCE seconds.
     """
     waited = 0.0
     while (over := overload()) > 0:
@@ -234,7 +242,7 @@ def wait_for_rest() -> None:
 
 
 def surroundings(device: str, dtype: str, threads: int) -> dict[str, object]:
-    """What a time depends on beside the code: the load before it, the machine's ceilings, a GPU's driver and clocks."""
+    """Return the conditions of a measurement: load, peak rates of the machine, a GPU's driver and clocks."""
     found: dict[str, object] = {
         "threads": threads,
         "load": round(os.getloadavg()[0], 1),
@@ -251,7 +259,7 @@ def surroundings(device: str, dtype: str, threads: int) -> dict[str, object]:
 
 @functools.cache
 def ceilings(device: str, dtype: str, threads: int) -> dict[str, float]:
-    """The most that the device reaches: TFLOP/s of a product (8192^3; 1024^3 on a CPU) in a dtype, GB/s of a copy."""
+    """Measure the peak rates of the device: TFLOP/s of a product (8192^3; 1024^3 on a CPU), GB/s of a copy."""
     import torch
 
     gpu = device.startswith("cuda")
@@ -267,20 +275,20 @@ def ceilings(device: str, dtype: str, threads: int) -> dict[str, float]:
         call()
         seconds: list[float] = []
         while len(seconds) < 10 and sum(seconds) < 6:
-            seconds.append(_round(call, 1, device, clock_of(threads)))
+            seconds.append(_round(call, 1, device, choose_clock(threads)))
         best[name] = float(f"{work / min(seconds):.3g}")
     return best
 
 
-def clock_of(threads: int) -> Callable[[], float]:
-    """The processor's seconds for one thread; for more, which it would add up, the wall's."""
+def choose_clock(threads: int) -> Callable[[], float]:
+    """Return the clock: processor time for one thread; wall-clock time for several, whose processor times add up."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def input_sets(size: int, device: str) -> int:
-    """How many inputs of `size` bytes to take in turn, so that a GPU's L2 cache never holds the next call's.
+def count_input_sets(size: int, device: str) -> int:
+    """Return how many inputs of `size` bytes to cycle through, so that the next input is not in a GPU's L2 cache.
 
-    At least 4, and as many (up to 32) as are four times that cache; on a CPU one.
+    Four times the size of that cache, within 4 to 32 inputs; 1 on a CPU.
     """
     if not device.startswith("cuda"):
         return 1
@@ -290,11 +298,11 @@ def input_sets(size: int, device: str) -> int:
 
 
 def record_graph(call: Callable[[], object], sets: int) -> Callable[[], object]:
-    """CUDA graphs of so many calls, replayed in turn: the time of the kernels without that of Python.
+    """Capture `sets` CUDA graphs of a call and return their replay in turn: kernel time without Python overhead.
 
-    They share their memory, which nobody reads: a replay gives a time and no result.
+    The graphs share memory, so the outputs of a replay are not usable.
 
-    Raises: RuntimeError where the call asks the GPU for an answer while it is recorded.
+    Raises: RuntimeError if the call synchronizes with the GPU during capture.
     """
     import torch
 
@@ -315,13 +323,13 @@ def record_graph(call: Callable[[], object], sets: int) -> Callable[[], object]:
 
 
 def command() -> str:
-    """The command that was given; of a path of this machine only the file's name."""
+    """Return the command line, absolute paths reduced to file names."""
     words = [Path(sys.executable).name, *sys.argv]
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def _calls(call: Callable[[], object], seconds: float, device: str, clock: Callable[[], float]) -> int:
-    """How many calls fill so many seconds, at least one."""
+    """Return how many calls fill this many seconds, at least one."""
     return max(1, int(seconds / max(_round(call, 1, device, clock), 1e-9))) if seconds else 1
 
 
@@ -348,9 +356,9 @@ def _clock_name(device: str, clock: Callable[[], float]) -> str:
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most memory that one call takes beside what stood before: the allocator's on a GPU, resident pages on Linux.
+    """Return the peak memory of a call above the level before it: the allocator's on a GPU, resident pages on Linux.
 
-    Elsewhere 0: what getrusage says there is the most that the process ever had, which other variants have raised.
+    Elsewhere 0: getrusage gives the peak of the whole process, which includes other variants.
     """
     if device.startswith("cuda"):
         import torch
@@ -362,15 +370,17 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     if not sys.platform.startswith("linux"):
         return 0
-    with contextlib.suppress(OSError, AttributeError):  # a libc without it keeps freed pages, and less is seen
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # without malloc_trim libc keeps freed pages and the peak is underestimated
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten (man proc_pid_clear_refs)
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM (man proc_pid_clear_refs)
     before = _status("VmRSS")
     call()
     return max(0, _status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
-    """A number of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

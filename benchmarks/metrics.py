@@ -2,7 +2,7 @@
 
     python benchmarks/metrics.py [--conala conala-paired-test.json]
 
-Each call of ours begins with nothing remembered, unless the variant says "warm"; the package remembers nothing.
+Our caches are cleared before each call, except in the variant "warm"; the package has no caches.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from minipeft.metrics.bleu import count_pairs
 from minipeft.metrics.bootstrap import bootstrap_bleu
 
 PACKAGES = ("codebleu", "sacrebleu", "tree-sitter", "tree-sitter-python")
-KEPT = (ours._count_tokens, ours._analyse, ours._drop_truly, ours._drop_as_package)
+CACHES = (ours._count_tokens, ours._analyse, ours._drop_truly, ours._drop_as_package)
 
 
-def forget() -> None:
-    """Empty what is remembered of texts."""
-    for kept in KEPT:
-        kept.forget()
+def clear_caches() -> None:
+    """Clear the caches of analysed texts."""
+    for cache in CACHES:
+        cache.forget()
 
 
-def functions(lines: range, number: int) -> list[str]:
-    """Functions of Python's standard library that take so many lines."""
+def sample_functions(lines: range, number: int) -> list[str]:
+    """Sample functions of Python's standard library whose length is in `lines`."""
     found = []
     for path in sorted(Path(inspect.getfile(ast)).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -47,17 +47,17 @@ def functions(lines: range, number: int) -> list[str]:
 
 
 def rename(code: str, seed: int) -> str:
-    """The code with one of its names changed: what another model might have written."""
+    """Return the code with one of its names changed, as a stand-in for a model's answer."""
     names = sorted(set(re.findall(r"\b[a-z_]{3,}\b", code)))
     return re.sub(rf"\b{random.Random(seed).choice(names)}\b", "renamed", code)
 
 
 def compare(name: str, shape: str, predictions: list[str], references: list[str], rounds: int, note: str) -> list[Row]:
-    """The package, ours in both modes with nothing remembered, and ours where the references were seen before."""
+    """Time the package, ours in both modes with cold caches, and ours with warm caches."""
 
     def cold(mode: str) -> Callable[[], object]:
         def call() -> object:
-            forget()
+            clear_caches()
             return ours.codebleu(predictions, references, mode=mode)
 
         return call
@@ -74,19 +74,19 @@ def compare(name: str, shape: str, predictions: list[str], references: list[str]
 
 
 def nest(depth: int) -> str:
-    """A nest of loops that all change one variable."""
+    """Return nested loops that all change one variable."""
     lines = ["  " * level + f"for x{level} in y{level}:" for level in range(depth)]
     return "\n".join([*lines, "  " * depth + "z = x0 + z"])
 
 
-def loops(rounds: int) -> list[Row]:
-    """One text with 5, 10, 20 and 40 nested loops; the package doubles its time with each (10 is where it stops)."""
+def compare_nested_loops(rounds: int) -> list[Row]:
+    """Time a text with 5, 10, 20 and 40 nested loops; the package, whose time doubles with each, up to 10."""
     rows = []
     for depth in (5, 10, 20, 40):
         text = nest(depth)
 
         def cold(text: str = text) -> object:
-            forget()
+            clear_caches()
             return ours.codebleu([text], [text])
 
         variants: dict[str, Callable[[], object]] = {"strict (and compat)": cold}
@@ -126,12 +126,12 @@ def main() -> None:
             rounds=arguments.rounds,
             packages=PACKAGES,
         )
-    long = functions(range(45, 56), 20)
+    long = sample_functions(range(45, 56), 20)
     repeated = [code for code in long for _ in range(5)]
     changed = [rename(code, seed) for seed, code in enumerate(repeated)]
     note = "20 functions of the standard library, each against 5 answers in which one name is changed"
     rows += compare("50-line functions", "100 pairs, 20 references", changed, repeated, arguments.rounds, note)
-    rows += loops(arguments.rounds)
+    rows += compare_nested_loops(arguments.rounds)
     write_rows(arguments.out, rows)
     show_rows(rows)
 

@@ -1,14 +1,14 @@
-"""Whole training steps: one decoder layer, GPT-2 124M, and a 7B on a GPU. Ours, HF transformers + PEFT, and the floor.
+"""Training steps of one decoder layer, GPT-2 124M and, on a GPU, a 7B: ours, HF transformers + PEFT, and frozen.
 
     python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 6 minutes
     python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json
     python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --activation-checkpointing
 
-Weights are random and one memory for all: the variants differ in what is done with them. A step is forward, loss,
-backward and AdamW on the adapters, which all start from one file in PEFT's format. The floor is the same decoder
-without adapters, forward and backward to the embedding. A ratio counts if the loss after 20 steps, without dropout, is
-PEFT's to 1e-3 (in bfloat16 under autocast, which casts float32 adapters for each product as ours does). On a GPU a
-second column replays a CUDA graph of the whole step; a 7B has none, because each graph would keep its activations.
+All variants share the same random weights. A step is forward, loss, backward and AdamW on the adapters, which are
+loaded from one file in PEFT's format. "frozen" is the decoder without adapters, forward and backward to the embedding.
+The loss after 20 steps without dropout must equal PEFT's to 1e-3 (in bfloat16 under autocast, which casts float32
+adapters for each product as ours does), else the row is a FAIL without a ratio. On a GPU a second column replays a CUDA
+graph of the step, except for the 7B, whose graphs would each keep their activations.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads":
 SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 ONE = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 512, "max_position_embeddings": 8192}
 WHOLE = {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 8192}
-CASES: dict[str, Config] = {  # name -> config.json; a layer has a vocabulary too small to be seen
+CASES: dict[str, Config] = {  # name -> config.json; a single layer has a small vocabulary, whose head takes little time
     "layer": ONE | SMOL,
     "layer, GPU": ONE | MISTRAL,
     "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 50257},
@@ -48,13 +48,13 @@ CASES: dict[str, Config] = {  # name -> config.json; a layer has a vocabulary to
 }
 CPU = (("layer", 1, 256), ("gpt2", 1, 256))  # case, rows, tokens of a row
 GPU = (("layer, GPU", 4, 2048), ("gpt2", 8, 1024), ("7b", 4, 2048))
-STEPS = 20  # after which losses are compared
+STEPS = 20  # training steps before the losses are compared
 RATE = 1e-3
 
 
 @dataclass
 class Trained:
-    """A model with what it trains: `loss` is nats per token of a batch."""
+    """A model and its trained parameters; `loss` returns nats per token of the batch."""
 
     loss: Callable[[], Tensor]
     parameters: list[nn.Parameter]
@@ -65,7 +65,9 @@ class Trained:
         loss = self.loss()
         loss.backward()
         if self.parameters:
-            on_gpu = self.parameters[0].is_cuda  # capturable: its step counter lies on the GPU, as a graph needs it
+            on_gpu = self.parameters[
+                0
+            ].is_cuda  # capturable: the step counter is on the GPU, which a CUDA graph requires
             self.optimizer = self.optimizer or torch.optim.AdamW(
                 self.parameters, lr=RATE, weight_decay=0.0, capturable=on_gpu
             )
@@ -78,16 +80,16 @@ def main() -> None:
     """Measure each case, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=7)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: what the device can do")
-    parser.add_argument("--rows", type=int, help="of a batch, instead of the case's own")
-    parser.add_argument("--length", type=int, help="tokens of a row, likewise")
-    parser.add_argument("--layers", type=int, help="of the decoder, likewise: fewer to try a case out")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all cases of the device")
+    parser.add_argument("--rows", type=int, help="rows of a batch (default: those of the case)")
+    parser.add_argument("--length", type=int, help="tokens of a row (default: those of the case)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: those of the case)")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", help="of the base: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dtype", help="dtype of the base: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too")
     parser.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in backward")
-    parser.add_argument("--steps", type=int, default=STEPS, help="after which losses are compared")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps before the losses are compared")
     options = parser.parse_args()
     gpu = options.device.startswith("cuda")
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
@@ -106,25 +108,27 @@ def main() -> None:
 
 
 def compare(case: str, rows: int, length: int, threads: int, options: argparse.Namespace) -> list[measure.Row]:
-    """Time a step of every variant in turn; each row carries its last compared loss, its gradients' norm and the bytes
-    kept for backward."""
+    """Time a step of every variant; each row holds its loss, gradient norm and the bytes saved for backward."""
     config, device = CASES[case], options.device
     if options.layers:
         config = config | {"n_layer" if config["model_type"] == "gpt2" else "num_hidden_layers": options.layers}
-    weights = fresh_weights(config, getattr(torch, options.dtype), device)
+    weights = draw_weights(config, getattr(torch, options.dtype), device)
     random = torch.Generator(device).manual_seed(1)
     ids = torch.randint(config["vocab_size"], (rows, length), generator=random, device=device)  # [B, T]
     own = {weight.data_ptr() for weight in weights.values()}
     checks: dict[str, tuple[float, float]] = {}
     found = []
-    for dropout in (0.0, *(p for p in options.dropout if p)):  # masks differ from PEFT's: losses are compared without
+    for dropout in (
+        0.0,
+        *(p for p in options.dropout if p),
+    ):  # PEFT draws other masks: losses are compared without dropout
         torch.compiler.reset()
-        variants = all_variants(config, weights, ids, dropout, options)
+        variants = make_variants(config, weights, ids, dropout, options)
         if not dropout:
             checks = {name: after(variant, options.steps) for name, variant in variants.items() if variant.parameters}
         if dropout not in options.dropout:
             continue
-        kept = {name: kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
+        kept = {name: count_kept_bytes(variant, own) for name, variant in variants.items() if "compiled" not in name}
         steps: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
         if ids.is_cuda and case != "7b":
             steps |= record_graphs(steps, 1)
@@ -146,17 +150,17 @@ def compare(case: str, rows: int, length: int, threads: int, options: argparse.N
     return found
 
 
-def all_variants(
+def make_variants(
     config: Config, weights: dict[str, Tensor], ids: Tensor, dropout: float, options: argparse.Namespace
 ) -> dict[str, Trained]:
-    """Return the floor, PEFT's columns and this project's backends that can run here, by name."""
+    """Return the frozen decoder, PEFT's variants and the available backends, by name."""
     variants = {"frozen": frozen(decoder(config, weights), ids, options)}
     with tempfile.TemporaryDirectory() as start:
         model = decoder(config, weights)
         add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout))
         save_adapter(model, start)
         variants["peft, same dtype"] = theirs(config, weights, start, ids, False, options)
-        if options.dtype != "float32":  # in float32 the three are one
+        if options.dtype != "float32":  # in float32 the three are the same
             variants["peft, default"] = theirs(config, weights, start, ids, True, options)
             variants["peft, autocast"] = theirs(config, weights, start, ids, True, options, autocast=True)
         if options.compile:
@@ -167,7 +171,7 @@ def all_variants(
 
 
 def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float, float]], tokens: int) -> measure.Row:
-    """Add to a row what its ratios rest on; where the loss is not PEFT's: FAIL, and no ratio."""
+    """Add the checks and ratios to a row; if the loss differs from PEFT's, the row is a FAIL without a ratio."""
     variant, graph, _ = row.variant.partition(", graph")
     extra: dict[str, object] = {"kept_bytes": kept.get(variant)}
     if variant in checks:
@@ -180,8 +184,8 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float,
     return dataclasses.replace(row, extra=extra)
 
 
-def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Random weights by our names."""
+def draw_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Draw random weights, as a state dict."""
     of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
         model = module(config_from(of, config)).to(dtype)
@@ -190,7 +194,7 @@ def fresh_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, 
 
 
 def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
-    """Our decoder on these weights, which it does not copy."""
+    """Return a decoder that uses these weights without a copy."""
     of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
         model = module(config_from(of, config))
@@ -200,7 +204,7 @@ def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
 
 
 def find_backends(model: Decoder, ids: Tensor, rank: int, dropout: float) -> list[str]:
-    """The kernel's backends that can run on this device and dtype, "decode" apart."""
+    """Return the backends that can train on this device and dtype."""
     weight, width = model.embedding.weight, model.config.width
     found = []
     for backend in BACKENDS:
@@ -218,22 +222,22 @@ def find_backends(model: Decoder, ids: Tensor, rank: int, dropout: float) -> lis
 def ours(
     config: Config, weights: dict[str, Tensor], backend: str, ids: Tensor, dropout: float, options: argparse.Namespace
 ) -> Trained:
-    """minipeft, by one of its kernel's backends."""
+    """Return minipeft's model on one backend."""
     model = decoder(config, weights)
     add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=backend))
     model.activation_checkpointing = options.activation_checkpointing
-    return Trained(lambda: loss_of(model, ids), [p for p in model.parameters() if p.requires_grad])
+    return Trained(lambda: compute_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
 
 
 def frozen(model: Decoder, ids: Tensor, options: argparse.Namespace) -> Trained:
-    """The floor: nothing is trained, and backward goes down to the embedding."""
+    """Return the decoder without adapters; backward reaches the embedding."""
     model.activation_checkpointing = options.activation_checkpointing
     model.embedding.register_forward_hook(lambda module, given, x: x.requires_grad_())
-    return Trained(lambda: loss_of(model, ids), [])
+    return Trained(lambda: compute_loss(model, ids), [])
 
 
-def loss_of(model: Decoder, ids: Tensor) -> Tensor:
-    """Nats per token."""
+def compute_loss(model: Decoder, ids: Tensor) -> Tensor:
+    """Return the loss in nats per token."""
     return cross_entropy(model.hidden(ids), model.lm_head.weight, ids) / ids[:, 1:].numel()
 
 
@@ -247,7 +251,7 @@ def theirs(
     autocast: bool = False,
     compiled: bool = False,
 ) -> Trained:
-    """transformers and PEFT on the same weights, with the adapters of `start`, in float32 if `upcast`."""
+    """Return transformers and PEFT on the same weights with the adapters in `start`, in float32 if `upcast`."""
     with torch.device(options.device):
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**config), dtype=getattr(torch, options.dtype)
@@ -274,7 +278,7 @@ def theirs(
 
 
 def after(variant: Trained, steps: int) -> tuple[float, float]:
-    """The loss after some steps, and the norm of the adapters' gradient there."""
+    """Return the loss after some steps, and the norm of the adapters' gradient."""
     for _ in range(steps):
         variant.step()
     loss = variant.loss()
@@ -282,8 +286,8 @@ def after(variant: Trained, steps: int) -> tuple[float, float]:
     return loss.item(), torch.stack([g.float().norm() for g in gradients]).norm().item()
 
 
-def kept_bytes(variant: Trained, own: set[int]) -> int:
-    """The bytes that forward keeps for backward, weights apart, each memory once."""
+def count_kept_bytes(variant: Trained, own: set[int]) -> int:
+    """Return the bytes that forward saves for backward without the weights, each storage once."""
     own = own | {p.data_ptr() for p in variant.parameters}
     kept: dict[int, int] = {}
 

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/training.py --model FOLDER --data conala-paired-train.json
 
-Each variant lives in a process of its own (so that its peak memory is its own) and makes a step when told to; the
-parent tells them in turn, round by round. One step is one row of 1024 tokens: forward, backward, clip, AdamW. Both
-sides pack the same pairs; ours keeps documents apart, HF's sees the row as one text.
+Each variant runs in its own process, so that its peak memory can be read; the parent requests steps in interleaved
+rounds. A step is one row of 1024 tokens: forward, backward, gradient clipping, AdamW. Both sides pack the same pairs;
+ours isolates documents, HF's attends across the row.
 """
 
 import argparse
@@ -32,7 +32,7 @@ LENGTH = 1024
 
 
 def ours(source: str, data: str, method: str, dtype: torch.dtype) -> Iterator[int]:
-    """Make a step of minipeft for each `next`; yields the tokens it took."""
+    """Run a minipeft step for each `next` and yield its number of tokens."""
     import minipeft
 
     model, tokenizer = minipeft.load_model(source, dtype=dtype), minipeft.load_tokenizer(source)
@@ -45,7 +45,7 @@ def ours(source: str, data: str, method: str, dtype: torch.dtype) -> Iterator[in
 
 
 def theirs(source: str, data: str, method: str, dtype: torch.dtype) -> Iterator[int]:
-    """The same with transformers and PEFT."""
+    """Run the same with transformers and PEFT."""
     import peft
     import transformers
 
@@ -71,8 +71,8 @@ def theirs(source: str, data: str, method: str, dtype: torch.dtype) -> Iterator[
         yield int((batch.documents >= 0).sum())
 
 
-def child(variant: str, source: str, data: str) -> None:
-    """Make a step for each line read; answer with its seconds, its tokens and the peak memory so far."""
+def serve_steps(variant: str, source: str, data: str) -> None:
+    """Run a step for each input line; print its seconds, its tokens and the peak memory so far."""
     side, method, name = variant.split()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     steps = (ours if side == "minipeft" else theirs)(source, data, method, dtype)
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(options.child, options.model, options.data)
+        return serve_steps(options.child, options.model, options.data)
     rows = []
     for group in ("lora", "full"):
         rows += compare([v for v in VARIANTS if group in v], options)
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def compare(variants: list[str], options: argparse.Namespace) -> list[measure.Row]:
-    """Rows of variants that are measured side by side; the first step of each is not counted."""
+    """Measure variants in interleaved rounds, after one warm-up step each."""
     command = [sys.executable, __file__, "--model", options.model, "--data", options.data, "--child"]
     children = {
         v: subprocess.Popen([*command, v], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for v in variants
@@ -139,7 +139,7 @@ def compare(variants: list[str], options: argparse.Namespace) -> list[measure.Ro
             ratio=statistics.median(a / b for a, b in zip(times[variants[0]], t)),
             shape=f"1x{LENGTH}",
             dtype=v.split()[2],
-            device=measure.device_name("cpu"),
+            device=measure.describe_device("cpu"),
             memory_bytes=memory[v],
             versions=measure.versions(("transformers", "peft")),
             commit=measure.commit(),

@@ -1,10 +1,18 @@
 """The fused LoRA linear: one equation, five backends. Importing this package imports torch and NumPy, no Triton."""
 
 from .choice import BACKENDS, Call, UnavailableBackend, choose_backend
-from .dropout import Dropout, keep_mask, make_dropout
-from .lora_linear import lora_linear, lora_linear_reference, lora_linears, lora_rows, make_lora_linear
+from .dropout import Dropout, make_dropout, make_keep_mask
+from .lora_linear import (
+    lora_linear,
+    lora_linear_reference,
+    lora_linears,
+    lora_linears_reference,
+    lora_rows,
+    make_lora_linear,
+    make_lora_linears,
+)
 from .reference import Part
-from .rows import RowGroups
+from .rows import RowGroups, group_rows
 
 __all__ = [
     "BACKENDS",
@@ -14,11 +22,14 @@ __all__ = [
     "RowGroups",
     "UnavailableBackend",
     "choose_backend",
-    "keep_mask",
+    "group_rows",
     "lora_linear",
     "lora_linear_reference",
     "lora_linears",
+    "lora_linears_reference",
     "lora_rows",
     "make_dropout",
+    "make_keep_mask",
     "make_lora_linear",
+    "make_lora_linears",
 ]

@@ -1,4 +1,4 @@
-"""Choose the backend of a call: what can run here, then a measured table, then a rule. No import of Triton here."""
+"""Choose the backend of a call: by what can run here, then by a table of measurements, then by a rule."""
 
 import functools
 import importlib
@@ -10,24 +10,24 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("reference", "onednn", "hybrid", "fused", "decode")
-HALVES = (torch.bfloat16, torch.float16)
-DECODE_TOKENS = 64  # up to here the base product is a stream of W, and launches are what costs
-TENSOR_CORE_TOKENS = 128  # below, a tile of the Triton product is mostly padding
-L2_BYTES = 40e6  # a y of this size is read again from the L2 cache, nearly free (computed for an H200, not measured)
-FLOPS_PER_BYTE = {80: 165.0, 90: 184.0}  # matrix throughput over memory bandwidth, in bf16 (A100; H200)
-TRITON_SPEED = {80: 0.95, 90: 0.92}  # of cuBLAS, what the Triton product is taken to reach: assumed until measured
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DECODE_TOKENS = 64  # up to this the base product is bound by reading W, and launches determine the time
+TENSOR_CORE_TOKENS = 128  # below this a tile of the Triton product is mostly padding
+L2_BYTES = 40e6  # a y up to this size is read again from the L2 cache, nearly free (computed for an H200)
+FLOPS_PER_BYTE = {80: 165.0, 90: 184.0}  # tensor-core throughput over memory bandwidth, bf16 (A100; H200)
+TRITON_SPEED = {80: 0.95, 90: 0.92}  # speed of the Triton product relative to cuBLAS: an assumption until measured
 
 # (architecture, M rounded up to a power of two, K, N, rank block, dropout) -> backend: benchmarks/lora_linear.py --tune
-# prints the rows. Nothing has been measured on a GPU yet, so it is empty and the rule decides.
+# prints the rows. Empty, since nothing has been measured on a GPU yet: the rule decides.
 MEASURED: dict[tuple[int, int, int, int, int, bool], str] = {}
 
 
 class UnavailableBackend(RuntimeError):
-    """A backend that was named cannot run here; the message says why."""
+    """The named backend cannot run here; the message gives the reason."""
 
 
 class Call(NamedTuple):
-    """What the choice depends on. n and r are sums over the projections that share x."""
+    """The properties of a call that the choice depends on. n and r are sums over the projections that share x."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,40 +41,40 @@ class Call(NamedTuple):
 
 
 def is_always_reference(backend: str, device_type: str) -> bool:
-    """Whether every call on such a device takes the reference backend, whatever its shape: "auto" is CUDA's alone."""
+    """Whether every call on this device takes the reference backend: "auto" chooses another only on CUDA."""
     return backend == "reference" or (backend == "auto" and device_type != "cuda")
 
 
 def choose_backend(backend: str, call: Call) -> str:
-    """Return the backend that computes a call: the named one where it can run, else an error; for "auto", the rule's.
+    """Return the backend of a call: the named one, or for "auto" the one that the table or the rule chooses.
 
     The answer depends on the arguments and the device alone, so a run repeats to the bit.
 
     Raises:
-        ValueError: the name is no backend's.
-        UnavailableBackend: the named backend cannot run here; the message says why.
+        ValueError: no backend has this name.
+        UnavailableBackend: the named backend cannot run here; the message gives the reason.
     """
     check_name(backend)
     if is_always_reference(backend, call.device.type):
         return "reference"
     if backend == "auto":
         return _choose_on_cuda(call)
-    reason = why_not(backend, call)
+    reason = explain_unavailable(backend, call)
     if reason is not None:
         raise UnavailableBackend(f"backend={backend!r} cannot run here: {reason}")
     return backend
 
 
 def check_name(backend: str) -> None:
-    """Refuse a name that is no backend's."""
+    """Raise ValueError for an unknown backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"no backend is named {backend!r}; there are {('auto', *BACKENDS)}")
 
 
-def why_not(backend: str, call: Call) -> str | None:
-    """Say why a backend other than the reference cannot take a call, or None where it can."""
+def explain_unavailable(backend: str, call: Call) -> str | None:
+    """Return why a backend other than the reference cannot compute a call, or None if it can."""
     if backend == "onednn":
-        return _why_not_onednn(call)
+        return _explain_onednn_unavailable(call)
     if backend == "decode" and (call.needs_grad or call.dropout):
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and backend != "decode":
@@ -85,33 +85,33 @@ def why_not(backend: str, call: Call) -> str | None:
         return None  # Triton's interpreter: any dtype, on the CPU, for tests
     if call.device.type != "cuda":
         return f"x is on {call.device}, and Triton needs a CUDA device; backend='auto' does without"
-    if call.dtype not in HALVES:
+    if call.dtype not in HALF_DTYPES:
         return f"x is {call.dtype}, and the tensor cores compute that in full precision no faster than torch"
-    if _architecture(call.device) < 80:
-        return f"the GPU is sm_{_architecture(call.device)}, and the kernels are checked from sm_80 on"
+    if _get_architecture(call.device) < 80:
+        return f"the GPU is sm_{_get_architecture(call.device)}, and the kernels are checked from sm_80 on"
     return None
 
 
-def _why_not_onednn(call: Call) -> str | None:
-    """Say why oneDNN's product cannot take a call."""
+def _explain_onednn_unavailable(call: Call) -> str | None:
+    """Return why oneDNN cannot compute a call, or None if it can."""
     if call.device.type != "cpu" or call.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {call.dtype} on {call.device}; it is for float32 and bfloat16 on a CPU"
-    if import_backend("onednn").works(call.dtype):
+    if import_backend("onednn").is_usable(call.dtype):
         return None
     return f"oneDNN multiplies no {call.dtype} on this processor, or this build of torch lacks its linear"
 
 
 @functools.cache
 def import_backend(backend: str) -> ModuleType:
-    """Return the module of a backend: its forward, backward and rows. Only a Triton backend imports Triton."""
+    """Return the module of a backend: forward, backward, forward_rows. Only a Triton backend imports Triton."""
     return importlib.import_module(f"{__package__}.{backend}")
 
 
 def choose_by_bytes(architecture: int, m: int, k: int, n: int) -> str:
     """Return "fused" or "hybrid" for a training call, by the bytes that each moves beyond the frozen product.
 
-    `hybrid` reads y and dX again: 2 c / K and 2 c / N of a product's time, with c the GPU's flops per byte; nothing
-    where they fit the L2 cache. `fused` pays by what Triton's product lacks to cuBLAS's, forward and backward.
+    `hybrid` reads and writes y and dX once more: 2 c / K and 2 c / N of the product's time, with c the GPU's flops per
+    byte; nothing if they fit the L2 cache. `fused` loses what Triton's product is slower than cuBLAS's, in both passes.
     """
     c = FLOPS_PER_BYTE.get(architecture, 184.0)
     again = (2 * c / k if 2 * m * n > L2_BYTES else 0.0) + (2 * c / n if 2 * m * k > L2_BYTES else 0.0)
@@ -120,15 +120,17 @@ def choose_by_bytes(architecture: int, m: int, k: int, n: int) -> str:
 
 
 def _choose_on_cuda(call: Call) -> str:
-    """Return the backend that "auto" means for a call on a CUDA device."""
+    """Return the backend of a call on a CUDA device for "auto"."""
     few = call.m <= DECODE_TOKENS
-    if why_not("decode" if call.grouped or few else "hybrid", call) is not None or (call.grouped and not few):
+    if explain_unavailable("decode" if call.grouped or few else "hybrid", call) is not None or (
+        call.grouped and not few
+    ):
         return "reference"
     if few:
         return "decode"
     if call.m < TENSOR_CORE_TOKENS:
         return "reference"
-    architecture = _architecture(call.device)
+    architecture = _get_architecture(call.device)
     rank = next((block for block in (16, 32) if call.r <= block), 64)
     key = (architecture, 1 << (call.m - 1).bit_length(), call.k, call.n, rank, call.dropout)
     return MEASURED.get(key) or choose_by_bytes(architecture, call.m, call.k, call.n)
@@ -140,6 +142,6 @@ def _triton_is_installed() -> bool:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def _get_architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor

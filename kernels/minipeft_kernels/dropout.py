@@ -1,11 +1,11 @@
-"""Dropout without a stored mask: a hash of (seed, row, column) says which entries of x are dropped.
+"""Dropout without a stored mask: a hash of (seed, row, column) decides which entries of x are dropped.
 
-A stored mask costs a byte an entry, and with a stateful generator the order of the draws becomes part of the result. A
-hash of the entry's place does neither: forward, backward, recomputation under activation checkpointing, CPU and GPU
-compute the same mask. One 32-bit hash decides two neighbouring columns, 16 bits each.
+A stored mask takes a byte an entry, and with a stateful generator the result depends on the order of the draws. With a
+hash of the entry's position, forward, backward, recomputation under activation checkpointing, CPU and GPU compute the
+same mask. One 32-bit hash decides two adjacent columns, 16 bits each.
 
 The two multipliers are those of Chris Wellons' `lowbias32` (https://github.com/skeeto/hash-prospector, public domain).
-All arithmetic is that of wrapping 32-bit integers.
+All arithmetic is on 32-bit integers that wrap.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Array = Any  # of int32, NumPy's or torch's: the operators that the hash uses mean the same in both
+Array = Any  # an int32 array of NumPy or torch: the hash uses operators that both have
 
 
 class Constants(NamedTuple):
@@ -30,15 +30,15 @@ class Constants(NamedTuple):
     low_17: Array = (1 << 17) - 1
 
 
-# As arrays without dimensions: a Python int is converted at each operator, which a small mask notices.
+# As 0-d arrays: a Python int is converted on every call, a cost that shows for small masks.
 NUMPY = Constants(*(np.array(number, dtype=np.int32) for number in Constants()))
 TORCH = Constants(*(torch.tensor(number, dtype=torch.int32, device="cpu") for number in Constants()))
 LEVELS = 65536  # a decision has 16 bits
-SMALL_MASK = 1 << 15  # up to so many entries, a CPU's mask is made by NumPy, whose operators cost less to call
+SMALL_MASK = 1 << 15  # up to this many entries a CPU's mask is computed by NumPy, whose operators have less overhead
 
 
 class Dropout(NamedTuple):
-    """A mask that can be made again: two 32-bit keys and how many of the 65536 levels drop."""
+    """A reproducible mask: two 32-bit keys, and how many of the 65536 levels are dropped."""
 
     low: int
     high: int
@@ -46,12 +46,12 @@ class Dropout(NamedTuple):
 
     @property
     def keep(self) -> float:
-        """Return the exact probability that an entry is kept: that of the quantised threshold, not 1 - dropout."""
+        """Return the exact keep probability: that of the quantised threshold, not 1 - dropout."""
         return 1.0 - self.drops / LEVELS
 
 
 def make_dropout(dropout: float, seed: int | None) -> Dropout | None:
-    """Return the mask's description, or None for dropout 0; without a seed one is drawn from torch's CPU generator.
+    """Return the mask, or None for dropout 0; without a seed one is drawn from torch's CPU generator.
 
     Activation checkpointing saves and restores torch's generator, so a recomputation draws the same seed again.
 
@@ -69,7 +69,7 @@ def make_dropout(dropout: float, seed: int | None) -> Dropout | None:
     return Dropout(_signed(key & 0xFFFFFFFF), _signed(key >> 32), drops)
 
 
-def keep_mask(
+def make_keep_mask(
     drop: Dropout,
     rows: int,
     columns: int,
@@ -77,10 +77,10 @@ def keep_mask(
     first: int = 0,
     dtype: torch.dtype = torch.bool,
 ) -> Tensor:
-    """Return which entries of x[first : first + rows] are kept, 1 with probability `drop.keep`: the published hash.
+    """Return the mask of x[first : first + rows]: 1 where an entry is kept, with probability `drop.keep`.
 
-    `h >> 16` and `h` cut to 16 bits are two signed numbers, uniform on [-32768, 32767]; column 2c takes the low half of
-    hash c and column 2c + 1 the high half, which is how a little-endian machine sees an int32 as two int16.
+    The low and the high 16 bits of h are two signed integers, uniform on [-32768, 32767]: column 2c takes the low half
+    of hash c, column 2c + 1 the high half, which is how a little-endian machine views an int32 as two int16.
     """
     if 0 < rows * columns <= SMALL_MASK and torch.device(device).type == "cpu":
         level = torch.from_numpy(_make_small_levels(drop, rows, columns, first))[:, :columns]  # [M, K]
@@ -88,14 +88,14 @@ def keep_mask(
         row = torch.arange(first, first + rows, dtype=torch.int32, device=device)  # [M]
         pair = torch.arange((columns + 1) // 2, dtype=torch.int32, device=device)  # [K/2]
         level = _hash(drop, row, pair, TORCH).view(torch.int16)[:, :columns]  # [M, K]
-    # Into a tensor of x's own dtype, torch compares and converts at once: 36 us, against 292 us by way of a bool
+    # With `out` in the dtype of x, torch compares and converts in one pass: 36 us, against 292 us through a bool tensor
     # (341 x 768, float32, Zen 5, one thread).
     return torch.ge(level, drop.drops - LEVELS // 2, out=torch.empty(level.shape, dtype=dtype, device=device))  # [M, K]
 
 
 @functools.lru_cache(maxsize=128)
 def _make_small_levels(drop: Dropout, rows: int, columns: int, first: int) -> Array:
-    """Return the 16 bits that decide each entry. Kept, 8 MB at most: backward needs what forward had."""
+    """Return the 16 bits that decide each entry. Cached (at most 8 MB), because backward needs the mask of forward."""
     row, pair = np.arange(first, first + rows, dtype=np.int32), np.arange((columns + 1) // 2, dtype=np.int32)
     return _hash(drop, row, pair, NUMPY).view(np.int16)  # [M, K], K even
 
@@ -111,7 +111,7 @@ def _hash(drop: Dropout, row: Array, pair: Array, c: Constants) -> Array:
 
 
 def _mix(h: Array, c: Constants, key: Array | None = None) -> Array:
-    """Mix 32 bits, in place, each input bit moving each output bit; a second key enters between the rounds."""
+    """Mix 32 bits in place, each input bit affecting each output bit; a second key is added between the rounds."""
     h = _fold(h, c.shift_16, c.low_16)
     h *= c.mix_1
     if key is not None:
@@ -122,7 +122,7 @@ def _mix(h: Array, c: Constants, key: Array | None = None) -> Array:
 
 
 def _fold(h: Array, shift: Array, low: Array) -> Array:
-    """h ^= h >> shift, in place; the mask `low` makes the signed `>>` shift in zeros."""
+    """h ^= h >> shift, in place; masking with `low` makes the signed shift a logical one."""
     shifted = h >> shift
     shifted &= low
     h ^= shifted
@@ -130,7 +130,7 @@ def _fold(h: Array, shift: Array, low: Array) -> Array:
 
 
 def _splitmix64(seed: int) -> int:
-    """Spread a seed over 64 bits (Steele, Lea and Flood 2014), so that seeds 0, 1, 2 have nothing in common."""
+    """Spread a seed over 64 bits (Steele, Lea and Flood 2014), so that seeds 0, 1, 2 give independent masks."""
     z = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -138,5 +138,5 @@ def _splitmix64(seed: int) -> int:
 
 
 def _signed(bits: int) -> int:
-    """Read 32 bits as a signed number."""
+    """Reinterpret 32 bits as a signed integer."""
     return bits - (1 << 32) if bits >> 31 else bits

@@ -1,4 +1,4 @@
-"""The fused backend: the big product's sum starts at the rank-r product, so y and dX are written once and never read.
+"""The fused backend: the large product accumulates onto the rank-r product, so y and dX are written once, never read.
 
 forward   s = drop(x) A^T                          one pass over x for all projections
           y = x W^T + b + s B^T                    one product, in Triton
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from . import launch
 from .dropout import Dropout
-from .hybrid import rows_of, small_gradients
-from .reference import Gradients, Part, add_times_weight, factor, split, stack_A
+from .hybrid import compute_small_gradients, make_unit_stride
+from .reference import Gradients, Part, add_matmul_weight, compute_scale, split, stack_A
 
-AT_ONCE = 3  # projections that one product for dX takes (q, k and v)
+AT_ONCE = 3  # projections that one product for dX sums over (q, k and v)
 
 
 def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
     """Return each projection's y [M, N_i], and s [M, R]. x is [M, K]."""
-    x = rows_of(x)
+    x = make_unit_stride(x)
     s = launch.shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = [
-        launch.seeded_forward(x, p.dense(x.dtype), p.bias, s_i, p.lora_B.to(x.dtype), factor(p, drop))  # [M, N]
+        launch.seeded_forward(x, p.dense(x.dtype), p.bias, s_i, p.lora_B.to(x.dtype), compute_scale(p, drop))  # [M, N]
         for p, s_i in zip(parts, split(s, parts))
     ]
     return ys, s
@@ -33,14 +33,14 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
 def backward(
     x: Tensor, s: Tensor, dys: Sequence[Tensor], parts: Sequence[Part], drop: Dropout | None, needs_dx: bool
 ) -> Gradients:
-    """Return dx (None where nobody asked), and each projection's dA and dB in float32."""
-    x = rows_of(x)
+    """Return dx (None unless needs_dx), and each projection's dA and dB in float32."""
+    x = make_unit_stride(x)
     dys = [dy.contiguous() for dy in dys]
-    dS, dA, dB = small_gradients(x, s, dys, parts, drop)
+    dS, dA, dB = compute_small_gradients(x, s, dys, parts, drop)
     if not needs_dx:
         return Gradients(None, dA, dB)
     weights = [p.dense(x.dtype) for p in parts[:AT_ONCE]]
     dx = launch.seeded_backward(dys[:AT_ONCE], weights, dS, stack_A(parts, x.dtype), drop)  # [M, K]
     for dy, part in zip(dys[AT_ONCE:], parts[AT_ONCE:]):
-        add_times_weight(dx, dy, part)  # [M, K]: a fourth projection of one x is added by torch
+        add_matmul_weight(dx, dy, part)  # [M, K]: torch adds a fourth projection
     return Gradients(dx, dA, dB)

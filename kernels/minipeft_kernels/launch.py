@@ -1,4 +1,4 @@
-"""Launch the kernels of device.py: shapes in, output tensors out. One function a kernel, and one door: `run`."""
+"""Launch the kernels of triton_kernels.py: choose tiles and grids, allocate outputs. One function a kernel."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ import torch
 import triton
 from torch import Tensor
 
-from . import device, tiles
+from . import tiles, triton_kernels
 from .dropout import LEVELS, Dropout
 
 Grid = tuple[int, ...]
 
 
-def run(kernel: object, grid: Grid, *arguments: object, **settings: object) -> None:
-    """Start a kernel on the device of its first tensor; counting and tuning replace this function."""
-    if interpreted():
+def launch_kernel(kernel: object, grid: Grid, *arguments: object, **settings: object) -> None:
+    """Launch a kernel on the device of its first tensor. All launches go through here; a test counts them."""
+    if is_interpreted():
         kernel[grid](*arguments, **settings)  # type: ignore[index]
         return
     first = next(a for a in arguments if isinstance(a, Tensor))
@@ -22,13 +22,13 @@ def run(kernel: object, grid: Grid, *arguments: object, **settings: object) -> N
         kernel[grid](*arguments, **settings)  # type: ignore[index]
 
 
-def interpreted() -> bool:
-    """Say whether Triton runs kernels in Python on the CPU: TRITON_INTERPRET=1 when triton was imported."""
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU: TRITON_INTERPRET=1 was set when triton was imported."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
-    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x, or one for each 64 ranks."""
+    """s = drop(x) A^T, [M, R] in the dtype of x: one read of x for each 64 ranks."""
     s = x.new_empty(len(x), len(A))  # [M, R]
     for s_part, A_part in zip(s.split(tiles.RANKS[-1], dim=1), A.split(tiles.RANKS[-1])):
         _shrink_into(s_part, x, A_part, drop)
@@ -38,12 +38,12 @@ def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
 def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
     """Write drop(x) A^T into s, which may be columns of a wider matrix."""
     m, k, r = *x.shape, len(A)
-    architecture, processors = _gpu(x)
+    architecture, processors = _describe_gpu(x)
     tile = tiles.pick("shrink", architecture, m, 0, k, r, drop is not None, processors)
     split = 1 if -(-m // tile.m) >= processors else tiles.SHRINK_SPLIT
     out = s if split == 1 else x.new_empty(split, m, r, dtype=torch.float32)  # [M, R] or [4, M, R]
-    run(
-        device.shrink,
+    launch_kernel(
+        triton_kernels.shrink,
         (-(-m // tile.m), split),
         x,
         A,
@@ -53,13 +53,13 @@ def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
         r,
         x.stride(0),
         out.stride(-2),
-        *_keys(drop),
+        *_get_mask_arguments(drop),
         DROPOUT=drop is not None,
         SPLIT=split,
         BLOCK_M=tile.m,
-        BLOCK_R=tiles.rank_block(r),
+        BLOCK_R=tiles.pad_rank(r),
         BLOCK_K=tile.k,
-        **_settings(tile),
+        **get_settings(tile),
     )
     if split > 1:
         reduce(out, s)
@@ -69,10 +69,10 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
     """y = x W^T + bias + factor s B^T, [M, N]: one product, y written once."""
     (m, k), n, r = x.shape, len(W), B.shape[1]
     y = x.new_empty(m, n)  # [M, N]
-    architecture, processors = _gpu(x)
+    architecture, processors = _describe_gpu(x)
     tile = tiles.pick("seeded_forward", architecture, m, n, k, r, False, processors)
-    run(
-        device.seeded_forward,
+    launch_kernel(
+        triton_kernels.seeded_forward,
         (-(-m // tile.m) * -(-n // tile.n),),
         x,
         W,
@@ -93,7 +93,7 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=tiles.STEP,
-        **_settings(tile),
+        **get_settings(tile),
     )
     return y
 
@@ -101,16 +101,16 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
 def seeded_backward(
     dys: Sequence[Tensor], weights: Sequence[Tensor], dS: Tensor, A: Tensor, drop: Dropout | None
 ) -> Tensor:
-    """dx = drop(dS A) + sum_i dY_i W_i, [M, K], for at most three projections: one product, dx written once."""
+    """dx = drop(dS A) + sum_i dY_i W_i, [M, K], for one to three projections: one product, dx written once."""
     m, (r, k) = len(dS), A.shape
     dx = dS.new_empty(m, k)  # [M, K]
-    architecture, processors = _gpu(dx)
+    architecture, processors = _describe_gpu(dx)
     wide = [w.shape[0] for w in weights]
-    absent = 3 - len(dys)  # a projection of width 0 adds nothing
+    absent = 3 - len(dys)  # missing projections are passed with width 0
     parts = 1 if absent == 2 else 3
     tile = tiles.pick("seeded_backward", architecture, m, k, sum(wide), r, drop is not None, processors, parts)
-    run(
-        device.seeded_backward,
+    launch_kernel(
+        triton_kernels.seeded_backward,
         (-(-m // tile.m) * -(-k // tile.n),),
         *dys,
         *[dys[0]] * absent,
@@ -125,7 +125,7 @@ def seeded_backward(
         *[0] * absent,
         r,
         dS.stride(0),
-        *_keys(drop),
+        *_get_mask_arguments(drop),
         PARTS=parts,
         DROPOUT=drop is not None,
         GROUP=tiles.GROUP,
@@ -133,7 +133,7 @@ def seeded_backward(
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         BLOCK_R=tiles.STEP,
-        **_settings(tile),
+        **get_settings(tile),
     )
     return dx
 
@@ -145,15 +145,15 @@ def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> T
         columns = zip(B.split(most, dim=1), s.split(most, dim=1), dS.split(most, dim=1))
         return torch.cat([gradient_B(dy, b.contiguous(), s_, factor, dS_) for b, s_, dS_ in columns], dim=1)  # [N, r]
     (m, n), r = dy.shape, B.shape[1]
-    architecture, processors = _gpu(dy)
+    architecture, processors = _describe_gpu(dy)
     tile = tiles.pick("gradient_B", architecture, m, n, 0, r, False, processors)
     chunks = -(-n // tile.n)
-    slab = _slab(m, tile.m, chunks, processors)
+    slab = _choose_slab(m, tile.m, chunks, processors)
     slabs = -(-m // slab)
     dS_parts = dy.new_empty(chunks, m, r, dtype=torch.float32)  # [N / n, M, r]
     dB_parts = dy.new_empty(slabs, n, r, dtype=torch.float32)  # [M / slab, N, r]
-    run(
-        device.gradient_B,
+    launch_kernel(
+        triton_kernels.gradient_B,
         (chunks, slabs),
         dy,
         B,
@@ -167,25 +167,25 @@ def gradient_B(dy: Tensor, B: Tensor, s: Tensor, factor: float, dS: Tensor) -> T
         slab,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_R=tiles.rank_block(r),
-        **_settings(tile),
+        BLOCK_R=tiles.pad_rank(r),
+        **get_settings(tile),
     )
     reduce(dS_parts, dS, factor)
     return reduce(dB_parts, dB_parts.new_empty(n, r), factor)
 
 
 def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
-    """dA = dS^T drop(x) in float32, [R, K]: one read of x, or one for each 64 ranks."""
+    """dA = dS^T drop(x) in float32, [R, K]: one read of x for each 64 ranks."""
     if dS.shape[1] > tiles.RANKS[-1]:
         return torch.cat([gradient_A(x, part, drop) for part in dS.split(tiles.RANKS[-1], dim=1)])  # [R, K]
     (m, k), r = x.shape, dS.shape[1]
-    architecture, processors = _gpu(x)
+    architecture, processors = _describe_gpu(x)
     tile = tiles.pick("gradient_A", architecture, m, 0, k, r, drop is not None, processors // 8)
     chunks = -(-k // tile.k)
-    slab = _slab(m, tile.m, chunks, processors)
+    slab = _choose_slab(m, tile.m, chunks, processors)
     parts = x.new_empty(-(-m // slab), r, k, dtype=torch.float32)  # [M / slab, R, K]
-    run(
-        device.gradient_A,
+    launch_kernel(
+        triton_kernels.gradient_A,
         (chunks, len(parts)),
         x,
         dS,
@@ -196,12 +196,12 @@ def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
         x.stride(0),
         dS.stride(0),
         slab,
-        *_keys(drop),
+        *_get_mask_arguments(drop),
         DROPOUT=drop is not None,
         BLOCK_M=tile.m,
         BLOCK_K=tile.k,
-        BLOCK_R=tiles.rank_block(r),
-        **_settings(tile),
+        BLOCK_R=tiles.pad_rank(r),
+        **get_settings(tile),
     )
     return reduce(parts, parts.new_empty(r, k))
 
@@ -209,8 +209,8 @@ def gradient_A(x: Tensor, dS: Tensor, drop: Dropout | None) -> Tensor:
 def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
     """out = factor times the sum of the parts, added in order. parts [P, M, N], out [M, N]."""
     count, m, n = parts.shape
-    run(
-        device.reduce,
+    launch_kernel(
+        triton_kernels.reduce,
         (-(-m * n // tiles.REDUCE.n),),
         parts,
         out,
@@ -220,7 +220,7 @@ def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
         out.stride(0),
         factor,
         BLOCK=tiles.REDUCE.n,
-        **_settings(tiles.REDUCE),
+        **get_settings(tiles.REDUCE),
     )
     return out
 
@@ -228,9 +228,9 @@ def reduce(parts: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
 def expand_add(y: Tensor, s: Tensor, b: Tensor, drop: Dropout) -> Tensor:
     """y += drop(s b) in place: y [M, N], s [M, R], b [R, N]."""
     (m, n), r = y.shape, len(b)
-    tile = tiles.pick("expand_add", _gpu(y)[0], m, n, 0, r, True, 0)
-    run(
-        device.expand_add,
+    tile = tiles.pick("expand_add", _describe_gpu(y)[0], m, n, 0, r, True, 0)
+    launch_kernel(
+        triton_kernels.expand_add,
         (-(-m // tile.m), -(-n // tile.n)),
         y,
         s,
@@ -239,84 +239,35 @@ def expand_add(y: Tensor, s: Tensor, b: Tensor, drop: Dropout) -> Tensor:
         n,
         r,
         s.stride(0),
-        *_keys(drop),
+        *_get_mask_arguments(drop),
         DROPOUT=True,
         B_ROWS_ARE_R=True,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=tiles.STEP,
-        **_settings(tile),
+        **get_settings(tile),
     )
     return y
 
 
-def rows_add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor | None, scales: Tensor | None, factor: float
-) -> Tensor:
-    """y += scale x A[owner]^T B[owner]^T in place, for few tokens. y [M, N], x [M, K], A [adapters, R, K]."""
-    (m, k), (_, n, r) = x.shape, B.shape
-    split, block = tiles.ROWS_SPLIT, tiles.rank_block(r)
-    shrink, expand = tiles.ROWS_SHRINK[block], tiles.ROWS_EXPAND[block]
-    tokens = m if owner is None else m // len(owner)
-    s = x.new_empty(split, m, r, dtype=torch.float32)  # [4, M, R]
-    owned = owner is not None
-    first = x if owner is None else owner
-    run(
-        device.rows_shrink,
-        (m, split),
-        x,
-        A,
-        first,
-        s,
-        tokens,
-        k,
-        r,
-        OWNED=owned,
-        SPLIT=split,
-        BLOCK_R=block,
-        BLOCK_K=shrink.k,
-        num_warps=shrink.warps,
-        num_stages=shrink.stages,
-    )
-    run(
-        device.rows_expand,
-        (m, -(-n // expand.n)),
-        y,
-        s,
-        B,
-        first,
-        x if scales is None else scales,
-        tokens,
-        n,
-        r,
-        factor,
-        OWNED=owned,
-        SPLIT=split,
-        BLOCK_R=block,
-        BLOCK_N=expand.n,
-        **_settings(expand),
-    )
-    return y
-
-
-def _keys(drop: Dropout | None) -> tuple[int, int, int]:
-    """Return the mask's two keys and its limit as the kernels take them; without a mask they are not read."""
+def _get_mask_arguments(drop: Dropout | None) -> tuple[int, int, int]:
+    """Return the kernels' mask arguments: two keys and the limit; without dropout they are not read."""
     return (0, 0, 0) if drop is None else (drop.low, drop.high, (drop.drops - LEVELS // 2) << 16)
 
 
-def _slab(m: int, block: int, chunks: int, processors: int) -> int:
-    """Return how many rows a program walks down so that there are about two programs a multiprocessor."""
+def _choose_slab(m: int, block: int, chunks: int, processors: int) -> int:
+    """Return the rows that one program sums over, for about two programs a multiprocessor."""
     slabs = max(1, min(2 * processors // chunks, -(-m // block)))
     return -(-m // (slabs * block)) * block
 
 
-def _settings(tile: tiles.Tile) -> dict[str, int | bool]:
-    """Return what every kernel is told besides its blocks."""
-    return {"UPCAST": interpreted(), "num_warps": tile.warps, "num_stages": tile.stages}
+def get_settings(tile: tiles.Tile) -> dict[str, int | bool]:
+    """Return the settings that all kernels share: UPCAST, warps and stages."""
+    return {"UPCAST": is_interpreted(), "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _gpu(x: Tensor) -> tuple[int, int]:
-    """Return the architecture (90 for sm_90) and the number of multiprocessors; an H200's for the interpreter."""
+def _describe_gpu(x: Tensor) -> tuple[int, int]:
+    """Return the architecture (90 for sm_90) and the number of multiprocessors; those of an H200 in the interpreter."""
     if not x.is_cuda:
         return 90, 132
     found = torch.cuda.get_device_properties(x.device)

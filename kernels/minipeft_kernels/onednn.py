@@ -1,8 +1,8 @@
 """The onednn backend: the reference with oneDNN's product for the frozen weight, on a CPU.
 
-torch's float32 product is MKL's, which on some AMD processors reaches half of what oneDNN does. oneDNN comes with
-torch, behind a private operator that torch.compile uses. So this backend runs only where it is named: "auto" keeps
-torch's own product, with which a fresh adapter (B = 0) gives the frozen linear's result bit for bit.
+torch's float32 product is MKL's, which on some AMD processors has half the speed of oneDNN's. oneDNN comes with torch,
+behind a private operator that torch.compile uses. Therefore this backend runs only where it is named: "auto" keeps
+torch's own product, with which a new adapter (B = 0) gives the frozen linear's result bit for bit.
 """
 
 import functools
@@ -15,7 +15,7 @@ from . import reference
 from .dropout import Dropout
 from .reference import Gradients, Part
 
-rows = reference.rows
+forward_rows = reference.forward_rows
 
 
 def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def works(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether oneDNN multiplies this dtype correctly on this processor; tried once a process.
+def is_usable(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN multiplies this dtype correctly on this processor; tested once a process.
 
     bfloat16 needs AVX-512: on a processor without it the operator raises when it is called.
     """

@@ -1,11 +1,11 @@
-"""Adapters by row on a CPU: rows of a batch that have the same adapter are gathered, and meet it in one product.
+"""One adapter per row on a CPU: rows with the same adapter are grouped and computed in one batched product.
 
     owners   fr  -  de  fr         groups [n, c]    fr: rows 0, 3
-                                                    de: row 2, filler
+                                                    de: row 2, padding
 
-A linear is then three products whatever the number of adapters, where a loop makes three for each, and where a copy of
-its adapter for each row reads and writes r (K + N) numbers a row. The groups depend on the owners alone: a model makes
-them once for a batch, and all its linears share them (minipeft's adapters/bank.py).
+A linear then takes three products for any number of adapters. A loop over adapters takes three for each, and a gather
+of A and B for each row copies r (K + N) entries a row. The groups depend on the owners alone: they are made once for a
+batch and shared by all linears of the model (minipeft's adapters/bank.py).
 """
 
 from __future__ import annotations
@@ -18,43 +18,41 @@ from torch import Tensor
 
 
 class RowGroups(NamedTuple):
-    """Which adapter each row of a batch has (-1: none), and the rows grouped by adapter."""
+    """The adapter of each row of a batch (-1: none), and the rows grouped by adapter."""
 
     owner: Tensor  # [B]
-    present: tuple[int, ...]  # the n adapters that a row has, in order
-    places: Tensor  # [n * c] rows, adapter by adapter, filled up with row 0
-    slots: Tensor  # [m] where in places there is no filler
-    targets: Tensor  # [m] the rows that stand there
-    in_order: bool  # places are just the rows 0, 1, ...: nothing has to be moved
-
-    @staticmethod
-    def of(owner: Sequence[int], device: torch.device | str = "cpu") -> RowGroups:
-        """Group the rows: row b has adapter owner[b]."""
-        members: dict[int, list[int]] = {j: [] for j in sorted(set(owner) - {-1})}
-        for row, mine in enumerate(owner):
-            if mine != -1:
-                members[mine].append(row)
-        count = max(map(len, members.values()), default=0)
-        places, slots = [], []
-        for group in members.values():
-            slots += range(len(places), len(places) + len(group))
-            places += group + [0] * (count - len(group))
-        to = lambda numbers: torch.tensor(numbers, dtype=torch.int64, device=device)
-        targets = [places[slot] for slot in slots]
-        return RowGroups(
-            to(owner), tuple(members), to(places), to(slots), to(targets), places == list(range(len(owner)))
-        )
+    present: tuple[int, ...]  # the n adapters in use, ascending
+    places: Tensor  # [n * c] rows, adapter by adapter, each group padded with row 0
+    slots: Tensor  # [m] indices into places that are not padding
+    targets: Tensor  # [m] the rows at these indices
+    in_order: bool  # places are the rows 0, 1, ...: no gather is needed
 
 
-def owner_of(rows: Tensor | RowGroups) -> Tensor:
-    """Return which adapter each row has. -> [B]"""
+def group_rows(owner: Sequence[int], device: torch.device | str = "cpu") -> RowGroups:
+    """Group the rows: row b has adapter owner[b]."""
+    members: dict[int, list[int]] = {j: [] for j in sorted(set(owner) - {-1})}
+    for row, mine in enumerate(owner):
+        if mine != -1:
+            members[mine].append(row)
+    count = max(map(len, members.values()), default=0)
+    places, slots = [], []
+    for group in members.values():
+        slots += range(len(places), len(places) + len(group))
+        places += group + [0] * (count - len(group))
+    to = lambda numbers: torch.tensor(numbers, dtype=torch.int64, device=device)
+    targets = [places[slot] for slot in slots]
+    return RowGroups(to(owner), tuple(members), to(places), to(slots), to(targets), places == list(range(len(owner))))
+
+
+def get_owner(rows: Tensor | RowGroups) -> Tensor:
+    """Return the adapter of each row. -> [B]"""
     return rows.owner if isinstance(rows, RowGroups) else rows
 
 
 def add_grouped(y: Tensor, x: Tensor, A: Tensor, B: Tensor, groups: RowGroups, scales: Tensor | None) -> Tensor:
     """y[b] += scales[j] (x[b] A[j]^T) B[j]^T in place, j the adapter of row b. y [B, T, N], x [B, T, K].
 
-    Raises: ValueError for an owner that is no adapter.
+    Raises: ValueError for an owner outside -1 .. adapters - 1.
     """
     present = groups.present
     if not present:

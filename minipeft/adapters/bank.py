@@ -8,9 +8,9 @@
         logits = model(ids)
     bank.close()                                     a plain model again
 
-An adapter costs its own A and B, in the base's dtype, and the base is not touched. For a batch, the adapters in it are
-stacked once, ranks filled up with zeros, and the rows are grouped by adapter (minipeft_kernels/rows.py), so that a
-linear is three products whatever the number of adapters.
+An adapter takes the memory of its A and B, in the base's dtype; the base is not changed. For a batch, its adapters are
+stacked once, padded with zeros to the largest rank, and the rows are grouped by adapter (minipeft_kernels/rows.py), so
+that a linear takes three products for any number of adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minipeft.adapters import LORA, check_empty, method_of
-from minipeft.adapters.lora import RowGroups, lora_rows, plan, scale_of
+from minipeft.adapters.lora import RowGroups, group_rows, lora_rows, plan, scale_of
 from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
@@ -35,7 +35,7 @@ Pair = tuple[Tensor, Tensor]  # A [r, K] and s B [N, r]
 
 
 class BankLinear(nn.Module):
-    """A linear that adds each row's own low-rank product. `stack` and `rows` are set for a batch by AdapterBank.use."""
+    """A linear that adds the update of each row's adapter. AdapterBank.use sets `stack` and `rows` for a batch."""
 
     adopts_linear = True
 
@@ -59,10 +59,10 @@ class BankLinear(nn.Module):
 
 
 class AdapterBank:
-    """Adapters by name on one base; until `close` the model holds the bank in an adapter's place and is frozen."""
+    """Adapters by name on one base; until `close` the bank is the model's adapter, and the model is frozen."""
 
     def __init__(self, model: Decoder):
-        """Make every linear of the blocks one that can take rows.
+        """Replace every linear of the blocks by a BankLinear.
 
         Raises:
             InputError: the model holds an adapter.
@@ -80,10 +80,10 @@ class AdapterBank:
         model.adapter = self
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read the LoRA adapter in `folder` and keep it under `name`.
+        """Load the LoRA adapter in `folder` under `name`.
 
         Raises:
-            InputError: the name is taken; the folder is not a sound adapter for this base; it is not plain LoRA.
+            InputError: the name is taken; the adapter does not fit this base; it is not plain LoRA.
         """
         if name in self.adapters:
             raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
@@ -101,12 +101,12 @@ class AdapterBank:
         self.adapters[name] = pairs  # type: ignore[assignment]
 
     def drop(self, name: str) -> None:
-        """Forget an adapter and free its memory."""
+        """Remove an adapter and free its memory."""
         self.check([name])
         del self.adapters[name]
 
     def size(self, name: str) -> int:
-        """The bytes that an adapter takes."""
+        """Return the bytes of an adapter's tensors."""
         self.check([name])
         return sum(t.numel() * t.element_size() for pair in self.adapters[name].values() for t in pair)
 
@@ -114,7 +114,7 @@ class AdapterBank:
         """Check that the bank holds these names.
 
         Raises:
-            InputError: it lacks one.
+            InputError: it does not hold one of them.
         """
         for name in names:
             if name is not None and name not in self.adapters:
@@ -123,7 +123,7 @@ class AdapterBank:
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within: row b of every batch is computed with adapter names[b], None for the base alone.
+        """Compute row b of every batch with adapter names[b] in this context, None for the base alone.
 
         Raises:
             InputError: the bank does not hold a name, or is in use already.
@@ -135,7 +135,7 @@ class AdapterBank:
         self.owner = [-1 if name is None else present.index(name) for name in names]
         for path, layer in self.layers.items():
             pairs = [self.adapters[name].get(path) for name in present]
-            layer.stack = stacked(pairs, layer.weight) if any(pairs) else None
+            layer.stack = stack_pairs(pairs, layer.weight) if any(pairs) else None
         self.keep(range(len(names)))
         try:
             yield
@@ -145,7 +145,7 @@ class AdapterBank:
             self.owner = []
 
     def keep(self, places: Sequence[int]) -> None:
-        """Go on with these rows of the batch only (others have ended)."""
+        """Keep only these rows of the batch; the others have ended."""
         if not self.owner:
             return
         self.owner = [self.owner[place] for place in places]
@@ -155,12 +155,12 @@ class AdapterBank:
                 A, B = layer.stack
                 layer.stack = (A[present], B[present]) if present else None
         self.owner = [present.index(mine) if mine >= 0 else -1 for mine in self.owner]
-        rows = RowGroups.of(self.owner, self.model.embedding.weight.device)
+        rows = group_rows(self.owner, self.model.embedding.weight.device)
         for layer in self.layers.values():
             layer.rows = rows
 
     def close(self) -> None:
-        """Take the bank out: a plain model again, trainable as it was."""
+        """Remove the bank: the model is plain again, and trainable as before."""
         restore(self.model, self.layers)
         for p in self.model.parameters():
             p.requires_grad_(id(p) in self.trained)
@@ -168,10 +168,10 @@ class AdapterBank:
         self.adapters = {}
 
 
-def stacked(pairs: Sequence[Pair | None], weight: Tensor) -> Pair:
-    """The adapters' pairs side by side, filled up with zeros to the largest rank. -> [n, r, K], [n, N, r]
+def stack_pairs(pairs: Sequence[Pair | None], weight: Tensor) -> Pair:
+    """Stack the adapters' pairs, padded with zeros to the largest rank. -> [n, r, K], [n, N, r]
 
-    On a CUDA device B lies as the Triton kernel reads it; a CPU's batched product is faster on [n, r, N].
+    On a CUDA device B is contiguous, as the Triton kernel reads it; a CPU's batched product is faster on [n, r, N].
     """
     (out, width), count = weight.shape, len(pairs)
     rank = max(A.shape[0] for A, _ in filter(None, pairs))

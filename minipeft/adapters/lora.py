@@ -2,8 +2,8 @@
 
     h = W0 x + (alpha / r) B A x          their equation 3; A [r, in], B [out, r], W0 frozen
 
-A starts random and B at zero, so at first nothing changes. A LoRALinear stands where the nn.Linear stood and adopts its
-very Parameters: the names in state_dict() stay, ties stay, and removing it gives the model back as it was.
+A starts random and B at zero, so at first nothing changes. A LoRALinear replaces the nn.Linear and holds the linear's
+own Parameters: names in state_dict() and ties do not change, and removing it restores the model.
 
 Variants, each a field of LoRAConfig (lora_variants.py chooses the layer):
 
@@ -23,8 +23,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from minipeft_kernels import BACKENDS, Call, Part, UnavailableBackend, choose_backend, lora_linears, make_lora_linear
-from minipeft_kernels import RowGroups as RowGroups  # the bank's, as lora_rows: minipeft_kernels is imported here alone
+from minipeft_kernels import (
+    BACKENDS,
+    Call,
+    Part,
+    UnavailableBackend,
+    choose_backend,
+    make_lora_linear,
+    make_lora_linears,
+)
+from minipeft_kernels import RowGroups as RowGroups  # for the bank: adapters/ imports minipeft_kernels here alone
+from minipeft_kernels import group_rows as group_rows
 from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
@@ -38,7 +47,7 @@ from minipeft.models import Decoder
 
 
 class LoRALinear(TrainableModule):
-    """y = x W^T + b + s (dropout(x) A^T) B^T, with W and b the very Parameters of the linear it replaces."""
+    """y = x W^T + b + s (dropout(x) A^T) B^T; W and b are the Parameters of the linear that it replaces."""
 
     adopts_linear = True
 
@@ -53,8 +62,9 @@ class LoRALinear(TrainableModule):
         self.bind()
 
     def bind(self) -> None:
-        """Choose the function that computes the product on this device."""
+        """Choose the functions that compute the layer on this device: alone, and with layers that share its x."""
         self.product = make_lora_linear(self.backend, self.weight.device)
+        self.products = make_lora_linears(self.backend, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -79,13 +89,13 @@ class LoRALinear(TrainableModule):
         return torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
 
     def part(self) -> Part:
-        """The tensors of the product: W, b, A, B and s. A variant overrides it."""
+        """The tensors of the product: W, b, A, B and s. Variants override it."""
         return Part(self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """Each linear of the same x: those with LoRA share one read of x and one dropout mask (q, k, v; gate, up)."""
+        """Apply several linears to x (q, k, v; gate, up); those with LoRA share one read of x and one dropout mask."""
         parts = [linear.part() for linear in linears if isinstance(linear, LoRALinear)]
-        ys = iter(lora_linears(x, parts, dropout=self.dropout if self.training else 0.0, backend=self.backend))
+        ys = iter(self.products(x, parts, self.dropout if self.training else 0.0))
         return tuple(next(ys) if isinstance(linear, LoRALinear) else linear(x) for linear in linears)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +111,7 @@ class LoRALinear(TrainableModule):
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """How much to add, and where (targets.py; patterns.py for rank_pattern and alpha_pattern)."""
+    """Rank, scale and targets (targets.py; patterns.py for rank_pattern and alpha_pattern)."""
 
     rank: int = option(16, "rank r of the update", least=1)
     alpha: float = option(32.0, "the update is scaled by alpha / rank", above=0)
@@ -147,10 +157,10 @@ def plan(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
 
 
 def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
-    """The backend of the kernel that a training pass over so many tokens takes here.
+    """Return the backend of a training pass over `tokens` tokens on this device.
 
     Raises:
-        InputError: the backend that the config names cannot run here, with the reason.
+        InputError: the backend that the config names cannot run here; the message gives the reason.
     """
     path, (rank, _) = next(iter(plan(model, config).items()))
     weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """The Triton backends on the CPU, through Triton's interpreter. Run by test_triton_backends.py in a process of its own.
 
 The interpreter runs each program of a kernel in NumPy, so shapes are small and ragged. bfloat16 is widened after each
-load (device.py says why); what is tested is the arithmetic of the kernels, masks and edges, not the tensor cores.
+load (see triton_blocks.py); these tests check the arithmetic of the kernels, masks and edges, not the tensor cores.
 """
 
 import runpy
@@ -11,22 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from minipeft_kernels import Part, choice, keep_mask, launch, lora_linear, lora_linears, lora_rows, make_dropout, tiles
+from minipeft_kernels import (
+    Part,
+    choice,
+    launch,
+    lora_linear,
+    lora_linears,
+    lora_rows,
+    make_dropout,
+    make_keep_mask,
+    tiles,
+)
+from test_lora_linear import compute_gradients, compute_peft, problem
 from test_lora_linear import exact as exact_by_autograd
-from test_lora_linear import pefts, problem, with_gradients
 from torch import Tensor
 
 import minipeft
 from minipeft.models import FAMILIES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPSILON = torch.finfo(torch.float32).eps  # sums of another order differ by about this
+EPSILON = torch.finfo(torch.float32).eps  # about the difference of two orders of summation
 SHAPES = [(70, 96, 130, 1), (130, 64, 48, 16), (33, 136, 97, 24), (20, 70, 65, 128)]  # M, K, N, r
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> object:
-    """Fill uninitialised memory with NaN: an entry that no program writes cannot pass."""
+    """Fill uninitialized memory with NaN, so that an entry that no program writes fails."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -37,7 +47,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def part(k: int, n: int, r: int, seed: int, dtype: torch.dtype, bias: bool = True) -> Part:
-    """Return a projection with float32 adapters whose update is as large as its base."""
+    """Return a projection with float32 adapters whose update has the size of its base output."""
     weight = draw(n, k, seed=seed, dtype=dtype) / k**0.5
     A, B = draw(r, k, seed=seed + 1, dtype=torch.float32) / k**0.5, draw(n, r, seed=seed + 2, dtype=torch.float32)
     return Part(weight, draw(n, seed=seed + 3, dtype=dtype) if bias else None, A, B / r**0.5, 1.3)
@@ -70,20 +80,20 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_error_is_no_larger_than_pefts(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """y, dX, dA and dB against float64, with and without dropout, in 16 bits with no allowance.
 
-    In float32, which no GPU is asked to run on these backends, a short sum in the interpreter's order errs more than in
-    MKL's: there the limit is the reference's error and a quarter (of some 2e-7).
+    In float32, which these backends do not run on a GPU, short sums in the interpreter's order have a larger error than
+    MKL's: there the limit is 1.25 times the reference's error (about 2e-7).
     """
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
     bias = None if shape[3] == 16 else b
     b = torch.zeros_like(b) if bias is None else b
     for dropout in (0.0, 0.25):
         drop = make_dropout(dropout, 17)
-        given = (torch.ones(x.shape), 1.0) if drop is None else (keep_mask(drop, *x.shape).float(), drop.keep)
+        given = (torch.ones(x.shape), 1.0) if drop is None else (make_keep_mask(drop, *x.shape).float(), drop.keep)
         call = lambda backend: (
             lambda x, A, B: lora_linear(x, W, bias, A, B, 1.3, dropout=dropout, seed=17, backend=backend)  # noqa: B023
         )
-        got, reference = (with_gradients(call(p), dy, x, A.float(), B.float()) for p in (backend, "reference"))
-        peers, want = pefts(x, W, b, A, B, dy, *given), exact_by_autograd(x, W, b, A, B, dy, *given)
+        got, reference = (compute_gradients(call(p), dy, x, A.float(), B.float()) for p in (backend, "reference"))
+        peers, want = compute_peft(x, W, b, A, B, dy, *given), exact_by_autograd(x, W, b, A, B, dy, *given)
         for name, a, r, peer, true in zip(("y", "dX", "dA", "dB"), got, reference, peers, want):
             limit = 1.25 * error(r, true) + 2 * EPSILON if dtype == torch.float32 else error(peer, true)
             assert error(a, true) <= limit, (name, dropout)
@@ -91,7 +101,7 @@ def test_error_is_no_larger_than_pefts(backend: str, shape: tuple[int, ...], dty
 
 @pytest.mark.parametrize(("tile", "dropout"), [(0, 0.5), (1, 0.0), (2, 0.5), (3, 0.5)])
 def test_every_tile_size_gives_the_same_answer(tile: int, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several programs in each direction, for three projections, of which a product for dX takes all."""
+    """Several programs in each direction, and three projections in one product for dX."""
     monkeypatch.setattr(
         tiles, "pick", lambda kernel, *_, **__: tiles.TILES[kernel][min(tile, len(tiles.TILES[kernel]) - 1)]
     )
@@ -119,12 +129,12 @@ def test_two_runs_agree_to_the_bit() -> None:
 
 
 def test_the_mask_is_the_published_one() -> None:
-    """Identity matrices make the kernels show their mask: shrink gives drop(1), gradient_A and expand_add too."""
+    """With identity matrices, shrink, gradient_A and expand_add return the mask."""
     for dropout, seed in [(0.1, 0), (0.5, 2**40 + 1), (0.9, -5)]:
         drop = make_dropout(dropout, seed)
         assert drop is not None
         m, k = 70, 48
-        want = keep_mask(drop, m, k).float()
+        want = make_keep_mask(drop, m, k).float()
         ones, eye = torch.ones(m, k), torch.eye(k)
         assert torch.equal(launch.shrink(ones, eye, drop), want)
         assert torch.equal(launch.gradient_A(ones, torch.eye(m), drop), want)
@@ -141,14 +151,14 @@ def test_decode(dtype: torch.dtype) -> None:
                 lora_linear(x, W, b, A.float(), B.float(), 1.3, backend=p) for p in ("decode", "reference")
             )
         given = (x, W, b, A, B, dy, torch.ones(x.shape), 1.0)
-        peer, want = pefts(*given)[0], exact_by_autograd(*given)[0]
+        peer, want = compute_peft(*given)[0], exact_by_autograd(*given)[0]
         limit = 1.1 * error(reference, want) + 2 * EPSILON if dtype == torch.float32 else error(peer, want)
         assert error(got, want) <= limit
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_decode_with_an_adapter_for_each_row(tokens: int) -> None:
-    """-1 rows stay the base's own to the bit, and an adapter that nobody names may hold anything."""
+    """Rows with -1 equal the base bit for bit, and an adapter that no row uses may hold NaN."""
     x, base = draw(6, tokens, 300, seed=0, dtype=torch.float32), part(300, 140, 4, 1, torch.float32)
     A, B = draw(4, 3, 300, seed=5, dtype=torch.float32), draw(4, 140, 3, seed=6, dtype=torch.float32)
     A[1], B[1] = torch.nan, torch.inf
@@ -160,7 +170,7 @@ def test_decode_with_an_adapter_for_each_row(tokens: int) -> None:
 
 
 def test_the_readmes_first_kernel_runs(tmp_path: Path) -> None:
-    """Its code as it stands there; Triton reads a kernel's source from a file."""
+    """The code block of the README, in a file, since Triton reads a kernel's source."""
     readme = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
     script = tmp_path / "add.py"
     script.write_text(readme.split("```python\n")[1].split("```")[0])
@@ -168,11 +178,11 @@ def test_the_readmes_first_kernel_runs(tmp_path: Path) -> None:
     assert torch.equal(result["out"], result["x"] + result["y"])
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[list[str], int]:
-    """Return the kernels that a call launches, and the bytes of the tensors they are given, each once a kernel."""
+def count_launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[list[str], int]:
+    """Return the kernels that a call launches, and the bytes of their tensor arguments."""
     names: list[str] = []
     total = 0
-    launched = launch.run
+    launched = launch.launch_kernel
 
     def count(kernel: object, grid: tuple[int, ...], *arguments: object, **settings: object) -> None:
         nonlocal total
@@ -181,28 +191,30 @@ def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tupl
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         launched(kernel, grid, *arguments, **settings)
 
-    monkeypatch.setattr(launch, "run", count)
+    monkeypatch.setattr(launch, "launch_kernel", count)
     call()
     return names, total
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_launches_and_bytes_of_the_fused_backend(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof of the fusion that needs no GPU, in passes over one [M, K] matrix (M = K = N, so W is one too).
+    """The memory traffic of the fused backend, in passes over one [M, K] matrix (M = K = N, so W is one too).
 
     Forward: x for s; x, W and y for the product: 4 passes in 2 kernels. Backward: dY for dS and dB; x for dA; dY, W and
     dX: 5 passes in 6 kernels, three of which add up small parts. The reference takes 6 and 8, PEFT 9 and 12.
     """
-    monkeypatch.setattr(launch, "_gpu", lambda x: (90, 4))  # few multiprocessors, so that no small sum is divided
+    monkeypatch.setattr(launch, "_describe_gpu", lambda x: (90, 4))  # so few multiprocessors that no sum is divided
     m = k = n = 256
     x, p = draw(m, k, seed=0, dtype=torch.float32).requires_grad_(), part(k, n, 1, 1, torch.float32, bias=False)
     leaves = [x, p.lora_A.requires_grad_(), p.lora_B.requires_grad_()]
     y = []
-    forward, forward_bytes = counted(
+    forward, forward_bytes = count_launches(
         monkeypatch, lambda: y.append(lora_linear(x, *p, dropout=dropout, seed=0, backend="fused"))
     )
     assert forward == ["shrink", "seeded_forward"]
-    backward, backward_bytes = counted(monkeypatch, lambda: torch.autograd.grad(y[0], leaves, torch.ones_like(y[0])))
+    backward, backward_bytes = count_launches(
+        monkeypatch, lambda: torch.autograd.grad(y[0], leaves, torch.ones_like(y[0]))
+    )
     assert backward == ["gradient_B", "reduce", "reduce", "gradient_A", "reduce", "seeded_backward"]
     assert forward_bytes / (m * k * 4) == pytest.approx(4, abs=0.1)
     assert backward_bytes / (m * k * 4) == pytest.approx(5, abs=0.25)
@@ -226,14 +238,14 @@ LLAMA = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> None:
-    """Through the library itself, dropout on: LoRALinear hands q and v to one call where they share x."""
-    losses = {backend: losses_of(family, backend) for backend in ("reference", "hybrid", "fused")}
+    """Through minipeft.train, with dropout; LoRALinear computes q and v, which share x, in one call."""
+    losses = {backend: train_losses(family, backend) for backend in ("reference", "hybrid", "fused")}
     assert losses["reference"][-1] < losses["reference"][0] - 0.1
     for backend in ("hybrid", "fused"):
         assert losses[backend] == pytest.approx(losses["reference"], rel=2e-5)
 
 
-def losses_of(family: str, backend: str) -> list[float]:
+def train_losses(family: str, backend: str) -> list[float]:
     """Train a tiny model for 20 steps, from one start, on one backend."""
     config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     model = decoder(

@@ -16,6 +16,7 @@ COMMANDS = [
     " --out {0}/lora-linear.json",
     "blocks --busy --rows 16 --rounds 1 --dropout 0.1 --dtypes bfloat16 --out {0}/lora-blocks.json",
     "decode --busy --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
+    "calls --busy --rounds 1 --dropout 0.1 --out {0}/lora-calls.json",
     "steps --busy --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
     "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --activation-checkpointing"
     " --dropout 0 --out {0}/lora-steps-2.json",
@@ -39,8 +40,10 @@ def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) ->
     )
     assert done.stderr.rstrip().endswith("InputError: --cases: 7b is not measured on cpu"), done.stderr[-3000:]
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert sorted(rows) == ["lora-blocks", "lora-decode", "lora-linear", "lora-steps", "lora-steps-2"]
+    assert sorted(rows) == ["lora-blocks", "lora-calls", "lora-decode", "lora-linear", "lora-steps", "lora-steps-2"]
     ours = [row for found in rows.values() for row in found if row["variant"] == "reference"]
+    ours += [row for row in rows["lora-calls"] if row["variant"] == "minipeft"]
+    assert len({row["benchmark"] for row in rows["lora-calls"]}) == 6  # one linear and three, in three passes
     assert not [row for row in ours if "FAIL" in row["note"]]
     for row in ours:
         assert row["ratio"] > 0

@@ -1,10 +1,10 @@
-"""The LoRA linear's reference backend against float64, HF PEFT, finite differences, and what it may cost."""
+"""The reference backend against float64, HF PEFT and finite differences; its operators and saved tensors."""
 
 import copy
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import peft
@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from minipeft_kernels import (
     Part,
-    RowGroups,
     UnavailableBackend,
-    keep_mask,
+    group_rows,
     lora_linear,
     lora_linear_reference,
     lora_linears,
+    lora_linears_reference,
     lora_rows,
     make_dropout,
+    make_keep_mask,
     make_lora_linear,
+    make_lora_linears,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,21 +34,21 @@ SHAPES = [(70, 96, 130, 1), (33, 64, 48, 8), (128, 256, 192, 16), (65, 130, 97, 
 
 @pytest.fixture(autouse=True)
 def _poison() -> object:
-    """Fill uninitialised memory with NaN, so that an entry that nobody writes cannot pass."""
+    """Fill uninitialized memory with NaN, so that an entry that is not written fails."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """Return x, W, b, A, B and dY of the size that training has: y, s and the update all near 1."""
+    """Return x, W, b, A, B and dY scaled so that y, s and the update are all near 1."""
     random = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)
     x, W, b, A = draw(m, k), draw(n, k) / k**0.5, draw(n), draw(r, k) / k**0.5
     return tuple(t.to(dtype) for t in (x, W, b, A, draw(n, r) / r**0.5, draw(m, n)))
 
 
-def with_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
+def compute_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Return the call's output and its gradient with respect to each input."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     y = call(*leaves)
@@ -54,7 +56,7 @@ def with_gradients(call: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> 
 
 
 class FixedMask(torch.nn.Module):
-    """A dropout whose mask is given, so that PEFT's layer and ours drop the same entries."""
+    """Dropout with a given mask, so that PEFT's layer and ours drop the same entries."""
 
     def __init__(self, mask: Tensor, keep: float) -> None:
         super().__init__()
@@ -64,8 +66,8 @@ class FixedMask(torch.nn.Module):
         return x * (self.mask.to(x.dtype) / self.keep)
 
 
-def peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
-    """Return HF PEFT's own LoRA linear with these weights, adapters in the dtype of W."""
+def make_peft_layer(W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> torch.nn.Module:
+    """Return HF PEFT's LoRA linear with these weights, adapters in the dtype of W."""
     base = torch.nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
     base.load_state_dict({"weight": W, "bias": b})
     config = peft.LoraConfig(r=len(A), lora_alpha=scale * len(A))
@@ -82,39 +84,41 @@ def exact(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mas
     """Return y, dX, dA and dB in float64, by autograd on equation 3."""
     W, b, mask = W.double(), b.double(), mask.double() / keep
     call = lambda x, A, B: x @ W.T + b + 1.3 * ((x * mask) @ A.T) @ B.T
-    return with_gradients(call, dy.double(), x.double(), A.double(), B.double())
+    return compute_gradients(call, dy.double(), x.double(), A.double(), B.double())
 
 
-def pefts(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float) -> list[Tensor]:
+def compute_peft(
+    x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor, keep: float
+) -> list[Tensor]:
     """Return the same as HF PEFT computes it, in the dtype of the inputs."""
-    layer = peft_layer(W, b, A, B, 1.3)
+    layer = make_peft_layer(W, b, A, B, 1.3)
     layer.lora_dropout["a"] = FixedMask(mask, keep)
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
     return [y.detach(), *torch.autograd.grad(y, [leaf, layer.lora_A["a"].weight, layer.lora_B["a"].weight], dy)]
 
 
-def shuffled(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Return the same problem with its rows, columns and ranks in another order: every sum is added in another one."""
+def shuffle(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Return the same problem with permuted rows, columns and ranks, so that every sum has another order."""
     random = torch.Generator().manual_seed(0)
     m, k, n, r = (torch.randperm(size, generator=random) for size in (*x.shape, *B.shape))
     return x[m][:, k], W[n][:, k], b[n], A[r][:, k], B[n][:, r], dy[m][:, n], mask[m][:, k]
 
 
-def log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
-    """Return log errors [seed, whose, quantity]: of ours, of PEFT's, of PEFT's with its sums in another order."""
+def measure_log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Tensor:
+    """Return log errors [seed, variant, quantity]: ours, PEFT's, and PEFT's with permuted sums."""
     rows = []
     for seed in range(10):
         x, W, b, A, B, dy = problem(*shape, dtype, seed)
         drop = make_dropout(dropout, seed)
-        mask = torch.ones(x.shape) if drop is None else keep_mask(drop, *x.shape).float()
+        mask = torch.ones(x.shape) if drop is None else make_keep_mask(drop, *x.shape).float()
         given, keep = (x, W, b, A, B, dy, mask), 1.0 if drop is None else drop.keep
         call = lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=dropout, seed=seed)  # noqa: B023
-        ours = with_gradients(call, dy, x, A.float(), B.float())
+        ours = compute_gradients(call, dy, x, A.float(), B.float())
         assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
-        again = shuffled(*given)
+        again = shuffle(*given)
         want, want_again = exact(*given, keep), exact(*again, keep)
-        found = [(ours, want), (pefts(*given, keep), want), (pefts(*again, keep), want_again)]
+        found = [(ours, want), (compute_peft(*given, keep), want), (compute_peft(*again, keep), want_again)]
         rows.append([[relative_error(*pair) for pair in zip(got, true)] for got, true in found])
     return torch.tensor(rows).log()
 
@@ -125,19 +129,21 @@ def log_errors(shape: tuple[int, ...], dtype: torch.dtype, dropout: float) -> Te
 def test_mean_error_in_16_bits_is_no_larger_than_pefts(
     shape: tuple[int, ...], dtype: torch.dtype, dropout: float
 ) -> None:
-    """y, dX, dA and dB against float64: no allowance. PEFT rounds each step to 16 bits, we results and s."""
-    ours, peers, _ = log_errors(shape, dtype, dropout).exp().mean(0)
+    """y, dX, dA and dB against float64, without tolerance: PEFT rounds each operator to 16 bits, we s and results."""
+    ours, peers, _ = measure_log_errors(shape, dtype, dropout).exp().mean(0)
     assert (ours <= peers).all(), ours / peers
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float) -> None:
-    """There both round only where they add, so which errs more is a coin's throw that the order of the sums decides.
+    """Both round only in their sums, so the order of summation decides at random which error is larger.
 
-    What such a throw is worth is measured here: PEFT's own error against PEFT's error on the same problem shuffled.
-    Over 50 draws the mean (of the logarithm of the ratio) may exceed 0 by four of its standard errors.
+    The standard error of that is measured: PEFT's error against PEFT's error on the same problem permuted. Over 50
+    draws the mean log ratio may exceed 0 by four standard errors.
     """
-    errors = torch.cat([log_errors(shape, torch.float32, dropout) for shape in SHAPES])  # [draw, whose, quantity]
+    errors = torch.cat(
+        [measure_log_errors(shape, torch.float32, dropout) for shape in SHAPES]
+    )  # [draw, whose, quantity]
     ours, peers, again = errors.unbind(1)
     chance = (again - peers).std(0) / len(errors) ** 0.5
     assert (chance < 0.03).all()
@@ -147,17 +153,17 @@ def test_mean_error_in_float32_is_pefts_but_for_the_order_of_sums(dropout: float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Its float32 sums are in another order: of the reference's error against float64, not more than twice."""
+    """Its float32 sums have another order: the error is at most twice the reference's, against float64."""
     x, W, b, A, B, dy = problem(*shape, dtype, seed=0)
     call = lambda backend: lambda x, A, B: lora_linear(x, W, b, A, B, 1.3, dropout=0.2, seed=4, backend=backend)
     try:
-        got = with_gradients(call("onednn"), dy, x, A.float(), B.float())
+        got = compute_gradients(call("onednn"), dy, x, A.float(), B.float())
     except UnavailableBackend as reason:
         pytest.skip(str(reason))
-    again = with_gradients(call("onednn"), dy, x, A.float(), B.float())
-    reference = with_gradients(call("reference"), dy, x, A.float(), B.float())
+    again = compute_gradients(call("onednn"), dy, x, A.float(), B.float())
+    reference = compute_gradients(call("reference"), dy, x, A.float(), B.float())
     W, b = W.double(), b.double()
-    want = with_gradients(call("reference"), dy.double(), x.double(), A.double(), B.double())
+    want = compute_gradients(call("reference"), dy.double(), x.double(), A.double(), B.double())
     for a, b_, r, true in zip(got, again, reference, want):
         assert torch.equal(a, b_)
         assert relative_error(a, true) <= 2 * relative_error(r, true)
@@ -166,7 +172,7 @@ def test_onednn_is_the_reference_with_another_product(shape: tuple[int, ...], dt
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_derivative_against_finite_differences(dropout: float, bias: bool) -> None:
-    """Three projections of one x, of different widths, ranks and scales; every input trained, the base too."""
+    """Three projections of one x with different widths, ranks and scales; every input is trained, W and b too."""
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     flat, scales = [], []
     for n, r, scale in [(4, 2, 0.7), (3, 1, 2.0), (4, 3, -1.0)]:
@@ -212,8 +218,8 @@ def test_the_function_of_a_layer_gives_lora_linears_bits(dtype: torch.dtype, dro
         x, W, b, A, B, dy = problem(size, 20, 12, 4, dtype, 3)
         x, dy = x.view(*shape, 20), dy.view(*shape, 12)
         leaves = (x, W, b, A.to(torch.promote_types(dtype, torch.float32)), B)
-        got = with_gradients(lambda *five: product(*five, 1.3, dropout, 5), dy, *leaves)
-        want = with_gradients(lambda *five: lora_linear(*five, 1.3, dropout=dropout, seed=5), dy, *leaves)
+        got = compute_gradients(lambda *five: product(*five, 1.3, dropout, 5), dy, *leaves)
+        want = compute_gradients(lambda *five: lora_linear(*five, 1.3, dropout=dropout, seed=5), dy, *leaves)
         assert all(torch.equal(a, b_) and a.dtype == b_.dtype for a, b_ in zip(got, want, strict=True))
         with torch.no_grad():
             assert torch.equal(product(*leaves, 1.3, dropout, 5), want[0])
@@ -223,8 +229,8 @@ def test_the_function_of_a_layer_gives_lora_linears_bits(dtype: torch.dtype, dro
     assert product(*(t.to("meta") for t in (x, W, b, A, B)), 2.0).shape == (5, 6)
 
 
-def test_what_can_be_decided_before_a_call_is() -> None:
-    """A layer on a CPU gets the equation itself; on a GPU, and for a named backend, the choice depends on the call."""
+def test_the_backend_is_chosen_before_the_call() -> None:
+    """A layer on a CPU gets the reference; on a GPU, and for another backend, the choice depends on the call."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert make_lora_linear("auto", cpu) is make_lora_linear("reference", cuda) is lora_linear_reference
     for backend, device in (("auto", cuda), ("fused", cpu), ("onednn", cpu)):
@@ -235,20 +241,66 @@ def test_what_can_be_decided_before_a_call_is() -> None:
         make_lora_linear("decode", cpu)(*problem(5, 8, 6, 2, torch.float32, 0)[:5], 1.0, 0.5)
 
 
-def test_the_product_is_two_calls_away() -> None:
-    """What a student has to open between a layer and x W^T: functions of this package, in order."""
-    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
-    opened: list[str] = []
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_layers_that_share_x_get_lora_linears_bits(dropout: float) -> None:
+    """The unchecked function: y, dX, dA and dB of three projections, with and without gradients, under autocast too."""
+    products = make_lora_linears("auto", torch.device("cpu"))
+    assert products is lora_linears_reference
+    x = problem(33, 20, 1, 1, torch.float32, 0)[0].view(3, 11, 20)
+    parts = [Part(*problem(1, 20, n, r, torch.float32, n)[1:5], 1.3) for n, r in [(12, 4), (8, 2), (12, 1)]]
+    leaves = [x, *(t for part in parts for t in part[2:4])]
+
+    def run(compute: Callable[..., Sequence[Tensor]], *leaves: Tensor) -> list[Tensor]:
+        given = [p._replace(lora_A=A, lora_B=B) for p, A, B in zip(parts, leaves[1::2], leaves[2::2])]
+        return list(compute(leaves[0], given, dropout, 5))
+
+    trained = [t.clone().requires_grad_() for t in leaves]
+    got, want = run(products, *trained), run(lora_linears, *trained)
+    free = run(products, *leaves)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(got, want, free, strict=True))
+    grads = [torch.autograd.grad(sum(y.sin().sum() for y in ys), trained) for ys in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = run(products, *leaves)
+        assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(low, run(lora_linears, *leaves)))
+    meta = [Part(*(t.to("meta") for t in p[:4]), p.scale) for p in parts]  # type: ignore[union-attr]
+    assert [y.shape for y in products(x.to("meta"), meta)] == [(3, 11, 12), (3, 11, 8), (3, 11, 12)]
+
+
+def list_calls(call: Callable[[], object]) -> list[str]:
+    """Return the functions of minipeft_kernels that are called, in order."""
+    names: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_globals["__name__"].startswith("minipeft_kernels."):
-            opened.append(frame.f_code.co_name)
+            names.append(frame.f_code.co_name)
 
-    product = make_lora_linear("auto", x.device)
     sys.setprofile(note)
-    product(x.requires_grad_(), W, b, A, B, 2.0)
+    call()
     sys.setprofile(None)
-    assert opened == ["lora_linear_reference", "forward", "shrink", "times_weight_t", "factor"]
+    return names
+
+
+def test_the_product_is_two_calls_away() -> None:
+    """The functions between a layer and x W^T, in order."""
+    x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    product = make_lora_linear("auto", x.device)
+    names = list_calls(lambda: product(x.requires_grad_(), W, b, A, B, 2.0))
+    assert names == ["lora_linear_reference", "forward", "shrink", "matmul_weight_t", "compute_scale"]
+
+
+def test_a_layers_call_checks_nothing() -> None:
+    """lora_linears checks shapes, dtypes and the backend; the function of a layer does not."""
+    x, *four, _ = problem(5, 8, 6, 2, torch.float32, 0)
+    checks = {"_check", "_choose", "import_backend", "check_name"}
+    parts = [Part(*four, 2.0)] * 3
+    products = make_lora_linears("auto", x.device)
+    assert not checks & set(list_calls(lambda: products(x, parts)))
+    assert {"_check", "_choose"} <= set(list_calls(lambda: lora_linears(x, parts)))
+    with pytest.raises(ValueError, match="no backend is named 'fast'"):
+        make_lora_linears("fast", x.device)
+    with pytest.raises(UnavailableBackend, match="backend='decode' cannot run here"):
+        make_lora_linears("decode", x.device)(x, parts, 0.5)
 
 
 def test_the_weight_of_a_part_as_a_plain_tensor() -> None:
@@ -259,7 +311,7 @@ def test_the_weight_of_a_part_as_a_plain_tensor() -> None:
 
 
 def test_zero_b_changes_no_bit() -> None:
-    """A fresh adapter: y is the frozen linear's own."""
+    """A new adapter: y equals the frozen linear's output bit for bit."""
     for dtype, dropout in itertools.product([torch.float32, torch.bfloat16], [0.0, 0.5]):
         x, W, b, A, B, _ = problem(33, 64, 48, 8, dtype, 1)
         assert torch.equal(lora_linear(x, W, b, A, torch.zeros_like(B), 2.0, dropout=dropout), F.linear(x, W, b))
@@ -269,9 +321,9 @@ def test_autocast_casts_as_linear_does() -> None:
     x, W, b, A, B, dy = problem(6, 8, 4, 2, torch.float32, 0)
     low = torch.bfloat16
     with torch.autocast("cpu", low):
-        got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0), dy.to(low), x, A, B)
+        got = compute_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0), dy.to(low), x, A, B)
     cast = lambda x, A, B: lora_linear(x.to(low), W.to(low), b.to(low), A, B, 2.0)
-    for a, b_ in zip(got, with_gradients(cast, dy.to(low), x, A, B)):
+    for a, b_ in zip(got, compute_gradients(cast, dy.to(low), x, A, B)):
         assert torch.equal(a, b_)
     assert got[0].dtype == low
     assert got[1].dtype == torch.float32
@@ -279,13 +331,13 @@ def test_autocast_casts_as_linear_does() -> None:
 
 @pytest.mark.parametrize("seed", [None, 11])
 def test_checkpointing_changes_no_bit(seed: int | None) -> None:
-    """The recomputation meets the same mask, with a seed of its own or one drawn from torch's generator."""
+    """Recomputation uses the same mask, with a given seed or one drawn from torch's generator."""
     x, W, b, A, B, dy = problem(40, 32, 24, 4, torch.float32, 0)
     block = lambda x, A, B: lora_linear(x.sin(), W, b, A, B, 2.0, dropout=0.4, seed=seed).cos()
     torch.manual_seed(5)
-    plain = with_gradients(block, dy, x, A, B)
+    plain = compute_gradients(block, dy, x, A, B)
     torch.manual_seed(5)
-    again = with_gradients(lambda *leaves: checkpoint(block, *leaves, use_reentrant=False), dy, x, A, B)
+    again = compute_gradients(lambda *leaves: checkpoint(block, *leaves, use_reentrant=False), dy, x, A, B)
     for a, b_ in zip(plain, again):
         assert torch.equal(a, b_)
 
@@ -293,8 +345,8 @@ def test_checkpointing_changes_no_bit(seed: int | None) -> None:
 def test_two_runs_are_the_same_to_the_bit_and_a_deep_copy_too() -> None:
     x, W, b, A, B, dy = problem(65, 130, 97, 8, torch.bfloat16, 0)
     call = lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.1, seed=1)
-    first = with_gradients(call, dy, x, A, B)
-    for again in (with_gradients(call, dy, x, A, B), with_gradients(call, dy, *copy.deepcopy((x, A, B)))):
+    first = compute_gradients(call, dy, x, A, B)
+    for again in (compute_gradients(call, dy, x, A, B), compute_gradients(call, dy, *copy.deepcopy((x, A, B)))):
         assert all(torch.equal(a, b_) for a, b_ in zip(first, again))
 
 
@@ -302,7 +354,7 @@ def test_two_runs_are_the_same_to_the_bit_and_a_deep_copy_too() -> None:
 
 
 def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
-    """Return the mask by Python's own integers: what README publishes, written a second time."""
+    """Return the mask in Python's integers: a second implementation of README's definition."""
     wrap = (1 << 32) - 1
 
     def mix(h: int, key: int = 0) -> int:
@@ -319,16 +371,18 @@ def plain_mask(seed: int, rows: int, columns: int, drops: int) -> Tensor:
         key = mix((i * 0x9E3779B1 + (z & wrap)) & wrap)
         h = mix((j // 2 * 0x9E3779B1 + key) & wrap, mix(key ^ z >> 32))
         level = h >> 16 if j % 2 else h & 0xFFFF
-        mask[i, j] = (level ^ 0x8000) >= drops  # the sign bit turned over: signed order is unsigned order plus 2^15
+        mask[i, j] = (level ^ 0x8000) >= drops  # flipping the sign bit maps signed order to unsigned order
     return mask
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**61 + 12345, -3])
 def test_mask_is_the_published_hash(seed: int) -> None:
     drop = make_dropout(0.3, seed)
-    assert torch.equal(keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
-    assert torch.equal(keep_mask(drop, 3, 11, first=4), keep_mask(drop, 7, 11)[4:])
-    assert torch.equal(keep_mask(drop, 3001, 11)[:7], keep_mask(drop, 7, 11))  # torch's operators, and NumPy's
+    assert torch.equal(make_keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
+    assert torch.equal(make_keep_mask(drop, 3, 11, first=4), make_keep_mask(drop, 7, 11)[4:])
+    assert torch.equal(
+        make_keep_mask(drop, 3001, 11)[:7], make_keep_mask(drop, 7, 11)
+    )  # torch's operators, and NumPy's
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -337,7 +391,7 @@ def test_mask_is_uniform_and_independent(dropout: float) -> None:
     rows, columns = 1000, 1000
     drop = make_dropout(dropout, 0)
     keep = drop.keep
-    mask = keep_mask(drop, rows, columns).double() - keep
+    mask = make_keep_mask(drop, rows, columns).double() - keep
     deviation = (keep * (1 - keep)) ** 0.5
     assert abs(mask.mean()) < 5 * deviation / mask.numel() ** 0.5
     for half in (mask[:, ::2], mask[:, 1::2]):
@@ -345,7 +399,7 @@ def test_mask_is_uniform_and_independent(dropout: float) -> None:
     assert mask.mean(0).abs().max() < 5 * deviation / rows**0.5
     assert mask.mean(1).abs().max() < 5 * deviation / columns**0.5
     neighbours = [(mask[:, :-d], mask[:, d:]) for d in (1, 2, 3, 8)] + [(mask[:-d], mask[d:]) for d in (1, 2, 8)]
-    others = [keep_mask(make_dropout(dropout, seed), rows, columns).double() - keep for seed in (1, 2, 2**32)]
+    others = [make_keep_mask(make_dropout(dropout, seed), rows, columns).double() - keep for seed in (1, 2, 2**32)]
     neighbours += [(mask, other) for other in others]
     for a, b in neighbours:
         assert abs((a * b).mean()) < 5 * deviation**2 / a.numel() ** 0.5
@@ -358,18 +412,18 @@ def test_dropout_keeps_the_mean_and_drops_only_the_adapters_input() -> None:
     runs = torch.stack([lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=seed) for seed in seeds])
     assert (runs.mean(0) - full).norm() < 5 * (runs.std(0) / len(seeds) ** 0.5).norm()
     drop = make_dropout(0.2, 9)
-    want = base + 2.0 / drop.keep * ((x * keep_mask(drop, 64, 96)) @ A.T) @ B.T
+    want = base + 2.0 / drop.keep * ((x * make_keep_mask(drop, 64, 96)) @ A.T) @ B.T
     torch.testing.assert_close(lora_linear(x, W, b, A, B, 2.0, dropout=0.2, seed=9), want)
 
 
-def test_blocks_of_the_mask_do_not_show() -> None:
-    """On a CPU the mask is made in blocks of rows; the largest shape here takes several."""
+def test_a_mask_computed_in_blocks_equals_one_mask() -> None:
+    """On a CPU the mask is computed in blocks of rows; this shape takes several."""
     x, W, b, A, B, dy = problem(600, 1024, 16, 4, torch.float64, 0)
     drop = make_dropout(0.5, 2)
-    mask = keep_mask(drop, 600, 1024)
+    mask = make_keep_mask(drop, 600, 1024)
     plain = lambda x, A, B: F.linear(x, W, b) + 2.0 / drop.keep * ((x * mask) @ A.T) @ B.T
-    got = with_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.5, seed=2), dy, x, A, B)
-    for a, b_ in zip(got, with_gradients(plain, dy, x, A, B)):
+    got = compute_gradients(lambda x, A, B: lora_linear(x, W, b, A, B, 2.0, dropout=0.5, seed=2), dy, x, A, B)
+    for a, b_ in zip(got, compute_gradients(plain, dy, x, A, B)):
         torch.testing.assert_close(a, b_)
 
 
@@ -394,17 +448,17 @@ def test_rows_equal_one_call_each(tokens: int) -> None:
 
 
 def test_rows_are_grouped_by_adapter() -> None:
-    groups = RowGroups.of([3, 0, -1, 3, 3])
+    groups = group_rows([3, 0, -1, 3, 3])
     assert groups.present == (0, 3)
     assert groups.places.tolist() == [1, 0, 0, 0, 3, 4]
     assert groups.slots.tolist() == [0, 3, 4, 5]
     assert groups.targets.tolist() == [1, 0, 3, 4]
     assert not groups.in_order
-    assert RowGroups.of([0, 0, 1, 1]).in_order
+    assert group_rows([0, 0, 1, 1]).in_order
 
 
-def test_rows_share_nothing_but_the_base() -> None:
-    """A row without an adapter is the base's own to the bit, and an adapter that no row has may hold anything."""
+def test_rows_are_independent() -> None:
+    """A row without an adapter equals the base bit for bit, and an adapter that no row uses may hold NaN."""
     random = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=random)
     x, W, A, B = draw(5, 2, 10), draw(7, 10), draw(4, 3, 10), draw(4, 7, 3)
@@ -415,13 +469,13 @@ def test_rows_share_nothing_but_the_base() -> None:
     for i, j in enumerate(rows.tolist()):
         if j >= 0:
             torch.testing.assert_close(y[i], lora_linear(x[i], W, None, A[j], B[j], 1.0))
-    assert torch.equal(lora_rows(x, W, None, A, B, RowGroups.of(rows.tolist())), y)
+    assert torch.equal(lora_rows(x, W, None, A, B, group_rows(rows.tolist())), y)
     assert torch.equal(lora_rows(x, W, None, A, B, torch.full((5,), -1)), F.linear(x, W))
     with torch.autocast("cpu", torch.bfloat16):
         assert lora_rows(x, W, None, A, B, rows).dtype == torch.bfloat16
 
 
-# What it costs
+# Operators, memory traffic and saved tensors
 
 
 class Counter(TorchDispatchMode):
@@ -448,7 +502,7 @@ class Counter(TorchDispatchMode):
 
 
 def test_operators_and_bytes_of_forward_and_backward() -> None:
-    """The proof of the fusion that needs no GPU: what forward and backward do, in passes over one [M, K] matrix.
+    """Operators of forward and backward, and their memory traffic in passes over one [M, K] matrix.
 
     M = K = N, so W is one pass too. Forward: x, W and y for the base, x again for s, y read and written again for the
     update: 6. Backward: dY and W and dX for the base, dY twice more (dS, dB), x once (dA), dX twice (its update): 8.
@@ -457,7 +511,7 @@ def test_operators_and_bytes_of_forward_and_backward() -> None:
     m = k = n = 512
     x, W, b, A, B, dy = problem(m, k, n, 4, torch.float32, 0)
     leaves = [t.requires_grad_() for t in (x, A, B)]
-    layer = peft_layer(W, b, A.detach(), B.detach(), 2.0).requires_grad_(False)
+    layer = make_peft_layer(W, b, A.detach(), B.detach(), 2.0).requires_grad_(False)
     weights = [layer.lora_A["a"].weight.requires_grad_(), layer.lora_B["a"].weight.requires_grad_()]
     cost = {}
     for who, call, wanted in (
@@ -480,8 +534,8 @@ def test_operators_and_bytes_of_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_backward_keeps_x_and_s_and_nothing_else(dropout: float) -> None:
-    """x is kept once however many projections read it; of new tensors there is only s, [M, R]."""
+def test_only_x_and_s_are_saved_for_backward(dropout: float) -> None:
+    """x is saved once for all projections; the only new tensor is s, [M, R]."""
     m, k = 256, 64
     x = problem(m, k, 1, 1, torch.float32, 0)[0].requires_grad_()
     parts = [Part(*problem(1, k, n, 4, torch.float32, n)[1:5], 2.0) for n in (64, 32, 32)]
@@ -495,7 +549,7 @@ def test_backward_keeps_x_and_s_and_nothing_else(dropout: float) -> None:
 # Refusals
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_mismatched_arguments_are_refused() -> None:
     x, W, b, A, B, _ = problem(5, 8, 6, 2, torch.float32, 0)
     with pytest.raises(ValueError, match=r"shapes do not fit: x \(5, 7\)"):
         lora_linear(x[:, :7], W, b, A, B, 1.0)

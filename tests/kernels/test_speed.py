@@ -1,6 +1,6 @@
-"""Speed that was won is not lost: the time of a peer over ours, in one run, against what an idle machine measured.
+"""Speed regressions: the time of a peer over ours, in one run, against the ratio measured on an idle machine.
 
-A loaded machine slows both alike, but not at every moment: the best of a few attempts counts.
+A loaded machine slows both, but not equally at every moment: the best of several attempts counts.
 """
 
 import importlib
@@ -16,8 +16,8 @@ from minipeft.models.loss import LinearCrossEntropy
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = {"LoRA linear": 1.01, "with dropout": 1.02, "one token": 1.63, "cross-entropy": 1.13}
-LOST, ATTEMPTS = 1.15, 6  # how much slower fails; attempts
-LOST_BESIDE_OTHERS = {"one token": 1.25}  # beside a second test process 1.33 to 1.37 of its 1.63 are left
+LOST, ATTEMPTS = 1.15, 6  # slowdown that fails; number of attempts
+LOST_BESIDE_OTHERS = {"one token": 1.25}  # beside a second test process the ratio is 1.33 to 1.37
 Call = Callable[[], object]
 
 
@@ -29,16 +29,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def linears(lora_linear: ModuleType, shape: tuple[int, int, int], dropout: float, backward: bool) -> tuple[Call, Call]:
-    """Ours and HF PEFT's layer, as the benchmark builds them. shape: M, K, N"""
+def make_linears(
+    lora_linear: ModuleType, shape: tuple[int, int, int], dropout: float, backward: bool
+) -> tuple[Call, Call]:
+    """Return ours and HF PEFT's layer, as the benchmark builds them. shape: M, K, N"""
     given = lora_linear.problem(*shape, 16, torch.float32, dropout, "cpu")
-    variants = lora_linear.make_ours(given, "auto"), lora_linear.peft_layer(given, upcast=False)
+    variants = lora_linear.make_ours(given, "auto"), lora_linear.make_peft_layer(given, upcast=False)
     ours, peers = (lora_linear.repeat_over_inputs(variant, given, backward) for variant in variants)
     return ours, peers
 
 
-def losses() -> tuple[Call, Call]:
-    """Loss and gradient of 256 tokens over 8192 words: ours, and torch's own two calls."""
+def make_losses() -> tuple[Call, Call]:
+    """Return loss and gradient of 256 tokens over a vocabulary of 8192: ours, and torch's two calls."""
     random = torch.Generator().manual_seed(0)
     h, weight = torch.randn(256, 256, generator=random).requires_grad_(), torch.randn(8192, 256, generator=random) / 16
     targets = torch.randint(8192, (256,), generator=random)
@@ -48,15 +50,15 @@ def losses() -> tuple[Call, Call]:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_no_slower_than_when_it_was_measured(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_speed_has_not_regressed(name: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(BENCHMARKS)
     measure, lora_linear = importlib.import_module("measure"), importlib.import_module("lora_linear")
     ours, peers = {
-        "LoRA linear": lambda: linears(lora_linear, (256, 768, 2304), 0.0, True),
-        "with dropout": lambda: linears(lora_linear, (256, 768, 2304), 0.1, True),
-        "one token": lambda: linears(lora_linear, (1, 64, 64), 0.0, False),
-        "cross-entropy": losses,
+        "LoRA linear": lambda: make_linears(lora_linear, (256, 768, 2304), 0.0, True),
+        "with dropout": lambda: make_linears(lora_linear, (256, 768, 2304), 0.1, True),
+        "one token": lambda: make_linears(lora_linear, (1, 64, 64), 0.0, False),
+        "cross-entropy": make_losses,
     }[name]()
     found, lost = [], LOST_BESIDE_OTHERS.get(name, LOST)
     for _ in range(ATTEMPTS):

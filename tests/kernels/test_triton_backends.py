@@ -1,4 +1,4 @@
-"""The Triton backends: run in the interpreter by a process of their own, and chosen by a rule that can be read here."""
+"""The Triton backends, run in the interpreter in a separate process, and the rule that chooses a backend."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_interpreted_kernels() -> None:
 
 
 def test_compiled_code_is_recorded_for_the_present_sources() -> None:
-    """compile_check.py compiles what changed since compiled.json, and a small sample, and refuses what is stale."""
+    """compile_check.py compiles what changed since compiled.json and a small sample, and rejects stale rows."""
     pytest.importorskip("triton")
     script = HERE.parents[1] / "kernels" / "compile_check.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

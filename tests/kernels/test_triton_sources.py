@@ -1,11 +1,11 @@
-"""The rule of device.py, read off its text: a loaded tile is widened before any arithmetic touches it.
+"""A check of the Triton kernels' syntax tree: a loaded tile is widened before any arithmetic on it.
 
-Triton's interpreter computes nonsense on bfloat16 (it works on the raw bits), in silence. So what `tl.load` returns is
-*raw* until `.to(...)` or `wide` has made it float32, and raw values may only be moved about: named, indexed,
-transposed, handed to another function of the file, which is then held to the same rule with that argument raw.
+Triton's interpreter silently computes bfloat16 on the raw bits. So the result of `tl.load` is *raw* until `.to(...)` or
+`widen` makes it float32, and a raw value may only be moved: assigned, indexed, transposed, or passed to another
+function of the kernels, which is then checked with that argument raw.
 
-What this does not see: whether `.to(...)` names a wider type; a value that goes through a list or a function kept in
-another file; a load by anything but `tl.load`. The interpreter's own tests, against float64, are there for the rest.
+Not checked: whether `.to(...)` names a wider type; values in lists; loads by anything but `tl.load`. The tests in the
+interpreter, against float64, cover the rest.
 """
 
 import ast
@@ -14,24 +14,25 @@ from pathlib import Path
 import minipeft_kernels
 import pytest
 
-DEVICE = Path(minipeft_kernels.__file__).with_name("device.py")
-WIDEN = ("wide", "to")  # what makes a raw value fit for arithmetic
+FILES = [Path(minipeft_kernels.__file__).with_name(f"triton_{name}.py") for name in ("blocks", "kernels", "decode")]
+SOURCE = "\n".join(path.read_text() for path in FILES)
+WIDEN = ("widen", "to")  # functions that make a raw value float32
 MOVES = ("trans", "reshape", "view", "broadcast_to", "expand_dims", "permute", "join", "interleave", "cat")
-STORES = ("store",)  # writing a value is no arithmetic
+STORES = ("store",)  # storing a raw value is allowed
 
 
 class Reader(ast.NodeVisitor):
-    """Read one function with some of its arguments raw; note each breach, and which calls hand raw values on."""
+    """Check one function with some arguments raw; collect violations and the calls that pass raw values on."""
 
     def __init__(self, functions: dict[str, ast.FunctionDef], results: dict[str, bool]) -> None:
-        self.functions, self.results = functions, results  # results: whether a function's value is raw
+        self.functions, self.results = functions, results  # results: whether a function returns a raw value
         self.raw: set[str] = set()
         self.faults: set[str] = set()
         self.hands_on: set[tuple[str, str]] = set()  # (function, argument)
         self.returns = False
 
     def is_raw(self, node: ast.expr | None) -> bool:
-        """Say whether an expression's value is raw, noting the breaches inside it."""
+        """Return whether an expression is raw, collecting the violations inside it."""
         if node is None or isinstance(node, ast.Constant):
             return False
         if isinstance(node, ast.Name):
@@ -52,7 +53,7 @@ class Reader(ast.NodeVisitor):
         return False
 
     def call(self, node: ast.Call) -> bool:
-        """Say whether a call's value is raw: a load's is, a move of a raw value is, arithmetic on one is a breach."""
+        """Return whether a call is raw: a load or a move of a raw value is; arithmetic on one is a violation."""
         method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "tl"
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
         given = ([node.func.value] if method else []) + node.args + [keyword.value for keyword in node.keywords]  # type: ignore[attr-defined]
@@ -79,7 +80,7 @@ class Reader(ast.NodeVisitor):
             self.faults.add(f"line {node.lineno}: {ast.unparse(node)}")
 
     def visit_If(self, node: ast.If) -> None:
-        """Read both ways: what either leaves raw is raw."""
+        """Check both branches: a value that is raw after either is raw."""
         self.is_raw(node.test)
         before, after = set(self.raw), set()
         for branch in (node.body, node.orelse):
@@ -90,7 +91,7 @@ class Reader(ast.NodeVisitor):
         self.raw = after
 
     def visit_For(self, node: ast.For) -> None:
-        """Read the body twice: what is raw at its end is raw at its start."""
+        """Check the body twice: a value that is raw at its end is raw at its start."""
         self.is_raw(node.iter)
         for _ in range(2):
             before = set(self.raw)
@@ -105,11 +106,13 @@ class Reader(ast.NodeVisitor):
         self.is_raw(node.value)
 
     def generic_visit(self, node: ast.AST) -> None:
-        assert not isinstance(node, ast.stmt) or isinstance(node, ast.Pass), f"teach this reader {ast.unparse(node)}"
+        assert not isinstance(node, ast.stmt) or isinstance(node, ast.Pass), (
+            f"this check does not know {ast.unparse(node)}"
+        )
 
 
-def breaches(source: str) -> list[str]:
-    """Return where a file of kernels does arithmetic on a raw value, as function: line: expression."""
+def find_violations(source: str) -> list[str]:
+    """Return the arithmetic on raw values in the source of the kernels, as function: line: expression."""
     functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     raw_arguments: dict[str, set[str]] = {name: set() for name in functions}
     results: dict[str, bool] = {}
@@ -117,8 +120,8 @@ def breaches(source: str) -> list[str]:
         before = str((raw_arguments, results))
         found = []
         for name, function in functions.items():
-            if name == "wide":
-                continue  # the one place that decides: raw on a GPU, float32 in the interpreter
+            if name == "widen":
+                continue  # raw on a GPU, float32 in the interpreter
             reader = Reader(functions, results)
             reader.raw = set(raw_arguments[name])
             for statement in function.body:
@@ -131,32 +134,32 @@ def breaches(source: str) -> list[str]:
             return found
 
 
-def kernel(body: str) -> str:
-    """Return device.py's helpers and one more kernel."""
-    return DEVICE.read_text() + f"\n\n@triton.jit\ndef planted(x, y, at, UPCAST):\n    {body}\n"
+def add_kernel(body: str) -> str:
+    """Return the source of the kernels and one more kernel."""
+    return SOURCE + f"\n\n@triton.jit\ndef planted(x, y, at, UPCAST):\n    {body}\n"
 
 
-def test_no_kernel_computes_with_what_it_has_not_widened() -> None:
-    assert breaches(DEVICE.read_text()) == []
+def test_no_kernel_computes_with_a_raw_tile() -> None:
+    assert find_violations(SOURCE) == []
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        "tl.store(y + at, tl.load(x + at) * 2.0)",  # straight
+        "tl.store(y + at, tl.load(x + at) * 2.0)",  # direct
         "a = tl.load(x + at)\n    b = a\n    tl.store(y + at, b + 1.0)",  # under another name
-        "a = tl.load(x + at)\n    if UPCAST:\n        a = wide(a, UPCAST)\n    tl.store(y + at, -a)",  # one way only
+        "a = tl.load(x + at)\n    if UPCAST:\n        a = widen(a, UPCAST)\n    tl.store(y + at, -a)",  # one branch
         "a = 0.0\n    for i in range(4):\n        a += tl.load(x + at)",
-        "a = 0.0\n    for i in range(4):\n        b = a + 1.0\n        a = tl.load(x + at)",  # in the next round
+        "a = 0.0\n    for i in range(4):\n        b = a + 1.0\n        a = tl.load(x + at)",  # in the next iteration
         "tl.store(y, tl.sum(tl.trans(tl.load(x + at)), axis=0))",
-        "tl.store(y, tl.dot(tl.load(x + at), wide(tl.load(y + at), UPCAST)))",
+        "tl.store(y, tl.dot(tl.load(x + at), widen(tl.load(y + at), UPCAST)))",
         "tl.store(y, tl.where(at > 3, tl.load(x + at), 0.0) > 0.5)",
         "tl.store(y, mix(tl.load(x + at), at))",  # inside a function that does not widen its argument
         "a = tl.load(x + at)[:, None]\n    tl.store(y, (a if UPCAST else at) < at)",
     ],
 )
-def test_a_planted_breach_is_found(body: str) -> None:
-    found = breaches(kernel(body))
+def test_a_planted_violation_is_found(body: str) -> None:
+    found = find_violations(add_kernel(body))
     assert found
     assert all(fault.startswith(("planted: ", "mix: ")) for fault in found)
 
@@ -165,22 +168,22 @@ def test_a_planted_breach_is_found(body: str) -> None:
     "body",
     [
         "tl.store(y + at, tl.load(x + at).to(tl.float32) * 2.0)",
-        "a = tl.load(x + at)\n    a = wide(a, UPCAST)\n    tl.store(y + at, a * 2.0)",
-        "tl.store(y, product(tl.trans(tl.load(x + at)), tl.load(y + at), 0.0, UPCAST) + 1.0)",
-        "tl.store(y + at, tl.load(x + at))",  # a copy is no arithmetic
+        "a = tl.load(x + at)\n    a = widen(a, UPCAST)\n    tl.store(y + at, a * 2.0)",
+        "tl.store(y, multiply_add(tl.trans(tl.load(x + at)), tl.load(y + at), 0.0, UPCAST) + 1.0)",
+        "tl.store(y + at, tl.load(x + at))",  # a copy
     ],
 )
-def test_what_keeps_the_rule_passes(body: str) -> None:
-    assert breaches(kernel(body)) == []
+def test_valid_code_passes(body: str) -> None:
+    assert find_violations(add_kernel(body)) == []
 
 
 def test_dropping_one_widening_from_the_kernels_is_found() -> None:
-    """Each `.to(tl.float32)` of a load in device.py, and each `wide` in its helpers, is there for this rule alone."""
-    source = DEVICE.read_text()
-    assert breaches(source.replace("tile = wide(tile, UPCAST)", "tile = tile")) != []
-    assert breaches(source.replace("tl.dot(wide(a, UPCAST), wide(b, UPCAST)", "tl.dot(a, b")) != []
+    """Every `.to(tl.float32)` of a load and every `widen` is needed."""
+    source = SOURCE
+    assert find_violations(source.replace("tile = widen(tile, UPCAST)", "tile = tile")) != []
+    assert find_violations(source.replace("tl.dot(widen(a, UPCAST), widen(b, UPCAST)", "tl.dot(a, b")) != []
     loads = [at for at in range(len(source)) if source.startswith("other=0.0).to(tl.float32)", at)]
     assert len(loads) >= 7
     for at in loads:
         end = at + len("other=0.0)")
-        assert breaches(source[:end] + source[end + len(".to(tl.float32)") :]) != []
+        assert find_violations(source[:end] + source[end + len(".to(tl.float32)") :]) != []
