@@ -13,7 +13,7 @@ VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,8 @@ from minipeft.adapters.peft_vera import VERA_FORMAT
 from minipeft.adapters.peft_virtual import PREFIX_FORMAT, PROMPT_FORMAT
 from minipeft.adapters.prefix import PrefixConfig, add_prefix, prefix_recipe, remove_prefix
 from minipeft.adapters.prompt import PromptConfig, add_prompt, prompt_recipe, remove_prompt
-from minipeft.adapters.surgery import MergeReport
 from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera, vera_recipe
+from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
 from minipeft.errors import InputError, shown
 from minipeft.models import Decoder
 
@@ -209,21 +209,42 @@ def remove_adapter(model: Decoder) -> None:
     clear_adapter(model)
 
 
-def merge_adapter(model: Decoder) -> MergeReport:
+def merge_adapter(
+    model: Decoder,
+    *,
+    check: Sequence[str] | None = None,
+    tokenizer: Prompter | None = None,
+    new_tokens: int = 32,
+    dtype: torch.dtype | None = None,
+) -> MergeReport:
     """Fold the adapter into the weights, in float32; afterwards a plain model again.
 
+    `check`: prompts on which the merged model is compared with the unmerged one; the report says how far apart they are
+    (KL, top-1 tokens, greedy answers of at most `new_tokens` tokens). `dtype`, float32 or bfloat16, is the plain
+    model's, its own by default; the comparison includes the cast, the report's `relative_error` does not.
+
     Raises:
-        InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, or a
-            result that is not finite.
+        InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, a result
+            that is not finite, or prompts that cannot be answered; nothing is touched.
     """
     held = METHODS.get(describe_held(model))
     if held is None or held.merge is None:
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
         problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
         raise InputError(problem, where="merge_adapter")
-    report: MergeReport = held.merge(model)
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
+    comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
+    own = model.embedding.weight.dtype
+    model.to(torch.promote_types(own, dtype or own))  # the wider one: the sum is rounded to the narrower
+    try:
+        report: MergeReport = held.merge(model)
+    except InputError:
+        model.to(own)
+        raise
     clear_adapter(model)
-    return report
+    model.to(dtype or own)
+    return report if comparison is None else dataclasses.replace(report, **comparison.measure(model))  # type: ignore[arg-type]
 
 
 def clear_adapter(model: Decoder) -> None:

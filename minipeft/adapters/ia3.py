@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.method import Encoder, Recipe
-from minipeft.adapters.surgery import MergeReport, merge, replace, restore
+from minipeft.adapters.surgery import merge, replace, restore
 from minipeft.adapters.targets import Targets, check_targets, find_targets
 from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
 from minipeft.models.products import linear as base_product

@@ -39,9 +39,10 @@ from torch import Tensor, nn
 
 from minipeft.adapters.method import Recipe
 from minipeft.adapters.patterns import values_by_path
-from minipeft.adapters.surgery import MergeReport, merge, restore
+from minipeft.adapters.surgery import merge, restore
 from minipeft.adapters.targets import Targets, check_targets, find_targets
 from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError
 
 
@@ -35,32 +35,20 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         replace(model, path, linear.train(model.training))
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging did: how many weights, the largest change of one, and how much of the update rounding took away."""
-
-    modules: int
-    largest_change: float
-    relative_error: float  # |W_new - W_old - update| / |update|, over all modules: the rounding to the weight's dtype
-
-
 def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
-    """Give each adapted linear the weight and bias of its `merged()`, summed in float32 and rounded once.
+    """Give each adapted linear the weight and bias of its `merged()`, summed in float32 and rounded once to nearest.
 
-    All are computed before the first is written, so that a refusal touches nothing: for that time, each merged weight
-    stands in memory beside the old one.
+    Each is computed twice: first all are checked, so that a refusal touches nothing, then they are written. Only one
+    stands in memory at a time.
 
     Raises:
         InputError: a weight is also another's (tied), or what is merged would not be finite in the weight's dtype.
     """
     check_ties(model, layers)
     largest, missed, whole = 0.0, 0.0, 0.0
-    rounded: list[tuple[Tensor, Tensor]] = []  # (the weight or bias, what it will hold)
     with torch.no_grad():
         for path, layer in layers.items():
-            for old, new in zip((layer.weight, layer.bias), merged_tensors(path, layer)):
-                if new is None:
-                    continue
+            for old, new in merged_tensors(path, layer):
                 result = new.to(old.dtype)
                 if not torch.isfinite(result).all():
                     raise InputError(f"cannot merge into {path!r}: the merged weight would not be finite")
@@ -68,9 +56,11 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
                 largest = max(largest, change.abs().max().item())
                 missed += (change - update).square().sum().item()
                 whole += update.square().sum().item()
-                rounded.append((old, result))
-        for old, result in rounded:
-            old.copy_(result)
+                del new, result, change, update
+        for path, layer in layers.items():
+            for old, new in merged_tensors(path, layer):
+                old.copy_(new)
+                del new
     restore(model, layers)
     return MergeReport(len(layers), largest, math.sqrt(missed / whole) if whole else 0.0)
 
@@ -90,8 +80,8 @@ def check_ties(model: nn.Module, layers: Mapping[str, Any]) -> None:
             raise InputError(f"cannot merge into {path!r}: its weight is also {others}", hint="Untie it first")
 
 
-def merged_tensors(path: str, layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of a plain linear that computes what the layer computes, in float32.
+def merged_tensors(path: str, layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """The weight, and the bias where there is one, each with what a plain linear that computes the same would hold.
 
     Raises:
         InputError: the adapter has a bias, and the base has none to put it in.
@@ -99,4 +89,4 @@ def merged_tensors(path: str, layer: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = layer.merged()
     if bias is not None and layer.bias is None:
         raise InputError(f"cannot merge into {path!r}: the adapter has a bias and the base has none there")
-    return weight, bias
+    return [(layer.weight, weight)] + ([] if bias is None else [(layer.bias, bias)])

@@ -1,0 +1,202 @@
+"""What merging an adapter changed: the report, and the comparison of the merged model with the unmerged one.
+
+Of each prompt the unmerged model first writes its greedy answer. Over prompt and answer, with p_t the unmerged model's
+distribution of the next token and q_t the merged one's,
+
+    KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v))          in nats, in float64
+
+Of the unmerged model only the hidden states, [T, C] a prompt, and the head are kept: no adapter changes the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError, shown
+from minipeft.models import Decoder
+
+ROWS = 64  # positions whose logits are formed at a time
+CHANGE = 1e-3  # share of changed top-1 tokens above which a merge is warned of
+
+
+class Prompter(Protocol):
+    """What the check needs of a tokenizer."""
+
+    eos: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did: how many weights, the largest change of one, and how much of the update rounding took away.
+
+    With prompts to check, also how far the merged model is from the unmerged one; without, those fields are None.
+    """
+
+    modules: int
+    largest_change: float
+    relative_error: float  # |W_new - W_old - update| / |update|, over all modules: the rounding to the weight's dtype
+    prompts: int | None = None
+    tokens: int | None = None  # positions compared: those of the prompts and of the unmerged model's answers
+    mean_kl: float | None = None  # nats per token
+    max_kl: float | None = None  # nats, of the token where it is largest
+    changed_tokens: int | None = None  # positions where another token is the most probable (top-1)
+    changed_answers: int | None = None  # prompts whose greedy answer differs
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user must see: more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
+        found = []
+        if self.mean_kl is not None and not math.isfinite(self.mean_kl):
+            found.append("the merged model's logits are not finite")
+        if self.tokens and self.changed_tokens and self.changed_tokens > CHANGE * self.tokens:
+            share = f"{100 * self.changed_tokens / self.tokens:.2g} %"
+            found.append(f"merging changes {share} of the top-1 tokens ({self.changed_tokens:,} of {self.tokens:,})")
+        if self.changed_answers:
+            found.append(f"merging changes {self.changed_answers} of {self.prompts} greedy answers")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        rows = [
+            ("merged", f"{self.modules} modules"),
+            (
+                "weights",
+                f"largest change {self.largest_change:.3g}, {100 * self.relative_error:.3g} % lost to rounding",
+            ),
+        ]
+        if self.prompts is None:
+            rows.append(("answers", "not compared: no prompts were given"))
+        else:
+            rows += [
+                ("compared", f"{self.tokens:,} tokens of {self.prompts} prompts and their answers"),
+                ("KL", f"mean {self.mean_kl:.3g}, max {self.max_kl:.3g} nats per token"),
+                ("top-1", f"{self.changed_tokens:,} of {self.tokens:,} tokens changed"),
+                ("answers", f"{self.changed_answers} of {self.prompts} greedy answers changed"),
+            ]
+        rows += [("warning", text) for text in self.warnings]
+        return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+
+class Comparison:
+    """What the unmerged model does with some prompts, for the merged model to be measured against.
+
+    Raises:
+        InputError: a prompt cannot be answered.
+    """
+
+    def __init__(self, model: Decoder, prompts: Sequence[str], tokenizer: Prompter | None, new_tokens: int):
+        self.prompts = check_prompts(model, prompts, tokenizer, new_tokens)
+        self.ends, self.new_tokens = find_ends(model, tokenizer), new_tokens
+        self.head = copy.deepcopy(model.lm_head)  # before a cast
+        with evaluating(model):
+            self.answers = [self.answer(model, prompt) for prompt in self.prompts]  # ids without the EOS
+            self.hidden = [hidden_of(model, p + a) for p, a in zip(self.prompts, self.answers)]  # [T, C] each
+
+    def answer(self, model: Decoder, prompt: list[int]) -> list[int]:
+        return answer_greedily(model, prompt, self.ends, self.new_tokens)
+
+    def measure(self, model: Decoder) -> dict[str, int | float]:
+        """The merged model against the unmerged one: fields of MergeReport."""
+        divergences, changed_tokens, changed_answers = [], 0, 0
+        with evaluating(model):
+            for prompt, answer, before in zip(self.prompts, self.answers, self.hidden):
+                after = hidden_of(model, prompt + answer)  # [T, C]
+                for old, new in zip(before.split(ROWS), after.split(ROWS)):
+                    p, q = self.unmerged_logits(model, old), model.logits(new)  # [n, V]
+                    divergences.append(divergence(p, q))  # [n]
+                    changed_tokens += int((p.argmax(dim=-1) != q.argmax(dim=-1)).sum())
+                changed_answers += self.answer(model, prompt) != answer
+        kl = torch.cat(divergences)
+        return {
+            "prompts": len(self.prompts),
+            "tokens": len(kl),
+            "mean_kl": kl.mean().item(),
+            "max_kl": kl.max().item(),
+            "changed_tokens": changed_tokens,
+            "changed_answers": changed_answers,
+        }
+
+    def unmerged_logits(self, model: Decoder, hidden: Tensor) -> Tensor:
+        """The logits of hidden states of the unmerged model, by its own head. [n, C] -> [n, V]"""
+        merged, model.lm_head = model.lm_head, self.head
+        try:
+            return model.logits(hidden)
+        finally:
+            model.lm_head = merged
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Within: no dropout and no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def check_prompts(
+    model: Decoder, prompts: Sequence[str], tokenizer: Prompter | None, new_tokens: int
+) -> list[list[int]]:
+    """The ids of each prompt, checked to have room for an answer.
+
+    Raises:
+        InputError: no prompts, no tokenizer, or a prompt that is empty or too long.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise InputError(f"{shown(prompts)} must be a list of texts", where="check")
+    if tokenizer is None:
+        raise InputError("a tokenizer is needed", where="check", hint="merge_adapter(model, check=..., tokenizer=...)")
+    if new_tokens < 1:
+        raise InputError(f"{shown(new_tokens)} must be an integer >= 1", where="new_tokens")
+    rows, room = [tokenizer.encode(text) for text in prompts], model.config.context - new_tokens
+    for number, row in enumerate(rows, 1):
+        if not row:
+            raise InputError("has no tokens", where=f"prompt {number}")
+        if len(row) > room:
+            problem = f"{len(row)} tokens and {new_tokens} new ones exceed the context, {model.config.context}"
+            raise InputError(problem, where=f"prompt {number}")
+    return rows
+
+
+def find_ends(model: Decoder, tokenizer: Prompter | None) -> set[int]:
+    """The ids that end an answer: the tokenizer's EOS and those of config.json."""
+    given = model.config.eos_token_id
+    listed = given if isinstance(given, tuple) else (given,)
+    return {token for token in (*listed, None if tokenizer is None else tokenizer.eos) if token is not None}
+
+
+def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) of each row, at least 0. [n, V], [n, V] -> [n], float64"""
+    log_p, log_q = (logits.double().log_softmax(dim=-1) for logits in (p_logits, q_logits))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
+
+
+def hidden_of(model: Decoder, ids: Sequence[int]) -> Tensor:
+    """What the head reads, of one row. -> [T, C]"""
+    return model.hidden(torch.tensor([ids], device=model.embedding.weight.device))[0]
+
+
+def answer_greedily(model: Decoder, prompt: list[int], ends: set[int], new_tokens: int) -> list[int]:
+    """The most probable token, again and again, until one that ends the answer."""
+    device = model.embedding.weight.device
+    cache, answer = model.new_cache(1, len(prompt) + new_tokens), []  # type: ignore[var-annotated]
+    ids = torch.tensor([prompt], device=device)
+    while len(answer) < new_tokens:
+        token = int(model.logits(model.hidden(ids, cache=cache)[:, -1]).argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        ids = torch.tensor([[token]], device=device)
+    return answer
