@@ -25,12 +25,20 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minipeft.errors import InputError
-from minipeft.files import check_inside, kind_of, read_object, read_text
+from minipeft.files import check_inside, check_plain, kind_of, read_object, read_text, write_whole
 from minipeft.hub import fetch, list_names
 
 WHOLE = "tokenizer.json"
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "config.json"]
+FILES = [
+    WHOLE,
+    VOCAB,
+    MERGES,
+    ADDED,
+    *SETTINGS[:2],
+    "chat_template.jinja",
+]  # that belong to a tokenizer and not a model
 GPT2_SPECIAL = "<|endoftext|>"  # GPT-2's own BOS and EOS, where no file names others
 
 T = TypeVar("T")
@@ -47,6 +55,7 @@ class Tokenizer:
         self.backend = backend
         self.file = file
         self.definition = definition
+        self.chosen_eos: str | None = None  # by with_eos; the files name another, or none
         self.bos, self.eos, self.pad = (special[name] for name in ("bos", "eos", "pad"))
         backend.encode_special_tokens = True  # special tokens written in a text are text
         probe = call_library(lambda: backend.encode("a"), file, "post_processor")
@@ -100,7 +109,25 @@ class Tokenizer:
         changed.backend = copy.deepcopy(self.backend)
         changed.backend.encode_special_tokens = True
         changed.eos = named_id(changed.backend, token, self.file, "eos token")
+        changed.chosen_eos = token
         return changed
+
+    def save(self, folder: str | Path) -> None:
+        """Write its files to `folder` as they were read, for transformers and `load_tokenizer`; with the EOS that
+        `with_eos` chose.
+
+        Raises:
+            InputError: a file is no longer there, or the folder cannot be written.
+        """
+        source, folder = self.file.parent, Path(folder)
+        check_plain(self.file)
+        written = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+        if self.chosen_eos is not None:
+            settings = json.loads(written[SETTINGS[0]]) if SETTINGS[0] in written else {}
+            text = json.dumps(settings | {"eos_token": self.chosen_eos}, indent=2, ensure_ascii=False)
+            written[SETTINGS[0]] = (text + "\n").encode()
+        for name, data in written.items():
+            write_whole(folder / name, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
 
     def require_eos(self) -> int:
         """The id of EOS, which training texts end with and generation stops at."""
@@ -129,8 +156,8 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
     Raises:
         InputError: no tokenizer there, or its files are damaged or contradict one another; names file and entry.
     """
-    folder = fetch(source, [], revision=revision, optional=[WHOLE, VOCAB, MERGES, ADDED, *SETTINGS])
-    for name in (WHOLE, VOCAB, MERGES, ADDED, *SETTINGS):
+    folder = fetch(source, [], revision=revision, optional=[*FILES, "config.json"])
+    for name in (*FILES, "config.json"):
         if (folder / name).exists():
             check_inside(folder / name, folder)
     tokenizer_config, special_map, config = (

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -292,11 +292,20 @@ def hash_file(file: Path, size: int, changed: int, inode: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def save_model(model: Decoder, folder: str | Path) -> None:
+class Saved(Protocol):
+    """What `save_model` needs of a tokenizer."""
+
+    def check_fits(self, vocab_size: int) -> None: ...
+    def save(self, folder: Path) -> None: ...
+
+
+def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = None) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
 
+    With the tokenizer's files beside them the folder answers by itself: `minipeft generate --model FOLDER`.
+
     Raises:
-        InputError: an adapter is still in the model, or the folder cannot be written.
+        InputError: an adapter is still in the model, the tokenizer has ids beyond it, or the folder cannot be written.
     """
     folder = Path(folder)
     config = model.config
@@ -312,6 +321,9 @@ def save_model(model: Decoder, folder: str | Path) -> None:
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     tensors = {name: t.T if is_transposed(name, model) else t for name, t in state.items()}
+    if tokenizer is not None:
+        tokenizer.check_fits(config.vocab_size)
+        tokenizer.save(folder)
     write_tensors(folder / SINGLE, tensors)
     write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))
 

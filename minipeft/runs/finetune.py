@@ -27,10 +27,9 @@ from minipeft.adapters import add_adapter
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.examples import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
-from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
+from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
-from minipeft.files import read_object, write_json, write_whole
-from minipeft.hub import fetch
+from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import fingerprint, load_model, save_model
 from minipeft.runs.checkpoints import Run, open_run
@@ -41,7 +40,6 @@ from minipeft.runs.process import Stopped, check_device, explain_memory, make_de
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
 
-TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", *SETTINGS[:2]]
 HELD_OUT_LENGTH = 1024  # tokens of a row of held-out pairs
 MAY_DIFFER = ("data", "save_every")  # at resume: the data set's name (its hash may not), and how often a run is saved
 TIMED = ("resumed_at", "train_seconds", "tokens_per_second")  # in timing.json
@@ -113,7 +111,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         "model": config.model.source,
         "learning_rate": settings.learning_rate,
         **result,
-        "files": save_trained(run.folder, model, config),
+        "files": save_trained(run.folder, model, tokenizer, config),
     }
     return write_result(run.folder, result, peak_memory(config.model.device))
 
@@ -268,17 +266,12 @@ def identify(config: RunConfig, pairs: Pairs, tokenizer: Tokenizer) -> tuple[dic
     return identity, {name: settings[name] for name in MAY_DIFFER}
 
 
-def save_trained(folder: Path, model: Decoder, config: RunConfig) -> dict[str, str]:
+def save_trained(folder: Path, model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> dict[str, str]:
     """Save adapter/ with PEFT's two files or, after full tuning, model/ with its tokenizer; returns their sha256."""
     full = config.method.trains_base
     place = folder / ("model" if full else "adapter")
     if full:
-        save_model(model, place)
-        source = fetch(config.model.source, ["config.json"], revision=config.model.revision, optional=TOKENIZER_FILES)
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                data = (source / name).read_bytes()
-                write_whole(place / name, lambda stream, data=data: stream.write(data))  # type: ignore[misc]
+        save_model(model, place, tokenizer)
     else:
         save_adapter(model, place)
     return {f"{place.name}/{file.name}": hash_file(file) for file in sorted(place.iterdir())}
