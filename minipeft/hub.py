@@ -1,4 +1,4 @@
-"""Where a model, a tokenizer or a data set comes from: a local folder, or a hub id fetched by exact file names.
+"""Where a model, a tokenizer or a data set comes from, and goes to: a local folder, or a hub id, by exact file names.
 
 The hub is that of Hugging Face, through its own client (imported only when a hub id is asked for).
 
@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from minipeft.errors import InputError
+from minipeft.files import check_inside
 
 SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+OWNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAMED = {"demo": Path(__file__).parent / "demo" / "model"}  # a name in place of a folder or hub id
 
@@ -155,6 +157,54 @@ def hub_error(
     else:  # the disk: cache folder not writable, no space left
         problem, hint = f"cannot download ({reason})", "HF_HOME names the folder of the cache"
     return InputError(problem, file=hub_id, where=name, hint=hint)
+
+
+def push(folder: Path, names: Sequence[str], hub_id: str, *, private: bool = True, revision: str | None = None) -> str:
+    """Upload these files of a folder as one commit to a model repository, made where there is none; returns the commit.
+
+    `revision` is a branch, main by default, made where there is none.
+
+    Raises:
+        InputError: not OWNER/NAME; a file leaves the folder; the repository is public and `private` asks otherwise; the
+            hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, errors
+
+    if not OWNED.fullmatch(hub_id):
+        raise InputError("is not a hub id to push to (OWNER/NAME)", file=hub_id)
+    for name in names:
+        check_name(name, folder)
+        check_inside(folder / name, folder)
+    api = HfApi()
+    try:
+        api.create_repo(hub_id, private=private, exist_ok=True)
+        if private and not api.repo_info(hub_id, timeout=SECONDS_TO_ANSWER).private:
+            hint = "--public pushes to it all the same"
+            raise InputError("is a public repository, and private was asked for", file=hub_id, hint=hint)
+        if revision is not None:
+            api.create_branch(hub_id, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=hub_id,
+            folder_path=folder,
+            allow_patterns=list(names),
+            revision=revision,
+            commit_message=f"Upload {folder.name} with minipeft",
+        )
+    except (OSError, errors.HTTPError) as failure:
+        raise push_error(hub_id, failure) from failure
+    return str(done.oid)
+
+
+def push_error(hub_id: str, failure: BaseException) -> InputError:
+    """Say in one line why the hub took nothing, and what to do about it."""
+    status = getattr(getattr(failure, "response", None), "status_code", None)
+    reason = " ".join(str(failure).split())[:200]
+    if status in (401, 403):
+        hint = "`hf auth login`, or HF_TOKEN, with a token that may write there"
+        return InputError(f"the hub refuses to be written to (HTTP {status})", file=hub_id, hint=hint)
+    if status is not None:
+        return InputError(f"the hub refuses with HTTP {status}: {reason}", file=hub_id)
+    return InputError(f"cannot be pushed to ({reason})", file=hub_id)
 
 
 def check_name(name: str, source: str | Path) -> None:

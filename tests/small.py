@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from minipeft.adapters import LoRAConfig, add_adapter
+from minipeft.adapters.peft_format import save_adapter
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import save_model
+from minipeft.models.checkpoint import load_model, save_model
 
 TOKENS = 257  # all bytes, and the end of text
 GPT2 = {"vocab_size": TOKENS, "n_positions": 96, "n_embd": 16, "n_layer": 2, "n_head": 2,
@@ -35,6 +37,18 @@ def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2) -> Pa
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model.eval(), folder)
     write_tokenizer(folder)
+    return folder
+
+
+def write_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter of a model that is not at its start."""
+    tuned = load_model(model)
+    add_adapter(tuned, LoRAConfig(rank=2))
+    draw = torch.Generator().manual_seed(1)
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.3, generator=draw)
+    save_adapter(tuned, folder)
     return folder
 
 

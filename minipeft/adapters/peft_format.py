@@ -21,6 +21,7 @@ from minipeft.adapters.method import Method, PeftFormat
 from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
+from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -65,15 +66,28 @@ def shared_json(model: Decoder) -> dict[str, object]:
     }
 
 
-def load_adapter(model: Decoder, folder: str | Path, *, trainable: bool = False) -> AdapterReport:
-    """Put the adapter that lies in `folder` (ours or PEFT's) into the model; frozen, unless `trainable`.
+def find_adapter(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter: a local one or, where there is none and it reads OWNER/NAME, the hub's, downloaded.
+
+    Raises:
+        InputError: the hub refuses, lacks adapter_config.json, or cannot be reached; a local folder with a revision.
+    """
+    if revision is None and (Path(source).exists() or not OWNED.fullmatch(str(source))):
+        return Path(source)
+    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE])
+
+
+def load_adapter(
+    model: Decoder, source: str | Path, *, trainable: bool = False, revision: str | None = None
+) -> AdapterReport:
+    """Put the adapter of a folder or hub id (OWNER/NAME), ours or PEFT's, into the model; frozen, unless `trainable`.
 
     Raises:
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
-            wrongly shaped, not floating or not finite; the config asks for what is not implemented.
+            wrongly shaped, not floating or not finite; the config asks for what is not implemented; the hub refuses.
     """
     check_empty(model)
-    folder = Path(folder)
+    folder = find_adapter(source, revision)
     config, tensors, notes = read_adapter(model, folder)
     peft = format_of(method_of(config))
     if peft.read_extra is not None:

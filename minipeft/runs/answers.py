@@ -34,7 +34,8 @@ class AnswersConfig:
 
     model: ModelConfig
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    adapter: Path | None = option(None, "folder of an adapter, ours or PEFT's")
+    adapter: Path | None = option(None, "folder or hub id of an adapter, ours or PEFT's")
+    adapter_revision: str | None = option(None, "commit, tag or branch of the adapter on the hub")
     merge: bool = option(False, "merge the adapter into the weights first")
     raw: bool = option(False, "continue PROMPT as it is, without the training template")
     data: str | None = option(None, "answer the questions of this data set instead of PROMPT")
@@ -66,7 +67,7 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
     )
     tokenizer.check_fits(model.config.vocab_size, given.source)
     if config.adapter is not None:
-        for note in load_adapter(model, config.adapter).notes:
+        for note in load_adapter(model, config.adapter, revision=config.adapter_revision).notes:
             say(f"note: {note}")
     if config.merge:
         merge_adapter(model)
@@ -93,6 +94,8 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     pairs = load_pairs(config.data, split=config.split)
     items = pairs.items[: config.limit]
     about = {"model": config.model.source, "adapter": str(config.adapter), "merge": config.merge}
+    if config.adapter_revision is not None:
+        about["adapter_revision"] = config.adapter_revision
     identity = {"settings": asdict(config.generate), **about, "data_sha256": pairs.sha256, "questions": len(items)}
     part = out.with_name(out.name + ".part")
     done = begin(part, json.loads(json.dumps(identity)))

@@ -32,10 +32,11 @@ from minipeft.errors import InputError
 from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.runs.card import CARD, training_card, write_card
 from minipeft.runs.checkpoints import Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
-from minipeft.runs.folder import RESULT, TIMING, check_folder
+from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder
 from minipeft.runs.process import Stopped, check_device, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
@@ -113,6 +114,8 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         **result,
         "files": save_trained(run.folder, model, tokenizer, config),
     }
+    kind = "model" if config.method.trains_base else "adapter"
+    write_card(run.folder / kind, training_card(config, read_object(run.folder / RUN), result))
     return write_result(run.folder, result, peak_memory(config.model.device))
 
 
@@ -274,7 +277,7 @@ def save_trained(folder: Path, model: Decoder, tokenizer: Tokenizer, config: Run
         save_model(model, place, tokenizer)
     else:
         save_adapter(model, place)
-    return {f"{place.name}/{file.name}": hash_file(file) for file in sorted(place.iterdir())}
+    return {f"{place.name}/{file.name}": hash_file(file) for file in sorted(place.iterdir()) if file.name != CARD}
 
 
 def hash_file(file: Path) -> str:
