@@ -190,7 +190,9 @@ def push(folder: Path, names: Sequence[str], hub_id: str, *, private: bool = Tru
             revision=revision,
             commit_message=f"Upload {folder.name} with minipeft",
         )
-    except (OSError, errors.HTTPError) as failure:
+    except InputError:
+        raise
+    except (OSError, ValueError, errors.HTTPError) as failure:  # ValueError: the client's own checks of name and card
         raise push_error(hub_id, failure) from failure
     return str(done.oid)
 

@@ -115,7 +115,9 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         "files": save_trained(run.folder, model, tokenizer, config),
     }
     kind = "model" if config.method.trains_base else "adapter"
-    write_card(run.folder / kind, training_card(config, read_object(run.folder / RUN), result))
+    about = read_object(run.folder / RUN)
+    begun = config.change(**{name: about[name] for name in MAY_DIFFER})  # the card of a resumed run is the same
+    write_card(run.folder / kind, training_card(begun, about, result))
     return write_result(run.folder, result, peak_memory(config.model.device))
 
 

@@ -184,6 +184,7 @@ def test_a_public_repository_is_not_pushed_to_unasked(folder: Path, hub: type[Hu
         ("name", "adapter", "name: is not a hub id to push to (OWNER/NAME)"),
         ("../x/y", "adapter", "../x/y: is not a hub id to push to (OWNER/NAME)"),
         ("owner/x", ".", "holds neither adapter_config.json nor config.json"),
+        ("owner/a--b", "adapter", "owner/a--b: cannot be pushed to ("),
         ("owner/x", "absent", "absent: no such folder"),
     ],
 )

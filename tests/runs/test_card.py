@@ -75,3 +75,31 @@ def test_its_command_makes_the_same_run(method: str, settings: dict[str, object]
     options = cli.make_parser().parse_args(words[1:])
     again = run_config(options.method, base=base, **cli.train.run_settings(options))
     assert again == config
+
+
+def test_a_resumed_run_writes_the_same_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = folder / "run/adapter/README.md"
+    before = card.read_bytes()
+    card.write_text("mine")  # an edited card is not a damaged run
+    arguments = json.loads((folder / "run/run.json").read_text())["arguments"]
+    words = ["train", "--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", folder / "run"]
+    words += [
+        "--held-out",
+        2,
+        "--rank",
+        2,
+        "--steps",
+        2,
+        "--length",
+        64,
+        "--lr",
+        arguments["learning_rate"],
+        "--resume",
+    ]
+    assert cli.main([str(word) for word in words]) == 0
+    assert card.read_text() == "mine"
+    (folder / "run/result.json").unlink()  # the run's end is done again
+    (folder / "pairs.jsonl").rename(folder / "renamed.jsonl")
+    words[4] = folder / "renamed.jsonl"
+    assert cli.main([str(word) for word in [*words, "--save-every", 1]]) == 0
+    assert card.read_bytes() == before
