@@ -100,8 +100,9 @@ def remove_leftovers(folder: Path) -> None:
         for part in [*folder.glob("checkpoints/.tmp-*"), *folder.glob("checkpoints/.trash-*")]:
             shutil.rmtree(part)
         for place in (folder, folder / "adapter", folder / "model"):  # write_whole's, under mkstemp's names
-            for part in [*place.glob(".*.json.????????"), *place.glob(".*.safetensors.????????")]:
-                part.unlink()
+            for ending in ("json", "safetensors", "md", "txt", "jinja"):
+                for part in place.glob(f".*.{ending}.????????"):
+                    part.unlink()
         for part in folder.glob(".probe-*"):
             part.unlink()
 

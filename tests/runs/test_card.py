@@ -99,7 +99,10 @@ def test_a_resumed_run_writes_the_same_card(folder: Path, capsys: pytest.Capture
     assert cli.main([str(word) for word in words]) == 0
     assert card.read_text() == "mine"
     (folder / "run/result.json").unlink()  # the run's end is done again
+    leftover = folder / "run/adapter/.README.md.abcdefgh"  # of a process that died
+    leftover.write_text("half")
     (folder / "pairs.jsonl").rename(folder / "renamed.jsonl")
     words[4] = folder / "renamed.jsonl"
     assert cli.main([str(word) for word in [*words, "--save-every", 1]]) == 0
     assert card.read_bytes() == before
+    assert not leftover.exists()
