@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report
 
 HELP = "upload an adapter or a model to the hub, as a private repository"
@@ -12,16 +13,17 @@ EXAMPLE = "minipeft push runs/lora/adapter owner/name"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    from minipeft.runs.publishing import PushConfig
+
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of an adapter or a model")
     parser.add_argument("hub_id", metavar="OWNER/NAME", help="repository, made where there is none")
-    parser.add_argument("--public", action="store_true", help="make the repository public; default private")
-    parser.add_argument("--revision", metavar="TEXT", help="branch, made where there is none; default main")
+    add_fields(parser, PushConfig)
 
 
 def main(options: argparse.Namespace) -> int:
-    from minipeft.runs.publishing import publish
+    from minipeft.runs.publishing import PushConfig, publish
 
-    commit, left = publish(options.folder, options.hub_id, public=options.public, revision=options.revision)
+    commit, left = publish(options.folder, options.hub_id, PushConfig(**read_typed(PushConfig, options)))
     if left:
         report(f"note: not pushed: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''}")
     print(f"{options.hub_id}: {commit}")

@@ -90,17 +90,26 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
     return report
 
 
-def publish(folder: Path, hub_id: str, *, public: bool = False, revision: str | None = None) -> tuple[str, list[str]]:
-    """Push the files of an adapter's or a model's folder; returns the commit and the names of what was left behind.
+@dataclass(frozen=True)
+class PushConfig:
+    """Where on the hub a folder goes."""
 
-    The repository is private unless `public`.
+    public: bool = option(False, "make the repository public; default private")
+    revision: str | None = option(None, "branch, made where there is none; default main")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[str]]:
+    """Push the files of an adapter's or a model's folder; returns the commit and the names of what was left behind.
 
     Raises:
         InputError: the folder holds neither, or is damaged; the hub refuses.
     """
     names = own_files(folder, str(describe(folder)["kind"]))
     left = sorted(path.name for path in folder.iterdir() if path.name not in names)
-    return push(folder, names, hub_id, private=not public, revision=revision), left
+    return push(folder, names, hub_id, private=not config.public, revision=config.revision), left
 
 
 def own_files(folder: Path, kind: str) -> list[str]:
