@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items, check_kind, shown
 from minipeft.files import check_inside, kind_of, read_object, read_text
 from minipeft.hub import fetch, list_names
 
@@ -72,7 +72,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """`encode` for each text, in parallel."""
-        sizes = [size_of(text, number) for number, text in enumerate(texts)]
+        sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
         run = self.backend.encode_batch_fast
         try:
             encodings = call_library(partial(run, list(texts), add_special_tokens=False), self.file)
@@ -91,8 +91,15 @@ class Tokenizer:
         return [self.before + ids for ids in lists] if bos else lists
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out.
+
+        Raises:
+            InputError: an entry is not an integer in [0, 2^32).
+        """
+        ids = check_items(ids, int, "ids")
+        if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+            raise InputError(f"{shown(next(i for i in ids if not 0 <= i < 2**32))} must be in [0, 2^32)", where="ids")
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def with_eos(self, token: str) -> Tokenizer:
         """The same tokenizer with another token, which its vocabulary holds, as end of sequence."""
@@ -269,6 +276,7 @@ def special_id(
 
 def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
     """The id of a token, which is made special (left out when decoding); never a new one."""
+    check_kind(token, str, where)
     number = backend.token_to_id(token)
     if number is None:
         raise InputError(f"{token!r} is not in the vocabulary", file=file, where=where)
@@ -285,6 +293,7 @@ def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
 
 def size_of(text: str, number: int) -> int:
     """The UTF-8 bytes of a text."""
+    check_kind(text, str, f"text {number + 1}")
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
