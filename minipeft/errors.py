@@ -1,4 +1,4 @@
-"""InputError, the one exception for what a caller's input did; and the checks of a value's kind, for fields and arguments.
+"""InputError, the one exception for what a caller's input did; and the checks of fields and arguments by their kind.
 
 A config is a frozen dataclass. Each field declares in one place what it may hold and what it means:
 
@@ -235,7 +235,7 @@ def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) 
     noun = noun or ("text" if kind is str else "integer" if kind is int else kind.__name__)
     loose = isinstance(given, str | bytes | bytearray | Mapping | set | frozenset)
     if loose or not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
-        hint = "Put it in a list" if isinstance(given, kind) else None
+        hint = "Put it in a list" if kind is not object and isinstance(given, kind) else None
         raise InputError(f"{shown(given)} must be a list of {noun}s", where=where, hint=hint)
     try:
         entries = list(given)

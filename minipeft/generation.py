@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import PADDING, derived_seed
-from minipeft.errors import SMALLEST, InputError, check_characters, check_fields, check_items, check_kind, option
+from minipeft.errors import InputError, check_characters, check_fields, check_items, check_kind, option
 from minipeft.models import Decoder
 
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures by which logits can be divided in float32
@@ -226,8 +226,7 @@ def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
         return logits.argmax(dim=1)
     probabilities, tokens = F.softmax(logits / config.temperature, dim=1).sort(dim=1, descending=True, stable=True)
     before = probabilities.cumsum(dim=1) - probabilities  # what stands before each token
-    top_p = max(config.top_p, SMALLEST)  # as float32 it may be 0
-    kept = torch.where(before < top_p, probabilities, 0.0)  # the nucleus; the first always is
+    kept = torch.where(before < config.top_p, probabilities, 0.0)  # the nucleus; the first always is
     upto = kept.cumsum(dim=1)  # [B, V]
     place = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True)  # [B, 1]
     return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]

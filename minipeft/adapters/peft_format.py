@@ -19,7 +19,7 @@ from torch import Tensor
 from minipeft.adapters import METHODS, AdapterReport, add_adapter, check_empty, describe_held, method_of, remove_adapter
 from minipeft.adapters.method import Method, PeftFormat
 from minipeft.adapters.peft_virtual import OWN, STATE
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_kind, check_path, check_value
 from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
 from minipeft.models import Decoder
 
@@ -36,6 +36,8 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     Raises:
         InputError: the model holds no adapter, or was tuned in full (save_model keeps that); the folder refuses.
     """
+    check_kind(model, Decoder, "model")
+    folder = check_path(folder, "folder")
     config = model.adapter
     peft = next((method.peft for method in METHODS.values() if type(config) is method.config), None)
     if peft is None:
@@ -45,11 +47,11 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
-    write_tensors(Path(folder) / WEIGHTS, tensors)
-    write_json(Path(folder) / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
     if peft.write_extra is None:  # another adapter's, in the same folder
         for name in (OWN, STATE):
-            (Path(folder) / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
     else:
         peft.write_extra(model, config, Path(folder))
 
@@ -72,8 +74,10 @@ def load_adapter(model: Decoder, folder: str | Path, *, trainable: bool = False)
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
             wrongly shaped, not floating or not finite; the config asks for what is not implemented.
     """
+    check_kind(model, Decoder, "model")
+    folder = check_path(folder, "folder")
+    check_value(trainable, bool, {}, "trainable")
     check_empty(model)
-    folder = Path(folder)
     config, tensors, notes = read_adapter(model, folder)
     peft = format_of(method_of(config))
     if peft.read_extra is not None:

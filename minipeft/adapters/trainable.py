@@ -8,7 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+from minipeft.errors import check_memory
+
+PARAMETER_BYTES = 16  # a trained parameter, its gradient, and AdamW's two moments, in float32
+
+
+def check_trained_memory(parameters: int, device: torch.device, where: str) -> None:
+    """Check that so many parameters can be trained in this machine's memory.
+
+    Raises:
+        InputError: they cannot; torch would end in the middle of making them, or the system would end the process.
+    """
+    if device.type == "cpu":
+        check_memory(PARAMETER_BYTES * parameters, where)
 
 
 class TrainableModule(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.surgery import MergeReport, merge, replace, restore
 from minipeft.adapters.targets import Targets, check_targets, find_targets
-from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.trainable import TrainableModule, check_trained_memory
 from minipeft.errors import check_fields, option
 from minipeft.models import Decoder
 from minipeft.models.products import linear as base_product
@@ -29,7 +29,7 @@ from minipeft.models.products import linear as base_product
 class VeRAConfig:
     """Size and seed of the shared matrices, and where they are used; `targets` and `layers` as in LoRAConfig."""
 
-    rank: int = option(256, "rank r of the update", least=1)
+    rank: int = option(256, "rank r of the update", least=1, limit=2**20)
     dropout: float = option(0.0, "dropout of the input of A", least=0, below=1)
     targets: Targets = option("default", "linears to adapt: all-linear, default, names, or a regular expression")
     layers: tuple[int, ...] | None = option(None, "adapt these blocks only, counted from 0")
@@ -112,6 +112,7 @@ def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, gene
     """Put a VeRALinear in the place of each targeted linear; returns their paths."""
     shapes = plan(model, config)
     out, width = (max(sizes) for sizes in zip(*shapes.values()))
+    check_trained_memory(config.rank * (out + width), model.embedding.weight.device, "rank")
     projection = Projection(width, out, config, model.embedding.weight.device)
     for path in shapes:
         layer = VeRALinear(model.get_submodule(path), projection, config)  # type: ignore[arg-type]

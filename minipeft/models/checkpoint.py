@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_kind, check_path, check_value
 from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
@@ -56,6 +56,8 @@ def load_model(
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
+    check_value(legacy_bin, bool, {}, "legacy_bin")
+    device = check_device(device)
     folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
     held = [name for name in ("config.json", SINGLE, INDEX) if (folder / name).exists()]
     for name in held:
@@ -76,7 +78,23 @@ def load_model(
     check_tensors(found, model, weights)
     tensors = {name: tensors[info.name] for name, info in found.items()} if tensors else read_tensors(found)
     model.source = str(source)
-    return fill(model, tensors, found, dtype, torch.device(device))
+    return fill(model, tensors, found, dtype, device)
+
+
+def check_device(device: object) -> torch.device:
+    """The device of that name, which must work here.
+
+    Raises:
+        InputError: there is no such device, or none that holds tensors.
+    """
+    if not isinstance(device, torch.device):
+        check_value(device, str, {}, "device")
+    try:
+        made = torch.device(device)  # type: ignore[arg-type]
+        torch.zeros(1, device=made).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"{str(device)!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
+    return made
 
 
 def read_config(file: Path) -> Any:
@@ -274,9 +292,10 @@ def save_model(model: Decoder, folder: str | Path) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
 
     Raises:
-        InputError: an adapter is still in the model, or the folder cannot be written.
+        InputError: an adapter is still in the model, a tensor is not finite, or the folder cannot be written.
     """
-    folder = Path(folder)
+    check_kind(model, Decoder, "model")
+    folder = check_path(folder, "folder")
     config = model.config
     with torch.device("meta"):
         plain = set(model.family.decoder(config).state_dict())
@@ -289,6 +308,9 @@ def save_model(model: Decoder, folder: str | Path) -> None:
         )
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
+    for name, t in state.items():
+        if not torch.isfinite(t.sum(dtype=torch.float64)):
+            raise InputError("holds NaN or Inf, and is not saved", where=name)
     tensors = {name: t.T if is_transposed(name, model) else t for name, t in state.items()}
     write_tensors(folder / SINGLE, tensors)
     write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))

@@ -23,9 +23,8 @@ from minipeft.errors import InputError, check_fields, option
 from minipeft.files import kind_of, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import load_model
+from minipeft.models.checkpoint import check_device, load_model
 from minipeft.runs.config import DTYPES, ModelConfig
-from minipeft.runs.process import check_device
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ from minipeft.errors import InputError
 from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
 from minipeft.runs.checkpoints import Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, TIMING, check_folder
-from minipeft.runs.process import Stopped, check_device, explain_memory, make_deterministic, peak_memory, stopping
+from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
 
