@@ -29,6 +29,7 @@ from minipeft.files import TensorInfo, check_header, check_inside, read_header, 
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
+from minipeft.models.decoder import check_process
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,6 +58,7 @@ def load_model(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
     check_value(legacy_bin, bool, {}, "legacy_bin")
+    check_process()
     device = check_device(device)
     folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX])
     held = [name for name in ("config.json", SINGLE, INDEX) if (folder / name).exists()]

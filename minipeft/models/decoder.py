@@ -11,6 +11,7 @@ differs it overrides one of the small methods: `embed`, `rotations`, `check`, `l
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,21 @@ from minipeft.models.family import Family
 from minipeft.models.layout import Layout, Rotary, check_rows, lay_out
 from minipeft.models.loss import cross_entropy, finish
 from minipeft.models.products import linear
+
+IMPORTED_BY = os.getpid()
+
+
+def check_process() -> None:
+    """Check that torch can compute in this process: fork copies none of OpenMP's threads, which it would wait for.
+
+    Raises:
+        InputError: it was forked after the import, and torch uses several threads.
+    """
+    if os.getpid() != IMPORTED_BY and (threads := torch.get_num_threads()) > 1:
+        hint = "Call torch.set_num_threads(1) in it, or start it with multiprocessing's method 'spawn'"
+        raise InputError(
+            f"was forked, and torch has {threads} threads, which fork does not copy", where="process", hint=hint
+        )
 
 
 class Decoder(nn.Module):
@@ -141,6 +157,7 @@ class Decoder(nn.Module):
             InputError: ids are not the vocabulary's, documents do not fit the ids, a position is beyond the model's
                 table, the cache has no room.
         """
+        check_process()
         check_rows(self.config.vocab_size, ids, None, documents)
         layout = lay_out(
             documents,

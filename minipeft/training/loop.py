@@ -40,6 +40,7 @@ DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a learning rate below it moves no float32 weight that matters
 DRAWING = threading.RLock()  # torch's generator, which dropout draws from, is one for all threads
 STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
+ENTERING = threading.Lock()  # of STEPPING
 
 
 class Batches(Protocol):
@@ -248,7 +249,7 @@ def one_step_at_a_time(model: nn.Module, step: int) -> Iterator[None]:
     Raises:
         InputError: it is already, in another thread.
     """
-    with DRAWING:
+    with ENTERING:
         if model in STEPPING:
             raise InputError("another training of this model is within a step", where=f"step {step + 1}")
         STEPPING.add(model)
