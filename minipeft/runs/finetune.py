@@ -28,7 +28,7 @@ from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.examples import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import SETTINGS, Tokenizer, load_tokenizer
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json, write_whole
 from minipeft.hub import fetch
 from minipeft.models import Decoder
@@ -61,7 +61,7 @@ def finetune(
         InputError: something that the caller gave is wrong; no folder is left half-written.
         Stopped: SIGTERM or SIGINT came; the run is saved.
     """
-    out = Path(out)
+    out = check_path(out, "out")
     with make_deterministic(config.deterministic, config.model.device):
         check_device(config.model.device)
         fresh = not out.exists()
