@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LONGEST_TEXT = 3_000  # characters of an error
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; Linux's limits
 SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of float32, normal and finite
 
@@ -43,6 +44,8 @@ class InputError(ValueError):
     ):
         place = [str(part) for part in (file, where) if part is not None]
         text = ": ".join([*place, problem])
+        if len(text) > LONGEST_TEXT:  # it repeats a value of megabytes
+            text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
         whole = text if hint is None else f"{text}. {hint}"
         super().__init__(escape(whole))
 
@@ -137,7 +140,7 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
             check_value(entry, parts[1] if parts else Any, limits, f"{where} {key!r}")
     elif isinstance(origin, type) and issubclass(origin, Path):
         check_path(value, where)
-    elif isinstance(origin, type):
+    elif isinstance(origin, type) and origin is not Any:
         check_kind(value, origin, where)
 
 
@@ -255,6 +258,16 @@ def check_kind(value: object, kind: Any, where: str) -> None:
     """
     if not isinstance(value, kind):
         raise InputError(f"{shown(value)} must be {'text' if kind is str else article(kind.__name__)}", where=where)
+
+
+def check_methods(value: object, names: Iterable[str], kind: str, where: str) -> None:
+    """Check that an argument has what is asked of it: it need not be an object of our own class.
+
+    Raises:
+        InputError: `WHERE: VALUE must be a Tokenizer`.
+    """
+    if isinstance(value, type) or not all(hasattr(value, name) for name in names):
+        raise InputError(f"{shown(value)} must be {article(kind)}", where=where)
 
 
 def check_memory(size: int, where: str) -> None:

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import PADDING, derived_seed
-from minipeft.errors import InputError, check_characters, check_fields, check_items, check_kind, option
+from minipeft.errors import (
+    InputError,
+    check_characters,
+    check_fields,
+    check_items,
+    check_kind,
+    check_methods,
+    check_value,
+    option,
+)
 from minipeft.models import Decoder
 
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures by which logits can be divided in float32
@@ -93,6 +102,7 @@ def answer(
     """
     check_kind(model, Decoder, "model")
     check_kind(config, GenerateConfig, "config")
+    check_methods(tokenizer, ("encode_all", "decode", "eos"), "Tokenizer", "tokenizer")
     prompts = check_items(prompts, str, "prompts")
     names = check_adapters(model, adapters, len(prompts))
     for number, prompt in enumerate(prompts):
@@ -100,6 +110,8 @@ def answer(
     rows = tokenizer.encode_all(prompts)
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
+    for number in () if only is None else check_items(only, object, "only", "number"):
+        check_value(number, int, {"least": 0, "below": len(rows)}, "only")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
     return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config))

@@ -269,7 +269,7 @@ def outcome(name: str, call: Callable[..., object], given_arguments: dict[str, A
         call(**given_arguments)
         sound = True
     except InputError as error:
-        assert len(str(error)) < 2_000
+        assert len(str(error)) < 5_000
         assert "\n" not in str(error)
         sound = False
     except BaseException as error:

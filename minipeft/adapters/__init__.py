@@ -205,6 +205,7 @@ def remove_adapter(model: Decoder) -> None:
     Raises:
         InputError: the model holds no adapter, or a bank.
     """
+    check_kind(model, Decoder, "model")
     if describe_held(model) not in METHODS:
         hint = None if model.adapter is None else "bank.close() removes it"
         raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
@@ -219,6 +220,7 @@ def merge_adapter(model: Decoder) -> MergeReport:
         InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, or a
             result that is not finite.
     """
+    check_kind(model, Decoder, "model")
     held = METHODS.get(describe_held(model))
     if held is None or held.merge is None:
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)

@@ -14,7 +14,16 @@ from typing import Any
 
 from minipeft.data.templates import TEMPLATE, prompt_text
 from minipeft.data.tokens import Tokenizer
-from minipeft.errors import InputError, check_fields, check_items, check_kind, check_path, check_value, shown
+from minipeft.errors import (
+    InputError,
+    check_fields,
+    check_items,
+    check_kind,
+    check_methods,
+    check_path,
+    check_value,
+    shown,
+)
 from minipeft.files import check_plain, kind_of, parse_json
 from minipeft.hub import fetch
 
@@ -248,6 +257,7 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str =
     itself. A whole text need not begin with its prompt's ids, though: a snippet that begins with a space may merge with
     the newline before it. Only there is the snippet encoded by itself.
     """
+    check_methods(tokenizer, ("require_eos", "encode", "encode_all"), "Tokenizer", "tokenizer")
     eos = tokenizer.require_eos()
     pairs = check_items(pairs, Pair, "pairs")
     texts = [prompt_text(pair.intent, template) for pair in pairs]

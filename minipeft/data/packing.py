@@ -22,7 +22,7 @@ from torch import Tensor
 from minipeft.data.examples import Example
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import IGNORED, PADDING, derived_seed
-from minipeft.errors import InputError, check_fields, check_items, check_value, option, shown
+from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, option, shown
 
 LENGTH = 1024  # tokens of a row, as in the paper
 LOSS_MASKS = ("all", "response")
@@ -171,6 +171,7 @@ def pack(
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_value(shuffle, bool, {}, "shuffle")
     width = row_width(length, virtual_tokens)
+    check_methods(tokenizer, ("size", "require_eos", "eos", "pad"), "Tokenizer", "tokenizer")
     check_examples(examples, tokenizer.size)
     if isolate:
         documents = [document_of(example, config.loss_mask, width) for example in examples]

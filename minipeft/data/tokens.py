@@ -90,6 +90,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """`encode` for each text, in parallel."""
+        check_kind(bos, bool, "bos")
         sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
         if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
             problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
@@ -128,6 +129,7 @@ class Tokenizer:
             InputError: an entry is not an integer in [0, 2^32).
         """
         ids = check_items(ids, int, "ids")
+        check_kind(skip_special, bool, "skip_special")
         if ids and not (min(ids) >= 0 and max(ids) < 2**32):
             raise InputError(f"{shown(next(i for i in ids if not 0 <= i < 2**32))} must be in [0, 2^32)", where="ids")
         return self.backend.decode(ids, skip_special_tokens=skip_special)
