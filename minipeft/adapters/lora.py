@@ -103,7 +103,7 @@ class LoRALinear(TrainableModule):
 class LoRAConfig:
     """How much to add, and where (targets.py; patterns.py for rank_pattern and alpha_pattern)."""
 
-    rank: int = option(16, "rank r of the update", least=1, limit=2**20)
+    rank: int = option(16, "rank r of the update", least=1)
     alpha: float = option(32.0, "the update is scaled by alpha / rank", above=0)
     dropout: float = option(0.0, "dropout of the input of A", least=0, below=1)
     targets: Targets = option("all-linear", "linears to adapt: all-linear, default, names, or a regular expression")

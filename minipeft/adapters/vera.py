@@ -29,7 +29,7 @@ from minipeft.models.products import linear as base_product
 class VeRAConfig:
     """Size and seed of the shared matrices, and where they are used; `targets` and `layers` as in LoRAConfig."""
 
-    rank: int = option(256, "rank r of the update", least=1, limit=2**20)
+    rank: int = option(256, "rank r of the update", least=1)
     dropout: float = option(0.0, "dropout of the input of A", least=0, below=1)
     targets: Targets = option("default", "linears to adapt: all-linear, default, names, or a regular expression")
     layers: tuple[int, ...] | None = option(None, "adapt these blocks only, counted from 0")
