@@ -5,6 +5,8 @@ SECONDS and BYTES. The short form is the same each time; MINIPEFT_FUZZ=N makes N
 printed (MINIPEFT_SEED repeats it).
 """
 
+# ruff: noqa: E501, PT017 (tables; an error's text is checked beside the outcomes that are none)
+
 import copy
 import dataclasses
 import math

@@ -110,7 +110,7 @@ def codebleu(
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    weights = check_items(weights, object, "weights", "number")  # type: ignore[assignment]
+    check_items(weights, object, "weights", "number")
     for weight in weights:
         if weight == weight:  # NaN is refused below
             check_value(weight, float, {}, "weights")
