@@ -110,8 +110,8 @@ def answer(
     rows = tokenizer.encode_all(prompts)
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
-    for number in () if only is None else check_items(only, object, "only", "number"):
-        check_value(number, int, {"least": 0, "below": len(rows)}, "only")
+    for chosen in () if only is None else check_items(only, object, "only", "number"):
+        check_value(chosen, int, {"least": 0, "below": len(rows)}, "only")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
     return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config))

@@ -264,8 +264,8 @@ def read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The pairs of merges.txt, in order; line 1 says `#version`, each other line holds two tokens of the vocabulary."""
     text = read_text(file).replace("\r\n", "\n")
     if "\r" in text:  # the whole file would be its first line, a comment
-        line = text.count("\n", 0, text.index("\r")) + 1
-        raise InputError(f"line {line} ends in CR alone", file=file, hint="Save it with LF at the line ends")
+        place = text.count("\n", 0, text.index("\r")) + 1
+        raise InputError(f"line {place} ends in CR alone", file=file, hint="Save it with LF at the line ends")
     lines = text.split("\n")
     if not lines[0].startswith("#version"):
         raise InputError(
@@ -353,7 +353,7 @@ def absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(byte for byte in possible if backend.token_to_id(signs[byte]) is None)
 
 
-def size_of(text: str, number: int) -> int:
+def size_of(text: Any, number: int) -> int:
     """The UTF-8 bytes of a text."""
     check_kind(text, str, f"text {number + 1}")
     try:

@@ -83,7 +83,7 @@ def load_model(
     return fill(model, tensors, found, dtype, device)
 
 
-def check_device(device: object) -> torch.device:
+def check_device(device: Any) -> torch.device:
     """The device of that name, which must work here.
 
     Raises:
@@ -92,7 +92,7 @@ def check_device(device: object) -> torch.device:
     if not isinstance(device, torch.device):
         check_value(device, str, {}, "device")
     try:
-        made = torch.device(device)  # type: ignore[call-overload]
+        made = torch.device(device)
         torch.zeros(1, device=made).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"{str(device)!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
