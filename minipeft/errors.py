@@ -1,23 +1,35 @@
-"""InputError, the one exception for what a caller's input did; and the checks that the fields of all configs share.
+"""InputError, the one exception for what a caller's input did; and the checks of fields and arguments by their kind.
 
 A config is a frozen dataclass. Each field declares in one place what it may hold and what it means:
 
     rank: int = option(16, "rank r of the update", least=1)
 
 and `check_fields(self)`, in `__post_init__`, checks all of them: the kind by the annotation, the range by the field.
-The command line makes a flag of each field (cli/flags.py).
+The command line makes a flag of each field (cli/flags.py). Arguments of functions pass the same checks: `check_value`
+with an annotation, `check_items` for lists of texts and of objects, `check_path`.
+
+    int, float    a Python number; a boolean is none, nor is a scalar of torch or numpy (but float64, a Python float).
+                  Computations run in float32: what would be 0 or infinite there is refused
+    str           without NUL and without half of a surrogate pair, which no file, tokenizer or path can hold
+    tuple         a tuple or list, never a text
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+LONGEST_TEXT = 3_000  # characters of an error
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; Linux's limits
+SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of float32, normal and finite
 
 
 class InputError(ValueError):
@@ -32,6 +44,8 @@ class InputError(ValueError):
     ):
         place = [str(part) for part in (file, where) if part is not None]
         text = ": ".join([*place, problem])
+        if len(text) > LONGEST_TEXT:  # it repeats a value of megabytes
+            text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
         whole = text if hint is None else f"{text}. {hint}"
         super().__init__(escape(whole))
 
@@ -54,14 +68,16 @@ def option(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    limit: int | None = None,
 ) -> Any:
     """Declare a field of a config: its default, what it means, its range, and its flag where that has another name.
 
-    `least` and `most` belong to the range, `above` and `below` do not. `flag`: "virtual-tokens" for a field `length`;
-    "" for a field without a flag. `factory` makes a default that must not be shared.
+    `least` and `most` belong to the range, `above` and `below` do not. `limit`: a number that only memory and time
+    bound, and that nobody needs above this. `flag`: "virtual-tokens" for a field `length`; "" for a field without a
+    flag. `factory` makes a default that must not be shared.
     """
     metadata = {"help": help, "flag": flag, "aliases": aliases, "choices": None if choices is None else tuple(choices),
-                "least": least, "most": most, "above": above, "below": below}  # fmt: skip
+                "least": least, "most": most, "above": above, "below": below, "limit": limit}  # fmt: skip
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -122,8 +138,10 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
         for key, entry in value.items():
             check_value(key, parts[0] if parts else str, {}, where)
             check_value(entry, parts[1] if parts else Any, limits, f"{where} {key!r}")
-    elif isinstance(origin, type) and dataclasses.is_dataclass(origin) and not isinstance(value, origin):
-        raise InputError(f"{shown(value)} must be a {origin.__name__}", where=where)
+    elif isinstance(origin, type) and issubclass(origin, Path):
+        check_path(value, where)
+    elif isinstance(origin, type) and origin is not Any:
+        check_kind(value, origin, where)
 
 
 def matches(value: object, hint: Any) -> bool:
@@ -141,26 +159,24 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
         InputError: `WHERE: VALUE must be an integer >= 1`, `... must be in [0, 1)`, ...
     """
     least, most, above, below = (limits.get(name) for name in ("least", "most", "above", "below"))
+    wanted = described(kind, least, most, above, below)
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    good = number and fits_float(value) and (kind is float or abs(value) < 2**63)  # type: ignore[arg-type]
-    if good:
-        v: Any = value
-        good = not (
-            (least is not None and v < least)
-            or (most is not None and v > most)
-            or (above is not None and v <= above)
-            or (below is not None and v >= below)
-        )
-    if not good:
-        raise InputError(f"{shown(value)} must be {described(kind, least, most, above, below)}", where=where)
-
-
-def fits_float(value: float) -> bool:
-    """Whether a number is finite as a float: an integer may be beyond 1.8e308."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    v: Any = value
+    if not number or v != v or (kind is int and abs(v) >= 2**63):
+        raise InputError(f"{shown(value)} must be {wanted}", where=where)
+    if (
+        (least is not None and v < least)
+        or (most is not None and v > most)
+        or (above is not None and v <= above)
+        or (below is not None and v >= below)
+    ):
+        raise InputError(f"{shown(value)} must be {wanted}", where=where)
+    limit = limits.get("limit")
+    if limit is not None and v > limit:
+        raise InputError(f"{shown(value)} is beyond the limit of {limit:,}", where=where)
+    if kind is float and (abs(v) > LARGEST or (above == 0 and v < SMALLEST)):
+        finite = isinstance(v, float) and math.isfinite(v)  # then it is float32 that cannot hold it
+        raise InputError(f"{shown(value)} must be {wanted}{' in float32' if finite else ''}", where=where)
 
 
 def described(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
@@ -193,6 +209,100 @@ def check_text(value: object, choices: tuple[str, ...] | None, where: str) -> No
             raise InputError(f"{shown(value)} is not known ({', '.join(choices)})", where=where)
     elif not isinstance(value, str):
         raise InputError(f"{shown(value)} must be text", where=where)
+    else:
+        check_characters(value, where)
+
+
+def check_characters(text: str, where: str) -> None:
+    """Check that a text holds no NUL and no lone surrogate.
+
+    Raises:
+        InputError: `WHERE: holds a NUL character at N`, `WHERE: holds a lone surrogate, '\\ud800', ...`.
+    """
+    if "\0" in text:
+        raise InputError(f"holds a NUL character at {text.index(chr(0))}", where=where)
+    if not text.isascii():
+        lone = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)
+        if lone is not None:
+            raise InputError(f"holds a lone surrogate, {lone!r}, which is no character", where=where)
+
+
+def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) -> list[T]:
+    """The entries of a list (or any sequence) of texts, or of objects of a class, as a list.
+
+    One text is not a list of texts. A generator is refused: it cannot be counted, and may have no end.
+
+    Raises:
+        InputError: `WHERE: VALUE must be a list of ...`, `WHERE[N]: VALUE must be ...`.
+    """
+    noun = noun or ("text" if kind is str else "integer" if kind is int else kind.__name__)
+    loose = isinstance(given, str | bytes | bytearray | Mapping | set | frozenset)
+    if loose or not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
+        hint = "Put it in a list" if kind is not object and isinstance(given, kind) else None
+        raise InputError(f"{shown(given)} must be a list of {noun}s", where=where, hint=hint)
+    try:
+        entries = list(given)
+    except TypeError as error:  # a tensor or array of no dimension
+        raise InputError(f"{shown(given)} must be a list of {noun}s", where=where) from error
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, kind):
+            check_kind(entry, kind, f"{where}[{number}]")
+    return entries
+
+
+def check_kind(value: object, kind: Any, where: str) -> None:
+    """Check that an argument is text, or an object of a class; what a text holds is not looked at.
+
+    Raises:
+        InputError: `WHERE: VALUE must be text`, `WHERE: VALUE must be a TrainConfig`.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{shown(value)} must be {'text' if kind is str else article(kind.__name__)}", where=where)
+
+
+def check_methods(value: object, names: Iterable[str], kind: str, where: str) -> None:
+    """Check that an argument has what is asked of it: it need not be an object of our own class.
+
+    Raises:
+        InputError: `WHERE: VALUE must be a Tokenizer`.
+    """
+    if isinstance(value, type) or not all(hasattr(value, name) for name in names):
+        raise InputError(f"{shown(value)} must be {article(kind)}", where=where)
+
+
+def check_memory(size: int, where: str) -> None:
+    """Check that so many bytes are no more than this machine's memory: an allocation may otherwise end the process.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise InputError(f"takes {size:,} bytes, and this machine has {memory:,}", where=where)
+
+
+def check_path(value: object, where: str) -> Path:
+    """The path that a text or path object names.
+
+    Raises:
+        InputError: it is neither, is empty, or holds what no path can.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise InputError(f"{shown(value)} must be a path", where=where)
+    if not text:
+        raise InputError("is empty", where=where)
+    check_characters(text, f"{where}: {shown(text, 60)}")
+    path = Path(text)
+    if len(text.encode()) >= LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        problem = f"{shown(text, 60)} is too long for a path ({LONGEST_PATH} bytes, {LONGEST_NAME} for a name)"
+        raise InputError(problem, where=where)
+    return path
+
+
+def article(noun: str) -> str:
+    """The noun after "a" or "an"."""
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def shown(value: object, most: int = 200) -> str:

@@ -10,6 +10,8 @@ import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,8 +25,13 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 
-LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known is 30 MB
+LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known is 35 MB
 LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
+MOST_CONTAINERS = 1_000_000  # lists and objects of a JSON value; the most known are a tokenizer's 514,906 merges
+MOST_VALUES = 5_000_000  # values of a JSON value
+MOST_TENSORS = 100_000  # of one safetensors file
+SMALL_JSON = 2**20  # characters; a shorter text is parsed in less time than it takes to count what is in it
+QUOTED = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # a JSON text, or the rest where it does not end
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
@@ -97,9 +104,14 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse_json(text: str, file: Path | str, where: str | None = None, line: int = 1) -> Any:
     """The JSON value in `text`, which stands in `file` at `where`, from line `line` on.
 
+    Python takes 100 bytes and a microsecond for a list of two characters, so what there is in the text is counted
+    before it is parsed.
+
     Raises:
-        InputError: not JSON (with line and column), a key given twice, NaN or Infinity, nested too deep.
+        InputError: not JSON (with line and column), a key given twice, NaN or Infinity, nested too deep, more than
+            MOST_CONTAINERS lists and objects or MOST_VALUES values.
     """
+    check_count(text, file, where)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -127,6 +139,25 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
         raise InputError(f"not usable JSON: {error}", file=file, where=where) from error
 
 
+def check_count(text: str, file: Path | str, where: str | None) -> None:
+    """Check how many lists, objects and values a JSON text holds, by the signs outside its quoted texts.
+
+    Raises:
+        InputError: more than MOST_CONTAINERS, or MOST_VALUES.
+    """
+    if len(text) <= SMALL_JSON:
+        return
+    bare = QUOTED.sub("", text)
+    containers = bare.count("[") + bare.count("{")
+    for count, most, what in (
+        (containers, MOST_CONTAINERS, "lists and objects"),
+        (containers + bare.count(","), MOST_VALUES, "values"),
+    ):
+        if count > most:
+            hint = "Pairs and answers may be JSON lines, of which each is a value of its own"
+            raise InputError(f"holds {count:,} {what}, more than {most:,}", file=file, where=where, hint=hint)
+
+
 def not_finite(value: object) -> str | None:
     """The name of a number in a value or list that JSON does not have: Python reads NaN, Infinity and 1e999."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -144,7 +175,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors that a safetensors file holds, checked against its size; no data is read.
 
     Raises:
-        InputError: not a safetensors file (and what it looks like), truncated, overlapping or malformed.
+        InputError: not a safetensors file (and what it looks like), truncated, overlapping or malformed, or of more
+            than MOST_TENSORS tensors.
     """
     check_plain(file)
     size = file.stat().st_size
@@ -158,12 +190,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"header is not UTF-8 at byte {8 + error.start}: not safetensors", file=file) from error
+    check_tensors(text.count('"data_offsets"'), file)  # before any is parsed
     header = parse_json(text, file, "header")
     if not isinstance(header, dict):
         raise InputError(f"header must be an object, but is {kind_of(header)}", file=file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise InputError("must map text to text", file=file, where="header: __metadata__")
+    check_tensors(len(header), file)
     tensors = {name: tensor_info(name, entry, file) for name, entry in header.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -175,6 +209,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         fault = "data incomplete" if end > size - 8 - length else "trailing bytes"
         raise InputError(f"{fault}: needs {8 + length + end} bytes, has {size} (download broken?)", file=file)
     return tensors
+
+
+def check_tensors(count: int, file: Path) -> None:
+    """Refuse a file of more than MOST_TENSORS tensors."""
+    if count > MOST_TENSORS:
+        raise InputError(f"{count:,} tensors, more than {MOST_TENSORS:,}", file=file, where="header")
 
 
 def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
@@ -280,6 +320,14 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in absent:
         sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,8 +20,19 @@ from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import PADDING, derived_seed
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import (
+    InputError,
+    check_characters,
+    check_fields,
+    check_items,
+    check_kind,
+    check_methods,
+    check_value,
+    option,
+)
 from minipeft.models import Decoder
+
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures by which logits can be divided in float32
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
+            problem = f"{self.temperature:g} must be 0 (greedy), or in [{COLDEST:g}, {HOTTEST:g}]"
+            raise InputError(problem, where="temperature")
         if any(not text for text in self.stop):
             raise InputError("a stop text is empty", where="stop")
 
@@ -64,10 +78,12 @@ def generate(
     `adapters` names an adapter of the model's AdapterBank for each prompt, None for the base alone.
 
     Raises:
-        InputError: `prompts` is one text and not a list; a prompt is empty, or does not fit in the context together
-            with `max_new_tokens`; `adapters` without a bank that holds them.
+        InputError: `prompts` is one text and not a list; a prompt is empty or blank, holds a NUL, has an id that the
+            model lacks, or does not fit in the context together with `max_new_tokens`; `adapters` without a bank that
+            holds them.
     """
-    answers = answer(model, tokenizer, prompts, config or GenerateConfig(), adapters=adapters)
+    config = GenerateConfig() if config is None else config
+    answers = answer(model, tokenizer, prompts, config, adapters=adapters)
     return [a.text for a in sorted(answers, key=lambda a: a.index)]
 
 
@@ -84,12 +100,18 @@ def answer(
 
     `only`: the numbers of the prompts to answer, where the others have been; the answers are the same as without it.
     """
-    if isinstance(prompts, str):
-        raise InputError(f"{shown(prompts)} must be a list of texts", where="prompts", hint="Put it in a list")
+    check_kind(model, Decoder, "model")
+    check_kind(config, GenerateConfig, "config")
+    check_methods(tokenizer, ("encode_all", "decode", "eos"), "Tokenizer", "tokenizer")
+    prompts = check_items(prompts, str, "prompts")
     names = check_adapters(model, adapters, len(prompts))
-    rows = tokenizer.encode_all(list(prompts))
+    for number, prompt in enumerate(prompts):
+        check_prompt(prompt, f"prompt {number + 1}")
+    rows = tokenizer.encode_all(prompts)
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
+    for chosen in () if only is None else check_items(only, object, "only", "number"):
+        check_value(chosen, int, {"least": 0, "below": len(rows)}, "only")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
     return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config))
@@ -101,17 +123,27 @@ def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompt
         return None
     if not hasattr(model.adapter, "use"):  # a bank, of which this file knows `check`, `use` and `keep` alone
         raise InputError("the model holds no bank of adapters", where="adapters", hint="bank = AdapterBank(model)")
-    if isinstance(adapters, str) or len(adapters) != prompts:
+    if isinstance(adapters, str) or len(check_items(adapters, object, "adapters", "name")) != prompts:
         raise InputError(f"must be a list of {prompts} names, one for each prompt", where="adapters")
     model.adapter.check(adapters)
     return list(adapters)
 
 
+def check_prompt(prompt: str, where: str) -> None:
+    """Refuse a prompt that says nothing, or holds what no text of a training set may hold."""
+    check_characters(prompt, where)
+    if not prompt.strip():
+        raise InputError("is blank" if prompt else "has no tokens: it is empty", where=where)
+
+
 def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: str) -> None:
-    """Refuse a prompt that is empty, or too long for the context, before any is answered."""
+    """Refuse a prompt without tokens, of another model's ids, or too long for the context, before any is answered."""
     room = model.config.context - model.virtual_tokens
     if not row:
         raise InputError("has no tokens", where=where)
+    if max(row) >= (size := model.config.vocab_size):
+        hint = "The tokenizer belongs to another model"
+        raise InputError(f"has id {max(row)}, but the model has {size} tokens", where=where, hint=hint)
     if len(row) + config.max_new_tokens > room:
         taken = f" (of which the adapter takes {model.virtual_tokens})" if model.virtual_tokens else ""
         raise InputError(

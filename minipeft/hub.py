@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_path, check_value
 from minipeft.files import check_inside
 
 SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
@@ -42,7 +42,9 @@ def fetch(
     """
     for name in (*names, *optional):
         check_name(name, source)
-    folder = NAMED.get(str(source), Path(source))
+    folder = check_path(source, "source")
+    check_value(revision, str | None, {}, "revision")
+    folder = NAMED.get(str(source), folder)
     if folder.is_dir():
         if revision is not None:
             raise InputError(

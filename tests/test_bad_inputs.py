@@ -220,6 +220,20 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "L15 held out negative": (["--held-out", "-1"], "held_out: -1 must be an integer >= 0"),
     "L16 threads": (["--threads", "0"], "threads: 0 must be an integer in [1, 1024]"),
     "L16 threads beyond reason": (["--threads", "1000000"], "threads: 1000000 must be an integer in [1, 1024]"),
+    "L16 threads beyond integers": (["--threads", str(10**30)], "must be an integer in [1, 1024]"),
+    "L17 batch without end": (["--batch", str(10**12)], "batch: 1000000000000 is beyond the limit of 1,048,576"),
+    "L17 accumulate without end": (["--accumulate", str(10**12)], "accumulate: 1000000000000 is beyond the limit"),
+    "L17 length without end": (["--length", str(10**12)], "length: 1000000000000 is beyond the limit of 1,048,576"),
+    "L17 steps beyond integers": (["--steps", str(10**400)], "steps: an integer of 1329 bits must be an integer >= 1"),
+    "L17 alpha beyond float32": (["--alpha", "1e300"], "alpha: 1e+300 must be finite and > 0 in float32"),
+    "L17 rate that trains nothing": (["--lr", "1e-30"], "learning_rate: 1e-30 trains nothing"),
+    "L17 rank beyond torch": (["--rank", str(2**62)], "rank: takes "),
+    "L18 text of half a character": (["--method", "prompt", "--text", "a\ud800"], "text: holds a lone surrogate, "),
+    "L18 NUL in text": (["--method", "prefix", "--text", "a\0b"], "text: holds a NUL character at 1"),
+    "L18 NUL in out": (["--out", "a\0b"], "out: 'a\\x00b': holds a NUL character at 1"),
+    "L18 NUL in model": (["--model", "a\0b"], "model: holds a NUL character at 1"),
+    "L18 out too long": (["--out", "a" * 300], "is too long for a path (4096 bytes, 255 for a name)"),
+    "L18 model too long": (["--model", "a" * 5000], "is too long for a path"),
     "T19 eos": (["--eos-token", "<end>"], "'<end>' is not in the vocabulary"),
     "E02 revision of a folder": (["--revision", "v1"], "revision 'v1' was given, but this is a local folder"),
     "model absent": (["--model", "no/such/model"], "no/such/model: no such folder, and not a hub id"),
@@ -249,6 +263,12 @@ ANSWERING: dict[str, tuple[list[str], str]] = {
     "L12 tokens": (["--max-new-tokens", "0"], "max_new_tokens: 0 must be an integer >= 1"),
     "L12 batch": (["--batch", "0"], "batch: 0 must be an integer >= 1"),
     "L12 stop": (["--stop", ""], "stop: a stop text is empty"),
+    "L12 temperature next to 0": (["--temperature", "1e-45"], "temperature: 1e-45 must be 0 (greedy), or in [1e-06"),
+    "L12 temperature vast": (["--temperature", "1e30"], "temperature: 1e+30 must be 0 (greedy), or in [1e-06"),
+    "L12 top_p next to 0": (["--top-p", "1e-300"], "top_p: 1e-300 must be in (0, 1] in float32"),
+    "L12 stop NUL": (["--stop", "\0"], "stop: holds a NUL character at 0"),
+    "L12 blank": (["", "--raw"], "prompt 2: has no tokens: it is empty"),
+    "L12 blank in the template": ([" "], "intent: is blank"),
     "no adapter": (["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "merge": (["--merge"], "merge_adapter: the model holds no adapter"),
     "prompt and data": (["--data", "pairs.jsonl"], "generate: give PROMPTs, or --data"),
@@ -259,6 +279,21 @@ ANSWERING: dict[str, tuple[list[str], str]] = {
 def test_flags_of_generate(case: str, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more, text = ANSWERING[case]
     assert text in refused(capsys, "generate", "--model", tuned / "model", "x", *more)
+
+
+STUDY: dict[str, tuple[list[str], str]] = {
+    "device": (["--device", "abacus"], "device: 'abacus' cannot be used: "),
+    "limit": (["--limit", "0"], "limit: 0 must be an integer >= 1"),
+    "seeds": (["--seeds", str(10**400)], "seeds: an integer of 1329 bits must be an integer >= 1"),
+    "out": (["--out", "a\0"], "out: 'a\\x00': holds a NUL character at 1"),
+}
+
+
+@pytest.mark.parametrize("case", STUDY)
+def test_flags_of_the_study(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more, text = STUDY[case]
+    assert text in refused(capsys, "study", "--preset", "demo", "--out", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
 
 
 def put(data: bytes) -> Callable[[Path], object]:

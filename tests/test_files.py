@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import resource
 import stat
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -370,3 +374,43 @@ def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
     lock_folder(tmp_path).close()
     with pytest.raises(InputError, match=r"no/\.lock: cannot write: No such file"):
         lock_folder(tmp_path / "no")
+
+
+MANY: dict[str, tuple[Callable[[], str], str]] = {
+    "lists": (lambda: "[" + ",".join(["[]"] * 30_000_000) + "]", "holds 30,000,001 lists and objects, more than"),
+    "numbers": (lambda: "[" + ",".join(["0"] * 6_000_000) + "]", "holds 6,000,000 values, more than 5,000,000"),
+    "objects": (lambda: "{" + ",".join(['"a":{}'] * 1_500_000) + "}", "holds 1,500,001 lists and objects, more than"),
+    "cut in a text": (
+        lambda: "[" + ",".join(["{}"] * 1_500_000) + ',"' + '\\"' * 1_500_000,
+        "holds 1,500,001 lists and objects",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(case: str) -> None:
+    """90 MB of empty lists took 56 s and 2.5 GB."""
+    make, said = MANY[case]
+    text = make()
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=re.escape(f"x.json: {said}")):
+        parse_json(text, "x.json")
+    assert time.process_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_what_stands_in_texts_is_not_counted() -> None:
+    text = json.dumps(['[{,\\"' * 1_500_000, "x"])
+    assert parse_json(text, "x.json") == json.loads(text)
+
+
+@pytest.mark.parametrize("spelling", ["data_offsets", "data_offset\\u0073"])
+def test_a_header_of_too_many_tensors_is_refused(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_TENSORS", 100)
+    entry = '{"dtype": "F32", "shape": [0], "SPELLING": [0, 0]}'.replace("SPELLING", spelling)
+    raw = ("{" + ", ".join(f'"t{n}": {entry}' for n in range(101)) + "}").encode()
+    (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(InputError, match=r"x.safetensors: header: 101 tensors, more than 100"):
+        read_header(tmp_path / "x.safetensors")

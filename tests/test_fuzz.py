@@ -199,6 +199,7 @@ class Eos:
     """All that `pack` asks of a tokenizer."""
 
     eos = pad = 0
+    size = 10
 
     def require_eos(self) -> int:
         return 0

@@ -32,7 +32,7 @@ from minipeft.adapters.prefix import PrefixConfig, add_prefix, prefix_recipe, re
 from minipeft.adapters.prompt import PromptConfig, add_prompt, prompt_recipe, remove_prompt
 from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera, vera_recipe
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, check_kind, check_value, shown
 from minipeft.models import Decoder
 
 FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
@@ -139,9 +139,12 @@ def add_adapter(
     """Freeze the base, put the adapter in, and report what was done. `seed` determines every random initial value.
 
     Raises:
-        InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer.
+        InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer; the
+            adapter would not fit in this machine's memory.
     """
     method = method_of(config)
+    check_kind(model, Decoder, "model")
+    check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_empty(model)
     backend = None if method.backend is None else method.backend(model, config)
     modules = method.add(model, config, tokenizer, torch.Generator().manual_seed(seed))
@@ -202,6 +205,7 @@ def remove_adapter(model: Decoder) -> None:
     Raises:
         InputError: the model holds no adapter, or a bank.
     """
+    check_kind(model, Decoder, "model")
     if describe_held(model) not in METHODS:
         hint = None if model.adapter is None else "bank.close() removes it"
         raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
@@ -227,6 +231,7 @@ def merge_adapter(
         InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, a result
             that is not finite, or prompts that cannot be answered; nothing is touched.
     """
+    check_kind(model, Decoder, "model")
     held = METHODS.get(describe_held(model))
     if held is None or held.merge is None:
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)

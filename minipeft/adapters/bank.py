@@ -27,7 +27,7 @@ from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
 from minipeft.adapters.targets import linear_paths
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items, check_kind, check_path
 from minipeft.models import Decoder
 from minipeft.models.products import linear as base_product
 
@@ -67,11 +67,12 @@ class AdapterBank:
         Raises:
             InputError: the model holds an adapter.
         """
+        check_kind(model, Decoder, "model")
         check_empty(model)
         self.model = model
         self.adapters: dict[str, dict[str, Pair]] = {}
         self.layers = {path: BankLinear(model.get_submodule(path)) for path in linear_paths(model)}  # type: ignore[arg-type]
-        self.trained = {id(p) for p in model.parameters() if p.requires_grad}
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.owner: list[int] = []  # of the batch in use
         for path, layer in self.layers.items():
             replace(model, path, layer.train(model.training))
@@ -85,9 +86,11 @@ class AdapterBank:
         Raises:
             InputError: the name is taken; the adapter does not fit this base; it is not plain LoRA.
         """
+        check_kind(name, str, "name")
+        folder = check_path(folder, "folder")
         if name in self.adapters:
             raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
-        config, tensors, _ = read_adapter(self.model, Path(folder))
+        config, tensors, _ = read_adapter(self.model, folder)
         method = method_of(config)
         if method is not LORA:
             raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
@@ -116,7 +119,9 @@ class AdapterBank:
         Raises:
             InputError: it does not hold one of them.
         """
-        for name in names:
+        for name in check_items(names, object, "adapters", "name"):
+            if name is not None:
+                check_kind(name, str, "adapters")
             if name is not None and name not in self.adapters:
                 held = ", ".join(self.adapters) or "nothing"
                 raise InputError(f"the bank does not hold {name!r} (it holds: {held})", where="adapters")
@@ -162,8 +167,8 @@ class AdapterBank:
     def close(self) -> None:
         """Remove the bank: the model is plain again, and trainable as before."""
         restore(self.model, self.layers)
-        for p in self.model.parameters():
-            p.requires_grad_(id(p) in self.trained)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in self.trained)
         self.model.adapter = None
         self.adapters = {}
 

@@ -16,6 +16,7 @@ from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, plan
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.pissa import PiSSALinear
 from minipeft.adapters.surgery import replace
+from minipeft.adapters.trainable import check_trained_memory
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
@@ -52,8 +53,10 @@ def layer_class(config: LoRAConfig) -> type[LoRALinear]:
 
 def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
     """Put a LoRALinear in the place of each targeted linear; returns their paths."""
-    layers = {}
-    for path, (rank, alpha) in plan(model, config).items():
+    layers, planned = {}, plan(model, config)
+    parameters = sum(rank * sum(model.get_parameter(f"{path}.weight").shape) for path, (rank, _) in planned.items())
+    check_trained_memory(parameters, model.embedding.weight.device, "rank")
+    for path, (rank, alpha) in planned.items():
         linear: nn.Linear = model.get_submodule(path)  # type: ignore[assignment]
         if config.init == "pissa" and rank > (limit := min(linear.weight.shape)):
             raise InputError(f"{rank} exceeds the {limit} singular values of {path!r}", where="rank")

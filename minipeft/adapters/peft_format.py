@@ -19,7 +19,7 @@ from torch import Tensor
 from minipeft.adapters import METHODS, AdapterReport, add_adapter, check_empty, describe_held, method_of, remove_adapter
 from minipeft.adapters.method import Method, PeftFormat
 from minipeft.adapters.peft_virtual import OWN, STATE
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_kind, check_path, check_value
 from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
@@ -37,6 +37,8 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     Raises:
         InputError: the model holds no adapter, or was tuned in full (save_model keeps that); the folder refuses.
     """
+    check_kind(model, Decoder, "model")
+    folder = check_path(folder, "folder")
     config = model.adapter
     peft = next((method.peft for method in METHODS.values() if type(config) is method.config), None)
     if peft is None:
@@ -46,11 +48,11 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
-    write_tensors(Path(folder) / WEIGHTS, tensors)
-    write_json(Path(folder) / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
     if peft.write_extra is None:  # another adapter's, in the same folder
         for name in (OWN, STATE):
-            (Path(folder) / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
     else:
         peft.write_extra(model, config, Path(folder))
 
@@ -86,6 +88,9 @@ def load_adapter(
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
             wrongly shaped, not floating or not finite; the config asks for what is not implemented; the hub refuses.
     """
+    check_kind(model, Decoder, "model")
+    check_path(source, "source")
+    check_value(trainable, bool, {}, "trainable")
     check_empty(model)
     folder = find_adapter(source, revision)
     config, tensors, notes = read_adapter(model, folder)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.reparam import Reparam, make_hidden
-from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.trainable import TrainableModule, check_trained_memory
 from minipeft.adapters.virtual import TASK_LINE, check_room, empty_slot, encode_text, run_text, text_ids
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
@@ -39,10 +39,10 @@ class PrefixConfig:
     `text`, values 0), "peft" (N(0, 1), HF PEFT's default, for comparison).
     """
 
-    length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1)
+    length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1, limit=2**20)
     init: str = option("text", "initialization of the virtual tokens", choices=("text", "normal", "peft"))
     text: str = option(TASK_LINE, "text that the virtual tokens start as")
-    reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1)
+    reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1, limit=2**20)
     gate: bool = option(False, "add the prefix beside the text's attention, through a gate that starts at 0")
     freeze_first: bool = option(False, "keep the first virtual token, where attention rests, at its init")
     windowed: bool = option(False, "let a sliding window hide the virtual tokens, as HF does")
@@ -160,9 +160,10 @@ def add_prefix(
     else:
         keys, values = (t.to(device) for t in initial_key_value(model, config, tokenizer, generator))
     fixed = int(config.freeze_first)
-    hidden = None
+    hidden, outputs = None, 2 * c.layers * c.kv_heads * c.head_width
+    check_trained_memory(config.length * outputs, device, "length")
     if config.reparam is not None:
-        hidden = make_hidden(config.length - fixed, c.width, config.reparam, device, generator)
+        hidden = make_hidden(config.length - fixed, c.width, config.reparam, outputs, device, generator)
     for attention, key, value in zip(attentions(model), keys, values):
         mlp = None if hidden is None else Reparam(hidden, 2 * c.kv_heads * c.head_width)
         if mlp is not None and config.init == "peft" and device.type != "meta":

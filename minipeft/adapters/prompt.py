@@ -18,6 +18,7 @@ from minipeft.adapters.trainable import TrainableModule
 from minipeft.adapters.virtual import TASK_LINE, check_room, empty_slot, text_ids
 from minipeft.errors import check_fields, option
 from minipeft.models import Decoder
+from minipeft.models.layout import check_rows
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class PromptConfig:
     "normal" (N(0, 1), HF PEFT's default).
     """
 
-    length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1)
+    length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1, limit=2**20)
     init: str = option("text", "initialization of the virtual tokens", choices=("text", "vocab", "normal"))
     text: str = option(TASK_LINE, "text that the virtual tokens start as")
-    reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1)
+    reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1, limit=2**20)
     windowed: bool = option(False, "let a sliding window hide the virtual tokens, as HF does")
 
     def __post_init__(self) -> None:
@@ -71,12 +72,13 @@ def add_prompt(
     else:
         if config.init == "text":
             ids = torch.tensor(text_ids(config.text, config.length, tokenizer, "prompt"))
+            check_rows(c.vocab_size, ids[None])
         else:
             ids = torch.randint(table.shape[0], (config.length,), generator=generator)
         weight = model.look_up(ids.to(table.device)).detach().float().clone()  # [P, C]
     mlp = None
     if config.reparam is not None:
-        mlp = Reparam(make_hidden(config.length, c.width, config.reparam, table.device, generator), c.width)
+        mlp = Reparam(make_hidden(config.length, c.width, config.reparam, c.width, table.device, generator), c.width)
     model.prompt, model.virtual_tokens, model.windowed = Prompt(weight, mlp), config.length, config.windowed
     return ["prompt"]
 

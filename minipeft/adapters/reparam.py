@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.trainable import TrainableModule, check_trained_memory
 
 
 class SharedHidden(TrainableModule):
@@ -58,8 +58,15 @@ class Reparam(TrainableModule):
         return "width={}, outputs={}".format(*reversed(self.weight.shape))
 
 
-def make_hidden(length: int, inputs: int, width: int, device: torch.device, generator: torch.Generator) -> SharedHidden:
-    """A hidden layer with its random init; on the meta device, without."""
+def make_hidden(
+    length: int, inputs: int, width: int, outputs: int, device: torch.device, generator: torch.Generator
+) -> SharedHidden:
+    """A hidden layer with its random init; on the meta device, without. `outputs`: entries of all sites together.
+
+    Raises:
+        InputError: the MLP would not fit in this machine's memory.
+    """
+    check_trained_memory(length * inputs + width * (inputs + outputs), device, "reparam")
     hidden = SharedHidden(length, inputs, width, device)
     if device.type != "meta":
         hidden.initialize(generator)

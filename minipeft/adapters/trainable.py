@@ -8,7 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+from minipeft.errors import check_memory
+
+MOST_PARAMETERS = 2**58  # torch counts bytes in 63 bits
+PARAMETER_BYTES = 16  # a trained parameter, its gradient, and AdamW's two moments, in float32
+
+
+def check_trained_memory(parameters: int, device: torch.device, where: str) -> None:
+    """Check that so many parameters can be trained in this machine's memory; on the meta device that they can be named.
+
+    Raises:
+        InputError: they cannot; torch would end in the middle of making them, or the system would end the process.
+    """
+    if device.type == "cpu" or parameters >= MOST_PARAMETERS:
+        check_memory(PARAMETER_BYTES * parameters, where)
 
 
 class TrainableModule(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.surgery import merge, replace, restore
 from minipeft.adapters.targets import Targets, check_targets, find_targets
-from minipeft.adapters.trainable import TrainableModule
+from minipeft.adapters.trainable import TrainableModule, check_trained_memory
 from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import check_fields, option
 from minipeft.models import Decoder
@@ -113,6 +113,7 @@ def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, gene
     """Put a VeRALinear in the place of each targeted linear; returns their paths."""
     shapes = plan(model, config)
     out, width = (max(sizes) for sizes in zip(*shapes.values()))
+    check_trained_memory(config.rank * (out + width), model.embedding.weight.device, "rank")
     projection = Projection(width, out, config, model.embedding.weight.device)
     for path in shapes:
         layer = VeRALinear(model.get_submodule(path), projection, config)  # type: ignore[arg-type]

@@ -14,7 +14,16 @@ from typing import Any
 
 from minipeft.data.templates import TEMPLATE, prompt_text
 from minipeft.data.tokens import Tokenizer
-from minipeft.errors import InputError
+from minipeft.errors import (
+    InputError,
+    check_fields,
+    check_items,
+    check_kind,
+    check_methods,
+    check_path,
+    check_value,
+    shown,
+)
 from minipeft.files import check_plain, kind_of, parse_json
 from minipeft.hub import fetch
 
@@ -33,6 +42,9 @@ class Pair:
     snippet: str
     question_id: int | None = None  # of Stack Overflow; pairs of one question stay together when split
     line: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,14 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
     Raises:
         InputError: `FILE:LINE: field 'x': ...`: the file or a row cannot be used.
     """
+    folder = check_path(source, "source")
+    check_value(longest_field, int, {"least": 1}, "longest_field")
     if str(source) in NAMED:
         path = NAMED[str(source)](split)
-    elif (folder := Path(source)).is_dir() and (folder / conala_name(split)).exists():
+    elif folder.is_dir() and (folder / conala_name(split)).exists():
         path = folder / conala_name(split)
     else:
-        path = Path(source)
+        path = folder
     raw = read_whole(path)
     items, replaced = [], 0
     for place, line, row in read_rows(decode(raw, path), path, 20 * longest_field):
@@ -93,7 +107,7 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
 def conala_name(split: str) -> str:
     """The name of CoNaLa's file of a split."""
     if split not in ("train", "test"):
-        raise InputError(f"CoNaLa has no split {split!r}, only 'train' and 'test'", where="split")
+        raise InputError(f"CoNaLa has no split {shown(split)}, only 'train' and 'test'", where="split")
     return f"conala-paired-{split}.json"
 
 
@@ -106,7 +120,7 @@ def conala_file(split: str) -> Path:
 def demo_file(split: str) -> Path:
     """The file of the demo pairs, which holds all splits: each row names its own."""
     if split not in ("train", "test", "hard"):
-        raise InputError(f"the demo has no split {split!r}, only 'train', 'test' and 'hard'", where="split")
+        raise InputError(f"the demo has no split {shown(split)}, only 'train', 'test' and 'hard'", where="split")
     return Path(__file__).parents[1] / "demo" / "pairs.jsonl"
 
 
@@ -205,6 +219,9 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
     Raises:
         InputError: `held_out` is not below the number of pairs, or no set of whole questions makes it up.
     """
+    check_kind(pairs, Pairs, "pairs")
+    check_value(held_out, int, {}, "held_out")
+    check_value(seed, int, {}, "seed")
     if not 0 <= held_out < len(pairs):
         raise InputError(f"cannot hold out {held_out} of {len(pairs)} pairs", file=pairs.file, where="held_out")
     groups: dict[str, list[int]] = {}
@@ -229,8 +246,8 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
 
 def shared_pairs(pairs: Iterable[Pair], others: Iterable[Pair]) -> int:
     """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet."""
-    seen = {(pair.intent, pair.snippet) for pair in pairs}
-    return sum((pair.intent, pair.snippet) in seen for pair in others)
+    seen = {(pair.intent, pair.snippet) for pair in check_items(pairs, Pair, "pairs")}
+    return sum((pair.intent, pair.snippet) in seen for pair in check_items(others, Pair, "others"))
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> list[Example]:
@@ -240,8 +257,9 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str =
     itself. A whole text need not begin with its prompt's ids, though: a snippet that begins with a space may merge with
     the newline before it. Only there is the snippet encoded by itself.
     """
+    check_methods(tokenizer, ("require_eos", "encode", "encode_all"), "Tokenizer", "tokenizer")
     eos = tokenizer.require_eos()
-    pairs = list(pairs)
+    pairs = check_items(pairs, Pair, "pairs")
     texts = [prompt_text(pair.intent, template) for pair in pairs]
     prompts = tokenizer.encode_all(texts)
     wholes = tokenizer.encode_all([text + pair.snippet for text, pair in zip(texts, pairs)])

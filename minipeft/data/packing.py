@@ -22,10 +22,11 @@ from torch import Tensor
 from minipeft.data.examples import Example
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import IGNORED, PADDING, derived_seed
-from minipeft.errors import InputError, check_fields, check_value, option
+from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, option, shown
 
 LENGTH = 1024  # tokens of a row, as in the paper
 LOSS_MASKS = ("all", "response")
+MOST = 2**20  # rows of a batch, and tokens of a row
 
 Document = tuple[list[int], list[int]]  # ids and labels, of one length
 
@@ -34,8 +35,10 @@ Document = tuple[list[int], list[int]]  # ids and labels, of one length
 class PackConfig:
     """How examples become rows."""
 
-    length: int | None = option(None, "tokens of a row, virtual tokens included; default 1024 or the context", least=1)
-    batch: int = option(1, "rows of a batch", least=1)
+    length: int | None = option(
+        None, "tokens of a row, virtual tokens included; default 1024 or the context", least=1, limit=MOST
+    )
+    batch: int = option(1, "rows of a batch", least=1, limit=MOST)
     isolate: bool = option(
         True, "documents of a row do not see each other; without it they are joined, as in the paper"
     )
@@ -159,14 +162,17 @@ def pack(
     in the paper. `shuffle`: in an order drawn from the seed, another in each epoch.
 
     Raises:
-        InputError: an argument out of range, no examples, or no token left to take a loss on.
+        InputError: an argument out of range, no examples, an id beyond the tokenizer's, or no token left to take a
+            loss on.
     """
+    check_value(length, int, {}, "length")
     config = PackConfig(length, batch, isolate, loss_mask)
     check_value(virtual_tokens, int, {"least": 0}, "virtual_tokens")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
+    check_value(shuffle, bool, {}, "shuffle")
     width = row_width(length, virtual_tokens)
-    if not examples:
-        raise InputError("no examples to pack", where="examples")
+    check_methods(tokenizer, ("size", "require_eos", "eos", "pad"), "Tokenizer", "tokenizer")
+    check_examples(examples, tokenizer.size)
     if isolate:
         documents = [document_of(example, config.loss_mask, width) for example in examples]
     else:
@@ -176,6 +182,24 @@ def pack(
     report = count(examples, documents, kept, len(rows), width, batch, virtual_tokens)
     order = seed if shuffle else None
     return Batches(kept, rows, batch=batch, width=width, pad=padding_of(tokenizer), seed=order, report=report)
+
+
+def check_examples(examples: Sequence[Example], size: int) -> None:
+    """Check that there are examples, each of ids below `size`.
+
+    Raises:
+        InputError: names the first that is not.
+    """
+    for number, example in enumerate(check_items(examples, Example, "examples")):
+        where, ids, prompt = f"example {number}", example.ids, example.prompt_tokens
+        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+            raise InputError(f"its ids must be a list of integers, not {shown(ids, 60)}", where=where)
+        if ids and not (min(ids) >= 0 and max(ids) < size):
+            strange = next(i for i in ids if not 0 <= i < size)
+            raise InputError(f"id {shown(strange)} is not one of the tokenizer's {size:,}", where=where)
+        check_value(prompt, int, {"least": 0}, f"{where}: prompt_tokens")
+    if not len(examples):
+        raise InputError("no examples to pack", where="examples")
 
 
 def row_width(length: int, virtual_tokens: int) -> int:

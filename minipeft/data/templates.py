@@ -10,7 +10,7 @@ Up to and with the newline after `### Response:` it is the prompt; what follows 
 
 from __future__ import annotations
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_value, shown
 
 TEMPLATE = "### Instruction:\n{intent}\n### Response:\n"
 
@@ -19,8 +19,12 @@ def prompt_text(intent: str, template: str = TEMPLATE) -> str:
     """The prompt that asks for a snippet: the start of a training text, and all that generation is given.
 
     Raises:
-        InputError: the template does not hold {intent} exactly once.
+        InputError: the intent is empty or blank; the template does not hold {intent} exactly once.
     """
+    for name, text in (("intent", intent), ("template", template)):
+        check_value(text, str, {}, name)
+    if not intent.strip():
+        raise InputError("is blank" if intent else "is empty", where="intent")
     if template.count("{intent}") != 1:
-        raise InputError(f"must hold {{intent}} once, is {template!r}", where="template")
+        raise InputError(f"must hold {{intent}} once, is {shown(template)}", where="template")
     return template.replace("{intent}", intent)

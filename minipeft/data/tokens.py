@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items, check_kind, shown
 from minipeft.files import check_inside, check_plain, kind_of, read_object, read_text, write_whole
 from minipeft.hub import fetch, list_names
 
@@ -40,6 +41,8 @@ FILES = [
     "chat_template.jinja",
 ]  # that belong to a tokenizer and not a model
 GPT2_SPECIAL = "<|endoftext|>"  # GPT-2's own BOS and EOS, where no file names others
+LARGEST_TEXT = 2**28  # bytes of a text after the normalizer
+PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that GPT-2's alphabet writes as themselves
 
 T = TypeVar("T")
 
@@ -58,10 +61,24 @@ class Tokenizer:
         self.chosen_eos: str | None = None  # by with_eos; the files name another, or none
         self.bos, self.eos, self.pad = (special[name] for name in ("bos", "eos", "pad"))
         backend.encode_special_tokens = True  # special tokens written in a text are text
+        self.growth = growth_of(backend.normalizer)
+        for name, growth in (("normalizer", self.growth), ("decoder", growth_of(backend.decoder))):
+            if growth > LARGEST_TEXT:
+                problem = f"its rules may make a text {growth:.1g} times as long"
+                raise InputError(problem, file=file, where=name)
+        self.absent = absent_bytes(backend)  # bytes that the library would leave out without a word
         probe = call_library(lambda: backend.encode("a"), file, "post_processor")
         leading = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else len(probe.ids)
         self.before: list[int] = probe.ids[:leading]  # [BOS], or nothing
         self.size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        if self.before and max(self.before) >= self.size:
+            problem = f"puts id {max(self.before)} before a text, but the vocabulary ends at {self.size - 1}"
+            raise InputError(problem, file=file, where="post_processor")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one read from a pickle: the library does not keep this setting."""
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True
 
     @property
     def fingerprint(self) -> str:
@@ -75,13 +92,21 @@ class Tokenizer:
         `encode_pairs` ends each training text with one itself.
 
         Raises:
-            InputError: the text holds a lone surrogate, or the tokenizer's rules fail on it.
+            InputError: the text holds a lone surrogate or a character that the vocabulary has no bytes for, or the
+                tokenizer's rules fail on it.
         """
         return self.encode_all([text], bos=bos)[0]
 
     def encode_all(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """`encode` for each text, in parallel."""
-        sizes = [size_of(text, number) for number, text in enumerate(texts)]
+        check_kind(bos, bool, "bos")
+        sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
+        if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
+            problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
+            raise InputError(problem, file=self.file, where="normalizer")
+        if self.absent:
+            for number, text in enumerate(texts):
+                self.check_bytes(text, f"text {number + 1}")
         run = self.backend.encode_batch_fast
         try:
             encodings = call_library(partial(run, list(texts), add_special_tokens=False), self.file)
@@ -99,9 +124,24 @@ class Tokenizer:
                 )
         return [self.before + ids for ids in lists] if bos else lists
 
+    def check_bytes(self, text: str, where: str) -> None:
+        """Refuse a text with a byte that the vocabulary has no token for."""
+        for sign in text:
+            if not self.absent.isdisjoint(sign.encode()):
+                problem = f"holds {sign!r}, for which the vocabulary has no token: it would be left out"
+                raise InputError(problem, file=self.file, where=where)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out.
+
+        Raises:
+            InputError: an entry is not an integer in [0, 2^32).
+        """
+        ids = check_items(ids, int, "ids")
+        check_kind(skip_special, bool, "skip_special")
+        if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+            raise InputError(f"{shown(next(i for i in ids if not 0 <= i < 2**32))} must be in [0, 2^32)", where="ids")
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def with_eos(self, token: str) -> Tokenizer:
         """The same tokenizer with another token, which its vocabulary holds, as end of sequence."""
@@ -249,7 +289,11 @@ def read_byte_level(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
 
 def read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The pairs of merges.txt, in order; line 1 says `#version`, each other line holds two tokens of the vocabulary."""
-    lines = read_text(file).replace("\r\n", "\n").split("\n")
+    text = read_text(file).replace("\r\n", "\n")
+    if "\r" in text:  # the whole file would be its first line, a comment
+        place = text.count("\n", 0, text.index("\r")) + 1
+        raise InputError(f"line {place} ends in CR alone", file=file, hint="Save it with LF at the line ends")
+    lines = text.split("\n")
     if not lines[0].startswith("#version"):
         raise InputError(
             f"line 1 is {lines[0][:40]!r}, not '#version: ...' (some readers would drop a first merge)",
@@ -296,6 +340,7 @@ def special_id(
 
 def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
     """The id of a token, which is made special (left out when decoding); never a new one."""
+    check_kind(token, str, where)
     number = backend.token_to_id(token)
     if number is None:
         raise InputError(f"{token!r} is not in the vocabulary", file=file, where=where)
@@ -305,13 +350,39 @@ def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) 
 
 
 def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
-    """Let the tokenizer put this id before each text."""
-    token = backend.id_to_token(bos)
-    backend.post_processor = processors.TemplateProcessing(single=f"{token}:0 $A:0", special_tokens=[(token, bos)])
+    """Let the tokenizer put this id before each text, as BOS: the token itself may hold a colon or a space."""
+    backend.post_processor = processors.TemplateProcessing(single="BOS:0 $A:0", special_tokens=[("BOS", bos)])
 
 
-def size_of(text: str, number: int) -> int:
+def growth_of(part: Any) -> int:
+    """How many times as long a normalizer or decoder may make a text, by its rules that replace a text by a longer."""
+
+    def longest(rule: Any) -> int:
+        if isinstance(rule, list):
+            return math.prod(map(longest, rule))
+        if not isinstance(rule, dict):
+            return 1
+        content = rule.get("content") if rule.get("type") == "Replace" else None
+        own = len(content) + 1 if isinstance(content, str) and len(content) > 1 else 1  # + 1: it may match nothing
+        return own * math.prod(longest(inner) for inner in rule.values())
+
+    return 1 if part is None else longest(json.loads(part.__getstate__()))
+
+
+def absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """The bytes of UTF-8 without a token, in a byte-level BPE that has no unknown token to put in their place."""
+    rules = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if b'"ByteLevel"' not in rules or not isinstance(backend.model, models.BPE) or backend.model.unk_token is not None:
+        return frozenset()
+    moved = iter(range(256, 512))  # the others, in order, are written as U+0100, ...
+    signs = {byte: chr(byte) if byte in PRINTED else chr(next(moved)) for byte in range(256)}
+    possible = {*range(0xC0), *range(0xC2, 0xF5)}
+    return frozenset(byte for byte in possible if backend.token_to_id(signs[byte]) is None)
+
+
+def size_of(text: Any, number: int) -> int:
     """The UTF-8 bytes of a text."""
+    check_kind(text, str, f"text {number + 1}")
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:

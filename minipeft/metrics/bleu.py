@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_value, shown
 from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, closest_length, count_ngrams, overlap
 
 # The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value: what stands in for
@@ -77,8 +77,8 @@ def count_pairs(
 
     Of several references, "conala" takes the shortest length (as its evaluation does), the others the closest.
     """
-    if tokenize not in TOKENIZERS:
-        raise InputError(f"no tokenizer is called {tokenize!r}; there are {sorted(TOKENIZERS)}", where="tokenize")
+    if not isinstance(tokenize, str) or tokenize not in TOKENIZERS:
+        raise InputError(f"no tokenizer is called {shown(tokenize)}; there are {sorted(TOKENIZERS)}", where="tokenize")
     cut, rows = TOKENIZERS[tokenize], []
     for prediction, texts in zip(*check_pairs(predictions, references)):
         tokens, others = cut(prediction), [cut(text) for text in texts]
@@ -124,9 +124,12 @@ def _bleu(
     counts: np.ndarray, tokenize: str, smooth: str | None, smooth_value: float | None, effective_order: bool
 ) -> BLEU:
     """The score of the summed counts, with its parts and its signature."""
-    smooth = smooth or ("none" if tokenize == "conala" else "exp")
-    if smooth not in SMOOTHINGS:
-        raise InputError(f"no smoothing is called {smooth!r}; there are {sorted(SMOOTHINGS)}", where="smooth")
+    if smooth is None:
+        smooth = "none" if tokenize == "conala" else "exp"
+    if not isinstance(smooth, str) or smooth not in SMOOTHINGS:
+        raise InputError(f"no smoothing is called {shown(smooth)}; there are {sorted(SMOOTHINGS)}", where="smooth")
+    check_value(smooth_value, float | None, {"above": 0}, "smooth_value")
+    check_value(effective_order, bool, {}, "effective_order")
     sums = counts.sum(axis=0, keepdims=True)  # [1, 10]
     scores, precisions, brevity = score_counts(
         sums, smooth=smooth, smooth_value=smooth_value, effective_order=effective_order

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items, check_value
 from minipeft.metrics.bleu import score_counts
 
 RESAMPLES = 2000
@@ -55,6 +55,11 @@ def bootstrap_bleu(
     `runs` and `base` hold BLEU counts [Q, 10], one array a seed. The same `seed` gives the same interval.
     Raises: InputError where two runs have different numbers of questions.
     """
+    runs = check_counts(runs, "runs")
+    base = None if base is None else check_counts(base, "base")
+    check_value(resamples, int, {"least": 1, "limit": 100_000}, "resamples")
+    check_value(confidence, float, {"above": 0, "below": 1}, "confidence")
+    check_value(seed, int, {"least": 0}, "seed")
     number = len(runs[0])
     for counts in (*runs, *(base or ())):
         if len(counts) != number:
@@ -68,6 +73,21 @@ def bootstrap_bleu(
         p_value = min(1.0, 2 * min(float((values <= 0).mean()), float((values >= 0).mean())))
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(value[0]), float(low), float(high), confidence, resamples, p_value)
+
+
+def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
+    """Check that there are runs, each with BLEU counts of a question or more, [Q, 10].
+
+    Raises:
+        InputError: there are none, or one has another shape.
+    """
+    arrays = check_items(runs, np.ndarray, where)
+    if not arrays:
+        raise InputError("holds no run", where=where)
+    for array in arrays:
+        if array.ndim != 2 or array.shape[1] != 10 or not len(array) or array.dtype.kind not in "iuf":
+            raise InputError(f"BLEU counts are numbers [Q, 10], not {array.dtype} {list(array.shape)}", where=where)
+    return arrays
 
 
 def mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:

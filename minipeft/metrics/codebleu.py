@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.comments import drop_as_package, drop_truly
 from minipeft.metrics.dataflow import count_flows
 from minipeft.metrics.grammar import grammar_versions, parse
@@ -78,9 +78,9 @@ def codebleu(
     Raises: InputError for an unknown mode or aggregate, weights that do not sum to 1, pairs that cannot be scored.
     """
     if mode not in MODES:
-        raise InputError(f"no mode is called {mode!r}; there are {list(MODES)}", where="mode")
+        raise InputError(f"no mode is called {shown(mode)}; there are {list(MODES)}", where="mode")
     if aggregate not in AGGREGATES:
-        raise InputError(f"no aggregate is called {aggregate!r}; there are {list(AGGREGATES)}", where="aggregate")
+        raise InputError(f"no aggregate is called {shown(aggregate)}; there are {list(AGGREGATES)}", where="aggregate")
     weights = _check_weights(weights)
     pairs = list(zip(*check_pairs(predictions, references)))
     words = [_count_words(prediction, texts) for prediction, texts in pairs]
@@ -110,8 +110,12 @@ def codebleu(
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    check_items(weights, object, "weights", "number")
+    for weight in weights:
+        if weight == weight:  # NaN is refused below
+            check_value(weight, float, {}, "weights")
     if len(weights) != 4 or not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1):
-        raise InputError(f"expected four numbers, none below 0, that sum to 1, got {weights!r}", where="weights")
+        raise InputError(f"expected four numbers, none below 0, that sum to 1, got {shown(weights)}", where="weights")
     return tuple(weights)
 
 

@@ -6,8 +6,9 @@ A metric takes `predictions`, one text each, and `references`, for each predicti
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_items
 
 ORDERS = (1, 2, 3, 4)
 
@@ -65,11 +66,15 @@ def check_pairs(
     for name, given in (("predictions", predictions), ("references", references)):
         if isinstance(given, str):
             raise InputError(f"one text was given where a list is expected: {given[:40]!r}", where=name)
+        check_items(given, object, name, "text")
     if len(predictions) != len(references):
         raise InputError(f"{len(predictions)} predictions but {len(references)} references")
     if not len(predictions):
         raise InputError("no pairs to score: predictions and references are empty")
-    lists = [[given] if isinstance(given, str) else list(given) for given in references]
+    lists: list[Any] = [
+        [given] if isinstance(given, str) else check_items(given, object, f"references[{place}]", "text")
+        for place, given in enumerate(references)
+    ]
     for place, (prediction, texts) in enumerate(zip(predictions, lists)):
         if not isinstance(prediction, str):
             raise InputError(f"expected text, got {type(prediction).__name__}", where=f"predictions[{place}]")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError, check_value, shown
+from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
@@ -213,6 +213,9 @@ def score_texts(
     Raises: InputError where the pairs cannot be scored.
     """
     predictions, lists = check_pairs(predictions, references)
+    for name, given in (("questions", questions), ("hit_limit", hit_limit)):
+        if given is not None:
+            check_items(given, object, name, "value")
     if hit_limit is not None and len(hit_limit) != len(predictions):
         raise InputError(f"{len(hit_limit)} flags for {len(predictions)} predictions", where="hit_limit")
     keys = [None] * len(predictions) if questions is None else list(questions)

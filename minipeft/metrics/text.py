@@ -4,6 +4,7 @@ import ast
 import warnings
 from collections.abc import Sequence
 
+from minipeft.errors import check_items, check_kind
 from minipeft.metrics.ngrams import check_pairs, conala_tokens
 
 LONGEST_PYTHON = 200_000  # characters; a longer text is not parsed
@@ -13,7 +14,8 @@ LEAST_REPEATS = 4
 
 def is_exact(prediction: str, references: Sequence[str]) -> bool:
     """Whether the prediction has the same CoNaLa tokens as one of the references."""
-    return any(conala_tokens(prediction) == conala_tokens(text) for text in references)
+    check_kind(prediction, str, "prediction")
+    return any(conala_tokens(prediction) == conala_tokens(text) for text in check_items(references, str, "references"))
 
 
 def chrf(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
@@ -28,6 +30,7 @@ def chrf(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) 
 
 def is_valid_python(text: str) -> bool:
     """Whether Python's parser accepts the text, which is not run; a text over LONGEST_PYTHON characters is refused."""
+    check_kind(text, str, "text")
     if len(text) > LONGEST_PYTHON:
         return False
     with warnings.catch_warnings():
@@ -41,6 +44,7 @@ def is_valid_python(text: str) -> bool:
 
 def is_repeated(text: str) -> bool:
     """Whether the text ends in a unit of up to 32 tokens, at least 4 times in a row, that fills half of it or more."""
+    check_kind(text, str, "text")
     tokens = conala_tokens(text)
     for unit in range(1, min(LONGEST_UNIT, len(tokens) // LEAST_REPEATS) + 1):
         length = unit  # tokens at the end that repeat at this distance

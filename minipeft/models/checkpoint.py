@@ -25,11 +25,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, check_kind, check_path, check_value, shown
 from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
+from minipeft.models.decoder import check_process
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"
@@ -58,6 +59,9 @@ def load_model(
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{dtype} is not a dtype for weights (float32, bfloat16, float16)", where="dtype")
+    check_value(legacy_bin, bool, {}, "legacy_bin")
+    check_process()
+    device = check_device(device)
     folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX, GENERATION])
     held = [name for name in ("config.json", SINGLE, INDEX, GENERATION) if (folder / name).exists()]
     for name in held:
@@ -80,7 +84,23 @@ def load_model(
     check_tensors(found, model, weights)
     tensors = {name: tensors[info.name] for name, info in found.items()} if tensors else read_tensors(found)
     model.source = str(source)
-    return fill(model, tensors, found, dtype, torch.device(device))
+    return fill(model, tensors, found, dtype, device)
+
+
+def check_device(device: Any) -> torch.device:
+    """The device of that name, which must work here.
+
+    Raises:
+        InputError: there is no such device, or none that holds tensors.
+    """
+    if not isinstance(device, torch.device):
+        check_value(device, str, {}, "device")
+    try:
+        made = torch.device(device)
+        torch.zeros(1, device=made).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"{str(device)!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
+    return made
 
 
 def read_config(file: Path) -> Any:
@@ -305,9 +325,11 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
     With the tokenizer's files beside them the folder answers by itself: `minipeft generate --model FOLDER`.
 
     Raises:
-        InputError: an adapter is still in the model, the tokenizer has ids beyond it, or the folder cannot be written.
+        InputError: an adapter is still in the model, a tensor is not finite, the tokenizer has ids beyond the model, or
+            the folder cannot be written.
     """
-    folder = Path(folder)
+    check_kind(model, Decoder, "model")
+    folder = check_path(folder, "folder")
     config = model.config
     with torch.device("meta"):
         plain = set(model.family.decoder(config).state_dict())
@@ -320,6 +342,9 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
         )
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
+    for name, t in state.items():
+        if not torch.isfinite(t.sum(dtype=torch.float64)):
+            raise InputError("holds NaN or Inf, and is not saved", where=name)
     tensors = {name: t.T if is_transposed(name, model) else t for name, t in state.items()}
     if tokenizer is not None:
         tokenizer.check_fits(config.vocab_size)

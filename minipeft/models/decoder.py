@@ -11,19 +11,36 @@ differs it overrides one of the small methods: `embed`, `rotations`, `check`, `l
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.errors import InputError
+from minipeft.documents import positions_in
+from minipeft.errors import InputError, check_memory, check_value
 from minipeft.models.attention import run_block
 from minipeft.models.cache import Cache
 from minipeft.models.family import Family
-from minipeft.models.layout import Layout, Rotary, lay_out
+from minipeft.models.layout import Layout, Rotary, check_rows, lay_out
 from minipeft.models.loss import cross_entropy, finish
 from minipeft.models.products import linear
+
+IMPORTED_BY = os.getpid()
+
+
+def check_process() -> None:
+    """Check that torch can compute in this process: fork copies none of OpenMP's threads, which it would wait for.
+
+    Raises:
+        InputError: it was forked after the import, and torch uses several threads.
+    """
+    if os.getpid() != IMPORTED_BY and (threads := torch.get_num_threads()) > 1:
+        hint = "Call torch.set_num_threads(1) in it, or start it with multiprocessing's method 'spawn'"
+        raise InputError(
+            f"was forked, and torch has {threads} threads, which fork does not copy", where="process", hint=hint
+        )
 
 
 class Decoder(nn.Module):
@@ -71,9 +88,18 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def new_cache(self, rows: int, length: int) -> Cache:
-        """A decode cache for `rows` rows of `length` tokens, with room for the virtual tokens."""
+        """A decode cache for `rows` rows of `length` tokens, with room for the virtual tokens.
+
+        Raises:
+            InputError: it would not fit in this machine's memory.
+        """
+        for name, number in (("rows", rows), ("length", length)):
+            check_value(number, int, {"least": 1, "below": 2**31}, name)
         c, weight = self.config, self.embedding.weight
         columns = length + self.virtual_tokens
+        if weight.device.type == "cpu":
+            size = 2 * c.layers * rows * c.kv_heads * columns * c.head_width * weight.element_size()
+            check_memory(size, f"a cache of {rows} x {columns}")
         return Cache(c.layers, rows, c.kv_heads, columns, c.head_width, weight.dtype, weight.device)
 
     def check(self, layout: Layout) -> None:
@@ -95,6 +121,22 @@ class Decoder(nn.Module):
                 hint=f"cut each document to {limit - self.virtual_tokens} tokens",
             )
 
+    def check_context(self, documents: Tensor) -> None:
+        """Check that no document of rows to train on, with the virtual tokens before it, is longer than the context.
+
+        Raises:
+            InputError: one is; rotary positions would go on beyond what the model was trained for without a word.
+        """
+        if documents.shape[1] + self.virtual_tokens <= (limit := self.config.context):
+            return
+        if (largest := int(positions_in(documents).max()) + self.virtual_tokens) >= limit:
+            raise InputError(
+                f"the longest reaches position {largest}, but the model's context is {limit}"
+                + (f", of which the adapter takes {self.virtual_tokens}" if self.virtual_tokens else ""),
+                where="documents",
+                hint="pack(length=..., virtual_tokens=model.virtual_tokens)",
+            )
+
     def look_up(self, ids: Tensor) -> Tensor:
         """The vectors of tokens, as a prompt stands beside them. [...] -> [..., C]"""
         return self.embedding(ids)
@@ -112,8 +154,11 @@ class Decoder(nn.Module):
         """ids [B, T] -> what the head reads [B, T, C]; `documents` [B, T] as in documents.py, None: one a row.
 
         Raises:
-            InputError: documents do not fit the ids, a position is beyond the model's table, the cache has no room.
+            InputError: ids are not the vocabulary's, documents do not fit the ids, a position is beyond the model's
+                table, the cache has no room.
         """
+        check_process()
+        check_rows(self.config.vocab_size, ids, None, documents)
         layout = lay_out(
             documents,
             ids,
@@ -147,6 +192,10 @@ class Decoder(nn.Module):
         """Sum of the next-token losses in nats over the supervised tokens, in float32; the logits are never whole.
 
         ids, labels and documents [B, T]. `labels[t]` is `ids[t]`, or -100 where there is no loss.
+
+        Raises:
+            InputError: as `hidden`, and for labels that are neither -100 nor an id of the vocabulary.
         """
+        check_rows(self.config.vocab_size, ids, labels, documents)
         hidden = self.hidden(ids, documents)  # [B, T, C]
         return cross_entropy(hidden, self.head_weight(), labels, self.lm_head.bias, self.logit_divisor, self.logit_cap)

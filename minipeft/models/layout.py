@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.documents import PADDING, VIRTUAL, positions_in, visible
-from minipeft.errors import InputError
+from minipeft.documents import IGNORED, PADDING, VIRTUAL, positions_in, visible
+from minipeft.errors import InputError, shown
 from minipeft.models.cache import Cache
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position's angles
@@ -85,6 +85,30 @@ def lay_out(
         elif window not in views:
             views[window] = View(as_addend(visible(documents, positions, queries, window, windowed), dtype))
     return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
+
+
+def check_rows(vocab_size: int, ids: object, labels: object = None, documents: object = None) -> None:
+    """Check that rows are integers [B, T] of one shape, and on the CPU that each id and label is the vocabulary's.
+
+    Raises:
+        InputError: names the tensor, and what it holds.
+    """
+    for name, given in (("ids", ids), ("labels", labels), ("documents", documents)):
+        if given is None and name != "ids":
+            continue
+        if not isinstance(given, Tensor):
+            raise InputError(f"{shown(given)} must be a tensor of integers [rows, tokens]", where=name)
+        if given.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"are {given.dtype}, want torch.int64", where=name)
+        if given.dim() != 2 or 0 in given.shape:
+            raise InputError(f"have shape {list(given.shape)}, want [rows, tokens]", where=name)
+        if given.shape != ids.shape:  # type: ignore[attr-defined]
+            raise InputError(f"shape {list(given.shape)}, but ids have {list(ids.shape)}", where=name)  # type: ignore[attr-defined]
+        if name != "documents" and given.device.type == "cpu":
+            values = given if name == "ids" else torch.where(given == IGNORED, 0, given)
+            for value in (int(value) for value in torch.aminmax(values)):
+                if not 0 <= value < vocab_size:
+                    raise InputError(f"hold {value}, but the model has {vocab_size} tokens", where=name)
 
 
 def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:

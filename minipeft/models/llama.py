@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.errors import InputError, check_fields, option
+from minipeft.errors import InputError, check_fields, option, shown
 from minipeft.models.attention import attend, project
 from minipeft.models.cache import Cache
 from minipeft.models.config import ACTIVATIONS, alias, count, divides, dropout, width
@@ -160,6 +160,11 @@ def check_spellings(given: Mapping[str, object]) -> None:
         InputError: names the entry and both values.
     """
     new, old = given.get("rope_parameters"), given.get("rope_scaling")
+    for where, rope in (("rope_parameters", new), ("rope_scaling", old)):
+        named = {name: rope[name] for name in ("rope_type", "type") if name in rope} if isinstance(rope, dict) else {}
+        if len(named) == 2 and named["rope_type"] != named["type"]:
+            problem = f"rope_type {shown(named['rope_type'])} and type {shown(named['type'])} contradict each other"
+            raise InputError(problem, where=where, hint="Remove the one that is wrong")
     if not (isinstance(new, dict) and new and isinstance(old, dict) and old):
         return
     of = lambda rope, name: rope.get(name, rope.get("type", "default") if name == "rope_type" else None)

@@ -19,13 +19,12 @@ from minipeft.adapters.peft_format import load_adapter
 from minipeft.data.examples import Pair, load_pairs
 from minipeft.data.templates import prompt_text
 from minipeft.data.tokens import Tokenizer, load_tokenizer
-from minipeft.errors import InputError, check_fields, option
+from minipeft.errors import InputError, check_fields, check_path, option
 from minipeft.files import kind_of, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import load_model
+from minipeft.models.checkpoint import check_device, load_model
 from minipeft.runs.config import DTYPES, ModelConfig
-from minipeft.runs.process import check_device
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
         InputError: the file exists, or FILE.part was started with other settings.
     """
     assert config.data is not None
-    assert config.out is not None
-    out = config.out
+    out = check_path(config.out, "out")
     if out.exists():
         raise InputError("exists already", file=out, hint="Name another --out, or remove it")
     pairs = load_pairs(config.data, split=config.split)
@@ -152,6 +150,7 @@ def read_answers(file: Path) -> AnswerColumns:
     Raises:
         InputError: a line is not an object with a text `prediction` and a text, or list of texts, `reference`.
     """
+    file = check_path(file, "file")
     rows = list(answers_in(file))
     if not rows:
         raise InputError("holds no answers", file=file)

@@ -13,8 +13,10 @@ any byte, an older checkpoint or the new one is complete. Loading goes from newe
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +28,13 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import check_header, check_plain, read_header, read_object, sync_folder, tensor_stream
+from minipeft.files import check_header, check_plain, read_header, read_object, remove, sync_folder, tensor_stream
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
 from minipeft.training.loop import TrainState, check_finite, trained
 
 KEPT = 2
+NAME = re.compile(r"step-[0-9]+")
 FORMAT = 1
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
@@ -61,6 +64,9 @@ class Run:
         self.folder, self.lock, self.resumed = folder, lock, resumed
         self.checkpoints = folder / "checkpoints"
         self.log_file = folder / LOG
+        self.written: Path | None = None  # the newest checkpoint of this run: restored from, or written
+        if os.path.lexists(self.log_file):
+            check_plain(self.log_file)  # a named pipe would be waited for
         with writing(folder):
             self.log_stream = open(self.log_file, "ab")  # noqa: SIM115 (open as long as the run)
             sync_folder(folder)  # a power cut must not take the new log's name back
@@ -92,8 +98,11 @@ class Run:
         parameters = trained(model)
         check_finite(parameters, state)
         final = self.checkpoints / f"step-{state.step:06d}"
-        if final.exists():  # the run was restored from it, so it verified
+        if final == self.written:  # it verified when the run was restored from it
             return
+        if os.path.lexists(final):  # what stands there is not this run's
+            with writing(final):
+                set_aside(final)
         order = sorted(parameters)
         tensors: dict[str, Tensor | Sequence[Tensor]] = {f"parameter/{name}": parameters[name] for name in order}
         tensors["exp_avg"] = [state.exp_avg[name] for name in order]
@@ -117,24 +126,29 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would fill a full disk
             raise
         part.rename(final)
+        self.written = final
         sync_folder(self.checkpoints)
         for old in self.list_committed()[KEPT:]:
             discard(old)
 
     def list_committed(self) -> list[Path]:
         """The checkpoints, newest first: by their numbers, not by file times."""
-        numbered = [path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-        return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+        named = [path for path in self.checkpoints.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
     def restore(self, model: Decoder, state: TrainState) -> None:
         """Load the newest checkpoint that verifies into model and state, and cut the log to its length.
 
         Newer, damaged ones are removed: the run will write them again. Without any checkpoint the run starts at step 0,
-        and `notes` says so.
+        and `notes` says so. What is named as a checkpoint and is no folder is renamed, and noted.
 
         Raises:
             InputError: there are checkpoints, but each is damaged; the text lists them with the reasons.
         """
+        for path in sorted(self.checkpoints.iterdir()):
+            if NAME.fullmatch(path.name) and not path.is_dir():
+                with writing(path):
+                    self.notes.append(f"{path}: is no folder, so no checkpoint: renamed {set_aside(path).name}")
         faults: dict[Path, str] = {}
         for folder in self.list_committed():
             try:
@@ -143,7 +157,7 @@ class Run:
                 faults[folder] = str(error)
                 continue
             load_tensors(folder / STATE, model, state)
-            state.step = manifest["step"]
+            state.step, self.written = manifest["step"], folder
             self.notes += [f"skipped a damaged checkpoint: {fault}" for fault in faults.values()]
             with writing(self.checkpoints):
                 for damaged in faults:
@@ -211,7 +225,15 @@ def discard(folder: Path) -> None:
     """Remove a checkpoint, renamed first: half of one is never taken for a checkpoint."""
     trash = folder.with_name(f".trash-{folder.name}")
     folder.rename(trash)
-    shutil.rmtree(trash)
+    remove(trash)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what stands where a checkpoint belongs, to the first free name NAME.aside-N; returns it."""
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    return aside
 
 
 def write_summed(file: Path, fill: Callable[[Any], object]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from minipeft.errors import InputError
 from minipeft.files import read_object
 from minipeft.hub import fetch
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import read_config
+from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.checkpoints import check_space
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.planning import (
@@ -27,7 +27,6 @@ from minipeft.runs.planning import (
     probe_flops,
     train_flops,
 )
-from minipeft.runs.process import check_device
 from minipeft.training.loop import TrainConfig
 
 

@@ -28,16 +28,16 @@ from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.examples import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import fingerprint, load_model, save_model
+from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
 from minipeft.runs.card import CARD, training_card, write_card
 from minipeft.runs.checkpoints import Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder
-from minipeft.runs.process import Stopped, check_device, explain_memory, make_deterministic, peak_memory, stopping
+from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
 
@@ -60,7 +60,7 @@ def finetune(
         InputError: something that the caller gave is wrong; no folder is left half-written.
         Stopped: SIGTERM or SIGINT came; the run is saved.
     """
-    out = Path(out)
+    out = check_path(out, "out")
     with make_deterministic(config.deterministic, config.model.device):
         check_device(config.model.device)
         fresh = not out.exists()

@@ -9,7 +9,6 @@ DIR/.lock          locked by the process that writes the folder
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minipeft.errors import InputError, check_fields, option, shown
-from minipeft.files import lock_folder, make_folder, read_object, sync_folder, write_json
+from minipeft.files import lock_folder, make_folder, read_object, remove, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
 PROBE_BYTES = 2**16  # written and removed first of all: a folder that takes them takes a run's first files
@@ -98,21 +97,21 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that died left half-written."""
     with writing(folder):
         for part in [*folder.glob("checkpoints/.tmp-*"), *folder.glob("checkpoints/.trash-*")]:
-            shutil.rmtree(part)
+            remove(part)
         for place in (folder, folder / "adapter", folder / "model"):  # write_whole's, under mkstemp's names
             for ending in ("json", "safetensors", "md", "txt", "jinja"):
                 for part in place.glob(f".*.{ending}.????????"):
-                    part.unlink()
+                    remove(part)
         for part in folder.glob(".probe-*"):
-            part.unlink()
+            remove(part)
 
 
 def remove_run(folder: Path) -> None:
     """Remove an earlier run and nothing else; run.json, which marks the folder as a run's, goes last."""
     with writing(folder):
         for name in ("checkpoints", "adapter", "model"):
-            if (folder / name).exists():
-                shutil.rmtree(folder / name)
+            if os.path.lexists(folder / name):
+                remove(folder / name)
         for name in (RESULT, TIMING, LOG, f"{LOG}.damaged", RUN):
             (folder / name).unlink(missing_ok=True)
 

@@ -117,14 +117,6 @@ class LossyStream:
         return getattr(self.stream, name)
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that does not work here."""
-    try:
-        torch.zeros(1, device=name).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"{name!r} cannot be used: {str(error).splitlines()[0]}", where="device") from error
-
-
 @contextmanager
 def make_deterministic(wanted: bool, device: str) -> Iterator[None]:
     """Within, where wanted: a run on CUDA gives the same bits each time, as it does on a CPU anyway.

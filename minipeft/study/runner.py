@@ -24,10 +24,10 @@ from typing import Any
 from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, split_by_question
 from minipeft.data.packing import pack
 from minipeft.data.tokens import load_tokenizer
-from minipeft.errors import InputError
+from minipeft.errors import InputError, check_path
 from minipeft.files import lock_folder, parse_json, read_object, read_text, write_json, write_whole
 from minipeft.hub import fetch
-from minipeft.models.checkpoint import read_config
+from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
 from minipeft.runs.process import stopping
 from minipeft.study.baselines import BASELINES
@@ -58,6 +58,8 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
         InputError: the folder belongs to something else or is in use, the data cannot be used, or no model can.
         KeyboardInterrupt, SystemExit: stopped by a signal; the same call resumes.
     """
+    out = check_path(out, "out")
+    check_device(config.device)
     preset = PRESETS[config.preset]
     train, test = load_data(config.data or preset.data, config.limit)
     held_out = config.settings.get("held_out", find_split(train, min(HELD_OUT, len(train) // 10)))

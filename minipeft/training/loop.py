@@ -18,9 +18,12 @@ AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +31,16 @@ from torch.optim.adamw import adamw
 
 from minipeft.data.packing import Batch
 from minipeft.documents import derived_seed
-from minipeft.errors import InputError, check_fields, option
+from minipeft.errors import InputError, check_fields, check_items, check_kind, option, shown
 from minipeft.models import Decoder
+from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
 
 DECAYS = ("linear", "cosine", "constant")
+LOWEST_RATE = 1e-12  # a learning rate below it moves no float32 weight that matters
+DRAWING = threading.RLock()  # torch's generator, which dropout draws from, is one for all threads
+STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
+ENTERING = threading.Lock()  # of STEPPING
 
 
 class Batches(Protocol):
@@ -49,7 +57,7 @@ class TrainConfig:
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0, aliases=("lr",))
     warmup: float = option(0.06, "share of the steps over which the learning rate climbs to its peak", least=0, below=1)
     decay: str = option("linear", "shape of the decay to zero at the last step", choices=DECAYS)
-    accumulate: int = option(1, "batches of an optimizer step", least=1)
+    accumulate: int = option(1, "batches of an optimizer step", least=1, limit=2**16)
     weight_decay: float = option(0.0, "weight decay of AdamW", least=0, below=1)
     beta1: float = option(0.9, "decay of the mean of the gradient", least=0, below=1)
     beta2: float = option(0.99, "decay of the mean of its square", least=0, below=1)
@@ -70,6 +78,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.learning_rate < LOWEST_RATE:
+            problem = f"{self.learning_rate:g} trains nothing: it must be >= {LOWEST_RATE:g}"
+            raise InputError(problem, where="learning_rate")
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -99,6 +110,7 @@ class TrainState:
     """What training needs to go on, beside the trainable tensors: the step count, AdamW's moments by parameter name."""
 
     def __init__(self, model: nn.Module):
+        check_kind(model, nn.Module, "model")
         self.step = 0
         self.exp_avg = {name: torch.zeros_like(p) for name, p in trained(model).items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in trained(model).items()}
@@ -112,13 +124,20 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
     """Train the parameters that require gradients, from `state.step` to `config.steps`; yields after each step.
 
-    Where a step raises, the model gets back its mode (train or eval) and its activation checkpointing.
+    Where a step raises, the model gets back its mode (train or eval) and its activation checkpointing. Trainings of two
+    models in two threads take turns at each micro-batch, so that each draws the dropout that it would draw alone.
 
     Raises:
-        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32, or
-            `state` is of another model; in a step: a loss, gradient, weight or moment is not finite, or a trained
-            tensor gets no gradient.
+        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32,
+            gradients are off, or `state` is of another model; in a step: a batch does not fit the model, a tensor of
+            the model was cast, moved, frozen or replaced since the last step, a loss, gradient, weight or moment is
+            not finite, a trained tensor gets no gradient, or another training of this model is within a step.
     """
+    for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
+        check_kind(given, kind, name)
+    if not hasattr(batches, "__getitem__") or isinstance(batches, str | bytes | Mapping):
+        raise InputError(f"{shown(batches)} must be what pack returns, or a list of Batch", where="batches")
+    check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
     parameters = trained(model)
@@ -129,6 +148,7 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
             hint = "Load the model with dtype=torch.float32: updates of a bfloat16 weight round away"
             raise InputError(f"is {p.dtype}, but trained tensors must be float32", where=name, hint=hint)
     state = TrainState(model) if state is None else state
+    check_kind(state, TrainState, "state")
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
@@ -164,14 +184,108 @@ def take_steps(
     assert config.steps is not None
     was_training, was_checkpointing = model.training, model.activation_checkpointing
     silent = dict.fromkeys(parameters, 0)  # consecutive steps in which a tensor's gradient was zero
+    before = describe_tensors(model)
     while state.step < config.steps:
         try:
-            step = take_step(model, parameters, groups, batches, config, state, silent)
+            with one_step_at_a_time(model, state.step):
+                check_unchanged(before, describe_tensors(model), f"step {state.step + 1}")
+                step = take_step(model, parameters, groups, batches, config, state, silent)
         except BaseException:
             model.train(was_training)
             model.activation_checkpointing = was_checkpointing
             raise
         yield step
+
+
+def check_gradients_on(model: nn.Module, where: str) -> None:
+    """Refuse to train where autograd records nothing.
+
+    Raises:
+        InputError: within torch.no_grad or inference_mode, or with a model that was made within the latter.
+    """
+    if not torch.is_grad_enabled():
+        raise InputError("gradients are off: torch.no_grad or torch.inference_mode is in effect", where=where)
+    for name, p in model.named_parameters():
+        if p.is_inference():
+            raise InputError(f"{name!r} was made within torch.inference_mode and cannot be trained", where=where)
+
+
+Tensors = dict[str, tuple[int, torch.dtype, torch.device, bool]]  # of each parameter: id, dtype, device, trained
+
+
+def describe_tensors(model: nn.Module) -> Tensors:
+    """What must stay as it is from step to step."""
+    return {name: (id(p), p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()}
+
+
+def check_unchanged(before: Tensors, now: Tensors, where: str) -> None:
+    """Check that the caller has not changed the model's tensors between two steps.
+
+    Raises:
+        InputError: a parameter was cast, moved, frozen, made trainable, added, removed or replaced.
+    """
+    if before == now:
+        return
+    for name in before.keys() | now.keys():
+        if name not in before or name not in now:
+            raise InputError(f"{name!r} was {'added' if name in now else 'removed'} since the last step", where=where)
+    for name, (held, dtype, device, trained) in now.items():
+        was = before[name]
+        if (dtype, device) != was[1:3]:
+            old, new = (was[1], dtype) if dtype != was[1] else (was[2], device)
+            raise InputError(f"{name!r} was {old} and is {new} since the last step", where=where)
+        if trained != was[3]:
+            raise InputError(
+                f"{name!r} was {'made trainable' if trained else 'frozen'} since the last step", where=where
+            )
+        if held != was[0]:
+            raise InputError(f"{name!r} is another tensor since the last step", where=where)
+
+
+@contextmanager
+def one_step_at_a_time(model: nn.Module, step: int) -> Iterator[None]:
+    """Within: the model is in the middle of a step.
+
+    Raises:
+        InputError: it is already, in another thread.
+    """
+    with ENTERING:
+        if model in STEPPING:
+            raise InputError("another training of this model is within a step", where=f"step {step + 1}")
+        STEPPING.add(model)
+    try:
+        yield
+    finally:
+        STEPPING.discard(model)
+
+
+def check_batch(model: Decoder, batch: object, where: str) -> Batch:
+    """Check that a batch's rows are ones that the model can be trained on.
+
+    Raises:
+        InputError: it is no Batch; the rows are not integers of one shape, not the vocabulary's, or too long.
+    """
+    check_kind(batch, Batch, where)
+    assert isinstance(batch, Batch)
+    try:
+        check_rows(model.config.vocab_size, batch.ids, batch.labels, batch.documents)
+        model.check_context(batch.documents)
+    except InputError as error:
+        raise InputError(str(error), where=where) from error
+    return batch
+
+
+def take_batch(model: Decoder, batches: Batches, number: int, where: str) -> Batch:
+    """Batch `number`, checked.
+
+    Raises:
+        InputError: there is none, or it does not fit the model.
+    """
+    try:
+        batch = batches[number]
+    except (IndexError, KeyError) as error:
+        raise InputError(f"there is no batch {number}", where=where) from error
+    return check_batch(model, batch, where)
 
 
 def take_step(
@@ -184,15 +298,17 @@ def take_step(
     silent: dict[str, int],
 ) -> Step:
     """One optimizer step: the gradient of `accumulate` batches, the checks, AdamW."""
+    where = f"step {state.step + 1}"
+    check_gradients_on(model, where)
     model.train()
     model.activation_checkpointing = config.activation_checkpointing
     model.zero_grad(set_to_none=True)
     torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
     first = state.step * config.accumulate
-    micro = [batches[first + i] for i in range(config.accumulate)]
+    micro = [take_batch(model, batches, first + i, where) for i in range(config.accumulate)]
     targets = sum(count_targets(batch.labels) for batch in micro)
     if not targets:
-        raise InputError("no token of this step's batches is supervised", where=f"step {state.step + 1}")
+        raise InputError("no token of this step's batches is supervised", where=where)
     loss = 0.0
     for i, batch in enumerate(micro):
         loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
@@ -216,7 +332,7 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     """
     device = model.embedding.weight.device
     ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with DRAWING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         loss = model.loss(ids, labels, documents) / targets
         loss.backward()
@@ -293,17 +409,20 @@ def update(
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: list[Batch]) -> float:
+def evaluate(model: Decoder, batches: Sequence[Batch]) -> float:
     """Mean loss in nats per supervised token over `batches`, in eval mode; the model's mode is put back.
 
     Raises:
-        InputError: no token is supervised, or the loss is not finite.
+        InputError: a batch does not fit the model, no token is supervised, or the loss is not finite.
     """
+    check_kind(model, Decoder, "model")
+    batches = check_items(batches, Batch, "batches")
     was_training, device = model.training, model.embedding.weight.device
     loss, targets = 0.0, 0
     model.eval()
     try:
         for batch in batches:
+            check_batch(model, batch, "evaluate")
             ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
             loss += model.loss(ids, labels, documents).item()
             targets += count_targets(labels)

@@ -33,3 +33,20 @@ def test_patterns_give_each_target_its_rank_and_alpha_and_the_first_match_counts
     assert at("2.mlp.up_proj") == (7, 32 / 7)
     assert at("2.mlp.down_proj") == (7, 4 / 7)
     assert at("2.self_attn.k_proj") == (2, 2.0)
+
+
+def test_thousands_of_patterns_are_matched_in_one_process(decoder):
+    """2,000 of them took a process each: 20 s and more."""
+    model = decoder("llama")
+    patterns = {f"(0|1|{n}).self_attn.q_proj": n + 2 for n in range(2_000)}
+    start = time.process_time()
+    add_adapter(model, LoRAConfig(rank=2, rank_pattern=patterns))
+    assert time.process_time() - start < 5
+    assert lora_layers(model)["model.layers.1.self_attn.q_proj"].lora_A.shape[0] == 2
+
+
+def test_the_pattern_that_takes_years_is_named_among_others(decoder, monkeypatch):
+    monkeypatch.setattr(patterns_module, "DEADLINE", 0.5)
+    patterns = {"q_pro(j)": 2, r"(([a-z]|\d|_|\.)+)+!": 2, "v_pro(j)": 2}
+    with pytest.raises(InputError, match=r"rank_pattern: .* took longer than 0\.5 s"):
+        add_adapter(decoder("llama"), LoRAConfig(rank_pattern=patterns))

@@ -15,7 +15,7 @@ from minipeft.documents import IGNORED, PADDING, derived_seed
 from minipeft.errors import InputError
 
 EOS, PAD = 1, 0
-TOKENIZER: Any = SimpleNamespace(pad=PAD, eos=EOS, require_eos=lambda: EOS)
+TOKENIZER: Any = SimpleNamespace(pad=PAD, eos=EOS, size=2**20, require_eos=lambda: EOS)
 
 
 def examples_of(sizes: list[tuple[int, int]]) -> list[Example]:
@@ -195,11 +195,11 @@ def test_the_drawing_at_the_head_of_the_file() -> None:
 
 def test_padding_needs_no_token_of_its_own() -> None:
     """`documents` marks padding, not the id: where padding is EOS, EOS is still supervised."""
-    same: Any = SimpleNamespace(pad=EOS, eos=EOS, require_eos=lambda: EOS)
+    same: Any = SimpleNamespace(pad=EOS, eos=EOS, size=2**20, require_eos=lambda: EOS)
     examples = [Example([5, EOS], 1), Example([6, 7, EOS], 1)]
     (batch,) = pack(examples, same, length=3, batch=2, shuffle=False)
     assert batch.labels.tolist() == [[-100, 7, EOS], [-100, EOS, -100]]
-    none: Any = SimpleNamespace(pad=None, eos=None, require_eos=lambda: EOS)
+    none: Any = SimpleNamespace(pad=None, eos=None, size=2**20, require_eos=lambda: EOS)
     (batch,) = pack(examples, none, length=3, batch=2, shuffle=False)
     assert batch.ids.tolist() == [[6, 7, EOS], [5, EOS, 0]]
 

@@ -239,8 +239,11 @@ def split_on(pattern: str) -> dict[str, Any]:
 
 
 GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 2_000}
-UNKNOWN = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+UNKNOWN: dict[str, Any] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
            "pair": [], "special_tokens": {}}  # fmt: skip
+BEYOND = {**UNKNOWN, "single": [*UNKNOWN["single"], {"Sequence": {"id": "A", "type_id": 0}}],
+          "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+          "special_tokens": {"<x>": {"id": "<x>", "ids": [9999], "tokens": ["<x>"]}}}  # fmt: skip
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "T01 missing": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json, and no vocab.json with merges.txt"),
     "T02 truncated": (lambda f: cut(f / "tokenizer.json"), "tokenizer.json: not valid JSON: line 1 column"),
@@ -256,6 +259,18 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "T16 unknown special": (lambda f: change(f, post_processor=UNKNOWN), "tokenizer.json: "),
     "T17 id -1": (lambda f: change(f, model__vocab=lambda v: v | {"zz": -1}), "token 'zz' has id -1"),
     "vocab is text": (lambda f: change(f, model__vocab="abc"), "vocab: must be an object of token: id, is text"),
+    "text doubles thirty times": (
+        lambda f: change(f, normalizer={"type": "Sequence", "normalizers": [{**GROWS, "content": "aa"}] * 30}),
+        "normalizer: its rules may make a text 2e+14 times as long",
+    ),
+    "answer doubles thirty times": (
+        lambda f: change(f, decoder={"type": "Sequence", "decoders": [{**GROWS, "content": "aa"}] * 30}),
+        "decoder: its rules may make a text 2e+14 times as long",
+    ),
+    "post-processor beyond": (
+        lambda f: change(f, post_processor=BEYOND),
+        "post_processor: puts id 9999 before a text, but the vocabulary ends at",
+    ),
     "list at top": (lambda f: write(f / "tokenizer.json", []), "must hold a JSON object, but holds a list"),
     "eos is a number": (lambda f: write(f / "tokenizer_config.json", {"eos_token": 7}), "eos_token: must be text"),
     "eos unknown": (lambda f: write(f / "special_tokens_map.json", {"eos_token": "<e>"}), "'<e>' is not in the voc"),
@@ -281,6 +296,8 @@ LINES: dict[str, tuple[str, bytes, str]] = {
     "no header": ("merges.txt", b"h e\nl l\n", "line 1 is 'h e', not '#version: ...'"),
     "three parts": ("merges.txt", b"#version: 0.2\nh e\nh e l\n", "line 3: 'h e l' is not two tokens"),
     "not in the vocabulary": ("merges.txt", b"#version: 0.2\nh e\nx y\n", "line 3: 'xy' is not in vocab.json"),
+    "CR alone": ("merges.txt", b"#version: 0.2\rh e\rhe l\r", "merges.txt: line 1 ends in CR alone"),
+    "CR in the middle": ("merges.txt", b"#version: 0.2\nh e\rhe l\n", "merges.txt: line 2 ends in CR alone"),
     "wrong encoding": ("merges.txt", b"#version: 0.2\nh \xe9\n", "merges.txt: not UTF-8 at byte 16"),
     "empty": ("vocab.json", b"{}", "vocab.json: vocabulary is empty"),
     "one id": ("vocab.json", b'{"a": 0, "b": 0}', "ids not unique: 'a' and 'b' both have 0"),
@@ -314,3 +331,26 @@ def test_a_link_that_leaves_the_folder_is_not_followed(tmp_path, assets, name):
     (inside / name).symlink_to(outside)
     with pytest.raises(InputError, match="is a link that leaves the model folder"):
         load_tokenizer(inside)
+
+
+def test_a_character_without_a_token_is_refused_not_left_out(gpt2: Path) -> None:
+    """The library leaves out a byte that a byte-level vocabulary lacks: "a~b" would be trained on as "ab"."""
+    vocab = json.loads((gpt2 / "vocab.json").read_text())
+    assert load_tokenizer(gpt2).decode(load_tokenizer(gpt2).encode("a~b", bos=False)) == "a~b"
+    number = vocab.pop("~")
+    write(gpt2 / "vocab.json", {**vocab, "<unused>": number})
+    tokenizer = load_tokenizer(gpt2)
+    assert tokenizer.decode(tokenizer.encode("ab é", bos=False)) == "ab é"
+    with pytest.raises(InputError, match=r"vocab.json: text 2: holds '~', for which the vocabulary has no token"):
+        tokenizer.encode_all(["ab", "a~b"])
+
+
+@pytest.mark.parametrize("token", ["<b:s>", "<b s>", ":", "$A", "a:0 $B:0"])
+def test_a_bos_token_may_hold_what_a_template_reads(gpt2: Path, token: str) -> None:
+    vocab = json.loads((gpt2 / "vocab.json").read_text())
+    number = vocab.setdefault(token, len(vocab))
+    write(gpt2 / "vocab.json", vocab)
+    write(gpt2 / "tokenizer_config.json", {"bos_token": token, "eos_token": token, "add_bos_token": True})
+    tokenizer = load_tokenizer(gpt2)
+    assert tokenizer.encode("ab")[0] == number == tokenizer.bos
+    assert tokenizer.encode("ab")[1:] == tokenizer.encode("ab", bos=False)

@@ -1,6 +1,7 @@
 """Checkpoints: their content and size, how many are kept, and which leftovers are removed at the start of a run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,48 @@ def test_space_is_asked_for_before(tmp_path: Path) -> None:
     check_space(tmp_path, 10)
     with pytest.raises(InputError, match=r"bytes free, but 3 checkpoints and the result take 36,000,000,000,000,000"):
         check_space(tmp_path, 10**15)
+
+
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_text("mine"),
+    "pipe": os.mkfifo,
+    "empty folder": lambda path: path.mkdir(),
+    "folder without state": lambda path: (path.mkdir(), (path / MANIFEST).write_text("{}")),
+    "link to a file": lambda path: path.symlink_to(path.parents[1] / "run.json"),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link to a folder": lambda path: path.symlink_to(path.parents[1]),
+}
+
+
+@pytest.mark.parametrize("name", ["step-000009", "step-000004", ".tmp-step-000004", ".trash-step-000001", "step-²"])
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_else_lies_among_the_checkpoints_stops_no_resume(kind: str, name: str, tmp_path: Path) -> None:
+    """It is neither taken for a checkpoint nor, where it is a file of somebody's, removed."""
+    model, run = tuned(layers=1), opened(tmp_path)
+    state = TrainState(model)
+    for step in (1, 2, 3):
+        state.step = step
+        run.save(model, state)
+    run.close()
+    PLANTED[kind](tmp_path / "checkpoints" / name)
+    again, back = opened(tmp_path, resume=True), TrainState(model)
+    again.restore(model, back)
+    assert back.step == 3
+    for step in (4, 5):
+        back.step = step
+        again.save(model, back)
+    again.close()
+    third, back = opened(tmp_path, resume=True), TrainState(model)
+    third.restore(model, back)
+    assert back.step == 5
+    assert (tmp_path / "run.json").exists(), "what a link leads to stays"
+    kept = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file() and path.read_bytes() == b"mine"]
+    assert len(kept) == (kind == "file" and not name.startswith("."))
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    (tmp_path / "log.jsonl").unlink()
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(InputError, match=r"log.jsonl: is not a plain file"):
+        opened(tmp_path, resume=True)
