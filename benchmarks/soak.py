@@ -14,7 +14,8 @@ busy neighbour: it trains, generates and scores in one Python process again and 
 its open files must stay what they are, and its memory must not grow.
 
 log.jsonl gets a line for each command, round and cycle as they end; summary.json says what came of it. The exit status
-is 1 where something was wrong.
+is 1 where something was wrong: other bytes, a status that the harm does not explain, an error without its line, a hang,
+an open file more, memory that grows. (Where memory runs out before minipeft itself is loaded, Python says so.)
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ class Soak:
     def run(self) -> int:
         write_pairs(self.place / "pairs.jsonl")
         wanted = self.do_round("wanted", ())
+        self.note({"wanted": digest_of(wanted), "files": len(wanted)})
         ours = [sys.executable, __file__, "--neighbour", str(self.place), "--out", str(self.options.out)]
         neighbour = subprocess.Popen(ours, stdin=subprocess.PIPE, stderr=(self.options.out / "neighbour").open("w"))
         rounds = 0
-        while time.monotonic() - self.begun < 60 * self.options.minutes:
+        while not rounds or time.monotonic() - self.begun < 60 * self.options.minutes:
             rounds += 1
             found = self.do_round(f"round-{rounds}", self.harms)
             differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
@@ -145,7 +147,7 @@ class Soak:
         return 1 if self.wrong else 0
 
     def do_round(self, name: str, harms: tuple[str, ...]) -> dict[str, str]:
-        """Train, generate and score in a folder of the small disk; returns the sha256 of every file and of the scores."""
+        """Train, generate and score in a folder of the small disk; returns the sha256 of each file and the scores."""
         folder = self.disk / name
         pairs = str(self.place / "pairs.jsonl")
         flags = flags_of({**TRAIN, "data": pairs})
@@ -191,7 +193,10 @@ class Soak:
             (self.disk / "ballast").unlink(missing_ok=True)
             said, printed = (stream.seek(0) or stream.read() for stream in (err, out))
         seconds = time.monotonic() - begun
-        last = (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+        lines = said.decode(errors="replace").strip().splitlines() or [""]
+        last = next(
+            (line for line in lines if line.startswith("error: ")), lines[-1]
+        )  # Python may add to it as it ends
         last = last.replace(str(self.disk), "DISK").replace(str(self.place), "PLACE")[-300:]
         if harm == "none":
             self.seconds[kind] = seconds if kind not in self.seconds else (self.seconds[kind] + seconds) / 2
