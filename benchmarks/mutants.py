@@ -46,6 +46,7 @@ TESTS = {
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
            ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+NEAR = 3  # lines
 LEFT_ALONE = ("InputError", "option")  # calls whose arguments are texts, limits and defaults
 UNREAD = ("annotation", "returns", "decorator_list", "ops", "ctx")  # fields that hold nothing to change
 
@@ -109,9 +110,10 @@ def main() -> int:
 def choose(copy: Path, file: str, options: argparse.Namespace, before: list[Found]) -> list[Mutant]:
     """A sample of a file's mutants; where there was one before, its survivors."""
     mutants = list(mutants_of(copy, file))
-    if before:
-        survivors = {(entry.line, entry.before, entry.after) for entry in before if not entry.caught}
-        return [mutant for mutant in mutants if (mutant.line, mutant.before, mutant.after) in survivors]
+    if before:  # the same change within a few lines: the file may have been edited above it
+        left = [entry for entry in before if not entry.caught]
+        same = lambda m, e: (m.before, m.after) == (e.before, e.after) and abs(m.line - e.line) <= NEAR
+        return [mutant for mutant in mutants if any(same(mutant, entry) for entry in left)]
     chosen = random.Random(f"{options.seed} {file}").sample(mutants, min(options.each, len(mutants)))
     return sorted(chosen, key=lambda mutant: mutant.line)
 

@@ -294,15 +294,17 @@ def do_cycle(folder: Path, pairs: Path) -> dict[str, str]:
     """What a round does, in this process."""
     from minipeft.generation import GenerateConfig
     from minipeft.metrics.scores import score_texts
-    from minipeft.runs.answers import answer_data, load_tuned, read_answers
+    from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
     from minipeft.runs.config import ModelConfig, run_config
     from minipeft.runs.finetune import finetune
 
     finetune(run_config("lora", data=str(pairs), **TRAIN), folder / "run", say=lambda _: None)
-    source = ModelConfig("demo", dtype="fp32")
-    model, tokenizer = load_tuned(source, folder / "run/adapter", say=lambda _: None)
     file = folder / "answers.jsonl"
-    answer_data(model, tokenizer, GenerateConfig(**GENERATE), str(pairs), file, limit=QUESTIONS)
+    config = AnswersConfig(
+        ModelConfig("demo", dtype="fp32"), GenerateConfig(**GENERATE), folder / "run/adapter", data=str(pairs),
+        limit=QUESTIONS, out=file,
+    )  # fmt: skip
+    answer_data(*load_tuned(config, say=lambda _: None), config)
     read = read_answers(file)
     scores = score_texts(read.predictions, read.references, questions=read.questions, hit_limit=read.cut)
     printed = json.dumps(scores.as_dict(), indent=2) + "\n"

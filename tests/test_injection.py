@@ -14,6 +14,7 @@ from minipeft.cli import streams
 from minipeft.errors import InputError
 from minipeft.metrics.scores import score_texts
 from minipeft.study.browser import Answered
+from minipeft.study.cells import Cell
 from minipeft.study.charts import Curve, escape
 from minipeft.study.page import draw_page
 from minipeft.study.progress import Bar
@@ -111,11 +112,9 @@ def test_the_terminal_shows_escape_sequences_as_text(
 
 
 def test_the_progress_bar_shows_a_model_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Cell:
-        name, model, method, seed, steps, generate = "a", HOSTILE["terminal"], "lora", 0, 1, None
-
-    with Bar([Cell()], {}, tmp_path, 1, []) as bar:  # type: ignore[list-item]
-        bar.begin(Cell())  # type: ignore[arg-type]
+    cell = Cell(HOSTILE["terminal"], "lora")
+    with Bar([cell], {}, tmp_path, 1, []) as bar:
+        bar.begin(cell)
         assert not DANGEROUS & set(bar.bar.desc)
         assert "title" in bar.bar.desc
 
