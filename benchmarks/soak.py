@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -197,7 +198,8 @@ class Soak:
         last = next(
             (line for line in lines if line.startswith("error: ")), lines[-1]
         )  # Python may add to it as it ends
-        last = last.replace(str(self.disk), "DISK").replace(str(self.place), "PLACE")[-300:]
+        last = last.replace(str(self.disk), "DISK").replace(str(self.place), "PLACE")
+        last = re.sub(r"/\S*/site-packages", "PACKAGES", last)[-300:]
         if harm == "none":
             self.seconds[kind] = seconds if kind not in self.seconds else (self.seconds[kind] + seconds) / 2
         row = {"command": kind, "harm": harm, "after": round(delay, 2), "status": status, "seconds": round(seconds, 2)}
