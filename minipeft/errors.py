@@ -50,10 +50,10 @@ class InputError(ValueError):
         super().__init__(escape(whole))
 
 
-def escape(text: str) -> str:
-    """The text with everything unprintable escaped: a name out of a file may hold a line end, a terminal's escape
-    sequence or half a character."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+def escape(text: str, kept: str = "") -> str:
+    """The text with everything unprintable escaped but the characters of `kept`: a name out of a file may hold a line
+    end, a terminal's escape sequence, a mark that reverses the order of what follows, or half a character."""
+    return "".join(sign if sign.isprintable() or sign in kept else repr(sign)[1:-1] for sign in text)
 
 
 def option(

@@ -297,13 +297,13 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
+                os.fchmod(stream.fileno(), 0o666 & ~current_umask())
                 try:
                     fill(stream)
                 finally:
                     tried = stream.tell()
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, 0o666 & ~current_umask())
             os.replace(name, file)
             sync_folder(file.parent)
         except BaseException:
@@ -339,9 +339,23 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def refuse_link(file: Path) -> None:
+    """Refuse a link where a file or folder of ours is written: what it leads to is not ours to change."""
+    if file.is_symlink():
+        raise InputError("is a link", file=file, hint="A run is written in its own folder alone: remove it")
+
+
+def open_plain(name: str, flags: int) -> int:
+    """An opener that does not follow a link which comes after `refuse_link` has looked."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
 def current_umask() -> int:
-    """The process's file mode mask (mkstemp ignores it)."""
-    mask = os.umask(0)
+    """The process's file mode mask (mkstemp ignores it).
+
+    It is read by setting another, one that keeps what other threads make meanwhile private.
+    """
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
@@ -386,11 +400,12 @@ def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
     """Lock a folder for this process, until the returned file is closed or the process ends, however it ends.
 
     Raises:
-        InputError: another process holds the lock (with its number), or the lock cannot be written.
+        InputError: another process holds the lock (with its number), or the lock is a link or cannot be written.
     """
     file = folder / name
+    refuse_link(file)
     try:
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the folder is locked)
+        lock = open(file, "a+", encoding="utf-8", opener=open_plain)  # noqa: SIM115 (open as long as it is locked)
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror}", file=file) from error
     try:

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from minipeft.errors import InputError, check_path, check_value
+from minipeft.errors import InputError, check_path, check_value, shown
 from minipeft.files import check_inside
 
 SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 OWNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
+REVISION = re.compile(r"\w[\w./+@-]*(?<![./])")  # a branch may hold slashes: refs/pr/1
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAMED = {"demo": Path(__file__).parent / "demo" / "model"}  # a name in place of a folder or hub id
 
@@ -44,6 +45,7 @@ def fetch(
         check_name(name, source)
     folder = check_path(source, "source")
     check_value(revision, str | None, {}, "revision")
+    check_revision(revision, source)
     folder = NAMED.get(str(source), folder)
     if folder.is_dir():
         if revision is not None:
@@ -216,6 +218,12 @@ def check_name(name: str, source: str | Path) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\\:\0"):
         raise InputError(f"{name!r} is not a plain file name", file=source)
+
+
+def check_revision(revision: str | None, source: str | Path) -> None:
+    """Refuse what git calls no revision: the client makes a path of it, and `../x` would lead out of the cache."""
+    if revision is not None and (".." in revision or not REVISION.fullmatch(revision)):
+        raise InputError(f"{shown(revision)} is not a commit, tag or branch", file=source, where="revision")
 
 
 def folder_above(name: str, path: str | Path) -> Path:

@@ -1,8 +1,10 @@
 """Who sees whom against a literal definition, on random rows, whole and through a cache; the derived seeds."""
 
+import inspect
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from minipeft import documents as essay
 from minipeft.documents import PADDING, VIRTUAL, derived_seed, positions_in, visible
@@ -96,3 +98,7 @@ def test_derived_seeds_differ() -> None:
     parts = [(), (0,), (1,), ("0",), (0, 1), (1, 0), (0, "1"), ("order", 0, 0), ("order", 0, 1)]
     assert len({derived_seed(*p) for p in parts}) == len(parts)
     assert all(0 <= derived_seed(i) < 2**63 for i in range(100))
+
+
+def test_the_ignored_label_is_torchs():
+    assert inspect.signature(F.cross_entropy).parameters["ignore_index"].default == essay.IGNORED

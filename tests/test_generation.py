@@ -204,6 +204,15 @@ def test_the_nucleus_is_drawn_from_by_probability():
         assert counts[token].item() == pytest.approx(kept.get(token, 0.0) / mass, abs=2e-4)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4), (1.0, 4), (1e-6, 1)])
+def test_the_nucleus_ends_where_it_holds_top_p(top_p, kept):
+    """Four tokens of a quarter each, exactly: the fewest that hold 0.5 are two, not three."""
+    draws = torch.linspace(0, 1, 1001)[:-1]
+    chosen = choose(torch.zeros(len(draws), 4), draws, GenerateConfig(temperature=1.0, top_p=top_p))
+    assert chosen.unique().tolist() == list(range(kept))
+    assert torch.bincount(chosen).tolist() == pytest.approx([1000 / kept] * kept, abs=1)
+
+
 def test_a_mode_and_an_adapter_survive():
     model = tuned("gpt2", "prefix").train()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -181,6 +181,16 @@ def test_a_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
         ("./absent", ["config.json"], None, "no such folder, and not a hub id"),
         ("a/b/c", ["config.json"], None, "no such folder, and not a hub id"),
         ("a--b", ["config.json"], None, "no such folder, and not a hub id"),
+        ("../absent", ["config.json"], None, "no such folder, and not a hub id"),
+        ("owner/..", ["config.json"], None, "no such folder, and not a hub id"),
+        ("owner/../..", ["config.json"], None, "no such folder, and not a hub id"),
+        ("a..b/c", ["config.json"], None, "no such folder, and not a hub id"),
+        ("owner/x\0", ["config.json"], None, "no such folder, and not a hub id"),
+        ("owner/name", ["a/../../x"], None, "'a/../../x' is not a plain file name"),
+        ("owner/name", ["config.json"], "../../../../secret", "revision: '../../../../secret' is not a commit, tag or"),
+        ("owner/name", ["config.json"], "/etc/passwd", "revision: '/etc/passwd' is not a commit, tag or branch"),
+        ("owner/name", ["config.json"], "main\n", "revision: 'main\\n' is not a commit, tag or branch"),
+        ("owner/name", ["config.json"], "", "revision: '' is not a commit, tag or branch"),
     ],
 )
 def test_bad_sources(

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -14,13 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft.adapters import LoRAConfig, add_adapter
+from minipeft import files
+from minipeft.adapters import LoRAConfig, add_adapter, patterns
 from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.data import examples
 from minipeft.data.examples import load_pairs
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
+from minipeft.metrics import dataflow, text
 from minipeft.models.checkpoint import load_model
 from minipeft.runs import checkpoints as runs
+from minipeft.runs import planning
 from minipeft.runs.answers import read_answers
 from tests.small import write_pairs, write_small_model
 
@@ -312,3 +317,17 @@ def test_a_checkpoint_of_a_run_is_no_door_either(folder: Path, tmp_path: Path) -
         runs.load_tensors(
             place / runs.STATE, load_model(folder).requires_grad_(True), runs.TrainState(torch.nn.Linear(1, 1))
         )
+
+
+LIMITS = {"LARGEST_JSON": files, "LARGEST_HEADER": files, "LARGEST_FILE": examples, "MOST_LAYERS": planning,
+          "DEADLINE": patterns, "LONGEST_PYTHON": text, "DEEPEST": dataflow}  # fmt: skip
+
+
+def test_the_page_states_the_limits_that_the_code_has() -> None:
+    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"`([A-Z_]+)` = ([\d.]+) ", page + " "))
+    assert {name: float(value) for name, value in stated.items()} == {
+        name: float(getattr(module, name)) for name, module in LIMITS.items()
+    }
+    for named in re.findall(r"[\w/]*test_\w+\.py", page):
+        assert list((ROOT / "tests").rglob(named.removeprefix("tests/"))), named

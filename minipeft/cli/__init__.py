@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the command; an error becomes a line and a status."""
+    from minipeft.runs.process import is_out_of_memory
+
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -42,6 +44,11 @@ def run_command(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if options.debug or not is_out_of_memory(error):
+            raise
+        report("error: out of memory. What was written is whole: free memory and give the command again")
+        return 2
     except (InputError, OSError) as error:
         if options.debug:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minipeft.cli.flags import add_fields, read_typed, was_typed
-from minipeft.cli.streams import report
+from minipeft.cli.streams import report, show
 from minipeft.errors import InputError
 
 HELP = "answer prompts, or all questions of a data set"
@@ -43,5 +43,5 @@ def main(options: argparse.Namespace) -> int:
         report(f"{config.out}: {answer_data(model, tokenizer, config)} answers")
         return 0
     for text in answer_prompts(model, tokenizer, config, options.prompts):
-        print(text)
+        show(text, as_is=True)
     return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from minipeft.errors import escape
+from minipeft.cli.streams import show
 
 HELP = "list what the folder of an adapter or a model holds, without loading it"
 EXAMPLE = "minipeft inspect runs/lora/adapter"
@@ -22,5 +22,5 @@ def main(options: argparse.Namespace) -> int:
 
     found = describe(options.folder)
     lines = json.dumps(found, indent=2) if options.json else as_table(found)
-    print("\n".join(escape(line) for line in lines.split("\n")))
+    show(lines)
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
+from minipeft.cli.streams import show
 
 HELP = "predict what training takes, from config.json alone: parameters, memory, time"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
@@ -52,5 +53,5 @@ def main(options: argparse.Namespace) -> int:
             adapter = adapter_config(name, each[name])
             again = getattr(options, AGAIN.replace("-", "_"), False)
             rows.append(plan_row(ModelConfig(source, **own), adapter, packing, again))
-    print(json.dumps(rows, indent=2) if options.json else as_table(rows))
+    show(json.dumps(rows, indent=2) if options.json else as_table(rows))
     return 0

@@ -1,4 +1,4 @@
-"""What a person reads while a program reads standard output: lines on standard error."""
+"""What a person reads on a terminal: escape sequences that a file, a path or a model brought are shown as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import sys
 
 from minipeft.errors import escape
 
+KEPT = "\n\t"
+
 
 def report(text: str) -> None:
-    """Print to standard error, escape sequences as text."""
-    print("\n".join(escape(line) for line in text.split("\n")), file=sys.stderr, flush=True)
+    """Print to standard error."""
+    print(escape(text, KEPT), file=sys.stderr, flush=True)
+
+
+def show(text: str, *, as_is: bool = False) -> None:
+    """Print to standard output. `as_is`: a program that reads it gets it whole, and only a terminal gets it escaped."""
+    whole = as_is and not (sys.stdout is not None and sys.stdout.isatty())
+    print(text if whole else escape(text, KEPT))

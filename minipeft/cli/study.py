@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 
 from minipeft.cli.flags import add_fields, read_typed
-from minipeft.cli.streams import report
+from minipeft.cli.streams import report, show
 from minipeft.cli.train import add_run_flags, run_settings
 
 HELP = "compare methods, from nothing to a table and a report; the same command resumes"
@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
         raise
     results = assemble(outcomes, config, options.out, format_command(options))
     write_report(results, options.out)
-    print(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
+    show(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
     return 2 if any(outcome.error is not None for outcome in outcomes) else 0
 
 

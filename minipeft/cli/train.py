@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
-from minipeft.cli.streams import report
+from minipeft.cli.streams import report, show
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
 EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3"
@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
     speed = f", {result['tokens_per_second']:.0f} tokens/s" if result["tokens_per_second"] else ""
     held_out = f", held-out loss {result['dev_loss']:.3f}" if result["dev_loss"] is not None else ""
     kind = "model" if config.method.trains_base else "adapter"
-    print(
+    show(
         f"{folder.out / kind}: {result['steps']} steps, loss {result['loss']:.3f}{held_out}{speed}, "
         f"peak {result['peak_memory_bytes'] / 1e9:.1f} GB"
     )

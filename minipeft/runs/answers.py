@@ -7,10 +7,11 @@ questions are answered the file is FILE.part, which gets a line per answer; the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -83,7 +84,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     """Answer the questions of `config.data` into the file `config.out`, resumably; returns how many there are.
 
     Raises:
-        InputError: the file exists, or FILE.part was started with other settings.
+        InputError: the file exists, FILE.part was started with other settings, or the disk refuses.
     """
     assert config.data is not None
     out = check_path(config.out, "out")
@@ -105,8 +106,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     ):
         for a in answer(model, tokenizer, prompts, config.generate, only=left):
             done[a.index] = answer_row(items[a.index], a)
-            stream.write(json.dumps({"index": a.index, **done[a.index]}) + "\n")
-            stream.flush()
+            add_line(stream, part, {"index": a.index, **done[a.index]})
             bar.update()
     lines = "".join(json.dumps(done[number]) + "\n" for number in range(len(items)))
     write_whole(out, lambda target: target.write(lines.encode()))
@@ -118,6 +118,22 @@ def answer_row(pair: Pair, answer: Answer) -> dict[str, Any]:
     """A line of the file."""
     row = {"prediction": answer.text, "reference": pair.snippet, "question_id": pair.question_id}
     return {**row, "intent": pair.intent, "ended": answer.ended}
+
+
+def add_line(stream: IO[str], part: Path, entry: Mapping[str, Any]) -> None:
+    """Write one answer to FILE.part.
+
+    Raises:
+        InputError: the disk refuses; what was written of the line is dropped when the file is resumed.
+    """
+    try:
+        stream.write(json.dumps(entry) + "\n")
+        stream.flush()
+    except OSError as error:
+        with suppress(OSError):  # what the disk refused is still in the buffer
+            stream.close()
+        hint = "The answers so far are kept: solve this, then give the same command again"
+        raise InputError(f"cannot write: {error.strerror}", file=part, hint=hint) from error
 
 
 def begin(part: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:

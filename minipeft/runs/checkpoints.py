@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import check_header, check_plain, read_header, read_object, remove, sync_folder, tensor_stream
+from minipeft.files import (
+    check_header,
+    check_plain,
+    open_plain,
+    read_header,
+    read_object,
+    remove,
+    sync_folder,
+    tensor_stream,
+)
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
 from minipeft.training.loop import TrainState, check_finite, trained
@@ -68,7 +77,7 @@ class Run:
         if os.path.lexists(self.log_file):
             check_plain(self.log_file)  # a named pipe would be waited for
         with writing(folder):
-            self.log_stream = open(self.log_file, "ab")  # noqa: SIM115 (open as long as the run)
+            self.log_stream = open(self.log_file, "ab", opener=open_plain)  # noqa: SIM115 (open as long as the run)
             sync_folder(folder)  # a power cut must not take the new log's name back
         self.log_bytes, self.log_crc = 0, 0
         self.notes: list[str] = []
@@ -182,10 +191,10 @@ class Run:
                 self.notes.append(f"{self.log_file}: damaged, kept as {aside.name}; the log continues from here")
                 self.log_file.rename(aside)
                 self.log_stream.close()
-                self.log_stream = open(self.log_file, "ab")  # noqa: SIM115
+                self.log_stream = open(self.log_file, "ab", opener=open_plain)  # noqa: SIM115
                 sync_folder(self.folder)
                 length, crc = 0, 0
-            os.truncate(self.log_file, length)
+            self.log_stream.truncate(length)
         self.log_bytes, self.log_crc = length, crc
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from minipeft.errors import InputError, check_fields, option, shown
-from minipeft.files import lock_folder, make_folder, read_object, remove, sync_folder, write_json
+from minipeft.files import lock_folder, make_folder, read_object, refuse_link, remove, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
+OWN = (LOCK, RUN, LOG, f"{LOG}.damaged", RESULT, TIMING, "checkpoints", "adapter", "model")  # all that a run writes
 PROBE_BYTES = 2**16  # written and removed first of all: a folder that takes them takes a run's first files
 
 
@@ -67,10 +68,11 @@ def claim_folder(
 
     Raises:
         InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
-            arguments, or cannot be written.
+            arguments, or a link where a run has a file, or cannot be written.
     """
     FolderConfig(folder, resume, overwrite)
     check_folder(folder)
+    refuse_links(folder)
     lock = lock_folder(folder, LOCK)
     try:
         marker = folder / RUN
@@ -91,6 +93,14 @@ def claim_folder(
     except BaseException:
         lock.close()
         raise
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder in which a link stands for what a run writes or removes: it may be somebody else's folder."""
+    for name in OWN:
+        refuse_link(folder / name)
+    for checkpoint in (folder / "checkpoints").glob("*"):
+        refuse_link(checkpoint)
 
 
 def remove_leftovers(folder: Path) -> None:

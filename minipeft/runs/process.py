@@ -147,15 +147,21 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: CUDA raises torch.OutOfMemoryError, the CPU's allocator a plain
+    RuntimeError, the loader of a shared library an ImportError."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    said = ("allocate memory", "failed to map segment", "std::bad_alloc")
+    return known or (isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in said))
+
+
 @contextmanager
 def explain_memory(batch: int, length: int, device: str) -> Iterator[None]:
     """Within: running out of memory is an InputError that says what the run needed and which flags lower it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)  # CUDA raises torch.OutOfMemoryError, the CPU's allocator a plain RuntimeError
-        refused = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
-        if not refused:
+        if not is_out_of_memory(error):
             raise
         peak = peak_memory(device) / 2**30
         raise InputError(

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minipeft.errors import escape as escape_unprintable
+
 ROW = 44  # pixels: a bar with its line of text
 PATTERNS = (
     '<svg width="0" height="0" aria-hidden="true"><defs><pattern id="stripes" width="6" height="6" '
@@ -59,10 +61,9 @@ class Line:
 
 
 def escape(value: object) -> str:
-    """A text as HTML shows it: nothing in it is markup, and control characters are visible."""
-    whole = str(value).encode("utf-8", "backslashreplace").decode()
-    visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in whole)
-    return html.escape(visible)
+    """A text as HTML shows it: nothing in it is markup; control characters and marks of direction are visible."""
+    pictures = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(value))
+    return html.escape(escape_unprintable(pictures, "\n\t"))
 
 
 def draw_bars(rows: Sequence[Bar], title: str, mark: tuple[float, str] | None = None) -> str:

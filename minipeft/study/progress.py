@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minipeft.errors import escape
 from minipeft.study.cells import ANSWERS, ZERO_SHOT, Cell
 from minipeft.study.presets import Base
 
@@ -55,7 +56,7 @@ class Bar:
     def begin(self, cell: Cell) -> None:
         """Show which cell runs."""
         seed = f" seed {cell.seed}" if cell.seed else ""
-        self.bar.set_description_str(f"{cell.model} {cell.method}{seed}", refresh=False)
+        self.bar.set_description_str(escape(f"{cell.model} {cell.method}{seed}"), refresh=False)
         self.forecast.begin(cell.name, time.monotonic())
 
     def show(self, cell: Cell) -> None:

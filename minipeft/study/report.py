@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.runs.answers import answers_in
 from minipeft.study.browser import Answered
@@ -12,7 +13,7 @@ from minipeft.study.charts import Curve
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import as_markdown, as_text, choose_columns, group_by_flag, join_names, name_groups
+from minipeft.study.table import as_line, as_markdown, as_text, choose_columns, group_by_flag, join_names, name_groups
 
 NOTES = (
     "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
@@ -82,21 +83,25 @@ def as_terminal(results: Results, out: Path) -> str:
 def draw_markdown(results: Results) -> str:
     """report.md"""
     groups = results.groups
-    flags = "\n".join(f"- {join_names(who)}: {flag}" for flag, who in group_by_flag(groups).items()) or "- none"
+    flags = (
+        "\n".join(as_line(f"- {join_names(who)}: {flag}") for flag, who in group_by_flag(groups).items()) or "- none"
+    )
     meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in choose_columns(groups))
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
+    command, summary = escape(results.command), as_line(" ".join(summarize(results)))
     parts = [
-        f"# Study: {results.preset}\n\n    {results.command}\n\n{' '.join(summarize(results))}",
+        f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups),
         *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in tables(groups)),
         *(
-            f"## Held-out loss after {steps} steps\n\n" + "\n".join(f"- {name}: {label}" for name, label, _ in rows)
+            f"## Held-out loss after {steps} steps\n\n"
+            + "\n".join(as_line(f"- {name}: {label}") for name, label, _ in rows)
             for steps, rows in several_seeds(results).items()
         ),
         f"## Before you use a number\n\n{flags}",
         f"## What the columns mean\n\n{meanings}",
         *NOTES,
-        f"Made with {environment}.\n",
+        f"Made with {as_line(environment)}.\n",
     ]
     return "\n\n".join(parts)
 
@@ -106,7 +111,7 @@ def draw_grid(grid: Grid) -> str:
     head, *rows = grid.texts()
     lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return text + "\n\nTo compare with: " + ", ".join(name for name, _ in grid.others) + "."
+    return text + "\n\nTo compare with: " + as_line(", ".join(name for name, _ in grid.others)) + "."
 
 
 def name_cells(results: Results) -> dict[str, str]:

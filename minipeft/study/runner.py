@@ -25,7 +25,7 @@ from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, split_
 from minipeft.data.packing import pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError, check_path
-from minipeft.files import lock_folder, parse_json, read_object, read_text, write_json, write_whole
+from minipeft.files import lock_folder, open_plain, parse_json, read_object, read_text, write_json, write_whole
 from minipeft.hub import fetch
 from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
@@ -285,7 +285,7 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
     bar.begin(cell)
     command = [sys.executable, "-P", "-m", "minipeft.study.cells", str(out), f"cells/{cell.name}"]
     command += [] if threads is None else [str(threads)]
-    with open(folder / LOG, "a", encoding="utf-8") as log:
+    with open(folder / LOG, "a", encoding="utf-8", opener=open_plain) as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TQDM_DISABLE": "1"})
         try:
             while process.poll() is None and not stop:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minipeft.adapters import METHODS
+from minipeft.errors import escape
 from minipeft.metrics.scores import SCORES, Score
 from minipeft.runs.planning import in_words
 from minipeft.study.rows import Group
@@ -180,15 +181,19 @@ def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
     ]
 
 
+def as_line(text: str) -> str:
+    """A text from outside as part of one line of Markdown: no tag, link or image, no cell, no line of its own."""
+    marked = escape(text.replace("\n", " ").replace("\\", "\\\\"))
+    return marked.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
+
+
 def as_markdown(groups: Sequence[Group]) -> str:
     """The table in Markdown; whatever a model or an error printed cannot break its cells."""
     kept = choose_columns(groups)
     rows = [["", *(column.title for column in kept)], ["---"] + ["---:"] * len(kept)]
     for name, group in zip(name_groups(groups), groups):
         if group.error is not None:
-            rows.append([name, f"failed: {group.error}", *[""] * (len(kept) - 1)])
+            rows.append([as_line(name), f"failed: {as_line(group.error)}", *[""] * (len(kept) - 1)])
         else:
-            rows.append([name, *(column.show(group) for column in kept)])
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
-    )
+            rows.append([as_line(name), *(column.show(group) for column in kept)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

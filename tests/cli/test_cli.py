@@ -17,10 +17,13 @@ import torch
 from minipeft import cli
 from minipeft.adapters import METHODS
 from minipeft.generation import Answer
+from minipeft.models import GPT2, GPT2Config
+from minipeft.models.checkpoint import save_model
 from minipeft.runs import answers as answering
 from minipeft.runs import estimates
 from minipeft.runs.config import settings
-from tests.small import write_pairs, write_small_model
+from tests.small import GPT2 as SIZES
+from tests.small import write_pairs, write_small_model, write_tokenizer
 
 Ran = tuple[int, str, str]
 
@@ -349,3 +352,30 @@ def test_the_locale_does_not_matter(folder: Path, adapter: Path, tmp_path: Path)
     ran = subprocess.run(command, capture_output=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["reference"] == row["snippet"]
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from minipeft import cli
+
+def limited(*arguments, **named):
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**20, held + 2**20))
+    return load(*arguments, **named)
+
+from minipeft.runs import answers
+load, answers.load_model = answers.load_model, limited
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
+def test_out_of_memory_is_a_line_too(tmp_path: Path) -> None:
+    """The real thing: a process that may take 1 MiB more is asked to load a table of positions of 16 MB."""
+    save_model(GPT2(GPT2Config(**SIZES | {"n_positions": 2**18})), tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    command = [sys.executable, "-c", OUT_OF_MEMORY, "generate", "--model", str(tmp_path / "model"), "x"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith("error: out of memory")

@@ -5,6 +5,7 @@ The virtual tokens here are of the smallest module that can stand in the model's
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,3 +268,50 @@ def test_grouped_heads_under_a_mask_are_copied_where_no_fused_kernel_takes_both(
     assert calls == [(2, True), (6, False) if masked else (2, True)]
     for one, other in zip(*found):
         torch.testing.assert_close(one, other)
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, cap: float) -> Tensor:
+    """The definition, one query at a time, head h with key head h // (H / K); what is not seen is left out."""
+    out = torch.empty_like(q)
+    for b, h, t in np.ndindex(*q.shape[:3]):
+        own = h // (q.shape[1] // k.shape[1])
+        keys, values = k[b, own, seen[t]], v[b, own, seen[t]]
+        weights = (cap * torch.tanh(keys @ q[b, h, t] * scale / cap)).exp()
+        out[b, h, t] = weights / weights.sum() @ values
+    return out
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_capped_product_is_its_definition(masked, scale):
+    """With grouped heads, by a mask (of a window) or causal."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=random, dtype=torch.float64) for heads in (4, 2, 2))
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    seen = seen.triu(-2) if masked else seen
+    mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~seen, float("-inf")) if masked else None
+    found = attention.product(q, k, v, mask, not masked, 0.0, scale, 0.7)
+    wanted = capped(q, k, v, seen, 8**-0.5 if scale is None else scale, 0.7)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)  # its softmax is in float32
+
+
+def test_the_capped_product_drops_weights():
+    """Dropout takes whole weights and scales the rest; without it nothing is drawn."""
+    q, k, v = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
+    everywhere = torch.zeros(4, 4)
+    torch.manual_seed(0)
+    found = attention.product(q, k, v, everywhere, False, 0.5, None, 1.0)
+    assert {round(value, 4) for value in found.flatten().tolist()} <= {0.0, 0.5, 1.0, 1.5, 2.0}  # 0 to 4 of 1/4, twice
+    assert found.unique().numel() > 1
+    torch.testing.assert_close(attention.product(q, k, v, everywhere, False, 0.0, None, 1.0), v)
+
+
+def test_linears_of_one_input_are_done_together_where_the_first_knows_how():
+    class Fused(nn.Linear):
+        def together(self, x, linears):
+            return tuple(linear(x) + 1 for linear in linears)
+
+    x, plain, fused = torch.randn(2, 3), nn.Linear(3, 4), Fused(3, 5)
+    torch.testing.assert_close(attention.project(x, fused, plain), (fused(x) + 1, plain(x) + 1))
+    torch.testing.assert_close(attention.project(x, plain, fused), (plain(x), fused(x)))
+    torch.testing.assert_close(attention.project(x, plain), (plain(x),))

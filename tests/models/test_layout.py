@@ -68,3 +68,22 @@ def test_layers_with_and_without_a_window_stand_in_one_model(ids):
         parts = [model(ids[:, start:stop], cache=cache) for start, stop in ((0, 17), (17, 18), (18, 30))]
         assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-9)
         assert (windowed(ids) - whole).abs().max() > 0.01
+
+
+def test_a_plain_layout_has_nothing_but_positions():
+    layout = lay_out(None, torch.zeros(2, 7, dtype=torch.long), None)
+    assert layout.positions.tolist() == [[*range(7)]] * 2
+    assert (layout.columns, layout.virtual_tokens, layout.prompted, layout.first) == (7, 0, False, True)
+    assert layout.views == {None: View()}
+
+
+@pytest.mark.parametrize(("virtual_tokens", "prompted"), [(0, False), (3, False), (3, True)])
+def test_rows_are_cut_where_any_holds_two_documents(virtual_tokens, prompted):
+    """Runs cost the documents' squares; where no row has two, one product with a mask is as good."""
+    ids, single = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    two = torch.tensor([[0] * 6, [0] * 3 + [1] * 3])
+    given = {"virtual_tokens": virtual_tokens, "prompted": prompted}
+    runs = lay_out(two, ids, None, **given).views[None].runs
+    head = [virtual_tokens] if prompted else []
+    assert [[n for n, _ in row] for row in runs] == [[*head, 6], [*head, 3, 3]]
+    assert lay_out(single, ids, None, **given).views[None].runs is None

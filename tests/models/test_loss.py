@@ -101,3 +101,31 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     cross_entropy(hidden, weight, labels)
     assert max(seen) <= 62
     assert sum(seen) == 31 * count_targets(labels)
+
+
+@pytest.mark.parametrize("chunk", [31, 2**24])
+@pytest.mark.parametrize(("divisor", "cap"), [(2.5, None), (1.0, 1.5), (4.0, 0.5)])
+def test_divisor_cap_and_bias_of_the_logits(
+    divisor: float, cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granite divides its logits, Gemma 2 caps them, Phi's head has a bias: against float64 autograd."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    hidden, weight, labels = given()
+    bias = torch.linspace(-1, 1, 31).requires_grad_()
+    loss = cross_entropy(hidden, weight, labels, bias, divisor, cap)
+    loss.backward()
+    h, w, b = (t.detach().double().requires_grad_() for t in (hidden, weight, bias))
+    logits = (h[:, :-1] @ w.T + b) / divisor
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    want = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    for ours, exact in ((hidden, h), (weight, w), (bias, b)):
+        assert torch.allclose(ours.grad.double(), exact.grad, rtol=0, atol=1e-5)
+
+
+def test_finish_is_the_plain_equation() -> None:
+    logits = torch.tensor([-3.0, 0.0, 5.0])
+    assert torch.equal(module.finish(logits), logits)
+    assert torch.equal(module.finish(logits, 2.0), logits / 2)
+    torch.testing.assert_close(module.finish(logits, 2.0, 1.5), 1.5 * (logits / 2 / 1.5).tanh())

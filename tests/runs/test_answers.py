@@ -1,13 +1,17 @@
 """Answer files: strict reading, resuming under the same settings only, and settings without effect."""
 
 import json
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.runs.answers import AnswersConfig, begin, read_answers
+from minipeft.generation import GenerateConfig
+from minipeft.runs.answers import AnswersConfig, answer_data, begin, load_tuned, read_answers
 from minipeft.runs.config import ModelConfig
+from tests.small import write_pairs, write_small_model
 
 
 def write(file, *rows):
@@ -87,3 +91,39 @@ def test_settings_without_effect_are_refused(given, said):
     with pytest.raises(InputError) as error:
         AnswersConfig(ModelConfig("demo"), **given)
     assert str(error.value).startswith(said)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A model, its tokenizer, and how it answers a file of four pairs."""
+    folder = write_small_model(tmp_path / "model", layers=1)
+    write_pairs(tmp_path / "pairs.jsonl", 4)
+    config = AnswersConfig(
+        ModelConfig(str(folder)),
+        GenerateConfig(4, batch=1),
+        data=str(tmp_path / "pairs.jsonl"),
+        out=tmp_path / "answers.jsonl",
+    )
+    return *load_tuned(config), config
+
+
+def test_a_full_disk_names_the_file_and_the_answers_so_far_are_kept(asked, tmp_path):
+    """RLIMIT_FSIZE refuses the write in the middle of an answer's line; the same command then resumes."""
+    model, tokenizer, config = asked
+    answer_data(model, tokenizer, replace(config, out=tmp_path / "whole.jsonl"))
+    part = tmp_path / "answers.jsonl.part"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
+        with pytest.raises(InputError) as error:
+            answer_data(model, tokenizer, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    hint = "The answers so far are kept: solve this, then give the same command again"
+    assert str(error.value) == f"{part}: cannot write: File too large. {hint}"
+    assert not config.out.exists()
+    assert part.stat().st_size == 700, "the last line is torn"
+    assert part.read_text().count("\n") >= 2, "a head, and an answer"
+    assert answer_data(model, tokenizer, config) == 4
+    assert config.out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()

@@ -269,7 +269,8 @@ def test_data_without_a_target_are_refused() -> None:
             batch = super().__getitem__(i)
             return dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
 
-    assert "step 1: " in refused(lambda: list(train(tuned(), Silent(), CONFIG)))
+    said = refused(lambda: list(train(tuned(), Silent(), CONFIG)))
+    assert said == "step 1: no token of this step's batches is supervised"
 
 
 def test_a_tensor_that_no_gradient_reaches_is_named() -> None:
@@ -340,3 +341,34 @@ def test_the_mode_is_put_back_when_training_or_evaluation_raises(mode: bool) -> 
     short = dataclasses.replace(Rows()[0], documents=torch.zeros(1, 1, dtype=torch.long))
     assert "documents: shape" in refused(lambda: evaluate(model, [short]))
     assert model.training == mode
+
+
+def test_a_multiplier_is_of_the_first_key_that_a_name_ends_in() -> None:
+    """LoRA+: B learns 16 times as fast. A key is a whole name, or its end from a dot on."""
+    model = tuned()
+    parameters = trained(model)
+    whole = next(name for name in parameters if name.endswith("lora_A"))
+    groups = loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16, whole: 2, "lora_A": 3}))
+    assert {name: by for by, names in groups.items() for name in names} == {
+        name: 16 if name.endswith("lora_B") else 2 if name == whole else 3 for name in parameters
+    }
+    assert loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16}))[1.0]
+    for key in ("ora_B", "lora", "c_attn", ""):  # not from a dot on, not the end, a module
+        said = refused(lambda key=key: train(model, Rows(), TrainConfig(steps=1, lr_multipliers={"lora_B": 2, key: 2})))
+        assert said == f"lr_multipliers: no trained tensor is named {key!r}; there are ['lora_A', 'lora_B']"
+
+
+def test_a_multiplier_multiplies_the_update() -> None:
+    """AdamW's first step has the size of its rate, whatever the gradient (eps and weight decay aside)."""
+    moved = {}
+    for by in (1.0, 16.0):
+        model = tuned()
+        before = copies(model)
+        config = TrainConfig(steps=1, learning_rate=1e-4, weight_decay=0.0, warmup=0.0, lr_multipliers={"lora_B": by})
+        list(train(model, Rows(), config))
+        moved[by] = {name: (p - before[name]).abs().max().item() for name, p in copies(model).items()}
+    for name, distance in moved[1.0].items():
+        if name.endswith("lora_B"):
+            assert moved[16.0][name] == pytest.approx(16 * distance, rel=1e-3)
+        else:
+            assert moved[16.0][name] == distance
