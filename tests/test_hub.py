@@ -185,7 +185,7 @@ def test_a_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
         ("owner/..", ["config.json"], None, "no such folder, and not a hub id"),
         ("owner/../..", ["config.json"], None, "no such folder, and not a hub id"),
         ("a..b/c", ["config.json"], None, "no such folder, and not a hub id"),
-        ("owner/x\0", ["config.json"], None, "no such folder, and not a hub id"),
+        ("owner/x\0", ["config.json"], None, "holds a NUL character"),
         ("owner/name", ["a/../../x"], None, "'a/../../x' is not a plain file name"),
         ("owner/name", ["config.json"], "../../../../secret", "revision: '../../../../secret' is not a commit, tag or"),
         ("owner/name", ["config.json"], "/etc/passwd", "revision: '/etc/passwd' is not a commit, tag or branch"),

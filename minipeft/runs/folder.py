@@ -96,11 +96,12 @@ def claim_folder(
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder in which a link stands for what a run writes or removes: it may be somebody else's folder."""
+    """Refuse a folder in which a link stands for what a run writes or removes: it may be somebody else's folder.
+
+    A link among the checkpoints is no checkpoint: resuming sets it aside, and it is never followed (checkpoints.py).
+    """
     for name in OWN:
         refuse_link(folder / name)
-    for checkpoint in (folder / "checkpoints").glob("*"):
-        refuse_link(checkpoint)
 
 
 def remove_leftovers(folder: Path) -> None:
