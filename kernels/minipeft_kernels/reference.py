@@ -38,7 +38,8 @@ class Part(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the frozen weight as a plain tensor of this dtype. [N, K]"""
-        return self.weight.to(dtype)
+        plain = type(self.weight) in (Tensor, torch.nn.Parameter)
+        return (self.weight if plain else self.weight.dequantize()).to(dtype)
 
 
 class Gradients(NamedTuple):

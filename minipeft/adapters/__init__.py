@@ -34,6 +34,7 @@ from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
 from minipeft.errors import InputError, check_kind, check_value, shown
 from minipeft.models import Decoder
+from minipeft.models.quantized import QuantizedWeight, format_of, is_quantized
 
 FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
 LORA = Method(
@@ -111,6 +112,7 @@ class AdapterReport:
     modules: list[str] = field(repr=False)
     backend: str | None = None  # which kernel computes it, where a method has several
     notes: tuple[str, ...] = ()  # what a reader of the file should know
+    quantized: str | None = None  # the format of the base's linears: nf4, int8
 
     @property
     def percent(self) -> float:
@@ -118,12 +120,13 @@ class AdapterReport:
 
     def __str__(self) -> str:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in self.modules})
+        base = self.quantized or self.base_dtype
         where = f"{len(self.modules)} modules ({', '.join(kinds)})" if self.modules else "every parameter"
         rows = [
             ("method", self.method),
             ("trainable", f"{self.trainable:,} of {self.total:,} ({self.percent:.4g} %)"),
             ("at", where),
-            ("dtype", f"base {self.base_dtype}, trained {self.adapter_dtype}, computed in {self.base_dtype}"),
+            ("dtype", f"base {base}, trained {self.adapter_dtype}, computed in {self.base_dtype}"),
         ]
         if self.virtual_tokens:
             rows.append(("virtual", f"{self.virtual_tokens} tokens of each row's context"))
@@ -146,6 +149,9 @@ def add_adapter(
     check_kind(model, Decoder, "model")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_empty(model)
+    if method.trains_base and is_quantized(model):
+        problem = f"{method.label} trains the weights themselves, and they are quantized"
+        raise InputError(problem, where="quantize", hint="dequantize_model(model), or load without quantize")
     backend = None if method.backend is None else method.backend(model, config)
     modules = method.add(model, config, tokenizer, torch.Generator().manual_seed(seed))
     model.adapter = config
@@ -196,6 +202,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
         virtual_tokens=model.virtual_tokens,
         modules=modules,
         backend=backend,
+        quantized=format_of(model),
     )
 
 
@@ -237,6 +244,9 @@ def merge_adapter(
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
         problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
         raise InputError(problem, where="merge_adapter")
+    if is_quantized(model):
+        problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
+        raise InputError(problem, where="merge_adapter", hint="dequantize_model(model) first")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
@@ -256,4 +266,4 @@ def clear_adapter(model: Decoder) -> None:
     """Mark the model as one without adapter, everything trainable."""
     model.adapter = None
     for p in model.parameters():
-        p.requires_grad_(True)
+        p.requires_grad_(not isinstance(p, QuantizedWeight))

@@ -52,6 +52,6 @@ class PiSSALinear(LoRALinear):
 @torch.no_grad()
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r] with s B0 A0 the best approximation of W of this rank, in float32."""
-    U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)  # [out, k], [k], [k, in]
+    U, S, Vt = torch.linalg.svd(weight.dequantize(), full_matrices=False)  # [out, k], [k], [k, in]
     root = (S[:rank] / scale).sqrt()  # [r]
     return root[:, None] * Vt[:rank], U[:, :rank] * root  # [r, in], [out, r]

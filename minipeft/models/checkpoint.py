@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
 from minipeft.models.decoder import check_process
+from minipeft.models.quantize import check_format
+from minipeft.models.quantized import is_quantized, quantizable, quantize_weight
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"
@@ -48,11 +50,13 @@ def load_model(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     legacy_bin: bool = False,
+    quantize: str | None = None,
 ) -> Decoder:
     """Load a checkpoint of one of FAMILIES from a folder or hub id, in eval mode.
 
     `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no
-    safetensors file.
+    safetensors file. `quantize` ("nf4", "int8") holds the linears of the blocks in 4 or 8 bits (quantize.py); they
+    are quantized one by one, so that no more than one file's weights stand beside them.
 
     Raises:
         InputError: anything missing, unexpected, wrongly shaped, not finite, or not supported; names file and tensor.
@@ -62,6 +66,8 @@ def load_model(
     check_value(legacy_bin, bool, {}, "legacy_bin")
     check_process()
     device = check_device(device)
+    if quantize is not None:
+        check_format(quantize)
     folder = fetch(source, ["config.json"], revision=revision, optional=[SINGLE, INDEX, GENERATION])
     held = [name for name in ("config.json", SINGLE, INDEX, GENERATION) if (folder / name).exists()]
     for name in held:
@@ -70,21 +76,21 @@ def load_model(
     if GENERATION in held:
         config = add_end_tokens(config, folder / GENERATION)
     weights = folder / next((name for name in (SINGLE, INDEX) if name in held), LEGACY)
-    tensors: dict[str, Tensor] = {}
+    legacy: dict[str, Tensor] = {}
     if weights.name in held:
         found = find_tensors(folder, source, revision)
     else:
-        tensors = read_legacy(folder, source, revision, legacy_bin)
-        found = {name: info_of(t, name, weights) for name, t in tensors.items()}
+        legacy = read_legacy(folder, source, revision, legacy_bin)
+        found = {name: info_of(t, name, weights) for name, t in legacy.items()}
     family = FAMILIES[config.model_type]
     found = our_names(found, family)
     check_layers(found, config, folder / "config.json", weights)
     with torch.device("meta"):
         model: Decoder = family.decoder(config)
     check_tensors(found, model, weights)
-    tensors = {name: tensors[info.name] for name, info in found.items()} if tensors else read_tensors(found)
+    files = [{name: legacy[info.name] for name, info in found.items()}] if legacy else read_files(found)
     model.source = str(source)
-    return fill(model, tensors, found, dtype, device)
+    return fill(model, files, found, dtype or stored_dtype(found), device, quantize)
 
 
 def check_device(device: Any) -> torch.device:
@@ -217,19 +223,16 @@ def is_transposed(name: str, model: Decoder) -> bool:
     return bool(model.family.transposed) and name.endswith(model.family.transposed)
 
 
-def read_tensors(found: Found) -> dict[str, Tensor]:
-    """Read the tensors; they are mapped from the file, and copied only where something has to change them."""
+def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
+    """Read the tensors of one file after another; they are mapped, and copied only where something changes them."""
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
     for file in sorted({info.file for info in found.values()}):
         try:
             with safe_open(file, framework="pt") as opened:
-                own = {name: info for name, info in found.items() if info.file == file}
-                tensors.update({name: opened.get_tensor(info.name) for name, info in own.items()})
+                yield {name: opened.get_tensor(info.name) for name, info in found.items() if info.file == file}
         except SafetensorError as error:  # a header that read_header lets pass
             raise InputError(f"not safetensors: {error}", file=file) from error
-    return tensors
 
 
 def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
@@ -260,30 +263,44 @@ def info_of(tensor: Tensor, name: str, file: Path) -> TensorInfo:
     return TensorInfo(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
 
 
+def stored_dtype(found: Found) -> torch.dtype:
+    """The dtype of all tensors in the files; of mixed files float32, which holds what float16 and bfloat16 hold."""
+    kinds = {info.dtype for info in found.values()}
+    return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float32
+
+
 def fill(
-    model: Decoder, tensors: dict[str, Tensor], found: Found, dtype: torch.dtype | None, device: torch.device
+    model: Decoder,
+    files: Iterable[dict[str, Tensor]],
+    found: Found,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
 ) -> Decoder:
-    """Give the meta model its tensors: checked finite, transposed, cast, tied again."""
-    if dtype is None:  # mixed files: float32, which holds what float16 and bfloat16 hold
-        kinds = {t.dtype for t in tensors.values()}
-        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-    head = tensors.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    table = f"{model.family.embedding}.weight"
-    if head is not None and not torch.equal(head, tensors[table]):
-        problem = "differs from the embedding that config.json ties it to"
-        raise InputError(problem, file=found["lm_head.weight"].file, where="tensor 'lm_head.weight'")
-    for name, tensor in tensors.items():
-        file, where = found[name].file, f"tensor {found[name].name!r}"
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise InputError(f"holds NaN or Inf ({bad} of {tensor.numel()} values)", file=file, where=where)
-        cast = (tensor.T.contiguous() if is_transposed(name, model) else tensor).to(device, dtype)
-        if dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
-            raise InputError("holds values beyond float16's 65504", file=file, where=where)
-        tensors[name] = cast
-    if head is not None or model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors[table]
-    model.load_state_dict(tensors, assign=True)
+    """Give the meta model its tensors, a file at a time: checked finite, transposed, cast, quantized, tied again."""
+    packed = {f"{path}.weight" for path in quantizable(model)} if quantize is not None else set()
+    ready: dict[str, Tensor] = {}
+    for tensors in files:
+        for name in list(tensors):
+            tensor = read = tensors.pop(name)
+            file, where = found[name].file, f"tensor {found[name].name!r}"
+            if not torch.isfinite(read.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
+                bad = int((~torch.isfinite(read)).sum())
+                raise InputError(f"holds NaN or Inf ({bad} of {read.numel()} values)", file=file, where=where)
+            tensor = (read.T.contiguous() if is_transposed(name, model) else read).to(device, dtype)
+            if dtype == torch.float16 != read.dtype and not torch.isfinite(tensor).all():
+                raise InputError("holds values beyond float16's 65504", file=file, where=where)
+            ready[name] = quantize_weight(tensor, quantize) if quantize is not None and name in packed else tensor
+    if model.config.tie_word_embeddings:
+        table = ready[f"{model.family.embedding}.weight"]
+        head = ready.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, table):
+            problem = "differs from the embedding that config.json ties it to"
+            raise InputError(problem, file=found["lm_head.weight"].file, where="tensor 'lm_head.weight'")
+        ready["lm_head.weight"] = table
+    model.load_state_dict(ready, assign=True)
+    for path in packed:
+        model.get_parameter(path).requires_grad_(False)
     model.tie()
     return model.eval()
 
@@ -325,12 +342,15 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
     With the tokenizer's files beside them the folder answers by itself: `minipeft generate --model FOLDER`.
 
     Raises:
-        InputError: an adapter is still in the model, a tensor is not finite, the tokenizer has ids beyond the model, or
-            the folder cannot be written.
+        InputError: an adapter is still in the model, its weights are quantized, a tensor is not finite, the tokenizer
+            has ids beyond the model, or the folder cannot be written.
     """
     check_kind(model, Decoder, "model")
     folder = check_path(folder, "folder")
     config = model.config
+    if is_quantized(model):
+        hint = "dequantize_model(model) first; save_adapter keeps what was trained"
+        raise InputError("the model holds quantized weights", where="save_model", hint=hint)
     with torch.device("meta"):
         plain = set(model.family.decoder(config).state_dict())
     state = model.state_dict()

@@ -63,7 +63,12 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
         tokenizer = tokenizer.with_eos(given.eos_token)
     dtype = None if given.dtype is None else DTYPES[given.dtype]
     model = load_model(
-        given.source, dtype=dtype, device=given.device, revision=given.revision, legacy_bin=given.legacy_bin
+        given.source,
+        dtype=dtype,
+        device=given.device,
+        revision=given.revision,
+        legacy_bin=given.legacy_bin,
+        quantize=given.quantize,
     )
     tokenizer.check_fits(model.config.vocab_size, given.source)
     if config.adapter is not None:

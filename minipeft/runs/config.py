@@ -21,6 +21,7 @@ from minipeft.data.packing import PackConfig
 from minipeft.errors import InputError, check_fields, check_value, option
 from minipeft.hub import fetch
 from minipeft.models.checkpoint import read_config
+from minipeft.models.quantize import FORMATS
 from minipeft.runs.planning import MOST_LAYERS, build_on_meta
 from minipeft.training.loop import TrainConfig
 
@@ -37,6 +38,7 @@ class ModelConfig:
         None, "dtype of the base, fp32 or bf16; default its own, for full tuning fp32", choices=DTYPES
     )
     device: str = option("cpu", "cpu, cuda, ...")
+    quantize: str | None = option(None, "hold the linears of the base in 4 or 8 bits", choices=FORMATS)
     legacy_bin: bool = option(False, "read pytorch_model.bin where there are no safetensors")
     eos_token: str | None = option(None, "token that ends a text, where the tokenizer names none")
 
@@ -75,6 +77,8 @@ class RunConfig:
         check_fields(self)
         if self.model.dtype == "bf16" and self.method.trains_base:
             raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
+        if self.model.quantize is not None and self.method.trains_base:
+            raise InputError("full tuning trains the weights themselves, which are then quantized", where="quantize")
 
     @property
     def method(self) -> Method:

@@ -56,6 +56,7 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
         length=packing.length,
         dtype=DTYPES[model.dtype or ("fp32" if stored in (None, "float32") else "bf16")],
         activation_checkpointing=activation_checkpointing,
+        quantize=model.quantize,
     )
     dtype = getattr(torch, found.dtype)
     return {
@@ -99,5 +100,6 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
     length = min(choose_row_length(config.packing, model), model.config.context - model.virtual_tokens)
     shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
+    shape["quantize"] = config.model.quantize
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
     return f"{work}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

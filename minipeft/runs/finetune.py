@@ -205,7 +205,12 @@ def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
     given = config.model
     dtype = DTYPES[given.dtype] if given.dtype else torch.float32 if config.method.trains_base else None
     model = load_model(
-        given.source, dtype=dtype, device=given.device, revision=given.revision, legacy_bin=given.legacy_bin
+        given.source,
+        dtype=dtype,
+        device=given.device,
+        revision=given.revision,
+        legacy_bin=given.legacy_bin,
+        quantize=given.quantize,
     )
     tokenizer.check_fits(model.config.vocab_size, given.source)
     return model

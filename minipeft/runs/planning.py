@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from minipeft.adapters import AdapterReport, add_adapter, method_of
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
+from minipeft.models.quantized import QuantizedWeight, quantize_model
 
 PROBE = (256, 1024, 1024)  # a product of the size that training has
 PROBE_SECONDS = 0.15
@@ -42,6 +43,7 @@ class Plan:
     rows: int
     length: int  # tokens of a row
     dtype: str  # of the base
+    quantized: str | None  # the format of its linears
     trainable: int  # parameters
     total: int
     weights: int  # bytes of base and adapter
@@ -68,18 +70,19 @@ def plan(
     length: int | None = None,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    quantize: str | None = None,
 ) -> Plan:
     """What it takes to train `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
     `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base (full tuning:
-    float32). Each row counts as one document, attention as a fused kernel, and the LoRA linear as the reference
-    backend: on a GPU the fused backend takes less.
+    float32), `quantize` the format of its linears. Each row counts as one document, attention as a fused kernel, and
+    the LoRA linear as the reference backend: on a GPU the fused backend takes less.
 
     Raises:
         InputError: the adapter does not fit the model, the rows do not fit its context, or the model has more layers
             than any known one.
     """
-    model, report = adapt_on_meta(config, adapter, dtype)
+    model, report = adapt_on_meta(config, adapter, dtype, quantize)
     room = config.context - model.virtual_tokens
     length = min(1024, room) if length is None else length
     if length > room:
@@ -93,17 +96,33 @@ def plan(
     full = method_of(adapter).trains_base
     flops = train_flops(config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing)
     kind = report.base_dtype
-    return Plan(report.method, rows, length, kind, report.trainable, report.total, weights, moments, step, flops)
+    return Plan(
+        report.method,
+        rows,
+        length,
+        kind,
+        report.quantized,
+        report.trainable,
+        report.total,
+        weights,
+        moments,
+        step,
+        flops,
+    )
 
 
-def adapt_on_meta(config: Any, adapter: Any, dtype: torch.dtype) -> tuple[Decoder, AdapterReport]:
+def adapt_on_meta(
+    config: Any, adapter: Any, dtype: torch.dtype, quantize: str | None = None
+) -> tuple[Decoder, AdapterReport]:
     """A model of this config.json with the adapter in it, on the meta device: shapes alone.
 
     Raises:
         InputError: the adapter does not fit the model, or the model has more layers than any known one.
     """
-    model = build_on_meta(config)
-    report = add_adapter(model.to(torch.float32 if method_of(adapter).trains_base else dtype), adapter)
+    model = build_on_meta(config).to(torch.float32 if method_of(adapter).trains_base else dtype)
+    if quantize is not None:
+        quantize_model(model, quantize)
+    report = add_adapter(model, adapter)
     return model, report
 
 
@@ -117,8 +136,13 @@ def step_bytes(model: Decoder, ids: Tensor) -> int:
 
 def count_bytes(tensors: Sequence[Tensor]) -> int:
     """The bytes of some tensors, each storage once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in held_tensors(tensors)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def held_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that hold data: the codes and scales of a quantized one."""
+    return [part for t in tensors for part in (t.parts if isinstance(t, QuantizedWeight) else (t,))]
 
 
 class Memory(TorchDispatchMode):
@@ -127,12 +151,13 @@ class Memory(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.now = self.most = 0
-        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        held = held_tensors([*model.parameters(), *model.buffers()])
+        self.known = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = call(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, QuantizedWeight):
                 self.count(tensor.untyped_storage())
         return result
 
@@ -210,7 +235,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             row["model"],
             row["method"],
             f"{row['rows']} x {row['length']}",
-            row["dtype"],
+            row["quantized"] or row["dtype"],
             f"{row['trainable']:,}",
             f"{row['percent']:.3g}",
             *(f"{row[name] / 1e9:.2f}" for name in ("weights", "moments", "step", "peak")),

@@ -24,6 +24,7 @@ from minipeft.documents import PADDING, VIRTUAL
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, REFUSED
 from minipeft.models.checkpoint import load_model, read_config, save_model
+from minipeft.models.quantized import dequantize_model, is_quantized, quantize_model
 
 transformers.logging.set_verbosity_error()
 
@@ -295,12 +296,17 @@ def adapted(family, method, moved=True):
     """A copy with an adapter whose trained parameters stand, if moved, away from their init."""
     model = copy.deepcopy(rich_model(family))
     minipeft.add_adapter(model, METHODS[method], Words())
+    if moved:
+        move(model)
+    return model
+
+
+def move(model):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            if p.requires_grad and moved:
+            if p.requires_grad:
                 p.add_(0.03 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def packed_apart(model):
@@ -395,6 +401,34 @@ class TestAdapters:
             again = copy.deepcopy(rich_model(family))
             minipeft.load_adapter(again, tmp_path)
         assert torch.equal(again.eval()(rows()), model.eval()(rows()))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("family", PEERS)
+def test_a_quantized_base_is_the_base_of_its_values(family, method):
+    """Every answer and gradient is that of a plain base which holds the dequantized values."""
+    quantized = copy.deepcopy(rich_model(family))
+    quantize_model(quantized, "nf4" if len(family) % 2 else "int8")
+    plain = copy.deepcopy(quantized)
+    dequantize_model(plain)
+    documents = torch.tensor([[0] * 11 + [1] * 13] * 2)
+    found = []
+    for model in (quantized, plain):
+        minipeft.add_adapter(model, METHODS[method], Words())
+        move(model)
+        with torch.no_grad():
+            answers = [model(rows(), documents=documents)]
+            if method in ("lora", "prefix"):
+                answers.append(step_by_step(model, rows()[:, :12], 9))
+        model.train().activation_checkpointing = True
+        loss = model.loss(rows(), rows(), documents)
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([*answers, loss, *grads])
+    assert len(grads) > 0
+    assert is_quantized(quantized) > is_quantized(plain)
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt"])
