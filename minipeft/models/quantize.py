@@ -99,7 +99,7 @@ def nearest(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)  # [blocks]
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).clamp(-1, 1)
     middles = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).flatten()[:count], absmax
+    return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).flatten()[:count].clone(), absmax
 
 
 @cache

@@ -1,15 +1,20 @@
 """The output and files of a run; tests/test_survival.py covers interruptions."""
 
+import itertools
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import minipeft
+from minipeft.models.quantized import format_of
 from minipeft.runs import estimates
 from minipeft.runs import finetune as tuning
+from minipeft.runs.answers import load_tuned
 from minipeft.runs.config import RunConfig, run_config
 from minipeft.runs.finetune import finetune
 from tests.small import write_pairs, write_small_model
@@ -88,3 +93,38 @@ def test_the_adapter_on_disk_is_the_one_that_was_trained(method: str, folder: Pa
     pairs = minipeft.load_pairs(folder / "pairs.jsonl")
     _, dev = tuning.pack_pairs(config(folder), model, tokenizer, pairs, say=lambda _: None)
     assert minipeft.evaluate(model, dev) == pytest.approx(result["dev_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_its_adapter_answers(
+    folder: Path, quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(folder, quantize=quantize, steps=4, save_every=2, dropout=0.1)
+    whole = finetune(given, folder / "whole", say=lambda _: None)
+
+    whole_training = tuning.train
+
+    def cut_off(*arguments: Any) -> Iterator[Any]:
+        yield from itertools.islice(whole_training(*arguments), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "train", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(given, folder / "parts", say=lambda _: None)
+    again = finetune(given, folder / "parts", resume=True, say=lambda _: None)
+    assert again["resumed_at"] == 2
+    assert again["loss"] == whole["loss"]
+    name = "adapter_model.safetensors"
+    assert (folder / "whole/adapter" / name).read_bytes() == (folder / "parts/adapter" / name).read_bytes()
+    model, _ = load_tuned(given.model, folder / "whole/adapter")
+    assert format_of(model) == quantize
+    plain = finetune(given.change(quantize=None), folder / "plain", say=lambda _: None)
+    assert plain["loss"] != whole["loss"]
+    with pytest.raises(minipeft.InputError, match="quantize"):
+        finetune(given.change(quantize=None), folder / "parts", resume=True, say=lambda _: None)
+
+
+def test_full_tuning_of_a_quantized_base_is_refused(folder: Path) -> None:
+    with pytest.raises(minipeft.InputError, match="weights themselves, which are then quantized"):
+        config(folder, "full", quantize="nf4")

@@ -1,5 +1,6 @@
 """Estimates: FLOPs against torch's own counter, memory against its profiler, on the same model; durations in words."""
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from minipeft.cli import main
 from minipeft.errors import InputError
 from minipeft.models import GPT2, GPT2Config, Llama, LlamaConfig, attention
 from minipeft.models.loss import cross_entropy
+from minipeft.models.quantized import quantize_model
 from minipeft.runs.planning import forward_flops, in_words, linear_weights, plan, probe_flops, train_flops
 
 DECODERS = {
@@ -203,3 +205,17 @@ def test_trained_shares_are_those_that_the_paper_prints(assets, capsys):
         0.08,
         0.001,
     ]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantized_base_is_planned_by_its_codes(name, quantize):
+    """Parameters are counted as weights, not as bytes of codes; memory as what the quantized model holds."""
+    config = DECODERS[name].config
+    plain = plan(config, LoRAConfig(rank=2), dtype=torch.bfloat16, length=16)
+    found = plan(config, LoRAConfig(rank=2), dtype=torch.bfloat16, length=16, quantize=quantize)
+    assert (found.total, found.trainable, found.flops) == (plain.total, plain.trainable, plain.flops)
+    model = quantize_model(copy.deepcopy(DECODERS[name]).to(torch.bfloat16), quantize)
+    add_adapter(model, LoRAConfig(rank=2))
+    held = sum(getattr(p, "nbytes_held", lambda p=p: p.nbytes)() for p in model.parameters())
+    assert found.weights == held < plain.weights
