@@ -14,7 +14,7 @@ import minipeft
 from minipeft.models.quantized import format_of
 from minipeft.runs import estimates
 from minipeft.runs import finetune as tuning
-from minipeft.runs.answers import load_tuned
+from minipeft.runs.answers import AnswersConfig, load_tuned
 from minipeft.runs.config import RunConfig, run_config
 from minipeft.runs.finetune import finetune
 from tests.small import write_pairs, write_small_model
@@ -117,7 +117,7 @@ def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_its_adapter_answers(
     assert again["loss"] == whole["loss"]
     name = "adapter_model.safetensors"
     assert (folder / "whole/adapter" / name).read_bytes() == (folder / "parts/adapter" / name).read_bytes()
-    model, _ = load_tuned(given.model, folder / "whole/adapter")
+    model, _ = load_tuned(AnswersConfig(given.model, adapter=folder / "whole/adapter"))
     assert format_of(model) == quantize
     plain = finetune(given.change(quantize=None), folder / "plain", say=lambda _: None)
     assert plain["loss"] != whole["loss"]

@@ -219,3 +219,11 @@ def test_a_quantized_base_is_planned_by_its_codes(name, quantize):
     add_adapter(model, LoRAConfig(rank=2))
     held = sum(getattr(p, "nbytes_held", lambda p=p: p.nbytes)() for p in model.parameters())
     assert found.weights == held < plain.weights
+
+
+def test_the_papers_share_of_gpt2_medium_counts_bytes_of_codes():
+    """Table 3 prints 2.99 % for LoRA r16 on GPT-2 M: its 4-bit base counted by bytes. By weights it is 1.74 %."""
+    medium = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    found = plan(medium, LoRAConfig(rank=16), dtype=torch.bfloat16, length=16, quantize="nf4")
+    assert (found.trainable, found.packed, found.total) == (6_291_456, 210_119_680, 361_114_624)
+    assert f"{100 * found.trainable / found.packed:.2f} {found.percent:.2f}" == "2.99 1.74"
