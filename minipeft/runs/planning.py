@@ -244,8 +244,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         "the process itself comes on top. TFLOP and seconds are those of one step."
     )
     counts = [
-        f"{row['model']}, {row['method']}: {100 * row['trainable'] / row['packed']:.3g} % trained, were each byte of codes "
-        "a parameter, as some tools count"
+        f"{row['model']}, {row['method']}: {100 * row['trainable'] / row['packed']:.3g} % are trained where a tool counts "
+        "each byte of codes as a parameter"
         for row in rows
         if row["packed"] != row["total"]
     ]
