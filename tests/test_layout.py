@@ -50,6 +50,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     **dict.fromkeys(
         ("adapters/peft_ia3", "adapters/peft_targets", "adapters/peft_vera"), "tests/adapters/test_peft_format.py"
     ),
+    "models/quantized": "tests/models/test_quantize.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
     **dict.fromkeys(("study/browser", "study/charts", "study/report", "study/results"), "tests/study/test_page.py"),

@@ -243,10 +243,11 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         "peak = weights + AdamW's moments + the most that a step adds (activations, gradients), in GB of 10^9 bytes;\n"
         "the process itself comes on top. TFLOP and seconds are those of one step."
     )
-    counts = [
-        f"{row['model']}, {row['method']}: {100 * row['trainable'] / row['packed']:.3g} % are trained where a tool counts "
-        "each byte of codes as a parameter"
-        for row in rows
-        if row["packed"] != row["total"]
-    ]
+    counts = []
+    for row in rows:
+        if row["packed"] != row["total"]:
+            share = f"{100 * row['trainable'] / row['packed']:.3g} %"
+            counts.append(
+                f"{row['model']}, {row['method']}: {share} are trained, where a byte of codes counts as a parameter"
+            )
     return "\n".join([*lines, "", legend, *counts])
