@@ -34,7 +34,15 @@ from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
 from minipeft.errors import InputError, check_kind, check_value, shown
 from minipeft.models import Decoder
-from minipeft.models.quantized import QuantizedWeight, format_of, is_quantized
+from minipeft.models.quantized import (
+    QuantizedWeight,
+    dequantize_model,
+    format_of,
+    is_quantized,
+    put_weights,
+    quantize_weight,
+    quantized_weights,
+)
 
 FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
 LORA = Method(
@@ -227,12 +235,15 @@ def merge_adapter(
     tokenizer: Prompter | None = None,
     new_tokens: int = 32,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
 ) -> MergeReport:
     """Fold the adapter into the weights, in float32; afterwards a plain model again.
 
     `check`: prompts on which the merged model is compared with the unmerged one; the report says how far apart they are
     (KL, top-1 tokens, greedy answers of at most `new_tokens` tokens). `dtype`, float32 or bfloat16, is the plain
-    model's, its own by default; the comparison includes the cast, the report's `relative_error` does not.
+    model's, its own by default; the comparison includes the cast, the report's `relative_error` does not. `dequantize`
+    makes a quantized base plain first; with prompts, the report then also says what quantizing the result again would
+    cost.
 
     Raises:
         InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, a result
@@ -244,22 +255,40 @@ def merge_adapter(
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
         problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
         raise InputError(problem, where="merge_adapter")
-    if is_quantized(model):
+    packed = quantized_weights(model)
+    if packed and not dequantize:
         problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
-        raise InputError(problem, where="merge_adapter", hint="dequantize_model(model) first")
+        raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
-    own = model.embedding.weight.dtype
+    own, format = model.embedding.weight.dtype, format_of(model)
+    dequantize_model(model)
     model.to(torch.promote_types(own, dtype or own))  # the wider one: the sum is rounded to the narrower
     try:
         report: MergeReport = held.merge(model)
     except InputError:
         model.to(own)
+        put_weights(model, packed)
         raise
     clear_adapter(model)
     model.to(dtype or own)
-    return report if comparison is None else dataclasses.replace(report, **comparison.measure(model))  # type: ignore[arg-type]
+    if comparison is None:
+        return report
+    report = dataclasses.replace(report, **comparison.measure(model))  # type: ignore[arg-type]
+    return report if format is None else dataclasses.replace(report, **measure_again(model, packed, format, comparison))
+
+
+def measure_again(
+    model: Decoder, packed: Mapping[str, QuantizedWeight], format: str, comparison: Comparison
+) -> dict[str, Any]:
+    """What quantizing the merged weights again would cost: fields of MergeReport. The model stays as it is."""
+    merged = {path: model.get_submodule(path).weight for path in packed}
+    put_weights(model, {path: quantize_weight(weight, format) for path, weight in merged.items()})  # type: ignore[arg-type]
+    again = comparison.measure(model)
+    for path, weight in merged.items():
+        model.get_submodule(path).weight = weight
+    return {"format": format, "requantized_kl": again["mean_kl"], "requantized_tokens": again["changed_tokens"]}
 
 
 def clear_adapter(model: Decoder) -> None:

@@ -51,6 +51,9 @@ class MergeReport:
     max_kl: float | None = None  # nats, of the token where it is largest
     changed_tokens: int | None = None  # positions where another token is the most probable (top-1)
     changed_answers: int | None = None  # prompts whose greedy answer differs
+    format: str | None = None  # of the quantized base that was dequantized for the merge
+    requantized_kl: float | None = None  # nats per token from the unmerged model, were the result quantized again
+    requantized_tokens: int | None = None  # positions whose top-1 token would then differ
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -82,6 +85,9 @@ class MergeReport:
                 ("top-1", f"{self.changed_tokens:,} of {self.tokens:,} tokens changed"),
                 ("answers", f"{self.changed_answers} of {self.prompts} greedy answers changed"),
             ]
+        if self.format is not None:
+            cost = f"KL {self.requantized_kl:.3g} nats per token, {self.requantized_tokens:,} top-1 tokens changed"
+            rows.append((f"in {self.format}", f"quantized again: {cost}"))
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 

@@ -203,12 +203,22 @@ def quantize_model(model: Decoder, format: str) -> Decoder:
     return model
 
 
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """The quantized weights, by the path of the module that holds them."""
+    held = {path: module._parameters.get("weight") for path, module in model.named_modules()}
+    return {path: weight for path, weight in held.items() if isinstance(weight, QuantizedWeight)}
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the modules at these paths these weights, frozen."""
+    for path, weight in weights.items():
+        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+
+
 def dequantize_model(model: nn.Module) -> None:
     """Give each quantized weight the plain tensor of the values it stands for, in its dtype; adapters stay."""
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, QuantizedWeight):
-            module.weight = nn.Parameter(weight.dequantize().to(weight.dtype), requires_grad=False)
+    for path, weight in quantized_weights(model).items():
+        put_weights(model, {path: weight.dequantize().to(weight.dtype)})
 
 
 def format_of(model: nn.Module) -> str | None:

@@ -83,7 +83,14 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
     tuned = AnswersConfig(config.model, adapter=config.adapter, adapter_revision=config.adapter_revision)
     base, tokenizer = load_tuned(tuned, say)
     dtype = None if config.dtype is None else DTYPES[config.dtype]
-    report = merge_adapter(base, check=prompts, tokenizer=tokenizer, new_tokens=config.new_tokens, dtype=dtype)
+    report = merge_adapter(
+        base,
+        check=prompts,
+        tokenizer=tokenizer,
+        new_tokens=config.new_tokens,
+        dtype=dtype,
+        dequantize=config.model.quantize is not None,
+    )
     say(str(report))
     write_card(out, merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)

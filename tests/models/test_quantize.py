@@ -16,7 +16,7 @@ from minipeft.errors import InputError
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
 from minipeft.models.quantize import NF4_CODE, dynamic_code
-from minipeft.models.quantized import QuantizedWeight, dequantize_model, format_of, quantize_model, quantize_weight
+from minipeft.models.quantized import QuantizedWeight, format_of, quantize_model, quantize_weight
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[test]'").functional
 
@@ -179,13 +179,58 @@ def test_what_cannot_be_is_refused_by_name(model, tmp_path):
     assert not (tmp_path / "out").exists()
     report = minipeft.add_adapter(model, minipeft.LoRAConfig(rank=2))
     assert "base int8, trained float32, computed in float32" in str(report)
-    with pytest.raises(InputError, match=r"quantized again, with another error\. dequantize_model\(model\) first"):
-        minipeft.merge_adapter(model)
     ids = torch.arange(12).view(1, 12)
     wanted = model(ids)
-    dequantize_model(model)
-    minipeft.merge_adapter(model)
+    with pytest.raises(InputError, match="dequantize=True makes the model plain"):
+        minipeft.merge_adapter(model)
+    assert torch.equal(model(ids), wanted)
+
+
+class Words:
+    """A stand-in for a tokenizer: a word is a token."""
+
+    eos = None
+
+    def encode(self, text):
+        return [len(word) * 5 % 61 for word in text.split()]
+
+
+def test_merging_dequantizes_and_says_what_quantizing_again_would_cost(model):
+    quantize_model(model, "nf4")
+    minipeft.add_adapter(model, minipeft.LoRAConfig(rank=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ids = torch.arange(12).view(1, 12)
+    wanted = model(ids).detach()
+    report = minipeft.merge_adapter(
+        model, check=["a bc def", "ghij klmno"], tokenizer=Words(), new_tokens=4, dequantize=True
+    )
+    assert format_of(model) is None
     assert (model(ids) - wanted).abs().max() <= 1e-5
+    assert report.format == "nf4"
+    assert report.mean_kl < 1e-9 < report.requantized_kl
+    again = quantize_model(copy.deepcopy(model), "nf4")
+    with torch.no_grad():
+        p, q = (m(torch.tensor([Words().encode("a bc def")])).double().log_softmax(-1) for m in (model, again))
+    assert (p.exp() * (p - q)).sum(-1).max() > 0
+    assert "in nf4     quantized again: KL" in str(report)
+
+
+def test_a_merge_that_fails_leaves_the_quantized_base(model):
+    quantize_model(model, "int8")
+    minipeft.add_adapter(model, minipeft.LoRAConfig(rank=2))
+    ids = torch.arange(12).view(1, 12)
+    wanted = model(ids).detach()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").lora_B.fill_(float("inf"))
+    with pytest.raises(InputError, match="would not be finite"):
+        minipeft.merge_adapter(model, dequantize=True)
+    assert format_of(model) == "int8"
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").lora_B.zero_()
+    assert torch.equal(model(ids), wanted)
 
 
 def test_removing_leaves_the_quantized_base(model):

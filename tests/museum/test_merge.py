@@ -146,7 +146,7 @@ def test_a_quantized_base(exhibit, twins):
     fails, or changes the answers by rounding."""
     model = load_model(twins().folder, quantize="nf4")
     add_adapter(model, LoRAConfig(rank=2))
-    with exhibit.refused(r"quantized again, with another error\. dequantize_model"):
+    with exhibit.refused(r"quantized again, with another error"):
         merge_adapter(model)
 
 
