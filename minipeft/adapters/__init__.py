@@ -283,11 +283,10 @@ def measure_again(
     model: Decoder, packed: Mapping[str, QuantizedWeight], format: str, comparison: Comparison
 ) -> dict[str, Any]:
     """What quantizing the merged weights again would cost: fields of MergeReport. The model stays as it is."""
-    merged = {path: model.get_submodule(path).weight for path in packed}
-    put_weights(model, {path: quantize_weight(weight, format) for path, weight in merged.items()})  # type: ignore[arg-type]
+    merged = {path: model.get_parameter(f"{path}.weight") for path in packed}
+    put_weights(model, {path: quantize_weight(weight, format) for path, weight in merged.items()})
     again = comparison.measure(model)
-    for path, weight in merged.items():
-        model.get_submodule(path).weight = weight
+    put_weights(model, merged)
     return {"format": format, "requantized_kl": again["mean_kl"], "requantized_tokens": again["changed_tokens"]}
 
 

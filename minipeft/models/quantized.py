@@ -210,9 +210,10 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the modules at these paths these weights, frozen."""
+    """Give the modules at these paths these weights; a quantized one is frozen."""
     for path, weight in weights.items():
-        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+        trained = not isinstance(weight, QuantizedWeight)
+        model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=trained and weight.requires_grad)
 
 
 def dequantize_model(model: nn.Module) -> None:
