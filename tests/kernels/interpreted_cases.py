@@ -28,6 +28,7 @@ from torch import Tensor
 
 import minipeft
 from minipeft.models import FAMILIES
+from minipeft.models.quantized import quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = torch.finfo(torch.float32).eps  # about the difference of two orders of summation
@@ -121,6 +122,21 @@ def test_projections_that_share_x(backend: str, count: int, rank: int) -> None:
     )
     for a, b in zip(run(backend, x, parts, 0.25), exact(x, parts, 0.25)):
         assert error(a, b) < 4 * EPSILON
+
+
+@pytest.mark.parametrize("backend", ["hybrid", "fused"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantized_weight_gives_what_its_values_give(backend: str, format: str) -> None:
+    """Two projections of one x; the fused backend takes the dequantized weight, the hybrid one never makes it whole."""
+    x = draw(33, 70, seed=3, dtype=torch.float32)
+    plain = [part(70, n, 8, seed=n, dtype=torch.float32) for n in (65, 40)]
+    packed = [p._replace(weight=quantize_weight(p.weight, format)) for p in plain]
+    values = [p._replace(weight=q.weight.dequantize()) for p, q in zip(plain, packed)]
+    for ours, wanted in zip(run(backend, x, packed, 0.1), run(backend, x, values, 0.1), strict=True):
+        assert error(ours, wanted) <= 20 * EPSILON
+    with torch.no_grad():
+        y, wanted = (lora_linear(x[:5], *p[0], backend="decode") for p in (packed, values))
+    assert error(y, wanted) <= 20 * EPSILON
 
 
 def test_two_runs_agree_to_the_bit() -> None:
