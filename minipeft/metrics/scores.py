@@ -71,7 +71,7 @@ class Score:
     scale: float = 1.0
     counts: bool = False  # the value is a number of answers; tables show it as a share of them, and 0 as nothing
     higher_is_better: bool | None = None  # None: neither is
-    table: str = "scores"  # the page's table that shows it: scores, details; "": none
+    table: str = "scores"  # the page's table that shows it: scores, answers; "": none
     rank: int = 0  # in the terminal's table, which shows the smallest ranks that fit; 0: never
     heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
@@ -112,18 +112,18 @@ SCORES: list[Score] = [
           "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}"),
     Score("length_ratio", "length", "tokens of all answers over tokens of all references",
           lambda a: a.length_ratio, "{:.2f}",
-          table="details", heading="length", text="{value:.2f} times the references' tokens"),
+          table="answers", heading="length", text="{value:.2f} times the references' tokens"),
     Score("empty", "empty", "empty answers", lambda a: a.count(lambda text: not text.strip()), "{:.0f} %", 100,
-          counts=True, higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} empty"),
+          counts=True, higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} empty"),
     Score("repeated", "repeated", "answers that repeat themselves", lambda a: a.count(is_repeated), "{:.0f} %", 100,
-          counts=True, higher_is_better=False, table="details", heading="degenerate",
+          counts=True, higher_is_better=False, table="answers", heading="degenerate",
           text="{value:.0f} repeat themselves"),
     Score("hit_limit", "cut off", "answers cut off at the token limit",
           lambda a: None if a.hit_limit is None else sum(map(bool, a.hit_limit)), "{:.0f} %", 100, counts=True,
-          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} cut off"),
+          higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} cut off"),
     Score("leaked", "template", "answers that contain the prompt template",
           lambda a: a.count(lambda text: any(part in text for part in TEMPLATE_PARTS)), "{:.0f} %", 100, counts=True,
-          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} with the template"),
+          higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} with the template"),
     Score("distinct", "distinct", "different answers", lambda a: len(set(a.predictions)), "{:.0f} %", 100, counts=True,
           table="", heading="distinct", text="{value:.0f} of {pairs}"),
 ]  # fmt: skip
