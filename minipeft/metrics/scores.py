@@ -18,8 +18,10 @@ from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, s
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
 from minipeft.metrics.ngrams import check_pairs
-from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python
+from minipeft.metrics.text import bleu_13a, chrf, find_language, is_exact, is_repeated, is_valid_python
 
+LANGUAGES = ("python", "text")
+TEXT_ONLY = "text: most references are not Python, so there is no CodeBLEU and no validity"
 ARTEFACT = 0.005  # between the two CodeBLEU totals, from which the difference is pointed out
 TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer that holds one goes on to a new task
 
@@ -76,6 +78,11 @@ class Score:
     heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
     absent: str = ""  # there, where the value is None
+    language: str = ""  # of the references that it means something for: python, text; "": any
+
+    def compute_for(self, answers: "Answers", language: str) -> float | None:
+        """The value; None where the references are in another language than the score is for."""
+        return self.compute(answers) if self.language in ("", language) else None
 
     def show(self, value: float | None, pairs: int | None = None) -> str:
         """The value as a table shows it."""
@@ -88,28 +95,32 @@ SCORES: list[Score] = [
     Score("bleu", "BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100", lambda a: a.bleu, "{:.1f}", 100,
           higher_is_better=True, rank=1, text="{value:.1f} [{low:.1f}, {high:.1f}] of 100 (95 % bootstrap)"),
     Score("codebleu", "CodeBLEU", "strict: a part without a match counts 0", lambda a: a.code.score,
-          higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict"),
+          higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict", language="python"),
     Score("codebleu_compat", "as the package", "CodeBLEU as the codebleu package computes it: a data-flow match of 0 "
           "counts as 1", lambda a: a.code.compat, heading="CodeBLEU",
-          text="{value:.4f} as the codebleu package counts"),
+          text="{value:.4f} as the codebleu package counts", language="python"),
     Score("ngram", "n-gram", "CodeBLEU's n-gram match", lambda a: a.code.ngram, higher_is_better=True, table="",
-          heading="  its parts", text="n-gram {value:.4f}"),
+          heading="  its parts", text="n-gram {value:.4f}", language="python"),
     Score("weighted_ngram", "weighted n-gram", "CodeBLEU's n-gram match with keywords weighted 5",
           lambda a: a.code.weighted_ngram, higher_is_better=True, table="", heading="  its parts",
-          text="weighted {value:.4f}"),
+          text="weighted {value:.4f}", language="python"),
     Score("syntax", "syntax", "CodeBLEU's syntax-tree match", lambda a: a.code.syntax, higher_is_better=True, table="",
-          heading="  its parts", text="syntax {value:.4f}"),
+          heading="  its parts", text="syntax {value:.4f}", language="python"),
     Score("dataflow", "data flow", "CodeBLEU's data-flow match; none where no reference has data flow",
           lambda a: a.code.dataflow, higher_is_better=True, table="", heading="  its parts",
           text="data flow {value:.4f}",
-          absent="data flow none in the references"),
+          absent="data flow none in the references", language="python"),
     Score("exact_match", "exact", "exact match: the CoNaLa tokens equal a reference's",
           lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
           higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}"),
+    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, of 100, as sacrebleu's default",
+          lambda a: bleu_13a(a.predictions, a.references), "{:.1f}", 100, higher_is_better=True, rank=4,
+          heading="BLEU 13a", text="{value:.1f} of 100 (sacrebleu)", language="text"),
     Score("chrf", "chrF", "character n-gram F-score, of 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
           100, higher_is_better=True, rank=10),
     Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
-          "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}"),
+          "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}",
+          language="python"),
     Score("length_ratio", "length", "tokens of all answers over tokens of all references",
           lambda a: a.length_ratio, "{:.2f}",
           table="answers", heading="length", text="{value:.2f} times the references' tokens"),
@@ -140,6 +151,7 @@ class Scores:
     runs: tuple[np.ndarray, ...] = field(
         compare=False, repr=False
     )  # of each run BLEU counts by question, int64 [Q, 10]
+    language: str = "python"  # of the references: python, or text, which has no CodeBLEU and no validity
 
     def __getitem__(self, name: str) -> float | None:
         return self.values[name]
@@ -173,6 +185,8 @@ class Scores:
         values = {score.name: data[score.name] for score in SCORES}
         for name, value in values.items():
             check_value(value, float | None, {}, name)
+        language = data.get("language", "python")  # a row of before had no other
+        check_value(language, str, {"choices": LANGUAGES}, "language")
         kinds = {"pairs": int, "bleu_interval": tuple[float, ...], "signatures": tuple[str, ...]}
         given: dict[str, Any] = {
             name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in kinds
@@ -186,7 +200,7 @@ class Scores:
             runs = tuple(np.array(run, dtype=np.int64).reshape(-1, 10) for run in data["bleu_counts"])
         except (ValueError, TypeError) as error:
             raise InputError("must hold runs of 10 counts a question", where="bleu_counts") from error
-        return Scores(given["pairs"], values, ends, given["signatures"], runs)
+        return Scores(given["pairs"], values, ends, given["signatures"], runs, language)
 
     def as_dict(self) -> dict[str, object]:
         """The scores as plain values for JSON."""
@@ -196,6 +210,7 @@ class Scores:
             **self.values,
             "bleu_interval": list(self.bleu_interval),
             "signatures": list(self.signatures),
+            "language": self.language,
         }
 
 
@@ -205,11 +220,12 @@ def score_texts(
     *,
     questions: Sequence[Hashable] | None = None,
     hit_limit: Sequence[bool] | None = None,
+    language: str = "auto",
 ) -> Scores:
     """Compute every score of SCORES.
 
     `questions`: each pair's question_id, by which the bootstrap draws (None: every pair is a question of its own).
-    `hit_limit`: whether generation cut the answer off.
+    `hit_limit`: whether generation cut the answer off. `language`: of the references, python or text; auto finds it.
     Raises: InputError where the pairs cannot be scored.
     """
     predictions, lists = check_pairs(predictions, references)
@@ -225,11 +241,14 @@ def score_texts(
         if not isinstance(key, str | int | float | None):
             raise InputError(f"{shown(key)} must be text or a number", where="questions")
     answers = Answers(predictions, lists, hit_limit)
-    values = {score.name: score.compute(answers) for score in SCORES}
+    check_value(language, str, {"choices": ("auto", *LANGUAGES)}, "language")
+    language = find_language(lists) if language == "auto" else language
+    values = {score.name: score.compute_for(answers, language) for score in SCORES}
     counts = sum_by_question(answers.counts, keys)
     interval = bootstrap_bleu([counts])
-    signatures = (bleu(predictions[:1], lists[:1]).signature, answers.code.signature)
-    return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,))
+    code = (answers.code.signature,) if language == "python" else ()
+    signatures = (bleu(predictions[:1], lists[:1]).signature, *code)
+    return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,), language)
 
 
 def as_text(scores: Scores) -> str:
@@ -237,11 +256,13 @@ def as_text(scores: Scores) -> str:
     lines = {"pairs": [f"{scores.pairs}"]}
     if scores.questions < scores.pairs:
         lines["questions"] = [f"{scores.questions}"]
+    if scores.language == "text":
+        lines["references"] = [TEXT_ONLY]
     low, high = (100 * end for end in scores.bleu_interval)
     for score in SCORES:
         value, line = scores.values.get(score.name), lines.setdefault(score.heading or score.label, [])
         if value is None:
-            line += [score.absent] if score.absent else []
+            line += [score.absent] if score.absent and score.language in ("", scores.language) else []
             continue
         said = score.text or score.format.replace("{:", "{value:")
         filled = said.format(

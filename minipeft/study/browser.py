@@ -32,6 +32,7 @@ class Answered:
 
     name: str
     rows: Sequence[dict[str, Any]]
+    language: str = "python"  # of the references
 
 
 def browse(cells: Sequence[Answered]) -> str:
@@ -70,7 +71,7 @@ def draw_question(cells: Sequence[Answered], place: int) -> str:
     found, answers, right = [], [], []
     for number, cell in enumerate(cells):
         row = cell.rows[place]
-        marks = mark(row, references)
+        marks = mark(row, references, cell.language)
         found += [f"{number}:{mark.replace(' ', '-')}" for mark in marks]
         right += [cell.name] if "exact" in marks else []
         shown = ", ".join(mark for mark in marks if mark != "wrong")
@@ -106,12 +107,12 @@ def mark_difference(answer: str, reference: str) -> str:
     return "".join(parts)
 
 
-def mark(row: dict[str, Any], references: Sequence[str]) -> list[str]:
+def mark(row: dict[str, Any], references: Sequence[str], language: str) -> list[str]:
     """The MARKS that an answer bears."""
     answer = row["prediction"]
     if not answer.strip():
         return ["wrong", "empty"]
     found = ["exact" if is_exact(answer, references) else "wrong"]
-    found += [] if is_valid_python(answer) else ["invalid"]
+    found += [] if language != "python" or is_valid_python(answer) else ["invalid"]
     found += ["repeated"] if is_repeated(answer) else []
     return found + (["cut off"] if row.get("ended") == "limit" else [])

@@ -272,6 +272,6 @@ def draw_codebleu(groups: Sequence[Group]) -> str:
     rows = [
         (name, group.scores["codebleu"] or 0.0, group.scores["codebleu_compat"] or 0.0)
         for name, group in zip(name_groups(groups), groups)
-        if group.scores is not None
+        if group.scores is not None and group.scores["codebleu"] is not None
     ]
     return draw_pairs(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""

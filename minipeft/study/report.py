@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
+from minipeft.metrics.scores import TEXT_ONLY
 from minipeft.runs.answers import answers_in
 from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
@@ -61,6 +62,8 @@ def summarize(results: Results) -> list[str]:
         name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
         text.append(f"The best baseline without a model, {name!r}, scores BLEU {100 * (best.bleu or 0.0):.1f}.")
     text.append(f"Answered: {data.pairs} pairs of {data.questions} questions ({data.source}).")
+    if any(group.scores is not None and group.scores.language == "text" for _, group in done):
+        text.append(f"The references are {TEXT_ONLY}.")
     failed = [name for name, group in named if group.error is not None]
     return [*text, f"Failed: {', '.join(failed)}."] if failed else text
 
@@ -100,7 +103,7 @@ def draw_markdown(results: Results) -> str:
         ),
         f"## Before you use a number\n\n{flags}",
         f"## What the columns mean\n\n{meanings}",
-        *NOTES,
+        *(NOTES if any(column.title == "CodeBLEU" for column in all_columns) else NOTES[:-1]),
         f"Made with {as_line(environment)}.\n",
     ]
     return "\n\n".join(parts)
@@ -139,7 +142,7 @@ def read_all_answers(results: Results, out: Path) -> list[Answered]:
     """Of each cell whose answers are worth reading its name and its answers, in the order of the questions."""
     called = name_cells(results)
     return [
-        Answered(called[row.cell], list(answers_in(out / "cells" / row.cell / ANSWERS)))
+        Answered(called[row.cell], list(answers_in(out / "cells" / row.cell / ANSWERS)), row.scores.language)
         for row in results.cells
         if row.error is None and row.scores is not None and row.method not in SAME_EACH_TIME
     ]

@@ -181,7 +181,11 @@ def list_verdicts(row: Row | Group) -> dict[str, Any]:
 
 def as_object(found: Interval | None) -> dict[str, float | None] | None:
     """A difference for JSON."""
-    return found and {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    return (
+        None
+        if found is None
+        else {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    )
 
 
 def read_fields(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

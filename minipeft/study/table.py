@@ -85,6 +85,11 @@ def show_difference(found: Interval | None) -> str:
     return "" if found is None else f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
+def value_of(found: Interval | None) -> float | None:
+    """The difference itself."""
+    return None if found is None else found.value
+
+
 def reference_of(groups: Sequence[Group]) -> str:
     """What the effects are differences to; where several models have different ones, what they have in common."""
     found = list(dict.fromkeys(group.reference for group in groups if group.reference))
@@ -136,7 +141,7 @@ def init(group: Group) -> str:
 BLEU_COLUMNS = [
     Column("95 % interval", "of BLEU, by bootstrap over questions", interval, 6, "scores", lambda g: g.bleu),
     Column("over zero-shot", "BLEU minus the untrained model's on the same questions, with its 95 % interval", gain, 2,
-           "scores", lambda group: group.difference and group.difference.value),
+           "scores", lambda group: value_of(group.difference)),
     Column("paper's BLEU", "what the paper reports", paper("bleu", "{:.5g}"), 9, "scores",
            lambda group: (group.paper or {}).get("bleu")),
 ]  # fmt: skip
@@ -145,7 +150,7 @@ MAIN_COLUMNS = [
     Column("BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100, with its 95 % interval over questions",
            bleu_with_interval, value=lambda group: group.bleu),
     Column("effect", "BLEU minus that of the best answer without training, paired by question, with its 95 % interval",
-           lambda group: show_difference(group.effect), value=lambda group: group.effect and group.effect.value),
+           lambda group: show_difference(group.effect), value=lambda group: value_of(group.effect)),
 ]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("held-out loss", "nats per supervised token, on pairs held out of training; ± standard deviation over seeds",

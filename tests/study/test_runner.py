@@ -290,3 +290,21 @@ def test_the_demo_has_its_own_split():
 def test_first_line():
     assert first_line("\n\nx = 1\ny = 2\n") == "x = 1"
     assert first_line("") == ""
+
+
+def test_a_study_of_shell_commands_has_no_column_of_python(inside, tmp_path, model, capsys):
+    file = tmp_path / "shell.jsonl"
+    rows = [{"intent": f"show {n} lines", "snippet": f"cat file{n} | head -n {n}", "question_id": n} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "s"
+    assert main(line(out, model, file, "--method", "prompt", "--steps", "1")) == 0
+    assert "The references are text: most references are not Python" in " ".join(capsys.readouterr().out.split())
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert [row["method"] for row in cells[:3]] == ["empty answer", "echo the question", "nearest training pair"]
+    assert all(row["valid_python"] is None and row["bleu_13a"] is not None for row in cells)
+    for report in ("report.md", "report.html"):
+        text = (out / report).read_text()
+        assert "BLEU 13a" in text
+        assert "CodeBLEU, strict" not in text
+        assert "CodeBLEU is strict" not in text
+        assert "(invalid" not in text
