@@ -59,6 +59,9 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     **dict.fromkeys([f"cli/{name}" for name in CLI], "tests/cli/test_cli.py"),
     "runs/folder": "tests/runs/test_checkpoints.py",
     "runs/process": "tests/test_survival.py",
+    "metrics/sandbox": "tests/metrics/test_execution.py",
+    "study/scoring": "tests/cli/test_cli.py",
+    "study/executed": "tests/study/test_runner.py",
     "study/cells": "tests/study/test_runner.py",
 }
 

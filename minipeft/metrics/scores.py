@@ -17,6 +17,7 @@ from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
+from minipeft.metrics.execution import count_trials, pass_at_k
 from minipeft.metrics.ngrams import check_pairs
 from minipeft.metrics.text import bleu_13a, chrf, find_language, is_exact, is_repeated, is_valid_python
 
@@ -33,6 +34,8 @@ class Answers:
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]  # of each prediction
     hit_limit: Sequence[bool] | None = None  # whether generation cut the answer off; None: unknown
+    passed: Sequence[bool] | None = None  # whether it passed its tests; None: not run
+    questions: Sequence[Hashable] = ()  # of each prediction
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -52,6 +55,10 @@ class Answers:
     @cached_property
     def code(self) -> CodeBLEU:
         return codebleu(self.predictions, self.references)
+
+    def passing(self, k: int) -> float | None:
+        """pass@k; None where the answers were not run, or are fewer than k to some question."""
+        return None if self.passed is None else pass_at_k(count_trials(self.passed, self.questions), k)
 
     def count(self, claim: Callable[[str], bool]) -> int:
         """The number of answers of which the claim is true."""
@@ -79,6 +86,7 @@ class Score:
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
     absent: str = ""  # there, where the value is None
     language: str = ""  # of the references that it means something for: python, text; "": any
+    each: Callable[[Answers], Sequence[float] | None] | None = None  # of each answer; the value is their mean
 
     def compute_for(self, answers: "Answers", language: str) -> float | None:
         """The value; None where the references are in another language than the score is for."""
@@ -110,9 +118,17 @@ SCORES: list[Score] = [
           lambda a: a.code.dataflow, higher_is_better=True, table="", heading="  its parts",
           text="data flow {value:.4f}",
           absent="data flow none in the references", language="python"),
+    Score("pass_at_1", "passes", "pass@1: answers that pass their tests when they are run", lambda a: a.passing(1),
+          "{:.1f} %", 100, higher_is_better=True, rank=3, heading="execution", text="pass@1 {value:.1f} %",
+          each=lambda a: a.passed),
+    Score("pass_at_10", "pass@10", "unbiased chance that one of 10 answers passes", lambda a: a.passing(10), "{:.1f} %",
+          100, higher_is_better=True, heading="execution", text="pass@10 {value:.1f} %"),
+    Score("pass_at_100", "pass@100", "unbiased chance that one of 100 answers passes", lambda a: a.passing(100),
+          "{:.1f} %", 100, higher_is_better=True, heading="execution", text="pass@100 {value:.1f} %"),
     Score("exact_match", "exact", "exact match: the CoNaLa tokens equal a reference's",
           lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
-          higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}"),
+          higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}",
+          each=lambda a: list(map(is_exact, a.predictions, a.references))),
     Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, of 100, as sacrebleu's default",
           lambda a: bleu_13a(a.predictions, a.references), "{:.1f}", 100, higher_is_better=True, rank=4,
           heading="BLEU 13a", text="{value:.1f} of 100 (sacrebleu)", language="text"),
@@ -120,7 +136,7 @@ SCORES: list[Score] = [
           100, higher_is_better=True, rank=10),
     Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
           "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}",
-          language="python"),
+          language="python", each=lambda a: list(map(is_valid_python, a.predictions))),
     Score("length_ratio", "length", "tokens of all answers over tokens of all references",
           lambda a: a.length_ratio, "{:.2f}",
           table="answers", heading="length", text="{value:.2f} times the references' tokens"),
@@ -179,10 +195,12 @@ class Scores:
 
         Raises: InputError where one is missing, or is not a number.
         """
-        for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *(score.name for score in SCORES)):
-            if name not in data:
+        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows of before 0.1 lack them
+        names = [score.name for score in SCORES]
+        for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *names):
+            if name not in data and name not in added:
                 raise InputError(f"field {name!r} is missing")
-        values = {score.name: data[score.name] for score in SCORES}
+        values = {name: data.get(name) for name in names}
         for name, value in values.items():
             check_value(value, float | None, {}, name)
         language = data.get("language", "python")  # a row of before had no other
@@ -221,11 +239,13 @@ def score_texts(
     questions: Sequence[Hashable] | None = None,
     hit_limit: Sequence[bool] | None = None,
     language: str = "auto",
+    passed: Sequence[bool] | None = None,
 ) -> Scores:
     """Compute every score of SCORES.
 
     `questions`: each pair's question_id, by which the bootstrap draws (None: every pair is a question of its own).
     `hit_limit`: whether generation cut the answer off. `language`: of the references, python or text; auto finds it.
+    `passed`: whether each answer passed its tests (execution.py); None: they were not run.
     Raises: InputError where the pairs cannot be scored.
     """
     predictions, lists = check_pairs(predictions, references)
@@ -240,7 +260,7 @@ def score_texts(
     for key in keys:
         if not isinstance(key, str | int | float | None):
             raise InputError(f"{shown(key)} must be text or a number", where="questions")
-    answers = Answers(predictions, lists, hit_limit)
+    answers = Answers(predictions, lists, hit_limit, passed, keys)
     check_value(language, str, {"choices": ("auto", *LANGUAGES)}, "language")
     language = find_language(lists) if language == "auto" else language
     values = {score.name: score.compute_for(answers, language) for score in SCORES}
@@ -249,6 +269,12 @@ def score_texts(
     code = (answers.code.signature,) if language == "python" else ()
     signatures = (bleu(predictions[:1], lists[:1]).signature, *code)
     return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,), language)
+
+
+def add_passes(scores: Scores, passed: Sequence[bool], questions: Sequence[Hashable]) -> Scores:
+    """The scores with pass@k of the same answers, which were run after they were scored."""
+    trials = count_trials(passed, questions)
+    return replace(scores, values={**scores.values, **{f"pass_at_{k}": pass_at_k(trials, k) for k in (1, 10, 100)}})
 
 
 def as_text(scores: Scores) -> str:

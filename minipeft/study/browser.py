@@ -22,7 +22,7 @@ LEGEND = (
     "Against the reference: <ins>what an answer has beside it</ins>, <del>what it lacks</del>; an answer with little "
     "in common is not compared. Arrow keys move between questions. Not shown: the empty answer, print(x), the question."
 )
-MARKS = ("exact", "wrong", "invalid", "empty", "repeated", "cut off")
+MARKS = ("exact", "passes", "wrong", "invalid", "empty", "repeated", "cut off")
 LEAST_ALIKE = 0.3  # of an answer and the reference, from which their differences are marked
 
 
@@ -114,5 +114,6 @@ def mark(row: dict[str, Any], references: Sequence[str], language: str) -> list[
         return ["wrong", "empty"]
     found = ["exact" if is_exact(answer, references) else "wrong"]
     found += [] if language != "python" or is_valid_python(answer) else ["invalid"]
+    found += ["passes"] if row.get("ran") == "passed" else []
     found += ["repeated"] if is_repeated(answer) else []
     return found + (["cut off"] if row.get("ended") == "limit" else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
@@ -14,6 +15,7 @@ from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
 from minipeft.study.curves import Curve
 from minipeft.study.effects import decide
+from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
 from minipeft.study.rows import Results
@@ -142,7 +144,16 @@ def read_all_answers(results: Results, out: Path) -> list[Answered]:
     """Of each cell whose answers are worth reading its name and its answers, in the order of the questions."""
     called = name_cells(results)
     return [
-        Answered(called[row.cell], list(answers_in(out / "cells" / row.cell / ANSWERS)), row.scores.language)
+        Answered(called[row.cell], read_cell_answers(out / "cells" / row.cell), row.scores.language)
         for row in results.cells
         if row.error is None and row.scores is not None and row.method not in SAME_EACH_TIME
     ]
+
+
+def read_cell_answers(folder: Path) -> list[dict[str, Any]]:
+    """The answers of a cell, each with how its program ended where it was run."""
+    rows, file = list(answers_in(folder / ANSWERS)), folder / EXECUTED
+    if not file.exists():
+        return rows
+    ran = [parse_json(line, file)["status"] for line in read_text(file).splitlines()]
+    return [row | {"ran": status} for row, status in zip(rows, ran, strict=True)]

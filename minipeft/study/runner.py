@@ -33,6 +33,7 @@ from minipeft.runs.planning import build_on_meta
 from minipeft.runs.process import stopping
 from minipeft.study.baselines import BASELINES, PYTHON_ONLY
 from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, QUESTIONS, RESULT, ZERO_SHOT, Cell, score_file
+from minipeft.study.executed import execute_row
 from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells
 from minipeft.study.progress import Bar
 from minipeft.study.rows import FORMAT, Row
@@ -79,6 +80,8 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
                 bar.finish(cell)
                 outcomes += read_outcomes(cell, out, error, say)
         end_if(stop)
+        if config.execute:
+            outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
 
 

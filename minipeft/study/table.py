@@ -145,7 +145,7 @@ BLEU_COLUMNS = [
     Column("paper's BLEU", "what the paper reports", paper("bleu", "{:.5g}"), 9, "scores",
            lambda group: (group.paper or {}).get("bleu")),
 ]  # fmt: skip
-RIGHT = ("exact",)  # the first that a study has tells how many answers are right
+RIGHT = ("passes", "exact")  # the first that a study has tells how many answers are right
 MAIN_COLUMNS = [
     Column("BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100, with its 95 % interval over questions",
            bleu_with_interval, value=lambda group: group.bleu),
