@@ -146,12 +146,17 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Up to `most` round numbers between low and high, which are positive, for a logarithmic axis."""
+    """Up to `most` round numbers between low and high, which are positive, for a logarithmic axis.
+
+    Where the powers of ten and their 2, 5 give fewer than two, evenly spaced ones.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
         found = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
         if len(found) <= most:
             break
+    if len(found) < 2:
+        return [tick for tick in ticks(low, high) if tick > 0]
     return found[:: max(1, -(-len(found) // most))]
 
 

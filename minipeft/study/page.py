@@ -144,7 +144,7 @@ def draw_costs(groups: Sequence[Group]) -> str:
     """BLEU over parameters, time and memory, a marker for each method."""
     named = [(name, g) for name, g in zip(name_groups(groups), groups) if g.is_tuned and g.scores is not None]
     methods = list(dict.fromkeys(group.method for _, group in named))
-    if not named or len(methods) > MOST_TOGETHER:
+    if len(named) < 2 or len(methods) > MOST_TOGETHER:
         return ""
     panels = []
     for field, (title, unit, divisor) in COSTS.items():

@@ -43,9 +43,13 @@ def columns() -> list[Column]:
 
 
 def main_columns(groups: Sequence[Group]) -> list[Column]:
-    """The six columns that decide: quality with its interval, the effect, what is right, and the cost."""
+    """The six columns that decide: quality with its interval, the effect, what is right, and the cost.
+
+    Where a tuned group gave no answers, the held-out loss stands in place of what is right.
+    """
     held = choose_columns(groups)
-    right = [column for column in held if column.title in RIGHT][:1]
+    silent = any(group.is_tuned and group.scores is None for group in groups)
+    right = [column for column in held if column.title in (("held-out loss",) if silent else RIGHT)][:1]
     cost = [column for title in ("trained", "time", "memory") for column in held if column.title == title]
     return [column for column in (*MAIN_COLUMNS, *right, *cost) if any(map(column.show, groups))]
 

@@ -8,12 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 
+from minipeft.metrics.scores import score_texts
 from minipeft.study.browser import mark_difference
 from minipeft.study.charts import Bar, draw_bars, draw_intervals, escape, log_ticks, short, ticks
 from minipeft.study.curves import Curve, Point, draw_cost, draw_losses, smooth
+from minipeft.study.page import draw_costs
 from minipeft.study.presets import StudyConfig
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
+from minipeft.study.rows import Group, Training
 from minipeft.study.runner import conduct
 
 HOSTILE = [
@@ -94,12 +97,11 @@ def test_it_can_be_read_without_script_and_holds_all_parts(page):
         "95 % interval",
         "held-out loss",
         "an empty answer as the package counts, 0.25",
-        "Cost against quality",
         "BLEU of every row",
         "prefers-color-scheme",
     ):
         assert part in page
-    assert page.count('role="img"') == 4  # one loss, and BLEU over parameters, time and memory
+    assert page.count('role="img"') == 1  # one loss
     assert page.count('role="list"') == 3  # effects, BLEU, CodeBLEU
     kinds = ["Tuned", "The model untrained", "Baselines without a model"]
     assert re.findall(r'scope="rowgroup"[^>]*>([^<]+)', page)[:3] == kinds
@@ -153,6 +155,17 @@ def test_costs_stand_where_their_numbers_are():
     assert "logarithmic" not in draw_cost([points[0]], "x", "things", None)
 
 
+def test_quality_over_cost_has_a_plot_for_each_cost_and_one_marker_a_method():
+    scores = score_texts(["x = f(y)"], ["x = f(y)"])
+    cost = Training(trainable=10, train_seconds=3.0, peak_memory_bytes=1e9)
+    groups = [Group("m", method, training=cost, scores=scores) for method in ("lora", "full")]
+    drawn = draw_costs([*groups, Group("", "empty answer", scores=scores), Group("m", "zero-shot", scores=scores)])
+    assert drawn.count('role="img"') == 3
+    assert drawn.count('class="m0"') == drawn.count('class="m1"') == 4  # and in the legend
+    assert drawn.count('class="mark"') == 3
+    assert draw_costs(groups[:1]) == ""
+
+
 def test_the_difference_to_the_reference_is_marked():
     assert mark_difference("a.b(1)", "a.b(1)") == "a.b(1)"
     assert mark_difference("a.c(1)", "a.b(1)") == "a.<del>b</del><ins>c</ins>(1)"
@@ -168,6 +181,7 @@ def test_round_numbers_of_an_axis():
     assert ticks(-18.0, 55.0) == [0.0, 20.0, 40.0]
     assert ticks(-45.0, 55.0) == [-40.0, -20.0, 0.0, 20.0, 40.0]
     assert log_ticks(0.02, 4.0, 5) == pytest.approx([0.03, 0.1, 0.3, 1, 3])
+    assert log_ticks(5.6, 7.1) == [6.0, 6.5, 7.0]
     assert [short(number) for number in (5, 5120, 4e6, 7e9)] == ["5", "5.12k", "4M", "7G"]
 
 
