@@ -70,6 +70,10 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
         )
         try:
             out, err = process.communicate(text, timeout=given.seconds + PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Outcome("timeout", f"the sandbox did not end {PATIENCE} s later")
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

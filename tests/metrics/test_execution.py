@@ -121,6 +121,14 @@ def test_where_programs_cannot_be_isolated_none_is_run(sandbox, tmp_path, monkey
         run_program("")
 
 
+def test_a_sandbox_that_hangs_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "sandbox.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.setattr(execution, "SANDBOX", tmp_path / "sandbox.py")
+    monkeypatch.setattr(execution, "PATIENCE", 0)
+    assert run_program("", Limits(seconds=1)) == ("timeout", "the sandbox did not end 0 s later")
+    assert count_marked(str(tmp_path)) == 0
+
+
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 1, 1), (1, 0, 1), (5, 2, 3), (6, 1, 6), (7, 3, 1), (6, 0, 2), (4, 4, 2)])
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers(n, c, k):
     right = [True] * c + [False] * (n - c)
