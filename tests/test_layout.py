@@ -53,10 +53,15 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "models/quantized": "tests/models/test_quantize.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
-    **dict.fromkeys(("study/browser", "study/charts", "study/report", "study/results"), "tests/study/test_page.py"),
+    **dict.fromkeys(
+        ("study/browser", "study/charts", "study/curves", "study/report", "study/results"), "tests/study/test_page.py"
+    ),
     **dict.fromkeys([f"cli/{name}" for name in CLI], "tests/cli/test_cli.py"),
     "runs/folder": "tests/runs/test_checkpoints.py",
     "runs/process": "tests/test_survival.py",
+    "metrics/sandbox": "tests/metrics/test_execution.py",
+    "study/scoring": "tests/cli/test_cli.py",
+    "study/executed": "tests/study/test_runner.py",
     "study/cells": "tests/study/test_runner.py",
 }
 

@@ -64,15 +64,43 @@ def bootstrap_bleu(
     for counts in (*runs, *(base or ())):
         if len(counts) != number:
             raise InputError(f"paired systems have {number} and {len(counts)} questions", where="base")
-    whole = np.ones((1, number), dtype=np.int64)  # every question once: the value itself
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)  # [R, Q]
+    whole, draws = draw_questions(number, resamples, seed)
     value, values = mean_bleu(runs, whole), mean_bleu(runs, draws)  # [1], [R]
-    p_value = None
     if base is not None:
         value, values = value - mean_bleu(base, whole), values - mean_bleu(base, draws)
-        p_value = min(1.0, 2 * min(float((values <= 0).mean()), float((values >= 0).mean())))
+    return summarize(value, values, confidence, compared=base is not None)
+
+
+def bootstrap_mean(
+    differences: np.ndarray,
+    questions: Sequence[Hashable],
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """The interval of a mean paired difference over pairs, [N], drawn by question.
+
+    A resample's mean is the sum of its pairs' differences over the number of its pairs: sum_q w_q d_q / sum_q w_q n_q.
+    """
+    pairs = np.stack([differences, np.ones_like(differences)], axis=1)  # [N, 2]
+    sums = sum_by_question(pairs, questions)  # [Q, 2]
+    whole, draws = draw_questions(len(sums), resamples, seed)
+    mean = lambda weights: (weights @ sums[:, 0]) / (weights @ sums[:, 1])  # [R, Q] -> [R]
+    return summarize(mean(whole), mean(draws), confidence, compared=True)
+
+
+def draw_questions(number: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each question is taken: once, which gives the value itself [1, Q], and in each resample [R, Q]."""
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
+    return np.ones((1, number), dtype=np.int64), draws
+
+
+def summarize(value: np.ndarray, values: np.ndarray, confidence: float, *, compared: bool) -> Interval:
+    """The percentile interval of resampled values, [R]; of a difference (`compared`) with its p-value."""
+    p_value = min(1.0, 2 * min(float((values <= 0).mean()), float((values >= 0).mean()))) if compared else None
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(value[0]), float(low), float(high), confidence, resamples, p_value)
+    return Interval(float(value[0]), float(low), float(high), confidence, len(values), p_value)
 
 
 def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:

@@ -17,9 +17,12 @@ from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
+from minipeft.metrics.execution import count_trials, pass_at_k
 from minipeft.metrics.ngrams import check_pairs
-from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python
+from minipeft.metrics.text import bleu_13a, chrf, find_language, is_exact, is_repeated, is_valid_python
 
+LANGUAGES = ("python", "text")
+TEXT_ONLY = "text: most references are not Python, so there is no CodeBLEU and no validity"
 ARTEFACT = 0.005  # between the two CodeBLEU totals, from which the difference is pointed out
 TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer that holds one goes on to a new task
 
@@ -31,6 +34,8 @@ class Answers:
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]  # of each prediction
     hit_limit: Sequence[bool] | None = None  # whether generation cut the answer off; None: unknown
+    passed: Sequence[bool] | None = None  # whether it passed its tests; None: not run
+    questions: Sequence[Hashable] = ()  # of each prediction
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -50,6 +55,10 @@ class Answers:
     @cached_property
     def code(self) -> CodeBLEU:
         return codebleu(self.predictions, self.references)
+
+    def passing(self, k: int) -> float | None:
+        """pass@k; None where the answers were not run, or are fewer than k to some question."""
+        return None if self.passed is None else pass_at_k(count_trials(self.passed, self.questions), k)
 
     def count(self, claim: Callable[[str], bool]) -> int:
         """The number of answers of which the claim is true."""
@@ -71,11 +80,17 @@ class Score:
     scale: float = 1.0
     counts: bool = False  # the value is a number of answers; tables show it as a share of them, and 0 as nothing
     higher_is_better: bool | None = None  # None: neither is
-    table: str = "scores"  # the page's table that shows it: scores, details; "": none
+    table: str = "scores"  # the page's table that shows it: scores, answers; "": none
     rank: int = 0  # in the terminal's table, which shows the smallest ranks that fit; 0: never
     heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
     absent: str = ""  # there, where the value is None
+    language: str = ""  # of the references that it means something for: python, text; "": any
+    each: Callable[[Answers], Sequence[float] | None] | None = None  # of each answer; the value is their mean
+
+    def compute_for(self, answers: "Answers", language: str) -> float | None:
+        """The value; None where the references are in another language than the score is for."""
+        return self.compute(answers) if self.language in ("", language) else None
 
     def show(self, value: float | None, pairs: int | None = None) -> str:
         """The value as a table shows it."""
@@ -88,42 +103,54 @@ SCORES: list[Score] = [
     Score("bleu", "BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100", lambda a: a.bleu, "{:.1f}", 100,
           higher_is_better=True, rank=1, text="{value:.1f} [{low:.1f}, {high:.1f}] of 100 (95 % bootstrap)"),
     Score("codebleu", "CodeBLEU", "strict: a part without a match counts 0", lambda a: a.code.score,
-          higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict"),
+          higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict", language="python"),
     Score("codebleu_compat", "as the package", "CodeBLEU as the codebleu package computes it: a data-flow match of 0 "
           "counts as 1", lambda a: a.code.compat, heading="CodeBLEU",
-          text="{value:.4f} as the codebleu package counts"),
+          text="{value:.4f} as the codebleu package counts", language="python"),
     Score("ngram", "n-gram", "CodeBLEU's n-gram match", lambda a: a.code.ngram, higher_is_better=True, table="",
-          heading="  its parts", text="n-gram {value:.4f}"),
+          heading="  its parts", text="n-gram {value:.4f}", language="python"),
     Score("weighted_ngram", "weighted n-gram", "CodeBLEU's n-gram match with keywords weighted 5",
           lambda a: a.code.weighted_ngram, higher_is_better=True, table="", heading="  its parts",
-          text="weighted {value:.4f}"),
+          text="weighted {value:.4f}", language="python"),
     Score("syntax", "syntax", "CodeBLEU's syntax-tree match", lambda a: a.code.syntax, higher_is_better=True, table="",
-          heading="  its parts", text="syntax {value:.4f}"),
+          heading="  its parts", text="syntax {value:.4f}", language="python"),
     Score("dataflow", "data flow", "CodeBLEU's data-flow match; none where no reference has data flow",
           lambda a: a.code.dataflow, higher_is_better=True, table="", heading="  its parts",
           text="data flow {value:.4f}",
-          absent="data flow none in the references"),
+          absent="data flow none in the references", language="python"),
+    Score("pass_at_1", "passes", "pass@1: answers that pass their tests when they are run", lambda a: a.passing(1),
+          "{:.1f} %", 100, higher_is_better=True, rank=3, heading="execution", text="pass@1 {value:.1f} %",
+          each=lambda a: a.passed),
+    Score("pass_at_10", "pass@10", "unbiased chance that one of 10 answers passes", lambda a: a.passing(10), "{:.1f} %",
+          100, higher_is_better=True, heading="execution", text="pass@10 {value:.1f} %"),
+    Score("pass_at_100", "pass@100", "unbiased chance that one of 100 answers passes", lambda a: a.passing(100),
+          "{:.1f} %", 100, higher_is_better=True, heading="execution", text="pass@100 {value:.1f} %"),
     Score("exact_match", "exact", "exact match: the CoNaLa tokens equal a reference's",
           lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
-          higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}"),
+          higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}",
+          each=lambda a: list(map(is_exact, a.predictions, a.references))),
+    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, of 100, as sacrebleu's default",
+          lambda a: bleu_13a(a.predictions, a.references), "{:.1f}", 100, higher_is_better=True, rank=4,
+          heading="BLEU 13a", text="{value:.1f} of 100 (sacrebleu)", language="text"),
     Score("chrf", "chrF", "character n-gram F-score, of 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
           100, higher_is_better=True, rank=10),
     Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
-          "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}"),
+          "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}",
+          language="python", each=lambda a: list(map(is_valid_python, a.predictions))),
     Score("length_ratio", "length", "tokens of all answers over tokens of all references",
           lambda a: a.length_ratio, "{:.2f}",
-          table="details", heading="length", text="{value:.2f} times the references' tokens"),
+          table="answers", heading="length", text="{value:.2f} times the references' tokens"),
     Score("empty", "empty", "empty answers", lambda a: a.count(lambda text: not text.strip()), "{:.0f} %", 100,
-          counts=True, higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} empty"),
+          counts=True, higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} empty"),
     Score("repeated", "repeated", "answers that repeat themselves", lambda a: a.count(is_repeated), "{:.0f} %", 100,
-          counts=True, higher_is_better=False, table="details", heading="degenerate",
+          counts=True, higher_is_better=False, table="answers", heading="degenerate",
           text="{value:.0f} repeat themselves"),
     Score("hit_limit", "cut off", "answers cut off at the token limit",
           lambda a: None if a.hit_limit is None else sum(map(bool, a.hit_limit)), "{:.0f} %", 100, counts=True,
-          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} cut off"),
+          higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} cut off"),
     Score("leaked", "template", "answers that contain the prompt template",
           lambda a: a.count(lambda text: any(part in text for part in TEMPLATE_PARTS)), "{:.0f} %", 100, counts=True,
-          higher_is_better=False, table="details", heading="degenerate", text="{value:.0f} with the template"),
+          higher_is_better=False, table="answers", heading="degenerate", text="{value:.0f} with the template"),
     Score("distinct", "distinct", "different answers", lambda a: len(set(a.predictions)), "{:.0f} %", 100, counts=True,
           table="", heading="distinct", text="{value:.0f} of {pairs}"),
 ]  # fmt: skip
@@ -140,6 +167,7 @@ class Scores:
     runs: tuple[np.ndarray, ...] = field(
         compare=False, repr=False
     )  # of each run BLEU counts by question, int64 [Q, 10]
+    language: str = "python"  # of the references: python, or text, which has no CodeBLEU and no validity
 
     def __getitem__(self, name: str) -> float | None:
         return self.values[name]
@@ -167,12 +195,16 @@ class Scores:
 
         Raises: InputError where one is missing, or is not a number.
         """
-        for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *(score.name for score in SCORES)):
-            if name not in data:
+        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows of before 0.1 lack them
+        names = [score.name for score in SCORES]
+        for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *names):
+            if name not in data and name not in added:
                 raise InputError(f"field {name!r} is missing")
-        values = {score.name: data[score.name] for score in SCORES}
+        values = {name: data.get(name) for name in names}
         for name, value in values.items():
             check_value(value, float | None, {}, name)
+        language = data.get("language", "python")  # a row of before had no other
+        check_value(language, str, {"choices": LANGUAGES}, "language")
         kinds = {"pairs": int, "bleu_interval": tuple[float, ...], "signatures": tuple[str, ...]}
         given: dict[str, Any] = {
             name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in kinds
@@ -186,7 +218,7 @@ class Scores:
             runs = tuple(np.array(run, dtype=np.int64).reshape(-1, 10) for run in data["bleu_counts"])
         except (ValueError, TypeError) as error:
             raise InputError("must hold runs of 10 counts a question", where="bleu_counts") from error
-        return Scores(given["pairs"], values, ends, given["signatures"], runs)
+        return Scores(given["pairs"], values, ends, given["signatures"], runs, language)
 
     def as_dict(self) -> dict[str, object]:
         """The scores as plain values for JSON."""
@@ -196,6 +228,7 @@ class Scores:
             **self.values,
             "bleu_interval": list(self.bleu_interval),
             "signatures": list(self.signatures),
+            "language": self.language,
         }
 
 
@@ -205,11 +238,14 @@ def score_texts(
     *,
     questions: Sequence[Hashable] | None = None,
     hit_limit: Sequence[bool] | None = None,
+    language: str = "auto",
+    passed: Sequence[bool] | None = None,
 ) -> Scores:
     """Compute every score of SCORES.
 
     `questions`: each pair's question_id, by which the bootstrap draws (None: every pair is a question of its own).
-    `hit_limit`: whether generation cut the answer off.
+    `hit_limit`: whether generation cut the answer off. `language`: of the references, python or text; auto finds it.
+    `passed`: whether each answer passed its tests (execution.py); None: they were not run.
     Raises: InputError where the pairs cannot be scored.
     """
     predictions, lists = check_pairs(predictions, references)
@@ -224,12 +260,21 @@ def score_texts(
     for key in keys:
         if not isinstance(key, str | int | float | None):
             raise InputError(f"{shown(key)} must be text or a number", where="questions")
-    answers = Answers(predictions, lists, hit_limit)
-    values = {score.name: score.compute(answers) for score in SCORES}
+    answers = Answers(predictions, lists, hit_limit, passed, keys)
+    check_value(language, str, {"choices": ("auto", *LANGUAGES)}, "language")
+    language = find_language(lists) if language == "auto" else language
+    values = {score.name: score.compute_for(answers, language) for score in SCORES}
     counts = sum_by_question(answers.counts, keys)
     interval = bootstrap_bleu([counts])
-    signatures = (bleu(predictions[:1], lists[:1]).signature, answers.code.signature)
-    return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,))
+    code = (answers.code.signature,) if language == "python" else ()
+    signatures = (bleu(predictions[:1], lists[:1]).signature, *code)
+    return Scores(len(predictions), values, (interval.low, interval.high), signatures, (counts,), language)
+
+
+def add_passes(scores: Scores, passed: Sequence[bool], questions: Sequence[Hashable]) -> Scores:
+    """The scores with pass@k of the same answers, which were run after they were scored."""
+    trials = count_trials(passed, questions)
+    return replace(scores, values={**scores.values, **{f"pass_at_{k}": pass_at_k(trials, k) for k in (1, 10, 100)}})
 
 
 def as_text(scores: Scores) -> str:
@@ -237,11 +282,13 @@ def as_text(scores: Scores) -> str:
     lines = {"pairs": [f"{scores.pairs}"]}
     if scores.questions < scores.pairs:
         lines["questions"] = [f"{scores.questions}"]
+    if scores.language == "text":
+        lines["references"] = [TEXT_ONLY]
     low, high = (100 * end for end in scores.bleu_interval)
     for score in SCORES:
         value, line = scores.values.get(score.name), lines.setdefault(score.heading or score.label, [])
         if value is None:
-            line += [score.absent] if score.absent else []
+            line += [score.absent] if score.absent and score.language in ("", scores.language) else []
             continue
         said = score.text or score.format.replace("{:", "{value:")
         filled = said.format(

@@ -1,6 +1,8 @@
-"""Plain properties of an answer: exact match, chrF, valid Python, repetition."""
+"""Plain properties of an answer: exact match, chrF, BLEU of other text than code, valid Python, repetition."""
 
 import ast
+import keyword
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -10,6 +12,7 @@ from minipeft.metrics.ngrams import check_pairs, conala_tokens
 LONGEST_PYTHON = 200_000  # characters; a longer text is not parsed
 LONGEST_UNIT = 32  # tokens of the repeated unit
 LEAST_REPEATS = 4
+LEAST_PYTHON = 0.5  # share of the references; of CoNaLa's all are, of 20 common shell commands a quarter
 
 
 def is_exact(prediction: str, references: Sequence[str]) -> bool:
@@ -26,6 +29,27 @@ def chrf(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) 
     most = max(map(len, lists))
     streams = [[texts[place] if place < len(texts) else None for texts in lists] for place in range(most)]
     return CHRF().corpus_score(predictions, streams).score / 100  # type: ignore[arg-type]
+
+
+def bleu_13a(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+    """Corpus BLEU-4 of text that is not code, 0..1: sacrebleu's default, 13a tokens and exponential smoothing."""
+    from sacrebleu.metrics import BLEU
+
+    predictions, lists = check_pairs(predictions, references)
+    most = max(map(len, lists))
+    streams = [[texts[place] if place < len(texts) else None for texts in lists] for place in range(most)]
+    return BLEU().corpus_score(predictions, streams).score / 100  # type: ignore[arg-type]
+
+
+def find_language(references: Sequence[Sequence[str]]) -> str:
+    """ "python" where at least LEAST_PYTHON of the references that are not empty are Python, else "text".
+
+    A single name or number is Python to the parser and a word to anyone else: it does not count as either.
+    """
+    texts = [texts[0].strip() for texts in references]
+    counted = [text for text in texts if text and (keyword.iskeyword(text) or not re.fullmatch(r"[\w.+-]+", text))]
+    known = sum(map(is_valid_python, counted))
+    return "python" if counted and known >= LEAST_PYTHON * len(counted) else "text"
 
 
 def is_valid_python(text: str) -> bool:

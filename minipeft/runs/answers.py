@@ -162,7 +162,7 @@ class AnswerColumns(NamedTuple):
     predictions: list[str]
     references: list[str | list[str]]
     cut: list[bool] | None  # whether each was cut off at the limit; None where the file does not say
-    questions: list[int | str | None]  # question_id; None: a question of its own
+    questions: list[int | str | None]  # question_id, or a task_id of HumanEval's form; None: a question of its own
 
 
 def read_answers(file: Path) -> AnswerColumns:
@@ -178,7 +178,8 @@ def read_answers(file: Path) -> AnswerColumns:
     known = all("ended" in row for row in rows)
     cut = [row["ended"] == "limit" for row in rows] if known else None
     predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-    return AnswerColumns(predictions, references, cut, [row.get("question_id") for row in rows])
+    questions = [row.get("question_id", row.get("task_id")) for row in rows]
+    return AnswerColumns(predictions, references, cut, questions)
 
 
 def answers_in(file: Path) -> Iterator[dict[str, Any]]:

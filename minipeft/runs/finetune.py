@@ -33,10 +33,10 @@ from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
 from minipeft.runs.card import CARD, training_card, write_card
-from minipeft.runs.checkpoints import Run, open_run
+from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
-from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder
+from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 from minipeft.training.movement import Movement
@@ -96,10 +96,11 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
     settings = with_steps(config, len(batches))
     movement, state = Movement.start(model), TrainState(model)
     run.restore(model, state)
+    clock = Clock.read(run, state.step)
     for note in run.notes:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, held_out))
-    work = Work(config, settings, model, batches, held_out, state)
+    work = Work(config, settings, model, batches, held_out, state, clock)
     with explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device):
         result = train_and_save(run, work)
     base = load_base(config, tokenizer).state_dict() if movement.tensors is None else None
@@ -123,7 +124,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
 
 @dataclass(frozen=True)
 class Work:
-    """The parts of a run: config, training settings, model, data and state."""
+    """The parts of a run: config, training settings, model, data, state, and the time that it took so far."""
 
     config: RunConfig
     settings: TrainConfig
@@ -131,13 +132,14 @@ class Work:
     batches: Batches
     held_out: list[Batch]
     state: TrainState
+    clock: Clock
 
 
 def train_and_save(run: Run, work: Work) -> dict[str, Any]:
     """Train to the end: log each step, evaluate and save at their intervals, stop at a signal."""
     config, settings, model, state = work.config, work.settings, work.model, work.state
     every = choose_evaluation_interval(config, work.batches)
-    resumed_at, tokens, seconds = state.step, 0, 0.0  # seconds of training alone
+    resumed_at, clock = state.step, work.clock
     last: dict[str, Any] = {}
     with (
         stopping() as signals,
@@ -147,17 +149,18 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
             run.log({"step": 0, "dev_loss": evaluate(model, work.held_out)})
         mark = time.perf_counter()
         for step in log_error(train(model, work.batches, settings, state), run, state):
-            seconds += time.perf_counter() - mark
+            clock = clock.add(step, time.perf_counter() - mark)
             entry = log_entry(step)
             final = step.number == settings.steps
             if work.held_out and (step.number % every == 0 or final):
                 entry["dev_loss"] = evaluate(model, work.held_out)
             run.log(entry)
-            last, tokens = {**last, **entry}, tokens + step.tokens
+            last = {**last, **entry}
             bar.set_postfix(loss=f"{step.loss:.3f}", dev=f"{last.get('dev_loss', float('nan')):.3f}", refresh=False)
             bar.update()
             if signals or step.number % config.save_every == 0 or final:
                 run.save(model, state)
+                clock = clock.write(run)
             if signals:
                 raise Stopped(signals[0], step.number)
             mark = time.perf_counter()
@@ -165,11 +168,49 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
     return {
         "steps": state.step,
         "resumed_at": resumed_at,
-        "train_seconds": seconds,
+        "train_seconds": clock.seconds,
         "dev_loss": last.get("dev_loss"),
         "loss": last.get("loss"),
-        "tokens_per_second": tokens / seconds if tokens else None,
+        "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
     }
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of training alone, and tokens, of all steps up to `step`, whichever process did them.
+
+    Until a run is complete, timing.json holds them at its last two saves: {"saves": [[step, seconds, tokens], ...]}.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    saves: tuple[tuple[int, float, int], ...] = ()
+
+    @staticmethod
+    def read(run: Run, step: int) -> Clock:
+        """The clock of a run that goes on after `step`; without a record it starts at 0, and a note says so."""
+        if step == 0:
+            return Clock()
+        try:
+            saves = tuple((int(at), float(seconds), int(tokens)) for at, seconds, tokens in
+                          read_object(run.folder / TIMING)["saves"])  # fmt: skip
+            return next(Clock(*save, saves) for save in saves if save[0] == step)
+        except (InputError, KeyError, TypeError, ValueError, StopIteration):
+            run.notes.append(f"{TIMING} has no time for step {step}: the seconds of the result begin there")
+            return Clock(step)
+
+    def add(self, step: Step, seconds: float) -> Clock:
+        """The clock after one more step."""
+        return replace(self, step=step.number, seconds=self.seconds + seconds, tokens=self.tokens + step.tokens)
+
+    def write(self, run: Run) -> Clock:
+        """Record the clock, for the checkpoint that was just written."""
+        before = [save for save in self.saves if save[0] < self.step]
+        saves = (*before, (self.step, self.seconds, self.tokens))[-KEPT:]
+        with writing(run.folder / TIMING):
+            write_json(run.folder / TIMING, {"saves": saves})
+        return replace(self, saves=saves)
 
 
 def log_entry(step: Step) -> dict[str, Any]:

@@ -49,3 +49,5 @@ BASELINES: dict[str, Callable[[Sequence[Pair], Sequence[Pair]], list[str]]] = {
     "echo the question": echo,
     "nearest training pair": nearest,
 }
+PYTHON_ONLY = "print(x)"  # it says nothing of other text
+SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # whose answers are known without reading them

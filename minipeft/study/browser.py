@@ -1,12 +1,15 @@
 """The answers in the report: each question with its reference and every cell's answer, and a filter.
 
-They are readable without script; the filter is shown by the script alone.
+An answer shows how it differs from the reference: what it has beside it, and what it lacks. All of it can be read
+without script; page.js adds the filter and the arrow keys.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 from minipeft.metrics.text import is_exact, is_repeated, is_valid_python
@@ -15,24 +18,12 @@ from minipeft.study.charts import escape
 LONGEST_ANSWER = 400  # characters shown of an answer
 MOST_QUESTIONS = 500
 MOST_BYTES = 700_000  # of answers; the page stays under a megabyte
-MARKS = ("exact", "wrong", "invalid", "empty", "repeated", "cut off")
-SCRIPT = """
-const form = document.getElementById("filter"), shown = document.getElementById("shown");
-const all = [...document.querySelectorAll("details[data-marks]")];
-function show() {
-  const words = form.words.value.toLowerCase(), mark = form.mark.value, cell = form.cell.value;
-  let left = 0;
-  for (const one of all) {
-    const marks = one.dataset.marks.split(" ");
-    const fits = !mark || marks.some(m => cell === "" ? m.endsWith(":" + mark) : m === cell + ":" + mark);
-    one.hidden = !(fits && one.textContent.toLowerCase().includes(words));
-    left += !one.hidden;
-  }
-  shown.textContent = left + " of " + all.length + " shown";
-}
-if (form) { form.hidden = false; form.addEventListener("input", show);
-  form.addEventListener("submit", e => e.preventDefault()); show(); }
-"""
+LEGEND = (
+    "Against the reference: <ins>what an answer has beside it</ins>, <del>what it lacks</del>; an answer with little "
+    "in common is not compared. Arrow keys move between questions. Not shown: the empty answer, print(x), the question."
+)
+MARKS = ("exact", "passes", "wrong", "invalid", "empty", "repeated", "cut off")
+LEAST_ALIKE = 0.3  # of an answer and the reference, from which their differences are marked
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class Answered:
 
     name: str
     rows: Sequence[dict[str, Any]]
+    language: str = "python"  # of the references
 
 
 def browse(cells: Sequence[Answered]) -> str:
@@ -62,11 +54,13 @@ def browse(cells: Sequence[Answered]) -> str:
     options = "".join(f'<option value="{place}">{escape(cell.name)}</option>' for place, cell in enumerate(cells))
     marks = "".join(f'<option value="{mark.replace(" ", "-")}">{mark}</option>' for mark in MARKS)
     return (
-        f'<h2>Answers</h2><p class="soft">{escape(cut)}</p><form id="filter" hidden><input name="words" '
-        'placeholder="search questions and answers" aria-label="search">'
-        f'<select name="mark" aria-label="kind"><option value="">any answer</option>{marks}</select>'
-        f'<select name="cell" aria-label="cell"><option value="">of any cell</option>{options}</select>'
-        f'<span id="shown" class="soft"></span></form>{"".join(parts)}'
+        f'<h2>Answers</h2><p class="soft note">{LEGEND} {escape(cut)}</p>'
+        '<form id="filter" hidden><label>Search questions and answers<input name="words" type="search"></label>'
+        f'<label>Answers that are<select name="mark"><option value="">of any kind</option>{marks}</select></label>'
+        f'<label>Given by<select name="cell"><option value="">any</option>{options}</select></label>'
+        '<button type="button" name="fold" class="button">Open or close all shown</button>'
+        '<button type="button" name="more" class="button">Show all that fit</button>'
+        f'<span id="shown" class="soft" role="status"></span></form>{"".join(parts)}'
     )
 
 
@@ -77,28 +71,49 @@ def draw_question(cells: Sequence[Answered], place: int) -> str:
     found, answers, right = [], [], []
     for number, cell in enumerate(cells):
         row = cell.rows[place]
-        marks = mark(row, references)
+        marks = mark(row, references, cell.language)
         found += [f"{number}:{mark.replace(' ', '-')}" for mark in marks]
         right += [cell.name] if "exact" in marks else []
-        answer = row["prediction"][:LONGEST_ANSWER] + ("…" if len(row["prediction"]) > LONGEST_ANSWER else "")
         shown = ", ".join(mark for mark in marks if mark != "wrong")
+        body = mark_difference(cut_long(row["prediction"]), cut_long(references[0]))
         answers.append(
-            f"<dt>{escape(cell.name)}{escape(f' ({shown})' if shown else '')}</dt><dd><pre>{escape(answer)}</pre></dd>"
+            f"<dt>{escape(cell.name)}{escape(f' ({shown})' if shown else '')}</dt><dd><pre>{body}</pre></dd>"
         )
     exact = f' <span class="soft">exact: {escape(", ".join(right))}</span>' if right else ""
     return (
         f'<details data-marks="{" ".join(found)}"><summary>{escape(first["intent"])}{exact}</summary>'
-        f'<dl class="reference"><dt>reference</dt><dd><pre>{escape(references[0])}</pre></dd></dl>'
+        f'<dl class="reference"><dt>reference</dt><dd><pre>{escape(cut_long(references[0]))}</pre></dd></dl>'
         f"<dl>{''.join(answers)}</dl></details>"
     )
 
 
-def mark(row: dict[str, Any], references: Sequence[str]) -> list[str]:
+def cut_long(text: str) -> str:
+    """The text as far as it is shown."""
+    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}…"
+
+
+def mark_difference(answer: str, reference: str) -> str:
+    """The answer as HTML: <ins> what the reference lacks, <del> what the answer lacks; plain where little is alike."""
+    had, has = (re.findall(r"\w+|\s+|.", text, re.DOTALL) for text in (reference, answer))
+    matcher = SequenceMatcher(None, had, has, autojunk=False)
+    if answer == reference or matcher.ratio() < LEAST_ALIKE:
+        return escape(answer)
+    parts = []
+    for kind, start, end, left, right in matcher.get_opcodes():
+        lacking, more = escape("".join(had[start:end])), escape("".join(has[left:right]))
+        parts += [more] if kind == "equal" else []
+        parts += [f"<del>{lacking}</del>"] if lacking and kind != "equal" else []
+        parts += [f"<ins>{more}</ins>"] if more and kind != "equal" else []
+    return "".join(parts)
+
+
+def mark(row: dict[str, Any], references: Sequence[str], language: str) -> list[str]:
     """The MARKS that an answer bears."""
     answer = row["prediction"]
     if not answer.strip():
         return ["wrong", "empty"]
     found = ["exact" if is_exact(answer, references) else "wrong"]
-    found += [] if is_valid_python(answer) else ["invalid"]
+    found += [] if language != "python" or is_valid_python(answer) else ["invalid"]
+    found += ["passes"] if row.get("ran") == "passed" else []
     found += ["repeated"] if is_repeated(answer) else []
     return found + (["cut off"] if row.get("ended") == "limit" else [])

@@ -1,7 +1,8 @@
 """report.html: one self-contained file, readable without script, without colour, on a phone, light and dark.
 
-Every text that a model, a file or an error brought passes `escape`. Should anything slip through, a policy in the
-page's head refuses every request, and every script but the filter's (browser.py), by its hash.
+What won and how sure stands first, then the picture of the effects and six columns; every other column is one click
+away, with its meaning. Every text that a model, a file or an error brought passes `escape`. Should anything slip
+through, a policy in the page's head refuses every request, and every script but page.js, by its hash.
 """
 
 from __future__ import annotations
@@ -9,76 +10,52 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
-from minipeft.study.browser import SCRIPT, Answered, browse
+from minipeft.files import read_text
+from minipeft.study.browser import Answered, browse
 from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
-from minipeft.study.charts import PATTERNS, Bar, Curve, Line, draw_bars, draw_by_rate, draw_losses, draw_pairs, escape
+from minipeft.study.charts import PATTERNS, Bar, draw_bars, draw_intervals, draw_pairs, escape
+from minipeft.study.curves import MOST_TOGETHER, Curve, Line, Point, draw_by_rate, draw_cost, draw_legend, draw_losses
 from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import bleu, choose_columns, group_by_flag, join_names, name_groups
+from minipeft.study.table import (
+    Column,
+    bleu_with_interval,
+    choose_columns,
+    group_by_flag,
+    join_names,
+    label_of,
+    main_columns,
+    name_groups,
+    reference_of,
+    show_difference,
+)
 
-ARTEFACT = (0.25, "0.25: an empty answer, as the package counts")
-
-STYLE = """
-:root{color-scheme:light dark;--back:#fff;--ink:#1a1f26;--soft:#596271;--line:#d5dae1;--fill:#24629f;--card:#f6f8fa;
---warn:#8a4b00}
-@media(prefers-color-scheme:dark){:root{--back:#13161a;--ink:#e5e9ee;--soft:#a0a9b5;--line:#363d47;--fill:#7cb1ea;
---card:#1b2026;--warn:#f0b26b}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1100px;padding:24px 16px 64px;background:var(--back);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.6rem;line-height:1.25;margin:0 0 8px}h2{font-size:1.2rem;margin:40px 0 8px}
-h3{font-size:.9rem;font-weight:600;margin:0 0 4px}
-p{max-width:75ch;margin:8px 0}.soft,figcaption,.tick{color:var(--soft);fill:var(--soft)}
-code,pre{font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere;
-white-space:pre-wrap;margin:0}
-.command{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:8px 12px}
-.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
-table{border-collapse:collapse;font-size:14px;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-tr:last-child>*{border-bottom:0}
-thead th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal;min-width:64px}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--back);font-weight:600}
-td.failed{text-align:left;color:var(--warn);white-space:normal}tr.trivial>*{color:var(--soft);font-weight:400}
-.flags{padding-left:20px}.flags li{margin:4px 0;overflow-wrap:anywhere}
-svg{display:block;overflow:visible;fill:var(--ink);font:13px system-ui,sans-serif}
-.value{font-variant-numeric:tabular-nums}
-.tick{font-size:12px}.tuned,.filled{fill:var(--fill)}
-.untuned{fill:url(#stripes);stroke:var(--fill);stroke-width:1.5}.stripe{fill:var(--fill)}.stripe-back{fill:var(--back)}
-.trivial,.open{fill:var(--back);stroke:var(--soft);stroke-width:1.5}.open{stroke:var(--ink)}
-.whisker{stroke:var(--ink);stroke-width:1.5}.grid{stroke:var(--line)}
-.mark{stroke:var(--soft);stroke-dasharray:3 4}
-.curve{fill:none;stroke:var(--fill);stroke-width:2;vector-effect:non-scaling-stroke}
-.panel{padding-left:30px}.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:24px}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:4px 0 12px;padding:0;font-size:14px}
-.legend svg{display:inline-block;vertical-align:-2px}
-form{display:flex;flex-wrap:wrap;gap:8px;align-items:center;margin:8px 0}
-form[hidden],[hidden]{display:none}
-input,select{font:inherit;font-size:14px;padding:6px 8px;color:inherit;background:var(--card);
-border:1px solid var(--line);border-radius:6px;max-width:100%}
-input{flex:1 1 200px}
-details{border-top:1px solid var(--line);padding:6px 0}summary{cursor:pointer;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:minmax(90px,190px) 1fr;gap:4px 12px;margin:8px 0 8px 16px}
-dd pre{max-height:13em;overflow:auto}
-dt{color:var(--soft);font-size:14px}dd{margin:0;min-width:0}.reference dd,.reference dt{font-weight:600}
-@media(max-width:600px){dl{grid-template-columns:1fr;gap:0;margin-left:8px}dd{margin-bottom:8px}}
-@media print{form{display:none}}
-"""
+HERE = Path(__file__).parent
+ARTEFACT = (0.25, "an empty answer as the package counts, 0.25")
+KINDS = {"tuned": "Tuned", "untuned": "The model untrained", "trivial": "Baselines without a model"}
+COSTS = {  # field of a group's training -> title, unit, what the field is divided by
+    "trainable": ("trained parameters", "trainable parameters", 1.0),
+    "train_seconds": ("time", "seconds of training", 1.0),
+    "peak_memory_bytes": ("memory", "GB at the peak, weights included", 1e9),
+}
 
 
 def draw_page(
     results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
 ) -> str:
     """The whole page."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    style, script = read_text(HERE / "page.css"), read_text(HERE / "page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>minipeft study: {escape(results.preset)}</title><style>{STYLE}</style></head>\n<body>{PATTERNS}"
+        f"<title>minipeft study: {escape(results.preset)}</title><style>{style}</style></head>\n<body>{PATTERNS}<main>"
         + "\n".join(part for part in sections(results, summary, notes, curves, cells) if part)
-        + f"\n<script>{SCRIPT}</script></body></html>\n"
+        + f"</main>\n<script>{script}</script></body></html>\n"
     )
 
 
@@ -88,37 +65,36 @@ def sections(
     """The parts of the page, in order; "" for one with nothing to show."""
     groups = results.groups
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
-    bars = (
-        "Bars: BLEU. Lines: 95 % intervals over questions. Solid: tuned. Striped: the untrained model. Outlined: "
-        "baselines without a model."
-    )
     over_seeds = "Bars: nats per token. Lines: one standard deviation over seeds to either side."
-    panels = (
-        "Line: training loss, averaged over neighbouring steps. Circles: held-out loss, in nats per token. All panels "
-        "share one scale."
+    losses = (
+        "Thick, with markers: held-out loss. Thin: training loss, averaged over neighbouring steps."
+        if 1 < len(curves) <= MOST_TOGETHER
+        else "Markers: held-out loss. Thin: training loss, averaged over neighbouring steps. One scale in all panels."
     )
     return [
         f"<h1>{escape(heading(results))}</h1>",
-        f"<p>{escape(' '.join(summary))}</p>",
-        draw_table(groups, "scores"),
-        section("Scores", draw_scores(groups), bars),
+        f'<p class="verdict">{escape(summary[0])}</p><p>{escape(" ".join(summary[1:]))}</p>',
+        draw_effects(groups),
+        draw_table(groups, main_columns(groups), "main"),
+        draw_all_columns(groups),
+        section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
+        section("Loss", draw_losses(curves), losses),
         *(section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in tables(groups)),
         *(
             section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
             for steps, rows in several_seeds(results).items()
         ),
         section("Before you use a number", draw_flags(groups)),
-        section("Training, cost and answers", draw_table(groups, "details")),
-        section("Loss", draw_losses(curves), panels),
-        section(
+        fold("BLEU of every row", draw_scores(groups), "Solid: tuned. Striped: untrained. Outlined: without a model."),
+        fold(
             "CodeBLEU, strict and as the package counts",
             draw_codebleu(groups),
             f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package.",
         ),
-        browse(cells),
         "<h2>How this was made</h2>",
         *(f"<p>{escape(note)}</p>" for note in notes[:-1]),
         f'<p class="command"><code>{escape(results.command)}</code></p><p class="soft">{escape(environment)}</p>',
+        browse(cells),
     ]
 
 
@@ -133,25 +109,104 @@ def heading(results: Results) -> str:
 
 def section(title: str, body: str, caption: str = "") -> str:
     """A heading, its caption and its body; nothing where the body is empty."""
-    return f'<h2>{escape(title)}</h2><p class="soft">{escape(caption)}</p>{body}' if body else ""
+    return f'<h2>{escape(title)}</h2><p class="soft note">{escape(caption)}</p>{body}' if body else ""
 
 
-def draw_table(groups: Sequence[Group], part: str) -> str:
-    """One table of the columns, in a box that scrolls by itself where it is wider than the screen."""
-    columns = choose_columns(groups, part)
-    head = "".join(f'<th title="{escape(c.meaning)}" scope="col">{escape(c.title)}</th>' for c in columns)
-    rows = []
-    for name, group in zip(name_groups(groups), groups):
-        if part == "details" and group.error is not None:
-            continue
-        if part == "scores" and group.error is None and group.scores is None:
-            continue  # it did not answer
-        cells = "".join(f"<td>{escape(column.show(group))}</td>" for column in columns)
-        if group.error is not None:
-            cells = f'<td class="failed" colspan="{len(columns)}">failed: {escape(group.error)}</td>'
-        kind = "" if group.model else ' class="trivial"'
-        rows.append(f'<tr{kind}><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return frame(f"<th></th>{head}", "".join(rows))
+def fold(title: str, body: str, caption: str) -> str:
+    """A section that is closed until it is asked for."""
+    if not body:
+        return ""
+    return (
+        f'<details class="columns"><summary>{escape(title)}</summary><p class="soft note">{escape(caption)}</p>{body}'
+        "</details>"
+    )
+
+
+def kind_of_group(group: Group) -> str:
+    """What a group is, of KINDS."""
+    return "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
+
+
+def draw_effects(groups: Sequence[Group]) -> str:
+    """The difference of each group to the best answer without training, tuned ones first."""
+    rows = [
+        Bar(name, group.effect.value, group.effect.low, group.effect.high, show_difference(group.effect),
+            kind_of_group(group))
+        for name, group in zip(name_groups(groups), groups)
+        if group.effect is not None and group.method != FIRST_LINE
+    ]  # fmt: skip
+    rows.sort(key=lambda row: (row.kind != "tuned", -row.value))
+    unit = f"BLEU above or below {reference_of(groups)!r}, with 95 % interval"
+    return draw_intervals(rows, "Effect of each method on BLEU", unit, 100) if rows else ""
+
+
+def draw_costs(groups: Sequence[Group]) -> str:
+    """BLEU over parameters, time and memory, a marker for each method."""
+    named = [(name, g) for name, g in zip(name_groups(groups), groups) if g.is_tuned and g.scores is not None]
+    methods = list(dict.fromkeys(group.method for _, group in named))
+    if len(named) < 2 or len(methods) > MOST_TOGETHER:
+        return ""
+    panels = []
+    for field, (title, unit, divisor) in COSTS.items():
+        points = [
+            Point(name, cost / divisor, 100 * (g.bleu or 0.0), 100 * g.scores.bleu_interval[0],
+                  100 * g.scores.bleu_interval[1], methods.index(g.method))
+            for name, g in named
+            if g.scores is not None and (cost := getattr(g.training, field))
+        ]  # fmt: skip
+        panels += [draw_cost(points, title, unit, best_baseline(groups))] if points else []
+    return f'{draw_legend([label_of(name) for name in methods])}<div class="panels">{"".join(panels)}</div>'
+
+
+def best_baseline(groups: Sequence[Group]) -> float | None:
+    """The best BLEU, of 100, without a model."""
+    return max((100 * (g.bleu or 0.0) for g in groups if not g.model and g.scores is not None), default=None)
+
+
+def draw_table(groups: Sequence[Group], columns: Sequence[Column], kind: str = "") -> str:
+    """A table of some columns with their meanings below: tuned, untrained and baselines each a body of its own."""
+    head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
+    bodies = []
+    for key, title in KINDS.items():
+        mine = [(name, g) for name, g in zip(name_groups(groups), groups) if kind_of_group(g) == key]
+        rows = [draw_row(name, group, columns) for name, group in mine]
+        shown = [row for row in rows if row]
+        if shown:
+            first = f'<tr><th class="kind" scope="rowgroup" colspan="{len(columns) + 1}">{title}</th></tr>'
+            bodies.append(f"<tbody>{first}{''.join(shown)}</tbody>")
+    meanings = "".join(f"<li><b>{escape(c.title)}</b> {escape(c.meaning)}</li>" for c in columns)
+    table = (
+        f'<div class="scroll" tabindex="0"><table class="sortable {kind}"><thead><tr><th><span class="hidden">method'
+        f"</span></th>{head}</tr></thead>{''.join(bodies)}</table></div>"
+    )
+    return f'{table}<ul class="meanings">{meanings}</ul>' if bodies else ""
+
+
+def draw_row(name: str, group: Group, columns: Sequence[Column]) -> str:
+    """A row of a table; "" where no column has anything to show."""
+    texts = [column.show(group) for column in columns]
+    if group.error is not None:
+        cells = f'<td class="failed" colspan="{len(columns)}">failed: {escape(group.error)}</td>'
+    elif any(texts):
+        values = [column.value(group) for column in columns]
+        data = ["" if value is None else f' data-v="{value:.6g}"' for value in values]
+        cells = "".join(f"<td{at}>{dim_interval(text)}</td>" for at, text in zip(data, texts))
+    else:
+        return ""
+    return f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+
+
+def dim_interval(text: str) -> str:
+    """A cell's text, its interval small."""
+    value, bracket, rest = text.partition(" [")
+    return f"{escape(value)} <small>[{escape(rest)}</small>" if bracket else escape(text)
+
+
+def draw_all_columns(groups: Sequence[Group]) -> str:
+    """Every column, closed: scores, answers, training."""
+    parts = [draw_table(groups, choose_columns(groups, part)) for part in ("scores", "answers", "training")]
+    number = len(choose_columns(groups))
+    return f'<details class="columns"><summary>All {number} columns</summary>{"".join(parts)}</details>'
 
 
 def frame(head: str, rows: str) -> str:
@@ -185,25 +240,30 @@ def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:
     for name, label, group in rows:
         loss, spread = group.dev_loss, group.dev_loss_sd or 0.0
         found.append(Bar(name, loss, loss - spread, loss + spread, label, "tuned"))
-    return draw_bars(found, "Held-out loss over seeds")
+    return draw_bars(found, "Held-out loss over seeds", unit="held-out loss, nats per supervised token")
 
 
 def draw_scores(groups: Sequence[Group]) -> str:
     """BLEU of each group, and a line at the best baseline."""
-    rows, trivial = [], []
+    rows = []
     for name, group in zip(name_groups(groups), groups):
-        if group.scores is None or group.bleu is None:
-            continue
-        kind = "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
-        low, high = group.scores.bleu_interval
-        rows.append(Bar(name, group.bleu, low, high, f"{bleu(group)} [{100 * low:.1f}, {100 * high:.1f}]", kind))
-        trivial += [group.bleu] if kind == "trivial" else []
-    return draw_bars(rows, "BLEU of each group", (max(trivial), "best baseline without a model")) if trivial else ""
+        if group.scores is not None and group.bleu is not None:
+            low, high = group.scores.bleu_interval
+            rows.append(Bar(name, group.bleu, low, high, bleu_with_interval(group), kind_of_group(group)))
+    best = best_baseline(groups)
+    if best is None:
+        return ""
+    unit = f"BLEU, with 95 % interval; dashed: the best baseline, {best:.1f}"
+    return draw_bars(rows, "BLEU of each row", best / 100, unit, 100)
 
 
 def draw_flags(groups: Sequence[Group]) -> str:
-    """Failures and flags, each once, with the groups that it applies to."""
-    found = [f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>" for flag, who in group_by_flag(groups).items()]
+    """Failures and flags, each once, with the groups that it applies to; CodeBLEU's artefact has its own plot."""
+    found = [
+        f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>"
+        for flag, who in group_by_flag(groups).items()
+        if not flag.startswith("CodeBLEU artefact")
+    ]
     return f'<ul class="flags">{"".join(found)}</ul>' if found else "<p>Nothing was flagged.</p>"
 
 
@@ -212,6 +272,6 @@ def draw_codebleu(groups: Sequence[Group]) -> str:
     rows = [
         (name, group.scores["codebleu"] or 0.0, group.scores["codebleu_compat"] or 0.0)
         for name, group in zip(name_groups(groups), groups)
-        if group.scores is not None
+        if group.scores is not None and group.scores["codebleu"] is not None
     ]
     return draw_pairs(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""

@@ -16,6 +16,7 @@ from typing import Any
 from minipeft.adapters import method_named, method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
+from minipeft.metrics.execution import PROTECTION
 from minipeft.runs.config import run_config, settings
 from minipeft.runs.process import ProcessConfig
 from minipeft.study import prefix_experiment
@@ -64,6 +65,7 @@ class StudyConfig:
     data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
+    execute: bool = option(False, f"run the answers to the demo's pairs: {PROTECTION}")
     settings: Mapping[str, Any] = option(factory=dict, flag="")  # of every training run, by the names of run_config
     process: ProcessConfig = field(default_factory=ProcessConfig)  # of each cell
 
@@ -73,6 +75,9 @@ class StudyConfig:
             given = getattr(self, name)
             if twice := [value for value in given if given.count(value) > 1]:
                 raise InputError(f"{twice[0]!r} is given twice", where=name)
+        if self.execute and (self.data or PRESETS[self.preset].data) != "demo":
+            hint = "minipeft score FILE --execute TASKS runs answers against the tests of a file"
+            raise InputError("only the demo's pairs have programs", where="execute", hint=hint)
         for name in self.settings:
             if name in OWN:
                 raise InputError("is set by the study itself", where=name)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
+from minipeft.metrics.scores import TEXT_ONLY
 from minipeft.runs.answers import answers_in
+from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
-from minipeft.study.charts import Curve
+from minipeft.study.curves import Curve
+from minipeft.study.effects import decide
+from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
-from minipeft.study.rows import Group, Results
-from minipeft.study.table import as_line, as_markdown, as_text, choose_columns, group_by_flag, join_names, name_groups
+from minipeft.study.rows import Results
+from minipeft.study.table import (
+    as_line,
+    as_markdown,
+    as_text,
+    choose_columns,
+    group_by_flag,
+    join_names,
+    main_columns,
+    name_groups,
+    terminal_width,
+)
 
 NOTES = (
     "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
@@ -39,34 +55,19 @@ def summarize(results: Results) -> list[str]:
     named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
-    text = [f"{data.pairs} pairs of {data.questions} questions ({data.source}) were answered."]
-    text += compare_tuned(done)
-    text += conclude(results)
+    text = decide(results.groups) + conclude(results)
     silent = [(name, group) for name, group in done if group.scores is None]
     if silent:
         name, best = min(silent, key=lambda pair: pair[1].dev_loss)
         text.append(f"Of the {len(silent)} without answers, {name} has the lowest held-out loss, {best.dev_loss:.3f}.")
-    name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
-    text.append(f"The best baseline without a model, {name!r}, scores {100 * (best.bleu or 0.0):.1f}.")
+    if not text:
+        name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
+        text.append(f"The best baseline without a model, {name!r}, scores BLEU {100 * (best.bleu or 0.0):.1f}.")
+    text.append(f"Answered: {data.pairs} pairs of {data.questions} questions ({data.source}).")
+    if any(group.scores is not None and group.scores.language == "text" for _, group in done):
+        text.append(f"The references are {TEXT_ONLY}.")
     failed = [name for name, group in named if group.error is not None]
     return [*text, f"Failed: {', '.join(failed)}."] if failed else text
-
-
-def compare_tuned(done: list[tuple[str, Group]]) -> list[str]:
-    """Which of the tuned groups are better than the untrained model, and which are not clearly so."""
-    tuned = [(name, group, group.difference) for name, group in done if group.difference and group.training.trainable]
-    clear = [(name, group, gain) for name, group, gain in tuned if gain.low > 0]
-    unclear = [name for name, _, gain in tuned if gain.low <= 0]
-    text = []
-    if clear:
-        name, best, gain = max(clear, key=lambda row: row[1].bleu or 0.0)
-        text.append(
-            f"The best is {name}: BLEU {100 * (best.bleu or 0.0):.1f}, {100 * gain.value:+.1f} over the untrained "
-            f"model (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})."
-        )
-    if unclear:
-        text.append(f"Not clearly better than the untrained model: {', '.join(unclear)}.")
-    return text
 
 
 def as_terminal(results: Results, out: Path) -> str:
@@ -76,22 +77,26 @@ def as_terminal(results: Results, out: Path) -> str:
         for flag, who in group_by_flag(results.groups).items()
         if not flag.startswith("CodeBLEU artefact")
     ]
-    parts = [as_text(results.groups), " ".join(summarize(results)), "\n".join(flags), f"{out / 'report.html'}"]
+    wrapped = [textwrap.fill(text, terminal_width(), subsequent_indent="  ") for text in flags]
+    verdict = textwrap.fill(" ".join(summarize(results)), terminal_width())
+    parts = [as_text(results.groups), verdict, "\n".join(wrapped), f"{out / 'report.html'}"]
     return "\n\n".join(part for part in parts if part)
 
 
 def draw_markdown(results: Results) -> str:
     """report.md"""
-    groups = results.groups
+    groups, main = results.groups, main_columns(results.groups)
+    all_columns = [column for column in choose_columns(groups) if column.title not in [one.title for one in main]]
     flags = (
         "\n".join(as_line(f"- {join_names(who)}: {flag}") for flag, who in group_by_flag(groups).items()) or "- none"
     )
-    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in choose_columns(groups))
+    meanings = "\n".join(f"- {column.title}: {column.meaning}" for column in (*main, *all_columns))
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
     command, summary = escape(results.command), as_line(" ".join(summarize(results)))
     parts = [
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
-        as_markdown(groups),
+        as_markdown(groups, main),
+        f"## All columns\n\n{as_markdown(groups)}",
         *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in tables(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"
@@ -100,7 +105,7 @@ def draw_markdown(results: Results) -> str:
         ),
         f"## Before you use a number\n\n{flags}",
         f"## What the columns mean\n\n{meanings}",
-        *NOTES,
+        *(NOTES if any(column.title == "CodeBLEU" for column in all_columns) else NOTES[:-1]),
         f"Made with {as_line(environment)}.\n",
     ]
     return "\n\n".join(parts)
@@ -136,10 +141,19 @@ def read_curves(results: Results, out: Path) -> list[Curve]:
 
 
 def read_all_answers(results: Results, out: Path) -> list[Answered]:
-    """Of each cell that answered its name and its answers, in the order of the questions."""
+    """Of each cell whose answers are worth reading its name and its answers, in the order of the questions."""
     called = name_cells(results)
     return [
-        Answered(called[row.cell], list(answers_in(out / "cells" / row.cell / ANSWERS)))
+        Answered(called[row.cell], read_cell_answers(out / "cells" / row.cell), row.scores.language)
         for row in results.cells
-        if row.error is None and row.scores is not None
+        if row.error is None and row.scores is not None and row.method not in SAME_EACH_TIME
     ]
+
+
+def read_cell_answers(folder: Path) -> list[dict[str, Any]]:
+    """The answers of a cell, each with how its program ended where it was run."""
+    rows, file = list(answers_in(folder / ANSWERS)), folder / EXECUTED
+    if not file.exists():
+        return rows
+    ran = [parse_json(line, file)["status"] for line in read_text(file).splitlines()]
+    return [row | {"ran": status} for row, status in zip(rows, ran, strict=True)]

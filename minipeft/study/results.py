@@ -15,6 +15,7 @@ from minipeft.files import read_object
 from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.metrics.scores import Scores
 from minipeft.study.cells import ZERO_SHOT, Cell
+from minipeft.study.effects import add_effects
 from minipeft.study.paper import reported
 from minipeft.study.presets import PRESETS, StudyConfig
 from minipeft.study.rows import Data, Group, Results, Row, Training
@@ -37,7 +38,7 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
     alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
         alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
-    groups = tuple(make_group(same, bases) for same in alike.values())
+    groups = add_effects([make_group(same, bases) for same in alike.values()])
     return Results(
         command,
         config.preset,

@@ -112,6 +112,13 @@ class Group:
     flags: tuple[str, ...] = ()
     error: str | None = None  # where every seed failed
     paper: Mapping[str, float] | None = None
+    reference: str = ""  # the best answer without training: a baseline, or its model untrained
+    effect: Interval | None = None  # of BLEU to the reference, on the same questions
+    behind: Interval | None = None  # of BLEU to the best tuned group, which has none
+
+    @property
+    def is_tuned(self) -> bool:
+        return bool(self.training.trainable)
 
     @property
     def bleu(self) -> float | None:
@@ -127,7 +134,8 @@ class Group:
         """The group as one flat object."""
         own = {"model": self.model, "method": self.method, "seeds": list(self.seeds), "cells": list(self.cells)}
         spread = {"bleu_sd": self.bleu_sd, "dev_loss_sd": self.dev_loss_sd}
-        return own | vars(self.training) | spread | list_verdicts(self)
+        effects = {"reference": self.reference, "effect": as_object(self.effect), "behind": as_object(self.behind)}
+        return own | vars(self.training) | spread | list_verdicts(self) | effects
 
 
 @dataclass(frozen=True)
@@ -167,9 +175,17 @@ class Results:
 def list_verdicts(row: Row | Group) -> dict[str, Any]:
     """The fields of scores, difference and flags; a row without answers has no scores."""
     scores = {"questions": 0, "bleu_interval": None} if row.scores is None else row.scores.as_dict()
-    found = row.difference
-    difference = found and {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
-    return {**scores, "difference": difference, "flags": list(row.flags), "error": row.error, "paper": row.paper}
+    rest = {"flags": list(row.flags), "error": row.error, "paper": row.paper}
+    return {**scores, "difference": as_object(row.difference), **rest}
+
+
+def as_object(found: Interval | None) -> dict[str, float | None] | None:
+    """A difference for JSON."""
+    return (
+        None
+        if found is None
+        else {"value": found.value, "low": found.low, "high": found.high, "p_value": found.p_value}
+    )
 
 
 def read_fields(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

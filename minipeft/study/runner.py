@@ -27,11 +27,13 @@ from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError, check_path
 from minipeft.files import lock_folder, open_plain, parse_json, read_object, read_text, write_json, write_whole
 from minipeft.hub import fetch
+from minipeft.metrics.text import find_language
 from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
 from minipeft.runs.process import stopping
-from minipeft.study.baselines import BASELINES
+from minipeft.study.baselines import BASELINES, PYTHON_ONLY
 from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, QUESTIONS, RESULT, ZERO_SHOT, Cell, score_file
+from minipeft.study.executed import execute_row
 from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells
 from minipeft.study.progress import Bar
 from minipeft.study.rows import FORMAT, Row
@@ -67,7 +69,7 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     cells = make_cells(config, bases, held_out)
     with open_folder(out, train, test), stopping() as stop:
         check_settings(out, cells)
-        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines()]
+        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines(test)]
         rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
         with Bar(cells, bases, out, len(test), rows) as bar:
             for cell in cells:
@@ -78,6 +80,8 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
                 bar.finish(cell)
                 outcomes += read_outcomes(cell, out, error, say)
         end_if(stop)
+        if config.execute:
+            outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
 
 
@@ -219,9 +223,10 @@ def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) 
         return None
 
 
-def baselines() -> list[Cell]:
+def baselines(test: Pairs) -> list[Cell]:
     """The cells that need no model."""
-    return [Cell("", method) for method in BASELINES]
+    language = find_language([[pair.snippet] for pair in test])
+    return [Cell("", method) for method in BASELINES if language == "python" or method != PYTHON_ONLY]
 
 
 def answer_trivially(out: Path, cell: Cell, train: Pairs, test: Pairs) -> Row:

@@ -7,11 +7,13 @@ that has nothing to show for any group is left out, so one table serves every pr
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minipeft.adapters import METHODS
 from minipeft.errors import escape
+from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import SCORES, Score
 from minipeft.runs.planning import in_words
 from minipeft.study.rows import Group
@@ -25,7 +27,8 @@ class Column:
     meaning: str
     show: Callable[[Group], str]
     rank: int = 0  # in the terminal, which shows the smallest ranks that fit; 0: never
-    table: str = "details"  # on the page: scores, details
+    table: str = "training"  # on the page: scores, answers, training
+    value: Callable[[Group], float | None] = lambda group: None  # what the page sorts by; None: last
 
 
 def columns() -> list[Column]:
@@ -39,15 +42,28 @@ def columns() -> list[Column]:
     return sorted(found, key=lambda column: column.table != "scores") + TRAINING_COLUMNS
 
 
+def main_columns(groups: Sequence[Group]) -> list[Column]:
+    """The six columns that decide: quality with its interval, the effect, what is right, and the cost.
+
+    Where a tuned group gave no answers, the held-out loss stands in place of what is right.
+    """
+    held = choose_columns(groups)
+    silent = any(group.is_tuned and group.scores is None for group in groups)
+    right = [column for column in held if column.title in (("held-out loss",) if silent else RIGHT)][:1]
+    cost = [column for title in ("trained", "time", "memory") for column in held if column.title == title]
+    return [column for column in (*MAIN_COLUMNS, *right, *cost) if any(map(column.show, groups))]
+
+
 def score_column(score: Score) -> Column:
     """The column of a score; BLEU has its standard deviation over seeds beside it."""
     better = {True: "; higher is better", False: "; lower is better", None: ""}[score.higher_is_better]
     if score.name == "bleu":
         meaning = f"{score.meaning}{better}; ± standard deviation over seeds"
-        return Column(score.label, meaning, bleu, score.rank, score.table)
+        return Column(score.label, meaning, bleu, score.rank, score.table, lambda group: group.bleu)
     values = lambda group: {} if group.scores is None else group.scores.values
     show = lambda group: score.show(values(group).get(score.name), group.scores and group.scores.pairs)
-    return Column(score.label, score.meaning + better, show, score.rank, score.table)
+    value = lambda group: values(group).get(score.name)
+    return Column(score.label, score.meaning + better, show, score.rank, score.table, value)
 
 
 def bleu(group: Group) -> str:
@@ -60,9 +76,28 @@ def interval(group: Group) -> str:
     return "" if group.scores is None else "{:.1f} to {:.1f}".format(*(100 * end for end in group.scores.bleu_interval))
 
 
+def bleu_with_interval(group: Group) -> str:
+    return f"{bleu(group)} [{interval(group).replace(' to ', ', ')}]" if interval(group) else ""
+
+
 def gain(group: Group) -> str:
-    found = group.difference
+    return show_difference(group.difference)
+
+
+def show_difference(found: Interval | None) -> str:
+    """A difference of BLEU, of 100, with its interval."""
     return "" if found is None else f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def value_of(found: Interval | None) -> float | None:
+    """The difference itself."""
+    return None if found is None else found.value
+
+
+def reference_of(groups: Sequence[Group]) -> str:
+    """What the effects are differences to; where several models have different ones, what they have in common."""
+    found = list(dict.fromkeys(group.reference for group in groups if group.reference))
+    return found[0] if len(found) == 1 else "the best answer without training"
 
 
 def training(name: str, form: str, scale: float = 1.0) -> Callable[[Group], str]:
@@ -73,6 +108,11 @@ def training(name: str, form: str, scale: float = 1.0) -> Callable[[Group], str]
         return form.format(value if scale == 1 else scale * value) if value else ""
 
     return show
+
+
+def of(name: str) -> Callable[[Group], float | None]:
+    """The value of a field of a group's training."""
+    return lambda group: getattr(group.training, name)
 
 
 def paper(name: str, form: str) -> Callable[[Group], str]:
@@ -87,7 +127,13 @@ def held_out_loss(group: Group) -> str:
 
 
 def seconds(group: Group) -> str:
-    return in_words(group.training.train_seconds) if group.training.train_seconds else ""
+    return say_seconds(group.training.train_seconds) if group.training.train_seconds else ""
+
+
+def say_seconds(seconds: float) -> str:
+    """A duration: 57 s, 2 min 23 s, 12 min, 1.5 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if 90 <= seconds < 600 else in_words(seconds)
 
 
 def init(group: Group) -> str:
@@ -97,24 +143,35 @@ def init(group: Group) -> str:
 
 
 BLEU_COLUMNS = [
-    Column("95 % interval", "of BLEU, by bootstrap over questions", interval, 6, "scores"),
+    Column("95 % interval", "of BLEU, by bootstrap over questions", interval, 6, "scores", lambda g: g.bleu),
     Column("over zero-shot", "BLEU minus the untrained model's on the same questions, with its 95 % interval", gain, 2,
-           "scores"),
-    Column("paper's BLEU", "what the paper reports", paper("bleu", "{:.5g}"), 9, "scores"),
+           "scores", lambda group: value_of(group.difference)),
+    Column("paper's BLEU", "what the paper reports", paper("bleu", "{:.5g}"), 9, "scores",
+           lambda group: (group.paper or {}).get("bleu")),
+]  # fmt: skip
+RIGHT = ("passes", "exact")  # the first that a study has tells how many answers are right
+MAIN_COLUMNS = [
+    Column("BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100, with its 95 % interval over questions",
+           bleu_with_interval, value=lambda group: group.bleu),
+    Column("effect", "BLEU minus that of the best answer without training, paired by question, with its 95 % interval",
+           lambda group: show_difference(group.effect), value=lambda group: value_of(group.effect)),
 ]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("held-out loss", "nats per supervised token, on pairs held out of training; ± standard deviation over seeds",
-           held_out_loss, 3),
-    Column("at step 0", "held-out loss before the first step", training("dev_loss_start", "{:.3f}")),
+           held_out_loss, 3, value=of("dev_loss")),
+    Column("at step 0", "held-out loss before the first step", training("dev_loss_start", "{:.3f}"),
+           value=of("dev_loss_start")),
     Column("init", "how a prefix or prompt is initialized; MLP: reparameterized", init),
-    Column("learning rate", "peak", training("learning_rate", "{:g}")),
-    Column("steps", "optimizer steps", training("steps", "{}")),
-    Column("trained", "trainable parameters, of all", training("trainable_percent", "{:.3g} %"), 7),
+    Column("learning rate", "peak", training("learning_rate", "{:g}"), value=of("learning_rate")),
+    Column("steps", "optimizer steps", training("steps", "{}"), value=of("steps")),
+    Column("trained", "trainable parameters, of all", training("trainable_percent", "{:.3g} %"), 7,
+           value=of("trainable_percent")),
     Column("stored", "parameters on disk; a reparameterization MLP is folded into the prefix or prompt",
-           training("stored", "{:,}")),
+           training("stored", "{:,}"), value=of("stored")),
     Column("paper's %", "what the paper reports", paper("percent", "{:g} %")),
-    Column("time", "of training alone", seconds, 8),
-    Column("memory", "peak, weights included", training("peak_memory_bytes", "{:.2f} GB", 1e-9)),
+    Column("time", "of training alone", seconds, 8, value=of("train_seconds")),
+    Column("memory", "peak, weights included", training("peak_memory_bytes", "{:.2f} GB", 1e-9),
+           value=of("peak_memory_bytes")),
     Column("paper's GB", "what the paper reports; for GPT-2 without the weights", paper("memory", "{:g}")),
 ]  # fmt: skip
 
@@ -161,12 +218,21 @@ def join_names(who: Sequence[str]) -> str:
 
 def as_text(groups: Sequence[Group], width: int | None = None) -> str:
     """The table for a terminal: as many columns as fit into `width`, by default the terminal's."""
-    width = width or shutil.get_terminal_size((80, 24)).columns
+    width = width or terminal_width()
     kept = [column for column in choose_columns(groups) if column.rank]
     while len(kept) > 1 and len(max(lay_out(groups, kept), key=len)) > width:
         kept.remove(max(kept, key=lambda column: column.rank))
-    failed = [f"{name}  failed: {g.error}" for name, g in zip(name_groups(groups), groups) if g.error is not None]
+    failed = [
+        textwrap.fill(f"{name}  failed: {g.error}", width, subsequent_indent="  ")
+        for name, g in zip(name_groups(groups), groups)
+        if g.error is not None
+    ]
     return "\n".join([*lay_out(groups, kept), *failed])
+
+
+def terminal_width() -> int:
+    """The columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
@@ -187,9 +253,9 @@ def as_line(text: str) -> str:
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
 
-def as_markdown(groups: Sequence[Group]) -> str:
-    """The table in Markdown; whatever a model or an error printed cannot break its cells."""
-    kept = choose_columns(groups)
+def as_markdown(groups: Sequence[Group], kept: Sequence[Column] | None = None) -> str:
+    """A table in Markdown, by default of all columns; whatever a model or an error printed cannot break its cells."""
+    kept = choose_columns(groups) if kept is None else kept
     rows = [["", *(column.title for column in kept)], ["---"] + ["---:"] * len(kept)]
     for name, group in zip(name_groups(groups), groups):
         if group.error is not None:

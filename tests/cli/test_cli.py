@@ -379,3 +379,49 @@ def test_out_of_memory_is_a_line_too(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 2, ran.stderr
     assert ran.stderr.splitlines()[-1].startswith("error: out of memory")
+
+
+def write_answers(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_two_files_of_answers_are_compared(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    rows = [{"prediction": f"f({n})", "reference": f"f({n})", "question_id": n} for n in range(20)]
+    one = write_answers(tmp_path / "a.jsonl", rows)
+    other = write_answers(tmp_path / "b.jsonl", [row | {"prediction": "f(x)"} if n < 5 else row for n, row in
+                                                 enumerate(rows)][::-1])  # fmt: skip
+    status, said, _ = run("score", one, "--against", other)
+    assert status == 0
+    assert f"{one} minus {other}, paired over 20 questions" in said
+    assert "exact match    +25.0 % [+10.0, +45.0], p = " in said
+    found = json.loads(run("score", one, "--against", other, "--json")[1])
+    assert found["exact_match"] == 1.0
+    assert found["against"]["exact_match"]["value"] == 0.25
+    status, _, err = run("score", one, "--against", write_answers(tmp_path / "c.jsonl", rows[:-1]))
+    assert status == 2
+    assert "c.jsonl: has no answer to answer 20 of the other file" in err
+
+
+def test_answers_are_run_only_where_it_is_asked_for(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    tasks = write_answers(
+        tmp_path / "tasks.jsonl", [{"task_id": n, "test_list": [f"assert f(2) == {2 * n}"]} for n in (1, 2)]
+    )
+    loop, right = "def f(x):\n    while True: pass", "def f(x):\n    return x * 2"
+    texts = [(1, loop), (2, right), (1, "def f(x): return 2"), (2, "def f(x): return x")]
+    rows = [{"task_id": n, "prediction": text, "reference": right} for n, text in texts]
+    answers = write_answers(tmp_path / "answers.jsonl", rows)
+    assert json.loads(run("score", answers, "--json")[1])["pass_at_1"] is None
+    given = ["score", answers, "--execute", tasks, "--execute-seconds", "1"]
+    status, said, err = run(*given)
+    if "cannot isolate programs" in err:
+        pytest.skip(err)
+    assert status == 0
+    assert "execution      pass@1 50.0 %" in said
+    unknown = write_answers(tmp_path / "unknown.jsonl", [rows[0] | {"task_id": "zz"}])
+    status, _, err = run("score", unknown, "--execute", tasks)
+    assert status == 2
+    assert "tasks.jsonl: answer 1 has task_id or question_id 'zz', of which there is no task" in err
+    said = " ".join(run("score", "--help")[1].split())
+    assert "It can still read what you can read" in said
+    assert "It can still read what you can read" in " ".join(run("study", "--help")[1].split())

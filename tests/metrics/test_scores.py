@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import sacrebleu
 
 from minipeft import InputError
 from minipeft.metrics.bleu import bleu, count_pairs
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import codebleu
-from minipeft.metrics.scores import SCORES, Score, as_text, score_texts
-from minipeft.metrics.text import chrf
+from minipeft.metrics.scores import SCORES, Score, Scores, as_text, score_texts
+from minipeft.metrics.text import chrf, find_language
 
 
 def test_score_texts_gives_each_score_of_the_others(snippets, mutate):
@@ -96,3 +97,51 @@ def test_a_score_is_its_function_and_one_row(monkeypatch):
     scores = score_texts(["x", "abc"], ["x", "y"])
     assert scores.as_dict()["mean_length"] == 2.0
     assert "characters     2.000" in as_text(scores)
+
+
+SHELL = ["grep -r word . | wc -l", "cd /tmp && ls", "find . -name '*.py'", "tar xzf a.tgz", "ls -la", "pwd"]
+
+
+def test_text_that_is_not_python_is_not_scored_as_python():
+    scores = score_texts([*SHELL[:5], "whoami"], SHELL)
+    assert scores.language == "text"
+    for name in ("codebleu", "codebleu_compat", "ngram", "weighted_ngram", "syntax", "dataflow", "valid_python"):
+        assert scores[name] is None
+    peer = sacrebleu.corpus_bleu([*SHELL[:5], "whoami"], [SHELL]).score
+    assert scores["bleu_13a"] == pytest.approx(peer / 100)
+    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf([*SHELL[:5], "whoami"], [SHELL]).score / 100)
+    assert scores["exact_match"] == pytest.approx(5 / 6)
+    text = as_text(scores)
+    assert "references     text: most references are not Python, so there is no CodeBLEU and no validity" in text
+    assert "valid Python" not in text
+    assert "data flow" not in text
+    assert not any("CodeBLEU" in signature for signature in scores.signatures)
+    assert Scores.from_json({**scores.as_dict(), "bleu_counts": [scores.runs[0].tolist()]}) == scores
+
+
+def test_the_language_is_that_of_the_references_unless_it_is_given(snippets):
+    code = score_texts(["hello there"] * 50, snippets[:50])
+    assert code.language == "python"
+    assert code["bleu_13a"] is None
+    assert score_texts(SHELL, SHELL, language="python")["valid_python"] == pytest.approx(2 / 6)
+    assert score_texts(snippets[:9], snippets[:9], language="text")["codebleu"] is None
+    with pytest.raises(InputError, match="language: 'perl' is not known"):
+        score_texts(["x"], ["x"], language="perl")
+    with pytest.raises(InputError, match="language: 'perl' is not known"):
+        Scores.from_json({**code.as_dict(), "bleu_counts": [], "language": "perl"})
+
+
+@pytest.mark.parametrize(
+    ("references", "language"),
+    [
+        (["yes", "no", "42", "New York"], "text"),
+        (["pass"], "python"),
+        (["x = 1", "", "  "], "python"),
+        (["positive", "negative"], "text"),
+        (["", ""], "text"),
+        (["x = 1", "ls -la /tmp"], "python"),
+        (["x = 1", "grep x y", "rm -r a"], "text"),
+    ],
+)
+def test_the_language_of_references(references, language):
+    assert find_language([[text] for text in references]) == language

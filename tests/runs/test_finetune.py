@@ -15,6 +15,7 @@ from minipeft.models.quantized import format_of
 from minipeft.runs import estimates
 from minipeft.runs import finetune as tuning
 from minipeft.runs.answers import AnswersConfig, load_tuned
+from minipeft.runs.checkpoints import Run
 from minipeft.runs.config import RunConfig, run_config
 from minipeft.runs.finetune import finetune
 from tests.small import write_pairs, write_small_model
@@ -45,6 +46,45 @@ def test_result_holds_what_is_the_same_and_timing_what_is_not(folder: Path) -> N
     log = [json.loads(line) for line in (folder / "a/log.jsonl").read_text().splitlines()]
     assert result["loss"] == log[-1]["loss"]
     assert result["dev_loss"] == log[-1]["dev_loss"]
+
+
+class SlowClock:
+    """A clock that moves one second at each reading."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_the_seconds_of_a_resumed_run_count_what_came_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 5, of which the last save was at step 4: steps 1 to 4 count from before, step 5 once."""
+    given = config(folder, steps=8, save_every=2)
+    monkeypatch.setattr(tuning, "time", SlowClock())
+    whole = finetune(given, folder / "whole", say=lambda _: None)
+    written = Run.log
+
+    def die(run: Run, entry: dict[str, object]) -> None:
+        if entry["step"] == 5:
+            raise KeyboardInterrupt
+        written(run, entry)
+
+    for file in (None, "timing.json"):
+        out, said = folder / f"part-{file}", list[str]()
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "log", die)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(given, out, say=lambda _: None)
+        assert len(json.loads((out / "timing.json").read_text())["saves"]) == 2
+        if file:
+            (out / file).write_text("{")
+        resumed = finetune(given, out, resume=True, say=said.append)
+        assert resumed["resumed_at"] == 4
+        assert resumed["train_seconds"] == (4.0 if file else whole["train_seconds"]) == (4.0 if file else 8.0)
+        assert any("has no time for step 4" in line for line in said) is bool(file)
+        assert resumed["tokens_per_second"] == pytest.approx(whole["tokens_per_second"], rel=0.5 if file else 1e-12)
 
 
 def test_bad_input_leaves_no_folder_behind(folder: Path) -> None:

@@ -8,10 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from minipeft.study.charts import Bar, Curve, draw_bars, draw_losses, escape, smooth, ticks
+from minipeft.metrics.scores import score_texts
+from minipeft.study.browser import mark_difference
+from minipeft.study.charts import Bar, draw_bars, draw_intervals, escape, log_ticks, short, ticks
+from minipeft.study.curves import Curve, Point, draw_cost, draw_losses, smooth
+from minipeft.study.page import draw_costs
 from minipeft.study.presets import StudyConfig
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
+from minipeft.study.rows import Group, Training
 from minipeft.study.runner import conduct
 
 HOSTILE = [
@@ -23,7 +28,7 @@ HOSTILE = [
 
 
 class Reader(HTMLParser):
-    """All tags with their attributes, and the texts of <pre>."""
+    """All tags with their attributes, and the texts of <pre>, without what is marked as lacking."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -43,7 +48,7 @@ class Reader(HTMLParser):
             pass
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == "pre":
+        if "pre" in self.open and "del" not in self.open:
             self.answers[-1] += data
         if self.open and self.open[-1] == "script":
             self.script += data
@@ -84,18 +89,35 @@ def test_it_can_be_read_without_script_and_holds_all_parts(page):
     reader = Reader()
     reader.feed(page)
     folded = [attributes for tag, attributes in reader.tags if tag == "details"]
-    assert len(folded) == 4
+    assert len([attributes for attributes in folded if "data-marks" in attributes]) == 4
     assert not any("hidden" in attributes for attributes in folded)
     assert next(at for tag, at in reader.tags if tag == "form")["hidden"] is None  # shown by the script alone
     for part in (
         "echo the question",
         "95 % interval",
         "held-out loss",
-        "0.25: an empty answer",
+        "an empty answer as the package counts, 0.25",
+        "BLEU of every row",
         "prefers-color-scheme",
     ):
         assert part in page
-    assert page.count('role="img"') == 3  # scores, one loss, CodeBLEU
+    assert page.count('role="img"') == 1  # one loss
+    assert page.count('role="list"') == 3  # effects, BLEU, CodeBLEU
+    kinds = ["Tuned", "The model untrained", "Baselines without a model"]
+    assert re.findall(r'scope="rowgroup"[^>]*>([^<]+)', page)[:3] == kinds
+
+
+def test_the_page_opens_with_what_won_and_has_the_meaning_of_each_column(page):
+    verdict = re.search(r'<p class="verdict">([^<]+)</p>', page)[1]
+    assert "prompt" in verdict
+    assert "GB" in verdict
+    columns = re.findall(r'<th scope="col">([^<]+)</th>', page)
+    meanings = [
+        name for part in re.findall(r'<ul class="meanings">(.*?)</ul>', page) for name in re.findall("<b>([^<]+)", part)
+    ]
+    assert meanings == columns
+    assert columns[:2] == ["BLEU", "effect"]
+    assert "trained" in columns[2:6]
 
 
 def test_escape():
@@ -106,9 +128,70 @@ def test_escape():
 def test_bars_stand_where_their_numbers_are():
     drawn = draw_bars([Bar("<a>", 0.25, 0.2, 0.5, "25", "tuned")], "t")
     assert "&lt;a&gt;" in drawn
-    width, low, high = (float(x) for x in re.findall(r'(?:width|x1|x2)="([\d.]+)%"', drawn)[1:4])  # after the SVG's own
+    width, low, high = (float(x) for x in re.findall(r'(?:width|x1|x2)="([\d.]+)%"', drawn[drawn.index("<rect") :])[:3])
     assert width / high == pytest.approx(0.5, abs=1e-3)
     assert low / high == pytest.approx(0.4, abs=1e-3)
+
+
+def test_intervals_stand_on_both_sides_of_zero():
+    rows = [Bar("a", -10.0, -20.0, 0.0, "", "tuned"), Bar("b", 30.0, 20.0, 40.0, "", "tuned")]
+    drawn = draw_intervals(rows, "t", "unit")
+    zero = float(re.search(r'x1="([\d.]+)%"[^>]*class="zero"', drawn)[1])
+    ends = [(float(a), float(b)) for a, b in re.findall(r'x1="([\d.]+)%" x2="([\d.]+)%" y1="13"', drawn)]
+    assert ends[0][1] == pytest.approx(zero, abs=0.02)
+    assert (ends[1][1] - zero) / (zero - ends[0][0]) == pytest.approx(2.0, abs=0.01)
+    assert "+20" in drawn
+    assert "unit" in drawn
+
+
+def test_costs_stand_where_their_numbers_are():
+    points = [Point("a", 100.0, 50.0, 40.0, 60.0, 0), Point("b", 10_000.0, 90.0, 80.0, 100.0, 1)]
+    drawn = draw_cost(points, "x", "things", 30.0)
+    assert "logarithmic" in drawn
+    assert "1k" in drawn
+    left, right = (float(x) for x in re.findall(r'<svg x="([\d.]+)%"', drawn))
+    middle = float(re.search(r'<text x="([\d.]+)%"[^>]*>1k<', drawn)[1])
+    assert (left + right) / 2 == pytest.approx(middle, abs=0.02)
+    assert "logarithmic" not in draw_cost([points[0]], "x", "things", None)
+
+
+def test_quality_over_cost_has_a_plot_for_each_cost_and_one_marker_a_method():
+    scores = score_texts(["x = f(y)"], ["x = f(y)"])
+    cost = Training(trainable=10, train_seconds=3.0, peak_memory_bytes=1e9)
+    groups = [Group("m", method, training=cost, scores=scores) for method in ("lora", "full")]
+    drawn = draw_costs([*groups, Group("", "empty answer", scores=scores), Group("m", "zero-shot", scores=scores)])
+    assert drawn.count('role="img"') == 3
+    assert drawn.count('class="m0"') == drawn.count('class="m1"') == 4  # and in the legend
+    assert drawn.count('class="mark"') == 3
+    assert draw_costs(groups[:1]) == ""
+
+
+def test_the_difference_to_the_reference_is_marked():
+    assert mark_difference("a.b(1)", "a.b(1)") == "a.b(1)"
+    assert mark_difference("a.c(1)", "a.b(1)") == "a.<del>b</del><ins>c</ins>(1)"
+    assert mark_difference("a.b(<1)", "a.b(1)") == "a.b(<ins>&lt;</ins>1)"
+    assert mark_difference("nothing alike", "a.b(1)") == "nothing alike"
+    answer, reference = "x = f(y, 2)  # é\nz", "x = g(y)\nz"
+    marked = mark_difference(answer, reference)
+    assert re.sub(r"<del>.*?</del>|</?ins>", "", marked) == answer
+    assert re.sub(r"<ins>.*?</ins>|</?del>", "", marked) == reference
+
+
+def test_round_numbers_of_an_axis():
+    assert ticks(-18.0, 55.0) == [0.0, 20.0, 40.0]
+    assert ticks(-45.0, 55.0) == [-40.0, -20.0, 0.0, 20.0, 40.0]
+    assert log_ticks(0.02, 4.0, 5) == pytest.approx([0.03, 0.1, 0.3, 1, 3])
+    assert log_ticks(5.6, 7.1) == [6.0, 6.5, 7.0]
+    assert [short(number) for number in (5, 5120, 4e6, 7e9)] == ["5", "5.12k", "4M", "7G"]
+
+
+def test_losses_of_several_runs_differ_by_marker_and_line():
+    points = [(float(step), 1.0) for step in range(1, 11)]
+    curves = [Curve(name, points, [(10.0, 2.0)]) for name in "ab"]
+    drawn = draw_losses(curves)
+    assert {"m0", "m1", "curve s0", "curve s1"} <= set(re.findall(r'class="([^"]+)"', drawn))
+    assert drawn.count('role="img"') == 1
+    assert draw_losses(curves * 4).count('role="img"') == 8  # too many for one plot
 
 
 def test_losses():

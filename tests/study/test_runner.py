@@ -290,3 +290,49 @@ def test_the_demo_has_its_own_split():
 def test_first_line():
     assert first_line("\n\nx = 1\ny = 2\n") == "x = 1"
     assert first_line("") == ""
+
+
+def test_a_study_of_shell_commands_has_no_column_of_python(inside, tmp_path, model, capsys):
+    file = tmp_path / "shell.jsonl"
+    rows = [{"intent": f"show {n} lines", "snippet": f"cat file{n} | head -n {n}", "question_id": n} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "s"
+    assert main(line(out, model, file, "--method", "prompt", "--steps", "1")) == 0
+    assert "The references are text: most references are not Python" in " ".join(capsys.readouterr().out.split())
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert [row["method"] for row in cells[:3]] == ["empty answer", "echo the question", "nearest training pair"]
+    assert all(row["valid_python"] is None and row["bleu_13a"] is not None for row in cells)
+    for report in ("report.md", "report.html"):
+        text = (out / report).read_text()
+        assert "BLEU 13a" in text
+        assert "CodeBLEU, strict" not in text
+        assert "CodeBLEU is strict" not in text
+        assert "(invalid" not in text
+
+
+def test_the_answers_of_the_demo_are_run(inside, tmp_path, model, pairs, capsys):
+    """The nearest training pair is made right for the first question, in words of its own."""
+    out = tmp_path / "s"
+    words = ["study", "--model", str(model), "--data", "demo", "--out", str(out), "--threads", "1", "--limit", "2"]
+    words += ["--method", "prompt", "--steps", "1"]
+    assert main(words) == 0
+    file = out / "cells" / "stories260K--prompt--seed0" / "predictions.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    rows[0]["prediction"] = f"({rows[0]['reference']})"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status = main([*words, "--execute"])
+    if "cannot isolate programs" in capsys.readouterr().err:
+        pytest.skip("no user namespaces")
+    assert status == 0
+    cells = {row["cell"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
+    assert cells["stories260K--prompt--seed0"]["pass_at_1"] == 0.5
+    assert cells["empty-answer"]["pass_at_1"] == 0.0
+    ran = [json.loads(row)["status"] for row in (file.parent / "executed.jsonl").read_text().splitlines()]
+    assert ran == ["passed", "failed"]
+    page = (out / "report.html").read_text()
+    assert "(passes" in page
+    assert '<th scope="col">passes</th>' in page
+    assert main(words) == 0  # what was run stays in the results
+    assert '"pass_at_1": 0.5' in (out / "results.json").read_text()
+    assert main(line(tmp_path / "other", model, pairs, "--execute")) == 2
+    assert "execute: only the demo's pairs have programs. minipeft score FILE --execute" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from minipeft.metrics import scores
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import Score, score_texts
 from minipeft.study.rows import Group, Training
-from minipeft.study.table import as_markdown, as_text, choose_columns, columns, name_groups
+from minipeft.study.table import as_markdown, as_text, choose_columns, columns, main_columns, name_groups, say_seconds
 
 REFERENCES = [f"x = sorted(y{n}, key=f)" for n in range(4)]
 TRAINED = Training(init="text", learning_rate=1e-3, steps=5, trainable=10, trainable_percent=1.0, dev_loss=2.0)
@@ -45,3 +45,24 @@ def test_names_say_what_groups_differ_by():
     assert [name.split(" ", 1)[1] for name in name_groups([slow, fast])] == list(text)
     assert name_groups([group("lora"), group("lora", "org/n")]) == ["m LoRA", "n LoRA"]
     assert name_groups([group("echo the question", "")]) == ["echo the question"]
+
+
+def test_the_main_columns():
+    gain = Interval(0.2, 0.1, 0.3)
+    done = replace(TRAINED, train_seconds=143.0, peak_memory_bytes=5e8)
+    groups = [group("lora", effect=gain, training=done), group("echo the question", "")]
+    titles = ["BLEU", "effect", "exact", "trained", "time", "memory"]
+    assert [column.title for column in main_columns(groups)] == titles
+    shown = [column.show(groups[0]) for column in main_columns(groups)]
+    assert shown[:3] == ["100.0 ± 1.0 [100.0, 100.0]", "+20.0 [+10.0, +30.0]", "100.0 %"]
+    assert shown[3:] == ["1 %", "2 min 23 s", "0.50 GB"]
+    assert [column.value(groups[0]) for column in main_columns(groups)] == [1.0, 0.2, 1.0, 1.0, 143.0, 5e8]
+    silent = [*groups, group("prefix", scores=None)]
+    assert [column.title for column in main_columns(silent)][2] == "held-out loss"
+    assert [say_seconds(n) for n in (57, 89.4, 91.2, 599, 720)] == [
+        "57 s",
+        "89 s",
+        "1 min 31 s",
+        "9 min 59 s",
+        "12 min",
+    ]

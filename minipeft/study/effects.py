@@ -1,0 +1,133 @@
+"""What won, by how much, how sure, and at what cost: paired differences of BLEU, and the verdict in words.
+
+    reference   the best answer without training: a baseline, or the model untrained, whichever has the higher BLEU
+    effect      BLEU(group) - BLEU(reference)
+    behind      BLEU(group) - BLEU(best tuned group)
+
+Both differences are paired by question: a percentile bootstrap draws the same questions for the two sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
+from minipeft.study.rows import Group
+from minipeft.study.table import name_groups, say_seconds
+
+Named = tuple[str, Group]
+
+
+def add_effects(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups with their differences to the reference and to the best tuned group."""
+    best = find_best(groups)
+    return tuple(add_effect(group, find_reference(groups, group.model), best) for group in groups)
+
+
+def find_best(groups: Sequence[Group]) -> Group | None:
+    """The tuned group with the highest BLEU."""
+    tuned = [group for group in groups if group.scores is not None and group.is_tuned]
+    return max(tuned, key=lambda group: group.bleu or 0.0, default=None)
+
+
+def find_reference(groups: Sequence[Group], model: str) -> Group | None:
+    """Of the baselines and of this model untrained, the one with the highest BLEU."""
+    known = [g for g in groups if g.scores is not None and not g.is_tuned and g.model in ("", model)]
+    return max(known, key=lambda group: group.bleu or 0.0, default=None)
+
+
+def add_effect(group: Group, reference: Group | None, best: Group | None) -> Group:
+    """One group with its differences; a baseline has none."""
+    if not group.model or reference is None or reference.method == group.method:
+        return group
+    behind = None if best is None or group is best or not group.is_tuned else subtract(group, best)
+    return replace(group, reference=reference.method, effect=subtract(group, reference), behind=behind)
+
+
+def subtract(one: Group, other: Group) -> Interval | None:
+    """The paired difference of two groups' BLEU; None where one gave no answers."""
+    if one.scores is None or other.scores is None:
+        return None
+    return bootstrap_bleu(one.scores.runs, other.scores.runs)
+
+
+def decide(groups: Sequence[Group]) -> list[str]:
+    """The verdict, a sentence each: what won and at what cost, what is as good for less, what is no gain, how sure."""
+    named = list(zip(name_groups(groups), groups))
+    best = next(((n, g) for n, g in named if g.is_tuned and g.effect is not None and g.behind is None), None)
+    if best is None:
+        return []
+    tuned = [(name, group) for name, group in named if group.is_tuned and group.effect is not None]
+    text = [describe_best(*best)]
+    level = [(name, group) for name, group in tuned if group.behind is not None and group.behind.high >= 0]
+    others = [(name, group) for name, group in tuned if group.behind is not None]
+    if level:
+        text.append(describe_level(min(level, key=lambda row: row[1].training.trainable or 0), best))
+    elif others:
+        name, second = max(others, key=lambda row: row[1].bleu or 0.0)
+        text.append(f"The next, {name}, is {say_difference(second.behind)} BLEU behind it.")
+    lost = [name for name, group in tuned if group.effect is not None and group.effect.low <= 0]
+    if lost and len(tuned) > 1:
+        text.append(f"Not better than without training: {', '.join(lost)}.")
+    return [*text, say_how_sure(best[1])]
+
+
+def describe_best(name: str, best: Group) -> str:
+    """The group that won, its effect and its cost."""
+    assert best.scores is not None
+    assert best.effect is not None
+    low, high = (100 * end for end in best.scores.bleu_interval)
+    score = f"BLEU {100 * (best.bleu or 0.0):.1f} [{low:.1f}, {high:.1f}]"
+    cost = f", for {describe_cost(best)}" if describe_cost(best) else ""
+    if best.effect.low <= 0:
+        return f"No method is better than {best.reference!r}; the best is {name}, {score}, {effect_text(best)}{cost}."
+    return f"Best: {name}, {score}, {effect_text(best)}{cost}."
+
+
+def effect_text(group: Group) -> str:
+    """The effect in words."""
+    assert group.effect is not None
+    where = "above" if group.effect.value >= 0 else "below"
+    return f"{say_difference(group.effect)} {where} {group.reference!r}"
+
+
+def describe_level(level: Named, best: Named) -> str:
+    """The cheapest of the groups that these questions do not distinguish from the best."""
+    name, group = level
+    sizes = [one.training.trainable or 1 for one in (group, best[1])]
+    behind = group.behind
+    assert behind is not None
+    told = f"{100 * behind.value:+.1f} [{100 * behind.low:+.1f}, {100 * behind.high:+.1f}]"
+    text = f"{name} is not distinguishable from it ({told})"
+    if sizes[0] >= sizes[1]:
+        return f"{text}."
+    text += f" and trains {100 * sizes[0] / sizes[1]:.2g} % of its parameters"
+    times = [one.training.train_seconds for one in (group, best[1])]
+    return f"{text} in {times[0] / times[1]:.2f} times its time." if times[0] and times[1] else f"{text}."
+
+
+def describe_cost(group: Group) -> str:
+    """Trained parameters, time and memory, as far as they are known."""
+    done = group.training
+    parts = [f"{done.trainable:,} trained parameters"] if done.trainable else []
+    parts += [say_seconds(done.train_seconds)] if done.train_seconds else []
+    parts += [f"{done.peak_memory_bytes / 1e9:.2f} GB"] if done.peak_memory_bytes else []
+    return ", ".join(parts)
+
+
+def say_difference(found: Interval | None) -> str:
+    """The size of a difference, of 100, with its interval."""
+    assert found is not None
+    low, high = sorted((100 * abs(found.low), 100 * abs(found.high)))
+    if found.low <= 0 <= found.high:  # the ends are on both sides
+        return f"{100 * abs(found.value):.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{100 * abs(found.value):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def say_how_sure(best: Group) -> str:
+    """What the intervals cover."""
+    seeds, what = len(best.seeds), "In brackets: 95 % intervals over the questions"
+    if seeds == 1:
+        return f"{what}; one seed, so that the spread over seeds is unknown."
+    return f"{what}, of the mean of {seeds} seeds."
