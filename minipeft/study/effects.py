@@ -67,9 +67,10 @@ def decide(groups: Sequence[Group]) -> list[str]:
     elif others:
         name, second = max(others, key=lambda row: row[1].bleu or 0.0)
         text.append(f"The next, {name}, is {say_difference(second.behind)} BLEU behind it.")
-    lost = [name for name, group in tuned if group.effect is not None and group.effect.low <= 0]
+    lost = [(name, group.reference) for name, group in tuned if group.effect is not None and group.effect.low <= 0]
     if lost and len(tuned) > 1:
-        text.append(f"Not better than without training: {', '.join(lost)}.")
+        references = " or ".join(dict.fromkeys(repr(reference) for _, reference in lost))
+        text.append(f"Not better than {references}: {', '.join(name for name, _ in lost)}.")
     return [*text, say_how_sure(best[1])]
 
 

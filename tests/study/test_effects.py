@@ -62,7 +62,7 @@ def test_the_verdict():
     assert "above 'nearest training pair', for 1,000 trained parameters, 20 s, 0.50 GB." in best
     assert level.startswith("LoRA is not distinguishable from it (")
     assert level.endswith("and trains 5 % of its parameters in 0.50 times its time.")
-    assert lost == "Not better than without training: prompt-tuning."
+    assert lost == "Not better than 'nearest training pair': prompt-tuning."
     assert "one seed" in sure
     assert "mean of 3 seeds" in decide(add_effects([*GROUPS[:2], replace(GROUPS[2], seeds=(0, 1, 2))]))[-1]
 
