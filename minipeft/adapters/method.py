@@ -63,6 +63,8 @@ class PeftFormat:
     fields: Mapping[str, str] = field(default_factory=dict)  # our field -> PEFT's key, for errors
     known: frozenset[str] = frozenset()  # PEFT's keys that are honoured, or that have no effect on a loaded adapter
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # unsupported keys -> values without effect
+    noted: Mapping[str, tuple[object, ...] | None] = field(default_factory=dict)  # ... with a note; None: any value
+    fit: Callable[[Any, Mapping[str, Any], Decoder], tuple[Any, list[str]]] = lambda config, given, model: (config, [])
     describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, object]] = lambda given, header: {}  # inspect
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, layers_from, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo
 from minipeft.models import Decoder
@@ -151,17 +151,22 @@ LORA_FORMAT = PeftFormat(
     tensors=lora_tensors,
     fill=fill_lora,
     check=check_blocks,
+    fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
     describe=describe_lora,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
             "layers": "layers_to_transform", "rslora": "use_rslora", "dora": "use_dora"},
     known=frozenset({
-        "alpha_pattern", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-        "lora_dropout", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+        "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
+        "lora_bias", "lora_dropout",
+        "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+    noted={
+        "init_lora_weights": ("orthogonal", "eva", "mica", "lora_ga"), "eva_config": None, "lora_ga_config": None,
+        "lora_dtype": None, "lorap_emb_lr": None, "lorap_lr_ratio": None},  # the last three are ms-swift's
     neutral={
         "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
-        "ensure_weight_tying": (False, None), "eva_config": (None,), "exclude_modules": (None, []),
+        "ensure_weight_tying": (False, None), 
         "init_lora_weights": (True, False, "gaussian"), "kasa_config": (None,), "layer_replication": (None,),
-        "loftq_config": ({}, None), "lora_ga_config": (None,), "megatron_config": (None,),
+        "loftq_config": ({}, None), "megatron_config": (None,),
         "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
         "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
         "use_qalora": (False, None), "velora_config": (None,)},

@@ -236,7 +236,7 @@ def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
 
 
 def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
-    """pytorch_model.bin: the one place where torch.load stands, and only with weights_only=True."""
+    """The tensors of pytorch_model.bin, where the caller allows it."""
     if not allowed:
         held = f"found: {list_names(folder)}"
         raise InputError(
@@ -244,7 +244,15 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    file = fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY
+    return read_pickle(fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY)
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote: the one place where torch.load stands, with weights_only=True.
+
+    Raises:
+        InputError: the file is damaged, or holds something other than names and tensors.
+    """
     check_inside(file, file.parent)
     try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
