@@ -4,7 +4,7 @@
     base_model.model.<path>.lora_B.bias [out]          with lora_bias
     base_model.model.<path>.lora_magnitude_vector [out]      DoRA's m
 
-PiSSA is written as the plain LoRA that it equals (pissa.py): twice the rank, and an alpha that keeps the scale.
+PiSSA and OLoRA are written as the plain LoRA that they equal (pissa.py): twice the rank, the same scale.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
 from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
+from minipeft.adapters.pissa import RESIDUAL
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo
 from minipeft.models import Decoder
@@ -35,7 +36,7 @@ LORA_TENSORS = {
 
 def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
     """LoRA's keys of adapter_config.json: the stable ones, and lora_bias where it is on (a reader without it fails)."""
-    if config.init == "pissa":
+    if config.init in RESIDUAL:
         config = double_rank(config)
     given: dict[str, object] = {
         "peft_type": "LORA",
@@ -57,7 +58,7 @@ def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
 
 
 def double_rank(config: LoRAConfig) -> LoRAConfig:
-    """The plain LoRA that PiSSA is: rank 2r, alpha / r (or alpha / sqrt(r)) as before."""
+    """The plain LoRA that PiSSA or OLoRA is: rank 2r, alpha / r (or alpha / sqrt(r)) as before."""
     alpha = math.sqrt(2) if config.rslora else 2
     return dataclasses.replace(
         config,
@@ -78,7 +79,7 @@ def lora_tensors(model: Decoder) -> dict[str, Tensor]:
     """What is trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model).items():
-        _, _, A, B, _ = layer.part()  # of PiSSA, the plain pair of twice the rank
+        _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
         held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
         tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
     return tensors
@@ -101,7 +102,19 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
         lora_bias=given.get("lora_bias", False),
         rank_pattern=patterns["rank_pattern"],
         alpha_pattern=patterns["alpha_pattern"],
+        init="olora" if given.get("init_lora_weights") == "olora" else "uniform",
     )
+
+
+def check_lora(given: Mapping[str, Any], model: Decoder) -> None:
+    """Check layers_pattern, and that an OLoRA's initial pair can be computed again from this model's weights.
+
+    Raises:
+        InputError: another list of blocks, or OLoRA where PEFT decomposes W^T and not W.
+    """
+    check_blocks(given, model)
+    if given.get("init_lora_weights") == "olora" and model.family.transposed:
+        raise InputError("'olora' is not supported for weights stored as [in, out]", where="init_lora_weights")
 
 
 def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
@@ -150,7 +163,7 @@ LORA_FORMAT = PeftFormat(
     shapes=lora_shapes,
     tensors=lora_tensors,
     fill=fill_lora,
-    check=check_blocks,
+    check=check_lora,
     fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
     describe=describe_lora,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
@@ -165,7 +178,7 @@ LORA_FORMAT = PeftFormat(
     neutral={
         "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
         "ensure_weight_tying": (False, None), 
-        "init_lora_weights": (True, False, "gaussian"), "kasa_config": (None,), "layer_replication": (None,),
+        "init_lora_weights": (True, False, "gaussian", "olora"), "kasa_config": (None,), "layer_replication": (None,),
         "loftq_config": ({}, None), "megatron_config": (None,),
         "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
         "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
