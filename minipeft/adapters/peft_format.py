@@ -34,10 +34,14 @@ SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_typ
           "runtime_config", "task_type"}  # fmt: skip
 
 
-def save_adapter(model: Decoder, folder: str | Path) -> None:
+def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> None:
     """Write the model's adapter to `folder` as PEFT would; each file whole or not at all.
 
+    `baked`: a LoRA's scales stand in B where they are not alpha / r, for clients that read neither use_rslora nor
+    alpha_pattern, such as llama.cpp's converter; PEFT and `load_adapter` read the same updates, to rounding.
+
     Raises:
+        InputError: `baked` for what is not plain LoRA.
         InputError: the model holds no adapter, or was tuned in full (save_model keeps that); the folder refuses.
     """
     check_kind(model, Decoder, "model")
@@ -47,7 +51,13 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     if peft is None:
         hint = "save_model writes the whole model"
         raise InputError(f"the model holds {describe_held(model)}", where="save_adapter", hint=hint)
-    given, tensors = peft.to_json(config, model), peft.tensors(model)
+    check_value(baked, bool, {}, "baked")
+    tensors = peft.tensors(model)
+    if baked:
+        if peft.bake is None:
+            raise InputError(f"the model holds {describe_held(model)}, which has no scale", where="baked")
+        config, tensors = peft.bake(config, tensors, model)
+    given = peft.to_json(config, model)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)

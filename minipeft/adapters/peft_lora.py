@@ -85,6 +85,26 @@ def lora_tensors(model: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
+def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The same updates for a reader that scales each by lora_alpha / (the rank of its tensors): what rsLoRA or
+    alpha_pattern change of the scale goes into B.
+
+    Raises:
+        InputError: DoRA or a bias on B, which such a reader does not have.
+    """
+    if config.dora or config.lora_bias:
+        problem = "DoRA and lora_bias are more than B A, and cannot be baked"
+        raise InputError(problem, where="baked", hint="merge_adapter")
+    plain = dataclasses.replace(config, rslora=False, alpha_pattern={})
+    alpha = lora_json(plain, model)["lora_alpha"]
+    baked = dict(tensors)
+    for path, layer in lora_layers(model).items():
+        name = f"{ROOT}{path}.lora_B.weight"
+        rank = tensors[name].shape[1]  # of PiSSA and OLoRA twice the layer's
+        baked[name] = tensors[name] * (layer.scale * rank / alpha)  # type: ignore[operator]
+    return plain, baked
+
+
 def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
     """PEFT's keys -> ours, with PEFT's defaults."""
     patterns = {key: given.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
@@ -164,6 +184,7 @@ LORA_FORMAT = PeftFormat(
     tensors=lora_tensors,
     fill=fill_lora,
     check=check_lora,
+    bake=bake_scales,
     fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
     describe=describe_lora,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from minipeft.adapters import add_adapter, remove_adapter
+from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
 from minipeft.adapters.bank import AdapterBank
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.errors import InputError
@@ -89,8 +89,6 @@ def test_what_has_no_effect_is_read(base, ids, stir, apart, tmp_path, name):
 
 def test_a_name_that_matches_nothing_is_still_refused_when_training(base):
     model, _ = base
-    from minipeft.adapters import LoRAConfig
-
     with pytest.raises(InputError, match="targets: no linear layer is named 'W_pack'"):
         add_adapter(model, LoRAConfig(4, targets=(*QKV, "W_pack")))
 
@@ -167,3 +165,17 @@ def test_scores_in_float32_are_gpt2s_own_to_rounding(decoder, ids, tmp_path, dty
         error = lambda logits: float((logits.double() - exact).square().mean().sqrt())
         ours, theirs = error(load_model(tmp_path, dtype=dtype)(ids)), error(peer(ids).logits)
     assert 0 < ours <= 1.2 * theirs
+
+
+def test_baked_scales_are_pefts_too(base, ids, stir, apart, tmp_path):
+    """save_adapter(baked=True): B holds what rsLoRA and alpha_pattern change of the scale; PEFT computes the same."""
+    model, peer = base
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"0.self_attn.v_proj": 2.0}}
+    add_adapter(model, LoRAConfig(4, 6.0, rslora=True, **patterns))
+    with torch.no_grad():
+        wanted = stir(model)(ids)
+    save_adapter(model, tmp_path / "baked", baked=True)
+    given = json.loads((tmp_path / "baked" / "adapter_config.json").read_text())
+    assert (given["use_rslora"], given["alpha_pattern"]) == (False, {})
+    with torch.no_grad():
+        assert apart(peft.PeftModel.from_pretrained(peer, tmp_path / "baked").eval()(ids).logits, wanted) <= 1e-5
