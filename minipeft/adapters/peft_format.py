@@ -25,7 +25,7 @@ from minipeft.errors import InputError, check_kind, check_path, check_value, sho
 from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import info_of, read_pickle
+from minipeft.models.checkpoint import info_of, read_legacy
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -154,7 +154,7 @@ def read_adapter(
             hint = "One that you trust is read with legacy_bin=True (command line: --legacy-bin)"
             raise InputError(f"holds only {LEGACY}, a pickle, which is not read", file=folder, hint=hint)
         file = folder / LEGACY
-        legacy = read_pickle(file)
+        legacy = read_legacy(file)
     raw = {name: info_of(t, name, file) for name, t in legacy.items()} or read_header(file)
     header = {name.replace(".default.", "."): info for name, info in raw.items()}  # old PEFT's, by adapter name
     if len(header) < len(raw):

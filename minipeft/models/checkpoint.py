@@ -80,7 +80,7 @@ def load_model(
     if weights.name in held:
         found = find_tensors(folder, source, revision)
     else:
-        legacy = read_legacy(folder, source, revision, legacy_bin)
+        legacy = fetch_legacy(folder, source, revision, legacy_bin)
         found = {name: info_of(t, name, weights) for name, t in legacy.items()}
     family = FAMILIES[config.model_type]
     found = our_names(found, family)
@@ -235,7 +235,7 @@ def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
             raise InputError(f"not safetensors: {error}", file=file) from error
 
 
-def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
+def fetch_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
     """The tensors of pytorch_model.bin, where the caller allows it."""
     if not allowed:
         held = f"found: {list_names(folder)}"
@@ -244,10 +244,10 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    return read_pickle(fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY)
+    return read_legacy(fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY)
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
+def read_legacy(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote: the one place where torch.load stands, with weights_only=True.
 
     Raises:
