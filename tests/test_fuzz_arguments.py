@@ -192,7 +192,7 @@ FUNCTIONS: dict[str, Sound] = {
     "merge_adapter": lambda p: (minipeft.merge_adapter, {"model": p.tuned()}),
     "save_adapter": lambda p: (minipeft.save_adapter, {"model": p.tuned(), "folder": "adapter",
                                                        "baked": True}),
-    "load_adapter": lambda p: (minipeft.load_adapter, {"model": p.plain(), "folder": p.folder / "adapter",
+    "load_adapter": lambda p: (minipeft.load_adapter, {"model": p.plain(), "source": p.folder / "adapter",
                                                        "trainable": False}),
     "AdapterBank": lambda p: (minipeft.AdapterBank, {"model": p.plain()}),
     "AdapterBank.load": lambda p: (minipeft.AdapterBank(p.plain()).load, {"name": "a", "folder": p.folder / "adapter"}),
