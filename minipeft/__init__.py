@@ -17,6 +17,7 @@ from minipeft.adapters import (
 )
 from minipeft.adapters.bank import AdapterBank
 from minipeft.adapters.peft_format import load_adapter, save_adapter
+from minipeft.adapters.switching import AdapterSet, disabled
 from minipeft.data.examples import Pair, encode_pairs, load_pairs
 from minipeft.data.packing import Batch, pack
 from minipeft.data.tokens import load_tokenizer
@@ -30,7 +31,7 @@ from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, trai
 __all__ = [  # noqa: RUF022 (the order of the walk)
     "load_model", "save_model", "load_tokenizer",
     "add_adapter", "remove_adapter", "merge_adapter", "save_adapter", "load_adapter",
-    "AdapterReport",
+    "disabled", "AdapterSet", "AdapterReport",
     "FullConfig", "LoRAConfig", "IA3Config", "PrefixConfig", "PromptConfig", "VeRAConfig", "AdapterBank",
     "Pair", "load_pairs", "encode_pairs", "pack", "Batch",
     "train", "evaluate", "TrainConfig", "TrainState", "Step",

@@ -19,6 +19,7 @@ PROMISES = {
         "nothing at all           0.000   0.000   0.000   0.000     0.250   0.000",
         "the reference itself     0.9",
     ],
+    "dpo_from_scratch.py": ["step   0: held-out loss 0.6931", "step  30: held-out loss 0.1", "100% of the pairs"],
     "peft_roundtrip.py": ["PEFT loads it", "28 tensors, every byte equal"],
 }
 

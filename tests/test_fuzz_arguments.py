@@ -162,6 +162,20 @@ def use(bank: minipeft.AdapterBank, names: Any) -> object:
         return bank.model(torch.ones(len(names), 3).long())
 
 
+def with_set(p: Place, act: str) -> Callable[..., object]:
+    def call(**given: Any) -> object:
+        adapters = minipeft.AdapterSet(p.plain())
+        adapters.add("a", minipeft.LoRAConfig(2))
+        return getattr(adapters, act)(**given)
+
+    return call
+
+
+def disable(model: Any) -> object:
+    with minipeft.disabled(model):
+        return model(torch.ones(1, 3).long())
+
+
 TEXT_PAIR = {"predictions": ["a b c d", "e"], "references": ["a b c d", ["e", "f"]]}
 Sound = Callable[[Place], tuple[Callable[..., object], dict[str, Any]]]
 FUNCTIONS: dict[str, Sound] = {
@@ -176,14 +190,21 @@ FUNCTIONS: dict[str, Sound] = {
         {"tokenizer": p.tokenizer, "text": "abc", "init": "text"}),
     "remove_adapter": lambda p: (minipeft.remove_adapter, {"model": p.tuned()}),
     "merge_adapter": lambda p: (minipeft.merge_adapter, {"model": p.tuned()}),
-    "save_adapter": lambda p: (minipeft.save_adapter, {"model": p.tuned(), "folder": "adapter"}),
-    "load_adapter": lambda p: (minipeft.load_adapter, {"model": p.plain(), "folder": p.folder / "adapter",
+    "save_adapter": lambda p: (minipeft.save_adapter, {"model": p.tuned(), "folder": "adapter",
+                                                       "baked": True}),
+    "load_adapter": lambda p: (minipeft.load_adapter, {"model": p.plain(), "source": p.folder / "adapter",
                                                        "trainable": False}),
     "AdapterBank": lambda p: (minipeft.AdapterBank, {"model": p.plain()}),
     "AdapterBank.load": lambda p: (minipeft.AdapterBank(p.plain()).load, {"name": "a", "folder": p.folder / "adapter"}),
     "AdapterBank.drop": lambda p: (with_bank(p, minipeft.AdapterBank.drop), {"given": "a"}),
     "AdapterBank.size": lambda p: (with_bank(p, minipeft.AdapterBank.size), {"given": "a"}),
     "AdapterBank.use": lambda p: (with_bank(p, use), {"given": ["a", None]}),
+    "disabled": lambda p: (disable, {"model": p.tuned()}),
+    "AdapterSet": lambda p: (minipeft.AdapterSet, {"model": p.plain()}),
+    "AdapterSet.load": lambda p: (with_set(p, "load"), {"name": "b", "source": p.folder / "adapter", "trainable": True}),
+    "AdapterSet.switch": lambda p: (with_set(p, "switch"), {"name": "a"}),
+    "AdapterSet.combine": lambda p: (with_set(p, "combine"), {"name": "b", "weights": {"a": 0.5}, "how": "svd",
+                                                              "rank": 2}),
     "Pair": lambda p: (minipeft.Pair, {"intent": "a", "snippet": "b", "question_id": 3, "line": 1}),
     "load_pairs": lambda p: (minipeft.load_pairs, {"source": p.folder / "pairs.jsonl", "split": "train",
                                                    "longest_field": 100}),

@@ -173,7 +173,7 @@ def check_empty(model: Decoder) -> None:
     """Check that the model holds no adapter.
 
     Raises:
-        InputError: it holds one, or a bank.
+        InputError: it holds one, or a bank, or a set of adapters; or one is disabled.
     """
     if model.adapter is not None:
         raise InputError(
@@ -181,6 +181,20 @@ def check_empty(model: Decoder) -> None:
             where="add_adapter",
             hint="remove_adapter or merge_adapter first; many LoRA adapters at once are an AdapterBank",
         )
+    check_single(model, "add_adapter")
+
+
+def check_single(model: Decoder, where: str) -> None:
+    """Check that no other adapter stands beside the model: a set's others, or one that `disabled` took out.
+
+    Raises:
+        InputError: there is a set, or an adapter is disabled.
+    """
+    if model.disabled is not None:
+        raise InputError(f"the model's {model.disabled} is disabled", where=where, hint="Leave `with disabled` first")
+    if model.adapters is not None:
+        hint = "add, load and delete are the set's; close(keep=NAME) leaves one adapter"
+        raise InputError(f"the model's adapters are a set ({model.adapters})", where=where, hint=hint)
 
 
 def describe_held(model: Decoder) -> str:
@@ -224,6 +238,7 @@ def remove_adapter(model: Decoder) -> None:
     if describe_held(model) not in METHODS:
         hint = None if model.adapter is None else "bank.close() removes it"
         raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
+    check_single(model, "remove_adapter")
     method_of(model.adapter).remove(model)
     clear_adapter(model)
 
@@ -255,6 +270,7 @@ def merge_adapter(
         labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
         problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
         raise InputError(problem, where="merge_adapter")
+    check_single(model, "merge_adapter")
     packed = quantized_weights(model)
     if packed and not dequantize:
         problem = "the weights are quantized, and a merged weight would be quantized again, with another error"

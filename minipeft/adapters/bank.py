@@ -96,6 +96,9 @@ class AdapterBank:
             raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
         if config.dora or config.lora_bias:
             raise InputError("holds LoRA with dora or lora_bias; a bank takes plain LoRA", file=folder)
+        if config.init != "uniform":
+            hint = "load_adapter and save_adapter write the plain LoRA that it equals"
+            raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)
         pairs = {}
         for path, (rank, alpha) in plan(self.model, config).items():
             weight, scale = self.layers[path].weight, scale_of(config, rank, alpha)

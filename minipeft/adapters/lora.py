@@ -10,6 +10,7 @@ Variants, each a field of LoRAConfig (lora_variants.py chooses the layer):
     rslora            alpha / sqrt(r) for alpha / r: the update does not shrink as r grows (Kalajdzievski 2023, thm 3.2)
     dora              a trained length for each row of W + s B A (dora.py)
     init="pissa"      A and B start from W's largest singular values (pissa.py)
+    init="olora"      A and B start from W's QR decomposition (pissa.py)
     lora_bias         B gets a bias: h = W0 x + s (B A x + b)
 
 LoRA+ (Hayou et al. 2024) changes no layer, only the optimizer: B has a larger learning rate than A, 16 times in the
@@ -46,6 +47,8 @@ from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
 
+INITS = ("uniform", "gaussian", "orthogonal", "pissa", "olora")
+
 
 class LoRALinear(TrainableModule):
     """y = x W^T + b + s (dropout(x) A^T) B^T; W and b are the Parameters of the linear that it replaces."""
@@ -72,14 +75,21 @@ class LoRALinear(TrainableModule):
         return self.product(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, dropout)  # [B, T, out]
 
     def initialize(self, init: str, generator: torch.Generator) -> None:
-        """B = 0, so nothing changes at first, and A random.
+        """B A = 0, so nothing changes at first: B = 0 and A random, or both random and orthogonal to each other.
 
         "uniform": A ~ U(-1/sqrt(in), 1/sqrt(in)) (He et al. 2015 with a = sqrt(5), as HF PEFT).
         "gaussian": A ~ N(0, 1/r^2).
+        "orthogonal": A = Q_1^T N_1 / 10, B = N_2 Q_2 / 10 with [Q_1 ; Q_2] the odd and even rows of one orthogonal
+        matrix, N ~ N(0, 1), so that B A = N_2 Q_2 Q_1^T N_1 / 100 = 0 (as HF PEFT).
         """
         rank, width = self.lora_A.shape
         with torch.no_grad():
-            if init == "gaussian":
+            if init == "orthogonal":
+                Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))  # [r, r]
+                half = lambda size: torch.randn(rank // 2, size, generator=generator) / 10
+                self.lora_A.copy_(Q[0::2].t() @ half(width))
+                self.lora_B.copy_(half(len(self.lora_B)).t() @ Q[1::2])
+            elif init == "gaussian":
                 self.lora_A.copy_(torch.randn(rank, width, generator=generator) / rank)
             else:
                 bound = width**-0.5
@@ -126,7 +136,7 @@ class LoRAConfig:
     rslora: bool = option(False, "scale by alpha / sqrt(rank) (rsLoRA)")
     dora: bool = option(False, "train a magnitude for each row of the weight (DoRA)")
     lora_bias: bool = option(False, "add a trained bias to B")
-    init: str = option("uniform", "initialization of A and B", choices=("uniform", "gaussian", "pissa"))
+    init: str = option("uniform", "initialization of A and B", choices=INITS)
     backend: str = option("auto", "kernel that computes the layer", choices=("auto", *BACKENDS))
 
     def __post_init__(self) -> None:
@@ -135,7 +145,8 @@ class LoRAConfig:
         if self.dropout and not 1 <= round(self.dropout * 65536) < 65536:
             problem = f"{self.dropout!r} is nearer to 0 or 1 than 1/65536, the mask's resolution"
             raise InputError(problem, where="dropout")
-        chosen = [name for name in ("dora", "lora_bias") if getattr(self, name)] + ["pissa"] * (self.init == "pissa")
+        chosen = [name for name in ("dora", "lora_bias") if getattr(self, name)]
+        chosen += [self.init] * (self.init in ("pissa", "olora"))
         if len(chosen) > 1:
             raise InputError(f"{' and '.join(chosen)} cannot be combined", where="LoRAConfig")
 

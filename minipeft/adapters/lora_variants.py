@@ -3,7 +3,7 @@
 plain, rsLoRA     LoRALinear        lora.py
 lora_bias         LoRABiasLinear    here
 dora              DoRALinear        dora.py
-init="pissa"      PiSSALinear       pissa.py
+init="pissa", "olora"    ResidualLinear    pissa.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipeft.adapters.dora import DoRALinear
 from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, plan
 from minipeft.adapters.method import Encoder
-from minipeft.adapters.pissa import PiSSALinear
+from minipeft.adapters.pissa import RESIDUAL, ResidualLinear
 from minipeft.adapters.surgery import replace
 from minipeft.adapters.trainable import check_trained_memory
 from minipeft.errors import InputError
@@ -46,8 +46,8 @@ def layer_class(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this config makes."""
     if config.dora:
         return DoRALinear
-    if config.init == "pissa":
-        return PiSSALinear
+    if config.init in RESIDUAL:
+        return ResidualLinear
     return LoRABiasLinear if config.lora_bias else LoRALinear
 
 
@@ -58,8 +58,12 @@ def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, gene
     check_trained_memory(parameters, model.embedding.weight.device, "rank")
     for path, (rank, alpha) in planned.items():
         linear: nn.Linear = model.get_submodule(path)  # type: ignore[assignment]
-        if config.init == "pissa" and rank > (limit := min(linear.weight.shape)):
+        if config.init in RESIDUAL and rank > (limit := min(linear.weight.shape)):
             raise InputError(f"{rank} exceeds the {limit} singular values of {path!r}", where="rank")
+        if config.init == "orthogonal" and rank % 2:
+            raise InputError(
+                f"{rank} is odd, and half of an orthogonal matrix's rows go to A and half to B", where="rank"
+            )
         layers[path] = layer_class(config)(linear, rank, alpha, config)
         if not linear.weight.is_meta:
             layers[path].initialize(config.init, generator)

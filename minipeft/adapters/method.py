@@ -59,10 +59,15 @@ class PeftFormat:
     check: Callable[[Mapping[str, Any], Decoder], None] = lambda given, model: None  # keys that must fit the model
     bare: Callable[[Any], Any] = lambda config: config  # an init without tokenizer, for tensors that will be loaded
     read_extra: Callable[[Any, Path, bool], Any] | None = None  # (config, folder, trainable) -> config: files of ours
+    bake: Callable[[Any, dict[str, Tensor], Decoder], tuple[Any, dict[str, Tensor]]] | None = (
+        None  # save_adapter(baked)
+    )
     write_extra: Callable[[Decoder, Any, Path], None] | None = None  # beside PEFT's two
     fields: Mapping[str, str] = field(default_factory=dict)  # our field -> PEFT's key, for errors
     known: frozenset[str] = frozenset()  # PEFT's keys that are honoured, or that have no effect on a loaded adapter
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # unsupported keys -> values without effect
+    noted: Mapping[str, tuple[object, ...] | None] = field(default_factory=dict)  # ... with a note; None: any value
+    fit: Callable[[Any, Mapping[str, Any], Decoder], tuple[Any, list[str]]] = lambda config, given, model: (config, [])
     describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, object]] = lambda given, header: {}  # inspect
 
 

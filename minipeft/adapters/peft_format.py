@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from minipeft.adapters import METHODS, AdapterReport, add_adapter, check_empty, describe_held, method_of, remove_adapter
 from minipeft.adapters.method import Method, PeftFormat
+from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.peft_virtual import OWN, STATE
-from minipeft.errors import InputError, check_kind, check_path, check_value
+from minipeft.errors import InputError, check_kind, check_path, check_value, shown
 from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
+from minipeft.models.checkpoint import info_of, read_legacy
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -31,10 +34,14 @@ SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_typ
           "runtime_config", "task_type"}  # fmt: skip
 
 
-def save_adapter(model: Decoder, folder: str | Path) -> None:
+def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> None:
     """Write the model's adapter to `folder` as PEFT would; each file whole or not at all.
 
+    `baked`: a LoRA's scales stand in B where they are not alpha / r, for clients that read neither use_rslora nor
+    alpha_pattern, such as llama.cpp's converter; PEFT and `load_adapter` read the same updates, to rounding.
+
     Raises:
+        InputError: `baked` for what is not plain LoRA.
         InputError: the model holds no adapter, or was tuned in full (save_model keeps that); the folder refuses.
     """
     check_kind(model, Decoder, "model")
@@ -44,7 +51,13 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
     if peft is None:
         hint = "save_model writes the whole model"
         raise InputError(f"the model holds {describe_held(model)}", where="save_adapter", hint=hint)
-    given, tensors = peft.to_json(config, model), peft.tensors(model)
+    check_value(baked, bool, {}, "baked")
+    tensors = peft.tensors(model)
+    if baked:
+        if peft.bake is None:
+            raise InputError(f"the model holds {describe_held(model)}, which has no scale", where="baked")
+        config, tensors = peft.bake(config, tensors, model)
+    given = peft.to_json(config, model)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
@@ -68,7 +81,7 @@ def shared_json(model: Decoder) -> dict[str, object]:
     }
 
 
-def find_adapter(source: str | Path, revision: str | None = None) -> Path:
+def find_adapter(source: str | Path, revision: str | None = None, legacy_bin: bool = False) -> Path:
     """The folder of an adapter: a local one or, where there is none and it reads OWNER/NAME, the hub's, downloaded.
 
     Raises:
@@ -76,13 +89,20 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
     """
     if revision is None and (Path(source).exists() or not OWNED.fullmatch(str(source))):
         return Path(source)
-    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE])
+    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE, *[LEGACY] * legacy_bin])
 
 
 def load_adapter(
-    model: Decoder, source: str | Path, *, trainable: bool = False, revision: str | None = None
+    model: Decoder,
+    source: str | Path,
+    *,
+    trainable: bool = False,
+    revision: str | None = None,
+    legacy_bin: bool = False,
 ) -> AdapterReport:
     """Put the adapter of a folder or hub id (OWNER/NAME), ours or PEFT's, into the model; frozen, unless `trainable`.
+
+    `legacy_bin` reads adapter_model.bin (torch.load, weights_only) where there is no safetensors file.
 
     Raises:
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
@@ -91,9 +111,10 @@ def load_adapter(
     check_kind(model, Decoder, "model")
     check_path(source, "source")
     check_value(trainable, bool, {}, "trainable")
+    check_value(legacy_bin, bool, {}, "legacy_bin")
     check_empty(model)
-    folder = find_adapter(source, revision)
-    config, tensors, notes = read_adapter(model, folder)
+    folder = find_adapter(source, revision, legacy_bin)
+    config, tensors, notes = read_adapter(model, folder, legacy_bin)
     peft = format_of(method_of(config))
     if peft.read_extra is not None:
         config = peft.read_extra(config, folder, trainable)
@@ -111,7 +132,9 @@ def load_adapter(
     return dataclasses.replace(report, notes=notes)
 
 
-def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], tuple[str, ...]]:
+def read_adapter(
+    model: Decoder, folder: Path, legacy_bin: bool = False
+) -> tuple[Any, dict[str, Tensor], tuple[str, ...]]:
     """The config, the tensors under PEFT's names and the notes on the adapter in `folder`, checked against the model,
     which is not touched."""
     file = folder / WEIGHTS
@@ -120,14 +143,19 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], 
     try:
         config = config_from(given)
         peft.check(given, model)
+        config, notes = peft.fit(config, given, model)
         wanted = peft.shapes(model, config)
     except InputError as error:
         name, separator, problem = str(error).partition(": ")
         raise InputError(peft.fields.get(name, name) + separator + problem, file=folder / CONFIG) from error
+    legacy: dict[str, Tensor] = {}
     if not file.exists() and (folder / LEGACY).exists():
-        hint = "Load it with PEFT and save it again: its save_pretrained writes safetensors"
-        raise InputError(f"holds only {LEGACY}, a pickle, which is not read", file=folder, hint=hint)
-    raw = read_header(file)
+        if not legacy_bin:
+            hint = "One that you trust is read with legacy_bin=True (command line: --legacy-bin)"
+            raise InputError(f"holds only {LEGACY}, a pickle, which is not read", file=folder, hint=hint)
+        file = folder / LEGACY
+        legacy = read_legacy(file)
+    raw = {name: info_of(t, name, file) for name, t in legacy.items()} or read_header(file)
     header = {name.replace(".default.", "."): info for name, info in raw.items()}  # old PEFT's, by adapter name
     if len(header) < len(raw):
         raise InputError("a tensor is there twice, with and without '.default.'", file=file)
@@ -136,14 +164,41 @@ def read_adapter(model: Decoder, folder: Path) -> tuple[Any, dict[str, Tensor], 
         raise InputError(
             f"no adapter tensors recognised; the first is {first!r}, want {next(iter(wanted))!r}", file=file
         )
+    check_vocabulary(header, wanted, model, file)
     check_header(header, wanted, file, dtypes=FLOATS, hint="Is the adapter for another model?")
-    notes = []
+    notes += notes_on(given, peft)
     base = given.get("base_model_name_or_path")
     if base and model.source and Path(str(base)).name != Path(model.source).name:
         notes.append(f"trained on {base}, loaded on {model.source}")
     if any(info.dtype == "F64" for info in raw.values()):
         notes.append("float64 in the file, float32 here")
-    return config, read_finite(file, header), tuple(notes)
+    return config, read_finite(file, header, legacy), tuple(notes)
+
+
+def check_vocabulary(
+    header: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]], model: Decoder, file: Path
+) -> None:
+    """Say of a whole embedding or head in the file, of another length, where it comes from.
+
+    Raises:
+        InputError: there is one.
+    """
+    for part in (model.family.embedding, "lm_head"):
+        for name in (f"{ROOT}{part}.weight", f"{ROOT}{part}.base_layer.weight"):
+            rows = header[name].shape[0] if name in header and header[name].shape else model.config.vocab_size
+            if name not in wanted and rows != model.config.vocab_size:
+                problem = f"the vocabulary was resized: {name!r} has {rows} rows, the model {model.config.vocab_size}"
+                hint = "Merge the adapter into its own base with PEFT, and load that"
+                raise InputError(problem, file=file, hint=hint)
+
+
+def notes_on(given: Mapping[str, Any], peft: PeftFormat) -> list[str]:
+    """A note on each entry of adapter_config.json that is set, and has no effect on a loaded adapter."""
+    return [
+        f"{key}: {shown(value)} has no effect on a loaded adapter"
+        for key, value in given.items()
+        if key in peft.noted and value not in (None, False, {}, []) and value not in peft.neutral.get(key, ())
+    ]
 
 
 def method_in(given: Mapping[str, Any], file: Path | None = None) -> Method:
@@ -173,6 +228,8 @@ def config_from(given: Mapping[str, Any]) -> Any:
     """
     peft = format_of(method_in(given))
     for key, value in given.items():
+        if key in peft.noted and (peft.noted[key] is None or value in (peft.noted[key] or ())):
+            continue
         if key in peft.neutral:
             if value not in peft.neutral[key]:
                 raise InputError(f"{value!r} is not supported", where=key)
@@ -181,8 +238,11 @@ def config_from(given: Mapping[str, Any]) -> Any:
     return peft.from_json(given)
 
 
-def read_finite(file: Path, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """The tensors in float32, copied out of the file (which may be rewritten while it is mapped), all finite.
+def read_finite(
+    file: Path, header: Mapping[str, TensorInfo], legacy: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors in float32, copied out of the file (which may be rewritten while it is mapped), all finite; `legacy`
+    holds those of a pickle.
 
     Raises:
         InputError: a tensor is not finite.
@@ -190,9 +250,10 @@ def read_finite(file: Path, header: Mapping[str, TensorInfo]) -> dict[str, Tenso
     from safetensors import safe_open
 
     tensors = {}
-    with safe_open(file, framework="pt") as stored:
+    with nullcontext() if legacy else safe_open(file, framework="pt") as stored:
         for name, info in header.items():
-            tensors[name] = stored.get_tensor(info.name).to(torch.float32, copy=True)
+            held = legacy[info.name] if legacy else stored.get_tensor(info.name)  # type: ignore[union-attr]
+            tensors[name] = held.to(torch.float32, copy=True)
             if not torch.isfinite(tensors[name]).all():
                 raise InputError("holds NaN or Inf", file=file, where=f"tensor {info.name!r}")
     return tensors

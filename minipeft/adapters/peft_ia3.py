@@ -5,6 +5,7 @@ base_model.model.<path>.ia3_l [out, 1], or [1, in] where it scales the input
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from minipeft.adapters.ia3 import IA3Config, ia3_layers, plan
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, fit_targets, targets_from, targets_json
+from minipeft.adapters.targets import find_targets
 from minipeft.models import Decoder
 
 
@@ -49,6 +51,15 @@ def ia3_config(given: Mapping[str, Any]) -> IA3Config:
     )
 
 
+def fit_ia3(config: IA3Config, given: Mapping[str, Any], model: Decoder) -> tuple[IA3Config, list[str]]:
+    """Read target_modules and exclude_modules; an excluded linear is not scaled at its input either."""
+    config, notes = fit_targets(config, given, model, "ia3")
+    if given.get("exclude_modules") and config.feedforward:
+        inner = find_targets(model, config.feedforward, model.family.default_targets["ia3_feedforward"])
+        config = dataclasses.replace(config, feedforward=tuple(path for path in inner if path in config.targets))
+    return config, notes
+
+
 def ia3_shapes(model: Decoder, config: IA3Config) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -72,9 +83,10 @@ IA3_FORMAT = PeftFormat(
     shapes=ia3_shapes,
     tensors=ia3_tensors,
     fill=fill_ia3,
+    fit=fit_ia3,
     describe=lambda given, header: {
         "targets": given.get("target_modules"), "feedforward": given.get("feedforward_modules")},
     fields={"targets": "target_modules", "feedforward": "feedforward_modules"},
-    known=frozenset({"fan_in_fan_out", "feedforward_modules", "init_ia3_weights", "target_modules"}),
-    neutral={"exclude_modules": (None, []), "modules_to_save": (None, [])},
+    known=frozenset({"exclude_modules", "fan_in_fan_out", "feedforward_modules", "init_ia3_weights", "target_modules"}),
+    neutral={"modules_to_save": (None, [])},
 )  # fmt: skip

@@ -4,7 +4,7 @@
     base_model.model.<path>.lora_B.bias [out]          with lora_bias
     base_model.model.<path>.lora_magnitude_vector [out]      DoRA's m
 
-PiSSA is written as the plain LoRA that it equals (pissa.py): twice the rank, and an alpha that keeps the scale.
+PiSSA and OLoRA are written as the plain LoRA that they equal (pissa.py): twice the rank, the same scale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, layers_from, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
+from minipeft.adapters.pissa import RESIDUAL
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo
 from minipeft.models import Decoder
@@ -35,7 +36,7 @@ LORA_TENSORS = {
 
 def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
     """LoRA's keys of adapter_config.json: the stable ones, and lora_bias where it is on (a reader without it fails)."""
-    if config.init == "pissa":
+    if config.init in RESIDUAL:
         config = double_rank(config)
     given: dict[str, object] = {
         "peft_type": "LORA",
@@ -57,7 +58,7 @@ def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
 
 
 def double_rank(config: LoRAConfig) -> LoRAConfig:
-    """The plain LoRA that PiSSA is: rank 2r, alpha / r (or alpha / sqrt(r)) as before."""
+    """The plain LoRA that PiSSA or OLoRA is: rank 2r, alpha / r (or alpha / sqrt(r)) as before."""
     alpha = math.sqrt(2) if config.rslora else 2
     return dataclasses.replace(
         config,
@@ -78,10 +79,30 @@ def lora_tensors(model: Decoder) -> dict[str, Tensor]:
     """What is trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_layers(model).items():
-        _, _, A, B, _ = layer.part()  # of PiSSA, the plain pair of twice the rank
+        _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
         held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
         tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
     return tensors
+
+
+def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The same updates for a reader that scales each by lora_alpha / (the rank of its tensors): what rsLoRA or
+    alpha_pattern change of the scale goes into B.
+
+    Raises:
+        InputError: DoRA or a bias on B, which such a reader does not have.
+    """
+    if config.dora or config.lora_bias:
+        problem = "DoRA and lora_bias are more than B A, and cannot be baked"
+        raise InputError(problem, where="baked", hint="merge_adapter")
+    plain = dataclasses.replace(config, rslora=False, alpha_pattern={})
+    alpha = lora_json(plain, model)["lora_alpha"]
+    baked = dict(tensors)
+    for path, layer in lora_layers(model).items():
+        name = f"{ROOT}{path}.lora_B.weight"
+        rank = tensors[name].shape[1]  # of PiSSA and OLoRA twice the layer's
+        baked[name] = tensors[name] * (layer.scale * rank / alpha)  # type: ignore[operator]
+    return plain, baked
 
 
 def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
@@ -101,7 +122,19 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
         lora_bias=given.get("lora_bias", False),
         rank_pattern=patterns["rank_pattern"],
         alpha_pattern=patterns["alpha_pattern"],
+        init="olora" if given.get("init_lora_weights") == "olora" else "uniform",
     )
+
+
+def check_lora(given: Mapping[str, Any], model: Decoder) -> None:
+    """Check layers_pattern, and that an OLoRA's initial pair can be computed again from this model's weights.
+
+    Raises:
+        InputError: another list of blocks, or OLoRA where PEFT decomposes W^T and not W.
+    """
+    check_blocks(given, model)
+    if given.get("init_lora_weights") == "olora" and model.family.transposed:
+        raise InputError("'olora' is not supported for weights stored as [in, out]", where="init_lora_weights")
 
 
 def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
@@ -150,18 +183,24 @@ LORA_FORMAT = PeftFormat(
     shapes=lora_shapes,
     tensors=lora_tensors,
     fill=fill_lora,
-    check=check_blocks,
+    check=check_lora,
+    bake=bake_scales,
+    fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
     describe=describe_lora,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
             "layers": "layers_to_transform", "rslora": "use_rslora", "dora": "use_dora"},
     known=frozenset({
-        "alpha_pattern", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
-        "lora_dropout", "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+        "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
+        "lora_bias", "lora_dropout",
+        "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+    noted={
+        "init_lora_weights": ("orthogonal", "eva", "mica", "lora_ga"), "eva_config": None, "lora_ga_config": None,
+        "lora_dtype": None, "lorap_emb_lr": None, "lorap_lr_ratio": None},  # the last three are ms-swift's
     neutral={
         "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
-        "ensure_weight_tying": (False, None), "eva_config": (None,), "exclude_modules": (None, []),
-        "init_lora_weights": (True, False, "gaussian"), "kasa_config": (None,), "layer_replication": (None,),
-        "loftq_config": ({}, None), "lora_ga_config": (None,), "megatron_config": (None,),
+        "ensure_weight_tying": (False, None), 
+        "init_lora_weights": (True, False, "gaussian", "olora"), "kasa_config": (None,), "layer_replication": (None,),
+        "loftq_config": ({}, None), "megatron_config": (None,),
         "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
         "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
         "use_qalora": (False, None), "velora_config": (None,)},

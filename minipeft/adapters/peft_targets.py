@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from minipeft.adapters.targets import Targets
+from minipeft.adapters.patterns import match_paths
+from minipeft.adapters.targets import Targets, find_targets
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
@@ -42,6 +44,47 @@ def layers_from(given: Mapping[str, Any]) -> Any:
     if given.get("layers_pattern") and layers is None:
         raise InputError("has no meaning without layers_to_transform", where="layers_pattern")
     return ([layers] if isinstance(layers, int) else layers) or None
+
+
+def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: str) -> tuple[Any, list[str]]:
+    """Read target_modules as PEFT does, where the tensors say what is adapted: a name that matches nothing counts for
+    nothing, if another one matches, and the linears of exclude_modules are taken away. Returns notes on the first.
+
+    Raises:
+        InputError: exclude_modules is malformed, or leaves no target.
+    """
+    notes, targets = [], config.targets
+    if isinstance(targets, tuple):
+        paths = [name for name, _ in model.named_modules()]
+        unmatched = [name for name in targets if not any(is_named(path, name) for path in paths)]
+        if unmatched and len(unmatched) < len(targets):
+            targets = tuple(name for name in targets if name not in unmatched)
+            notes.append(f"target_modules: {', '.join(map(repr, unmatched))} matches nothing in this model")
+    if excluded := given.get("exclude_modules"):
+        paths = find_targets(model, targets, model.family.default_targets[method])
+        out = excluded_from(paths, excluded)
+        targets = tuple(path for path in paths if path not in out)
+        if not targets:
+            raise InputError(f"{excluded!r} leaves no linear layer", where="exclude_modules")
+    return dataclasses.replace(config, targets=targets), notes
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a path is this name, or ends in it."""
+    return path == name or path.endswith("." + name)
+
+
+def excluded_from(paths: list[str], excluded: Any) -> set[str]:
+    """The paths that exclude_modules names: a list of names, or a regular expression over the whole path.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(excluded, str):
+        return set(match_paths(excluded, paths, "exclude_modules"))
+    if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
+        raise InputError(f"{excluded!r} must be a list of names or a regular expression", where="exclude_modules")
+    return {path for path in paths if any(is_named(path, name) for name in excluded)}
 
 
 def check_blocks(given: Mapping[str, Any], model: Decoder) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, layers_from, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
 from minipeft.adapters.vera import Projection, VeRAConfig, plan, vera_layers
 from minipeft.models import Decoder
 
@@ -89,6 +89,7 @@ VERA_FORMAT = PeftFormat(
     tensors=own_tensors,
     fill=fill_vera,
     check=check_blocks,
+    fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
     describe=lambda given, header: {"rank": given.get("r"), "targets": given.get("target_modules")},
     fields={"rank": "r", "dropout": "vera_dropout", "targets": "target_modules", "layers": "layers_to_transform"},
     known=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "layers_pattern", "layers_to_transform",

@@ -1,9 +1,11 @@
-"""PiSSA: LoRA that starts from the largest singular values of the weight (Meng et al. 2024, eq. 2-4).
+"""PiSSA and OLoRA: LoRA that starts from a part of the weight itself (Meng et al. 2024, eq. 2-4; Büyükakyüz 2024).
 
-    W = U S V^T;    A0 = sqrt(S_r / s) V_r^T,   B0 = U_r sqrt(S_r / s)      r largest of S, s = alpha / r
+    pissa   W = U S V^T;    A0 = sqrt(S_r / s) V_r^T,   B0 = U_r sqrt(S_r / s)      r largest of S, s = alpha / r
+    olora   W = Q R;        A0 = R_r,  B0 = Q_r         the first r rows of R and columns of Q: B0 is orthonormal
+
     y = x (W - s B0 A0)^T + s (x A^T) B^T                                 A, B start as A0, B0: a no-op at first
 
-The paper puts the residual W - s B0 A0 in the place of W. Here W keeps its bytes, and the residual is a second, frozen
+The papers put the residual W - s B0 A0 in the place of W. Here W keeps its bytes, and the residual is a second, frozen
 pair in the same product; it is what makes a file that any reader of plain LoRA understands, of rank 2r:
 
     s B A - s B0 A0 = s [B, -B0] [A ; A0]
@@ -11,13 +13,15 @@ pair in the same product; it is what makes a file that any reader of plain LoRA 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part
 
 
-class PiSSALinear(LoRALinear):
+class ResidualLinear(LoRALinear):
     """y = x W^T + b + s (dropout(x) [A ; A0]^T) [B, -B0]^T, with the frozen initial pair A0, B0 kept beside A and B."""
 
     A0: Tensor
@@ -27,10 +31,11 @@ class PiSSALinear(LoRALinear):
         super().__init__(linear, rank, alpha, config)
         self.register_buffer("A0", torch.zeros_like(self.lora_A), persistent=False)  # [r, in]
         self.register_buffer("B0", torch.zeros_like(self.lora_B), persistent=False)  # [out, r]
+        self.init = config.init
 
     def initialize(self, init: str, generator: torch.Generator) -> None:
-        """A = A0 and B = B0, W's largest singular values and vectors."""
-        A, B = principal(self.weight, self.rank, self.scale)
+        """A = A0 and B = B0, the part of W."""
+        A, B = RESIDUAL[init](self.weight, self.rank, self.scale)
         with torch.no_grad():
             for tensor, value in ((self.lora_A, A), (self.A0, A), (self.lora_B, B), (self.B0, B)):
                 tensor.copy_(value)
@@ -46,7 +51,7 @@ class PiSSALinear(LoRALinear):
         return self.product(x, *self.part(), dropout)  # [B, T, out]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pissa"
+        return f"{super().extra_repr()}, {self.init}"
 
 
 @torch.no_grad()
@@ -55,3 +60,14 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     U, S, Vt = torch.linalg.svd(weight.dequantize(), full_matrices=False)  # [out, k], [k], [k, in]
     root = (S[:rank] / scale).sqrt()  # [r]
     return root[:, None] * Vt[:rank], U[:, :rank] * root  # [r, in], [out, r]
+
+
+@torch.no_grad()
+def orthonormal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A0 [r, in] and B0 [out, r], the first r rows of R and columns of Q, in float32; their product is one, whatever
+    the signs of the decomposition."""
+    Q, R = torch.linalg.qr(weight.dequantize().float())  # [out, k], [k, in]
+    return R[:rank], Q[:, :rank]
+
+
+RESIDUAL: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {"pissa": principal, "olora": orthonormal}

@@ -80,7 +80,7 @@ def load_model(
     if weights.name in held:
         found = find_tensors(folder, source, revision)
     else:
-        legacy = read_legacy(folder, source, revision, legacy_bin)
+        legacy = fetch_legacy(folder, source, revision, legacy_bin)
         found = {name: info_of(t, name, weights) for name, t in legacy.items()}
     family = FAMILIES[config.model_type]
     found = our_names(found, family)
@@ -235,8 +235,8 @@ def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
             raise InputError(f"not safetensors: {error}", file=file) from error
 
 
-def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
-    """pytorch_model.bin: the one place where torch.load stands, and only with weights_only=True."""
+def fetch_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
+    """The tensors of pytorch_model.bin, where the caller allows it."""
     if not allowed:
         held = f"found: {list_names(folder)}"
         raise InputError(
@@ -244,7 +244,15 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
             file=folder,
             hint=f"A {LEGACY} that you trust is read with legacy_bin=True (command line: --legacy-bin)",
         )
-    file = fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY
+    return read_legacy(fetch(source, [LEGACY], revision=pin(source, folder, revision)) / LEGACY)
+
+
+def read_legacy(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote: the one place where torch.load stands, with weights_only=True.
+
+    Raises:
+        InputError: the file is damaged, or holds something other than names and tensors.
+    """
     check_inside(file, file.parent)
     try:  # torch before 1.6 wrote no zip file, and only a zip file can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -56,10 +56,17 @@ class Decoder(nn.Module):
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.prompt: Any = None  # slot for a module that puts P rows before the embedded tokens
         self.adapter: Any = None  # the config of what fills the slots; stored here, never read here
+        self.adapters: Any = None  # the AdapterSet that the adapter belongs to; print shows it
+        self.disabled: str | None = None  # the method that `disabled` took out for a while; print shows it
         self.virtual_tokens = 0  # columns that the prefix or the prompt takes
         self.windowed = False  # whether a sliding window hides virtual tokens
         self.activation_checkpointing = False  # one block at a time
         self.windows = tuple(dict.fromkeys(config.window(layer) for layer in range(config.layers)))  # the distinct ones
+
+    def extra_repr(self) -> str:
+        """What print(model) says of adapters that are not in their slots."""
+        adapters = "" if self.adapters is None else f"adapters: {self.adapters}"
+        return ", ".join(filter(None, [adapters, f"{self.disabled} disabled" if self.disabled else ""]))
 
     @property
     def family(self) -> Family:

@@ -72,7 +72,10 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
     )
     tokenizer.check_fits(model.config.vocab_size, given.source)
     if config.adapter is not None:
-        for note in load_adapter(model, config.adapter, revision=config.adapter_revision).notes:
+        report = load_adapter(
+            model, config.adapter, revision=config.adapter_revision, legacy_bin=config.model.legacy_bin
+        )
+        for note in report.notes:
             say(f"note: {note}")
     if config.merge:
         merge_adapter(model)

@@ -120,6 +120,45 @@ def test_what_llama_cpp_scales_wrongly(settings, tmp_path):
     assert alpha / tensors["blk.0.attn_q.weight.lora_a"].shape[0] != pytest.approx(layer.scale, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rslora": True},
+        {"alpha_pattern": {"q_proj": 1.0}, "rank_pattern": {"q_proj|up_proj": 5}},
+        {"init": "olora", "rslora": True, "alpha_pattern": {"0.self_attn.v_proj": 2.5}},
+    ],
+    ids=["rslora", "patterns", "olora"],
+)
+def test_baked_scales_are_right_there_and_here(settings, tmp_path):
+    """save_adapter(baked=True): the script's scale, lora_alpha over the rank of the tensors, is then the right one."""
+    model = saved(tmp_path, **settings)
+    minipeft.save_adapter(model, tmp_path / "baked", baked=True)
+    alpha, tensors = convert(tmp_path / "baked", "LLAMA")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
+    wanted = {}
+    for path, layer in lora_layers(model).items():
+        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        _, _, ours_A, ours_B, scale = layer.part()
+        wanted[path] = scale * (ours_B @ ours_A)
+        torch.testing.assert_close(alpha / A.shape[0] * (B @ A), wanted[path], rtol=1e-4, atol=1e-6)
+    minipeft.remove_adapter(model)
+    minipeft.load_adapter(model, tmp_path / "baked")
+    for path, layer in lora_layers(model).items():
+        torch.testing.assert_close(layer.scale * (layer.lora_B @ layer.lora_A), wanted[path], rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_baked_is_refused(tmp_path):
+    model = saved(tmp_path, dora=True)
+    with pytest.raises(minipeft.InputError, match="baked: DoRA and lora_bias are more than B A, and cannot be baked"):
+        minipeft.save_adapter(model, tmp_path / "baked", baked=True)
+    minipeft.remove_adapter(model)
+    minipeft.add_adapter(model, minipeft.IA3Config())
+    with pytest.raises(minipeft.InputError, match="baked: the model holds ia3, which has no scale"):
+        minipeft.save_adapter(model, tmp_path / "baked", baked=True)
+    assert not (tmp_path / "baked").exists()
+
+
 def test_gpt2_is_transposed_there(tmp_path):
     """The script transposes GPT-2's weights, which Hugging Face stores as [in, out]; A and B are not stored so."""
     model = saved(tmp_path, "gpt2", targets=("c_fc",))

@@ -198,7 +198,7 @@ BAD = {
     "pattern rank": ({"rank_pattern": {"q": 0}}, "rank_pattern 'q': 0 must be"),
     "pattern alpha": ({"alpha_pattern": {"q": "1"}}, "alpha_pattern 'q': '1' must be"),
     "rslora": ({"rslora": 1}, "rslora: 1 must be true or false"),
-    "init": ({"init": "olora"}, "init: 'olora' is not known (uniform, gaussian, pissa)"),
+    "init": ({"init": "eva"}, "init: 'eva' is not known (uniform, gaussian, orthogonal, pissa, olora)"),
     "backend": ({"backend": "fast"}, "backend: 'fast' is not known (auto, reference, "),
     "both": ({"dora": True, "init": "pissa"}, "dora and pissa cannot be combined"),
     "dora with bias": ({"dora": True, "lora_bias": True}, "dora and lora_bias cannot be combined"),

@@ -124,7 +124,7 @@ def test_types(value, hint, answer):
         (GPT2Config, {"n_embd": WIDEST * 2}, f"n_embd: {WIDEST * 2} must be an integer in [1, 2^20]"),
         (GPT2Config, {"vocab_size": 2**31}, "vocab_size: 2147483648 must be an integer in [1, 2^31)"),
         (GPT2Config, {"tie_word_embeddings": 1}, "tie_word_embeddings: 1 must be true or false"),
-        (GPT2Config, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn: true is not supported"),
+        (GPT2Config, {"add_cross_attention": True}, "add_cross_attention: true is not supported"),
         (GPT2Config, {"eos_token_id": "</s>"}, "eos_token_id: '</s>' must be an integer"),
         (GPT2Config, {"attn_pdrop": -0.1}, "attn_pdrop: -0.1 must be in [0, 1)"),
         (LlamaConfig, {"num_key_value_heads": 0}, "num_key_value_heads: 0 must be an integer in [1, 2^20]"),
