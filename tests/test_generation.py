@@ -245,7 +245,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_is_answered():
     with pytest.raises(InputError) as error:
         generate(model, Letters(), ["ab", "a" * 90], GenerateConfig(8))
     assert str(error.value) == (
-        "prompt 2: 90 tokens and 8 new ones exceed the context, 96 (of which the adapter takes 5). "
+        "prompt 2: 90 tokens and 8 new ones exceed the context, 96 (of which 5 are virtual tokens). "
         "Cut it to 83 tokens or lower max_new_tokens"
     )
     with pytest.raises(InputError, match="prompt 1: has no tokens"):

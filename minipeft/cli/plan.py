@@ -11,8 +11,8 @@ from minipeft.cli.streams import show
 HELP = "predict what training takes, from config.json alone: parameters, memory, time"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
   minipeft plan --preset paper --activation-checkpointing"""
-SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not ask for
-ROWS = ("isolate", "loss-mask")  # nor of the rows: each is one document
+SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not use
+ROWS = ("isolate", "loss-mask")  # nor those of packing: each row counts as one document
 AGAIN = "activation-checkpointing"
 
 

@@ -12,9 +12,9 @@ A second stage reads the sixth kind, with a share of the others so that they are
 
     pair        a request in words and the code that does it (make_pairs.general_pairs), in one of LAYOUTS
 
-It teaches what the first cannot in so few tokens: to copy a name, a text or a number of a request into code. The demo's
-task (pairs.jsonl) is no part of either stage: not its house library, not its wordings, not its template, and no name of
-its test questions.
+It teaches copying of names, texts and numbers from a request into code, which the first stage cannot in so few tokens.
+Neither stage contains the demo's task (pairs.jsonl): no code of its house library, none of its wordings or template,
+and no name of its test questions.
 """
 
 import ast
@@ -75,7 +75,7 @@ PARAGRAPH_AND_EXAMPLE = re.compile(
 SOURCE_CHARACTERS = 6000  # a source document ends at the first top-level statement after this many
 FUNCTION_CHARACTERS = 1500
 COMMENT_CHARACTERS = 600
-FILE_CHARACTERS = 400_000  # longer files are tables, not code; pydoc's topics, which are prose, are an exception
+FILE_CHARACTERS = 400_000  # longer files are tables, not code, except pydoc's topics, which are prose
 HELD_OUT_ONE_IN = 60
 
 
@@ -105,12 +105,12 @@ def source_files(packages: list[str] | None = None) -> list[tuple[str, Path]]:
 
 
 def is_held_out(name: str) -> bool:
-    """True for one file in HELD_OUT_ONE_IN, chosen by its name alone, so that it is the same on every machine."""
+    """Whether a file is held out: one in HELD_OUT_ONE_IN, chosen by the hash of its name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
 def first_sentence(text: str) -> str:
-    """The first paragraph of a help text on one line, up to its first full stop."""
+    """The first sentence of a help text, on one line."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     stop = paragraph.find(". ")
     return paragraph if stop < 0 else paragraph[: stop + 1]
@@ -226,7 +226,7 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[Document]:
 
 
 def pair_documents(times: int, seed: int = 0) -> Iterator[Document]:
-    """General pairs in words and code, each wording filled `times` times, each in a layout of its own."""
+    """General pairs of a request and its code: each wording is filled `times` times, each time in another layout."""
     for place, (intent, snippet) in enumerate(general_pairs(times, seed)):
         text = draw(LAYOUTS, "layout", seed, place).replace("{intent}", intent).replace("{snippet}", snippet)
         yield Document("pair", text, is_held_out(f"pair/{seed}/{place}"))
@@ -246,7 +246,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 
 
 def pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """The ids of each text followed by END, in pieces of at most `length`."""
+    """The ids of each text followed by END, cut into chunks of at most `length`."""
     end = tokenizer.get_vocab()[END]
     found: list[list[int]] = []
     for start in range(0, len(texts), 1000):

@@ -1,9 +1,9 @@
 """Confidence intervals of BLEU: percentile bootstrap over questions (Koehn 2004), of one system or a difference of two.
 
-One resample is Q of the Q questions, drawn with replacement. Pairs of one question are drawn together, because an
-answer that fits one fits the others; drawn singly, they would make the interval too narrow. A system trained with S
-seeds scores, in a resample, the mean BLEU of its S runs over the same questions. Two systems are compared resample by
-resample: what the questions have in common cancels out.
+A resample draws Q of the Q questions with replacement. The pairs of a question are drawn together, because their scores
+are correlated: drawn separately they would make the interval too narrow. A system trained with S seeds scores, in a
+resample, the mean BLEU of its S runs over the same questions. Two systems are compared on the same resamples, so that
+the variance between questions cancels (paired bootstrap).
 """
 
 from collections.abc import Hashable, Sequence
@@ -119,5 +119,5 @@ def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
 
 
 def mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """The mean over runs of each resample's BLEU. S times [Q, 10], [R, Q] -> [R]"""
+    """Compute the mean BLEU over runs for each resample. S times [Q, 10], [R, Q] -> [R]"""
     return np.mean([score_counts(draws @ counts)[0] for counts in runs], axis=0)

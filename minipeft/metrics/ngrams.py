@@ -1,6 +1,6 @@
-"""Texts to tokens, tokens to n-gram counts: what BLEU (Papineni et al. 2002) and CodeBLEU's first two parts share.
+"""Tokenization and n-gram counts for BLEU (Papineni et al. 2002) and CodeBLEU's first two parts.
 
-A metric takes `predictions`, one text each, and `references`, for each prediction one text or a list of texts.
+A metric takes `predictions`, a list of texts, and `references`, one text or a list of texts per prediction.
 """
 
 import re
@@ -61,7 +61,7 @@ def check_pairs(
 ) -> tuple[list[str], list[list[str]]]:
     """Return the predictions, and for each one the list of its references.
 
-    Raises: InputError where there is nothing to score, the lengths differ, or an entry is not text.
+    Raises: InputError if there are no pairs, the lengths differ, or an entry is not text.
     """
     for name, given in (("predictions", predictions), ("references", references)):
         if isinstance(given, str):

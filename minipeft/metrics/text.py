@@ -53,7 +53,7 @@ def find_language(references: Sequence[Sequence[str]]) -> str:
 
 
 def is_valid_python(text: str) -> bool:
-    """Whether Python's parser accepts the text, which is not run; a text over LONGEST_PYTHON characters is refused."""
+    """Whether Python's parser accepts the text, which is not run; more than LONGEST_PYTHON characters are invalid."""
     check_kind(text, str, "text")
     if len(text) > LONGEST_PYTHON:
         return False
@@ -67,7 +67,7 @@ def is_valid_python(text: str) -> bool:
 
 
 def is_repeated(text: str) -> bool:
-    """Whether the text ends in a unit of up to 32 tokens, at least 4 times in a row, that fills half of it or more."""
+    """Whether the text ends in a unit of up to 32 tokens repeated at least 4 times and filling half of it or more."""
     check_kind(text, str, "text")
     tokens = conala_tokens(text)
     for unit in range(1, min(LONGEST_UNIT, len(tokens) // LEAST_REPEATS) + 1):

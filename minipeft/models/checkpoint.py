@@ -1,13 +1,13 @@
-"""A Hugging Face folder or hub id <-> a decoder: sharded or single safetensors, strict both ways, no pickle by default.
+"""Load and save a decoder in Hugging Face's layout: single or sharded safetensors, strictly, no pickle by default.
 
 Loading goes   config.json -> names, shapes and dtypes in all files' headers -> compare with the decoder, built on the
 meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not
 finite is an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no
-map; what a family's files do otherwise its record says (transposed weights, a prefix left out, buffers):
+map; a family's record lists the exceptions (transposed weights, an omitted prefix, buffers):
 
-    wte.weight ...                        GPT-2 files without `transformer.` before every name but the head's
-    h.0.attn.bias, h.0.attn.masked_bias   masks that old files hold as buffers, and rotary_emb.inv_freq: left out
-    lm_head.weight beside a tied table    must be the table again
+    wte.weight ...                        GPT-2 files that omit `transformer.` from every name but the head's
+    h.0.attn.bias, h.0.attn.masked_bias   masks stored as buffers in old files, and rotary_emb.inv_freq: ignored
+    lm_head.weight beside a tied table    must equal the table
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
+from pickle import UnpicklingError  # for its exception only: torch's weights_only reader does all unpickling
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +40,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
            UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
 
-Found = dict[str, TensorInfo]  # by our name; a TensorInfo says the file and the name in it
+Found = dict[str, TensorInfo]  # by our name; a TensorInfo holds the file and the name in it
 
 
 def load_model(
@@ -94,10 +94,10 @@ def load_model(
 
 
 def check_device(device: Any) -> torch.device:
-    """The device of that name, which must work here.
+    """Return the device of that name.
 
     Raises:
-        InputError: there is no such device, or none that holds tensors.
+        InputError: there is no such device, or it cannot hold tensors.
     """
     if not isinstance(device, torch.device):
         check_value(device, str, {}, "device")
@@ -124,11 +124,11 @@ def read_config(file: Path) -> Any:
 
 
 def add_end_tokens(config: Any, file: Path) -> Any:
-    """The config with the end tokens of generation_config.json too: a chat model of Llama 3 or Gemma ends its turn with
-    one that config.json does not name.
+    """Add the EOS ids of generation_config.json to the config: a chat model of Llama 3 or Gemma ends its turn with a
+    token that config.json does not name.
 
     Raises:
-        InputError: eos_token_id is no id and no list of ids.
+        InputError: eos_token_id is neither an id nor a list of ids.
     """
     given = read_object(file).get("eos_token_id")
     added = given if isinstance(given, list) else [given]
@@ -142,7 +142,7 @@ def add_end_tokens(config: Any, file: Path) -> Any:
 
 
 def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Found:
-    """Every tensor by its name in the files, from the header of the single file, or of all shards in the index."""
+    """Read the headers of the single file, or of all shards in the index; every tensor by its name in the files."""
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     index = read_object(folder / INDEX)
@@ -175,12 +175,12 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Foun
 
 
 def pin(source: str | Path, folder: Path, revision: str | None) -> str | None:
-    """The revision to fetch more files by, so that all are of the commit that `folder` is of; a folder has none."""
+    """The revision for fetching further files, so that all come from the commit of `folder`; None if it is local."""
     return None if Path(source).is_dir() else commit_of(folder) or revision
 
 
 def our_names(found: Found, family: Family) -> Found:
-    """The tensors by our names: buffers dropped, and the family's prefix put back where the files leave it out."""
+    """Rename the tensors to our names: buffers are dropped, and a prefix that the files omit is added."""
     named = {family.renamed.get(name, name): info for name, info in found.items()}
     kept = {name: info for name, info in named.items() if not (family.buffers and name.endswith(family.buffers))}
     prefix = family.optional_prefix
@@ -190,7 +190,7 @@ def our_names(found: Found, family: Family) -> Found:
 
 
 def check_layers(found: Found, config: Any, config_file: Path, weights: Path) -> None:
-    """Refuse a config whose layers are not the weights', before a decoder of that many layers is built."""
+    """Compare the config's number of layers with the weights', before a decoder of that many layers is built."""
     family = FAMILIES[config.model_type]
     stem = family.blocks
     layers = {name.removeprefix(f"{stem}.").split(".")[0] for name in found if name.startswith(f"{stem}.")}
@@ -224,19 +224,19 @@ def is_transposed(name: str, model: Decoder) -> bool:
 
 
 def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
-    """Read the tensors of one file after another; they are mapped, and copied only where something changes them."""
+    """Read the tensors file by file; they are memory-mapped, and copied only when they are changed."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted({info.file for info in found.values()}):
         try:
             with safe_open(file, framework="pt") as opened:
                 yield {name: opened.get_tensor(info.name) for name, info in found.items() if info.file == file}
-        except SafetensorError as error:  # a header that read_header lets pass
+        except SafetensorError as error:  # a fault that read_header does not find
             raise InputError(f"not safetensors: {error}", file=file) from error
 
 
 def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
-    """pytorch_model.bin: the one place where torch.load stands, and only with weights_only=True."""
+    """Read pytorch_model.bin: the only call of torch.load, with weights_only=True."""
     if not allowed:
         held = f"found: {list_names(folder)}"
         raise InputError(
@@ -258,13 +258,13 @@ def read_legacy(folder: Path, source: str | Path, revision: str | None, allowed:
 
 
 def info_of(tensor: Tensor, name: str, file: Path) -> TensorInfo:
-    """A loaded tensor as a header entry, so that both kinds of file pass the same checks."""
+    """Describe a loaded tensor as a header entry, so that both file formats pass the same checks."""
     names = {dtype: name for name, dtype in FLOATS.items()}
     return TensorInfo(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
 
 
 def stored_dtype(found: Found) -> torch.dtype:
-    """The dtype of all tensors in the files; of mixed files float32, which holds what float16 and bfloat16 hold."""
+    """The dtype of all tensors in the files; float32 for mixed files, because it represents float16 and bfloat16."""
     kinds = {info.dtype for info in found.values()}
     return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float32
 
@@ -277,14 +277,14 @@ def fill(
     device: torch.device,
     quantize: str | None = None,
 ) -> Decoder:
-    """Give the meta model its tensors, a file at a time: checked finite, transposed, cast, quantized, tied again."""
+    """Fill the meta model file by file: check that tensors are finite, transpose, cast, quantize; tie the head."""
     packed = {f"{path}.weight" for path in quantizable(model)} if quantize is not None else set()
     ready: dict[str, Tensor] = {}
     for tensors in files:
         for name in list(tensors):
             tensor = read = tensors.pop(name)
             file, where = found[name].file, f"tensor {found[name].name!r}"
-            if not torch.isfinite(read.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
+            if not torch.isfinite(read.sum(dtype=torch.float64)):  # the sum is NaN or Inf if any value is
                 bad = int((~torch.isfinite(read)).sum())
                 raise InputError(f"holds NaN or Inf ({bad} of {read.numel()} values)", file=file, where=where)
             tensor = (read.T.contiguous() if is_transposed(name, model) else read).to(device, dtype)
@@ -306,14 +306,14 @@ def fill(
 
 
 def fingerprint(source: str | Path, revision: str | None = None) -> str:
-    """A sha256 that tells two checkpoints apart: config.json and every byte of each weight file (about a second a GB).
+    """The sha256 of a checkpoint: config.json and every byte of each weight file (about a second per GB).
 
-    A file that has not changed in size, time and inode is hashed once a process. A hub's commit stands for its files.
+    A file is hashed once per process while its size, time and inode stay the same. A hub's commit replaces its files.
     """
     folder = fetch(source, ["config.json"], revision=revision)
     check_inside(folder / "config.json", folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if (commit := commit_of(folder)) is not None:  # of the hub, where a commit never changes: which files are here may
+    if (commit := commit_of(folder)) is not None:  # a commit on the hub never changes; the set of downloaded files may
         return hashlib.sha256(digest.digest() + commit.encode()).hexdigest()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
         check_inside(file, folder)
@@ -324,13 +324,13 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
 
 @cache
 def hash_file(file: Path, size: int, changed: int, inode: int) -> str:
-    """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` tell whether it is still the one."""
+    """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` are the cache key."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Saved(Protocol):
-    """What `save_model` needs of a tokenizer."""
+    """The methods of a tokenizer that `save_model` calls."""
 
     def check_fits(self, vocab_size: int) -> None: ...
     def save(self, folder: Path) -> None: ...
@@ -339,11 +339,11 @@ class Saved(Protocol):
 def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = None) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
 
-    With the tokenizer's files beside them the folder answers by itself: `minipeft generate --model FOLDER`.
+    With `tokenizer` its files are saved too, and the folder is complete: `minipeft generate --model FOLDER`.
 
     Raises:
-        InputError: an adapter is still in the model, its weights are quantized, a tensor is not finite, the tokenizer
-            has ids beyond the model, or the folder cannot be written.
+        InputError: the model holds an adapter or quantized weights, a tensor is not finite, the tokenizer has ids
+            beyond the model's vocabulary, or the folder cannot be written.
     """
     check_kind(model, Decoder, "model")
     folder = check_path(folder, "folder")
@@ -374,7 +374,7 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
 
 
 def config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
-    """config.json of a decoder."""
+    """Build a decoder's config.json."""
     name = str(dtype).removeprefix("torch.")
     return {
         "model_type": config.model_type,

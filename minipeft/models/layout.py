@@ -1,6 +1,6 @@
-"""The layout of a forward pass: positions, and which columns each block attends to, computed once for all blocks.
+"""The layout of a forward pass: positions and attention masks, computed once for all blocks.
 
-Each distinct window has its own `View`, and each distinct rotary setting its own table; a block asks for its own.
+Each distinct window has one `View` and each distinct rotary setting one table; a block looks up its own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Layout:
     columns: int  # S, key columns: cached ones and virtual tokens included
     views: Mapping[int | None, View]  # by window
     virtual_tokens: int  # VIRTUAL columns at the head of each row's keys
-    prompted: bool  # those columns are queries too (a prompt)
-    first: bool  # the row's first call: the one that brings in the virtual tokens
+    prompted: bool  # the virtual tokens are queries too (a prompt)
+    first: bool  # the row's first call, which adds the virtual tokens
     rotations: Mapping[str, Rotary] = field(default_factory=dict)  # by the setting's name
 
 
@@ -52,11 +52,11 @@ def lay_out(
     windowed: bool = False,
     dtype: torch.dtype = torch.bool,
 ) -> Layout:
-    """Work out positions and visibility for a forward pass over `ids` [B, T].
+    """Compute positions and masks for a forward pass over `ids` [B, T].
 
-    `documents` [B, T] gives the owner of each token (None: one document a row). On the first call of a row,
+    `documents` [B, T] gives the document of each token (None: one document a row). On the first call of a row,
     `virtual_tokens` VIRTUAL columns are put before them; with `prompted` they are queries too (a prompt), else only
-    keys (a prefix). `windows`: the distinct ones of the blocks. `dtype` is that of the scores, or bool.
+    keys (a prefix). `windows`: the distinct windows of the blocks. `dtype`: the dtype of the scores, or bool.
 
     Raises:
         InputError: documents and ids differ in shape, or the cache has no room.
@@ -88,10 +88,10 @@ def lay_out(
 
 
 def check_rows(vocab_size: int, ids: object, labels: object = None, documents: object = None) -> None:
-    """Check that rows are integers [B, T] of one shape, and on the CPU that each id and label is the vocabulary's.
+    """Check that rows are integers [B, T] of one shape and, on the CPU, that ids and labels are in the vocabulary.
 
     Raises:
-        InputError: names the tensor, and what it holds.
+        InputError: names the tensor and its content.
     """
     for name, given in (("ids", ids), ("labels", labels), ("documents", documents)):
         if given is None and name != "ids":
@@ -112,9 +112,9 @@ def check_rows(vocab_size: int, ids: object, labels: object = None, documents: o
 
 
 def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to the scores: 0 where a query attends, else minus infinity. A bool mask stays one.
+    """Convert a mask to an additive one: 0 where a query attends, else minus infinity; dtype bool leaves it as it is.
 
-    torch's product makes this of a bool mask itself, in every block, and keeps each for backward; here all share one.
+    torch's fused attention converts a bool mask in every block and saves each copy for backward; here all share one.
     """
     return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
@@ -122,10 +122,10 @@ def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def runs_in(
     documents: Tensor, virtual_tokens: int, window: int | None, windowed: bool, prompted: bool, dtype: torch.dtype
 ) -> Runs | None:
-    """Each row's runs of one owner as (length, mask), the virtual tokens' own run only where they are queries.
+    """Cut each row into runs of one document, as (length, mask); virtual tokens are a run only if they are queries.
 
-    A mask is [n, P + n] over the virtual tokens and the run itself, or None where the run is plainly causal.
-    None for all where one run sees another: a document's number comes back, or the caller's tokens are VIRTUAL.
+    A mask is [n, P + n] over the virtual tokens and the run itself, or None for plain causal attention. Returns None
+    if one run sees another: a document id occurs in two runs, or the caller passed VIRTUAL tokens.
     """
     masks: dict[tuple[int, int], Tensor | None] = {}
 

@@ -1,9 +1,9 @@
-"""Rotary positions (Su et al. 2021), and the published ways to stretch them beyond the context of pretraining.
+"""Rotary position embeddings (Su et al. 2021), and the published scalings beyond the pretraining context.
 
     q, k -> (re + i im) * e^(i p w_j)        w_j = theta^(-2j/D) for pair j of a head at position p
 
-The layout is the half-split one of Hugging Face's files: of the dimensions that turn, the first half are the real
-parts and the second half the imaginary parts. `fraction` < 1 turns only the first D * fraction dimensions.
+The layout is Hugging Face's half-split one: of the rotated dimensions, the first half are the real parts and the second
+half the imaginary parts. `fraction` < 1 rotates only the first D * fraction dimensions.
 
     linear     w / factor                                              Chen et al. 2023
     llama3     long waves divided by factor, short ones kept           Llama 3.1
@@ -45,10 +45,10 @@ class Rope:
     theta: float
     context: int  # max_position_embeddings
     scaling: Mapping[str, Any] | None = None  # {"rope_type": ..., "factor": ..., ...}
-    fraction: float = 1.0  # of each head that turns
+    fraction: float = 1.0  # rotated share of each head
 
     def turned(self, width: int) -> int:
-        """How many of a head's `width` dimensions turn."""
+        """The number of rotated dimensions of a head of `width`."""
         return int(width * self.fraction)
 
 
@@ -116,7 +116,7 @@ def frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, f
 
 
 def yarn_ramp(rope: Rope, turned: int) -> Tensor:
-    """0 for pairs that turn beta_fast times or more in the trained context, 1 from beta_slow down. [pairs]"""
+    """0 for pairs with beta_fast or more rotations in the pretraining context, 1 for beta_slow or fewer. [pairs]"""
     scaling = rope.scaling or {}
     trained = scaling.get("original_max_position_embeddings") or rope.context
 
@@ -130,7 +130,7 @@ def yarn_ramp(rope: Rope, turned: int) -> Tensor:
 
 
 def yarn_factor(scaling: Mapping[str, Any]) -> float:
-    """What YaRN multiplies cos and sin by: 0.1 ln(factor) + 1, unless the file says otherwise."""
+    """YaRN's factor of cos and sin: 0.1 ln(factor) + 1, unless the file gives another."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     size = lambda m: 0.1 * m * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
@@ -140,7 +140,7 @@ def yarn_factor(scaling: Mapping[str, Any]) -> float:
 
 
 def long_factor(rope: Rope) -> float:
-    """What LongRoPE multiplies cos and sin by: sqrt(1 + ln(stretch) / ln(trained context)); also for short texts."""
+    """LongRoPE's factor of cos and sin: sqrt(1 + ln(stretch) / ln(pretraining context)); short texts use it too."""
     scaling = rope.scaling or {}
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
@@ -150,7 +150,7 @@ def long_factor(rope: Rope) -> float:
 
 
 def rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of each position's angles, both halves alike. [B, T] -> two of [B, 1, T, D * fraction]"""
+    """Cosine and sine of each position's angles, repeated for both halves. [B, T] -> two of [B, 1, T, D * fraction]"""
     turn, factor = frequencies(rope, width, positions.device)
     angles = positions[..., None].float() * turn  # [B, T, D * fraction / 2]
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B, 1, T, D * fraction]
@@ -158,7 +158,7 @@ def rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> R
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """(re + i im) * (cos + i sin), with re the first half of what turns and im the second. [B, H, T, D] -> same
+    """(re + i im) * (cos + i sin), re and im the two halves of the rotated dimensions. [B, H, T, D] -> same
 
     The tables may be float32 beside a narrower x (OLMo): the product is rounded once.
     """

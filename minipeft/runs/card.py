@@ -1,8 +1,8 @@
-"""The model card, README.md: what an adapter or model is, from what it was made, by which command.
+"""The model card (README.md) of an adapter or merged model: method, base, data, loss, versions and command.
 
-It opens with the YAML that the hub reads (https://huggingface.co/docs/hub/model-cards): base_model, library_name, tags.
-A card is a function of the run alone, so that a resumed run writes the same bytes. Of an absolute path it tells the
-last name only: a card is made to be published.
+It begins with the YAML that the hub reads (https://huggingface.co/docs/hub/model-cards): base_model, tags, ...
+A card depends on the run alone, so that a resumed run writes the same bytes. Cards are meant to be published: an
+absolute path is reduced to its last name.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Rows = list[tuple[str, str]]
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write a card into a folder, whole or not at all."""
+    """Write a card to a folder atomically."""
     write_whole(folder / CARD, lambda stream: stream.write(text.encode("utf-8")))
 
 
 def training_card(config: RunConfig, hashes: Mapping[str, str], result: Mapping[str, Any]) -> str:
-    """The card of what a run trained; `hashes` has model_sha256 and data_sha256, `result` what result.json holds."""
+    """Write the card of a run; `hashes` has model_sha256 and data_sha256, `result` is the content of result.json."""
     method, full = config.method, config.method.trains_base
     held_out = result.get("dev_loss")
     losses = f"{result['loss']:.4f} in training" + (f", {held_out:.4f} held out" if held_out is not None else "")
@@ -67,9 +67,11 @@ def merged_card(model: ModelConfig, adapter: str, report: MergeReport) -> str:
 
 
 def card(model: ModelConfig, library: str, tag: str, title: str, rows: Rows, commands: list[str], use: str) -> str:
-    """The text of a card."""
+    """Build the text of a card."""
     head = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["minipeft", tag]}
-    if OWNED.fullmatch(model.source) and not Path(model.source).exists():  # the hub refuses a base that is not its own
+    if (
+        OWNED.fullmatch(model.source) and not Path(model.source).exists()
+    ):  # the hub accepts only a base model that it hosts
         head = {"base_model": model.source, **head}
     lines = [
         "---",
@@ -86,17 +88,17 @@ def card(model: ModelConfig, library: str, tag: str, title: str, rows: Rows, com
 
 
 def cell(text: str) -> str:
-    """A text in a cell of a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return escape(text.strip()).replace("|", "\\|")
 
 
 def public(source: str) -> str:
-    """A source as others may read it: of an absolute path the last name."""
+    """Make a source publishable: an absolute path is reduced to its last name."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
 def at(model: ModelConfig) -> str:
-    """The revision, where one was given."""
+    """Format the revision, if one was given."""
     return "" if model.revision is None else f" at {model.revision}"
 
 
@@ -105,7 +107,7 @@ def versions() -> str:
 
 
 def train_command(config: RunConfig) -> str:
-    """The command that does this run: every setting that differs from its default, and all that a recipe chose."""
+    """Build the command of this run: every setting that differs from its default or comes from the recipe."""
     words = ["minipeft", "train", "--method", config.method.name]
     for name, setting in settings(config.method.name).items():
         value = getattr(find_part(config, setting), setting.field)
@@ -117,7 +119,7 @@ def train_command(config: RunConfig) -> str:
 
 
 def flag_words(flag: str, value: Any) -> list[str]:
-    """A setting as words of a command line (cli/flags.py reads them)."""
+    """Format a setting as words of a command line (read back by cli/flags.py)."""
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, Mapping):

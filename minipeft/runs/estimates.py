@@ -31,9 +31,9 @@ from minipeft.training.loop import TrainConfig
 
 
 def check_room(config: RunConfig, out: Path) -> None:
-    """Refuse a disk that is too small for the run, from config.json, before any weight is read."""
+    """Check that the disk has room for the run, from config.json, before any weight is read."""
     base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
-    if base.layers > MOST_LAYERS:  # loading will compare it with the weights before any layer is built
+    if base.layers > MOST_LAYERS:  # loading compares the number of layers with the weights before building any
         return
     _, report = adapt_on_meta(base, config.adapter, torch.float32)
     check_space(out, report.trainable, more=4 * report.trainable)
@@ -70,7 +70,7 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
 
 
 def choose_row_length(packing: PackConfig, model: Decoder) -> int:
-    """Tokens of a row, those of the adapter included.
+    """Choose the tokens of a row, virtual tokens included.
 
     Raises:
         InputError: more than the model's context.
@@ -82,12 +82,12 @@ def choose_row_length(packing: PackConfig, model: Decoder) -> int:
 
 
 def choose_evaluation_interval(config: RunConfig, batches: Batches) -> int:
-    """Steps between evaluations: one epoch, where the config does not say."""
+    """Choose the steps between evaluations: one epoch, unless the config says otherwise."""
     return config.evaluate_every or max(1, len(batches) // config.train.accumulate)
 
 
 def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Batches, held_out: Sequence[Batch]) -> str:
-    """Say how much work lies ahead, evaluations included, how long it will take here, and in how much memory."""
+    """Report the work of the run, evaluations included, and estimate its time on this machine and its memory."""
     assert train.steps is not None
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
