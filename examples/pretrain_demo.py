@@ -34,13 +34,13 @@ def prepare(a: argparse.Namespace) -> tuple[Batches, Batches, Tokenizer]:
     folder, kept = a.out / "model", a.out / "corpus.safetensors"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = list(corpus.documents(corpus.source_files()[: a.files]))
+        documents = list(corpus.documents(corpus.list_source_files()[: a.files]))
         random.Random(a.seed).shuffle(documents)
         if a.start is None:
             backend = corpus.train_tokenizer([d.text for d in documents if not d.held_out], a.vocab)
         else:
             backend = minipeft.load_tokenizer(a.start).backend
-            documents = [*documents[: a.sources], *corpus.pair_documents(a.pairs, a.seed)]
+            documents = [*documents[: a.sources], *corpus.make_pair_documents(a.pairs, a.seed)]
             random.Random(a.seed).shuffle(documents)
         corpus.save_tokenizer(backend, folder, a.length)
         tensors = {}

@@ -159,7 +159,7 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
         InputError: `WHERE: VALUE must be an integer >= 1`, `... must be in [0, 1)`, ...
     """
     least, most, above, below = (limits.get(name) for name in ("least", "most", "above", "below"))
-    wanted = described(kind, least, most, above, below)
+    wanted = format_range(kind, least, most, above, below)
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     v: Any = value
     if not number or v != v or (kind is int and abs(v) >= 2**63):
@@ -179,12 +179,13 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
         raise InputError(f"{shown(value)} must be {wanted}{' in float32' if finite else ''}", where=where)
 
 
-def described(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
+def format_range(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
     """Format a range for an error: "an integer >= 1", "in [0, 1)"."""
     low, high = least if least is not None else above, most if most is not None else below
     noun = "an integer" if kind is int else "finite and"
     if low is not None and high is not None:
-        ends = f"{'[' if least is not None else '('}{power(low)}, {power(high)}{']' if most is not None else ')'}"
+        start, stop = "(" if least is None else "[", ")" if most is None else "]"
+        ends = f"{start}{format_bound(low)}, {format_bound(high)}{stop}"
         return f"an integer in {ends}" if kind is int else f"in {ends}"
     if low is not None:
         return f"{noun} {'>=' if least is not None else '>'} {low:g}"
@@ -193,7 +194,7 @@ def described(kind: type, least: float | None, most: float | None, above: float 
     return noun if kind is int else "a finite number"
 
 
-def power(number: float) -> str:
+def format_bound(number: float) -> str:
     """Format a bound: 2^63 instead of 9223372036854775808."""
     return f"2^{int(number).bit_length() - 1}" if number >= 2**20 and int(number).bit_count() == 1 else f"{number:g}"
 

@@ -119,13 +119,13 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise InputError(f"key {twice!r} given twice", file=file, where=where)
         for key, value in pairs:
-            if strange := not_finite(value):
+            if strange := find_non_finite(value):
                 raise InputError(f"{strange} is not JSON (key {key!r})", file=file, where=where)
         return found
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
-        if strange := not_finite(value):
+        if strange := find_non_finite(value):
             raise InputError(f"{strange} is not JSON", file=file, where=where)
         return value
     except json.JSONDecodeError as error:
@@ -158,11 +158,11 @@ def check_count(text: str, file: Path | str, where: str | None) -> None:
             raise InputError(f"holds {count:,} {what}, more than {most:,}", file=file, where=where, hint=hint)
 
 
-def not_finite(value: object) -> str | None:
+def find_non_finite(value: object) -> str | None:
     """Name the first number that is not valid JSON: Python's parser accepts NaN, Infinity and 1e999."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity, or a number beyond 1.8e308,"
-    return next(filter(None, map(not_finite, value)), None) if isinstance(value, list) else None
+    return next(filter(None, map(find_non_finite, value)), None) if isinstance(value, list) else None
 
 
 def kind_of(value: object) -> str:
@@ -184,7 +184,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise InputError(looks_like(start + stream.read(248), size, length), file=file)
+            raise InputError(guess_format(start + stream.read(248), size, length), file=file)
         raw = stream.read(length)
     try:
         text = raw.decode("utf-8")
@@ -198,7 +198,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise InputError("must map text to text", file=file, where="header: __metadata__")
     check_tensors(len(header), file)
-    tensors = {name: tensor_info(name, entry, file) for name, entry in header.items()}
+    tensors = {name: check_entry(name, entry, file) for name, entry in header.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
@@ -217,7 +217,7 @@ def check_tensors(count: int, file: Path) -> None:
         raise InputError(f"{count:,} tensors, more than {MOST_TENSORS:,}", file=file, where="header")
 
 
-def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
+def check_entry(name: str, entry: object, file: Path) -> TensorInfo:
     """Check one entry of the header and return it."""
     where = f"tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -268,7 +268,7 @@ def check_header(
             raise InputError(f"dtype {info.dtype}, want {'/'.join(dtypes)}", file=info.file, where=where)
 
 
-def looks_like(start: bytes, size: int, length: int) -> str:
+def guess_format(start: bytes, size: int, length: int) -> str:
     """Say what a file that is not safetensors looks like."""
     text = start.lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
@@ -297,7 +297,7 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o666 & ~current_umask())
+                os.fchmod(stream.fileno(), 0o666 & ~read_umask())
                 try:
                     fill(stream)
                 finally:
@@ -350,7 +350,7 @@ def open_plain(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
-def current_umask() -> int:
+def read_umask() -> int:
     """Read the process's umask (mkstemp ignores it).
 
     The only way to read it is to set it; the temporary value keeps files that other threads create meanwhile private.
@@ -366,7 +366,7 @@ def write_json(file: Path, value: object) -> None:
     write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
-def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
+def make_tensor_writer(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
     """Return a function that writes these tensors to a stream as safetensors, one at a time, without copying all.
 
     A sequence of tensors of one dtype is written as one flat tensor.
@@ -395,7 +395,7 @@ def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with Hugging Face's metadata atomically."""
-    write_whole(file, tensor_stream(tensors))
+    write_whole(file, make_tensor_writer(tensors))
 
 
 def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:

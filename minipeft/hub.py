@@ -75,7 +75,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
     from huggingface_hub import constants
 
     wanted = [*names, *optional]
-    cached = in_cache(hub_id, wanted, revision, repo_type)
+    cached = find_in_cache(hub_id, wanted, revision, repo_type)
     if constants.HF_HUB_OFFLINE:
         absent = [name for name in names if name not in cached]
         if absent or not cached:
@@ -84,9 +84,9 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
                 file=hub_id,
                 hint="Download it once with HF_HUB_OFFLINE unset, or give a local folder",
             )
-        return folder_above(next(iter(cached)), next(iter(cached.values())))
+        return find_root(next(iter(cached)), next(iter(cached.values())))
     if COMMIT.fullmatch(revision or "") and len(cached) == len(wanted):
-        return folder_above(wanted[0], cached[wanted[0]])  # a commit never changes: no request needed
+        return find_root(wanted[0], cached[wanted[0]])  # a commit never changes: no request needed
     commit, held = ask(hub_id, revision, repo_type)
     missing = [name for name in names if name not in held]
     present = [*names, *(name for name in optional if name in held)]
@@ -94,7 +94,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
         lacks = missing[0] if missing else " and no ".join(optional)
         raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shorten(sorted(held))})", file=hub_id)
     # The first file is requested by the revision's name, so that the cache can resolve that name offline.
-    folder = folder_above(present[0], get(hub_id, present[0], revision, repo_type))
+    folder = find_root(present[0], get(hub_id, present[0], revision, repo_type))
     if commit_of(folder) != commit:
         raise InputError(f"{revision or 'main'} changed while it was downloaded", file=hub_id, hint="Try again")
     for name in present[1:]:
@@ -102,7 +102,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
     return folder
 
 
-def in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
+def find_in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
     """The cached paths of `names` at this revision (None: the last known main)."""
     from huggingface_hub import errors, try_to_load_from_cache
 
@@ -120,7 +120,7 @@ def ask(hub_id: str, revision: str | None, repo_type: str) -> tuple[str, set[str
     try:
         info = HfApi().repo_info(hub_id, revision=revision, repo_type=repo_type, timeout=SECONDS_TO_ANSWER)
     except (OSError, errors.HTTPError) as failure:
-        raise hub_error(hub_id, revision, repo_type, failure) from failure
+        raise explain_failure(hub_id, revision, repo_type, failure) from failure
     return str(info.sha), {file.rfilename for file in getattr(info, "siblings", None) or []}
 
 
@@ -131,10 +131,10 @@ def get(hub_id: str, name: str, revision: str | None, repo_type: str) -> str:
     try:
         return str(hf_hub_download(hub_id, name, revision=revision, repo_type=repo_type))
     except (OSError, errors.HTTPError, errors.EntryNotFoundError) as failure:
-        raise hub_error(hub_id, revision, repo_type, failure, name) from failure
+        raise explain_failure(hub_id, revision, repo_type, failure, name) from failure
 
 
-def hub_error(
+def explain_failure(
     hub_id: str, revision: str | None, repo_type: str, failure: BaseException, name: str | None = None
 ) -> InputError:
     """Explain in one line why a download failed, and what to do."""
@@ -197,11 +197,11 @@ def push(folder: Path, names: Sequence[str], hub_id: str, *, private: bool = Tru
     except InputError:
         raise
     except (OSError, ValueError, errors.HTTPError) as failure:  # ValueError: the client's own checks of name and card
-        raise push_error(hub_id, failure) from failure
+        raise explain_push_failure(hub_id, failure) from failure
     return str(done.oid)
 
 
-def push_error(hub_id: str, failure: BaseException) -> InputError:
+def explain_push_failure(hub_id: str, failure: BaseException) -> InputError:
     """Explain in one line why an upload failed, and what to do."""
     status = getattr(getattr(failure, "response", None), "status_code", None)
     reason = " ".join(str(failure).split())[:200]
@@ -226,7 +226,7 @@ def check_revision(revision: str | None, source: str | Path) -> None:
         raise InputError(f"{shown(revision)} is not a commit, tag or branch", file=source, where="revision")
 
 
-def folder_above(name: str, path: str | Path) -> Path:
+def find_root(name: str, path: str | Path) -> Path:
     """The folder that `name` is relative to, given its full `path`; `name` may hold slashes."""
     return Path(path).parents[len(PurePosixPath(name).parts) - 1]
 

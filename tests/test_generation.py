@@ -10,7 +10,7 @@ import minipeft
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
-from minipeft.models.checkpoint import config_json, load_model, save_model
+from minipeft.models.checkpoint import load_model, make_config_json, save_model
 from minipeft.models.config import config_from
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -179,7 +179,7 @@ def test_ends_at_eos_at_a_stop_text_and_at_the_limit():
 def test_several_end_tokens_in_the_config_are_honoured():
     model = tuned("llama", "none")
     whole = plain_greedy(model, [5, 6, 7], 40)
-    config = config_json(model.config, torch.float32) | {"eos_token_id": [1, whole[2]]}
+    config = make_config_json(model.config, torch.float32) | {"eos_token_id": [1, whole[2]]}
     fields = {name: config[name] for name in ("eos_token_id",)}
     model.config = type(model.config)(**{**SIZES, **fields})
     made = next(answer(model, Letters(), [Letters().decode([5, 6, 7])], GenerateConfig(40, temperature=0)))

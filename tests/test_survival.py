@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minipeft import cli
-from minipeft.cli import train as train_command
+from minipeft.cli import train as make_train_command
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
 from minipeft.runs import checkpoints as runs
@@ -418,7 +418,7 @@ def test_signals(number: signal.Signals, place: Path) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    train_command,
+                    make_train_command,
                     "report",
                     lambda line: os.write(writer, b"!") if " steps at a learning" in line else None,
                 )

@@ -12,7 +12,7 @@ from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_plain, read_header, read_object
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import find_tensors, our_names, read_config
+from minipeft.models.checkpoint import find_tensors, read_config, rename_tensors
 
 
 def describe(folder: str | Path) -> dict[str, object]:
@@ -64,7 +64,7 @@ def describe_model(folder: Path) -> dict[str, object]:
         "tied head": config.tie_word_embeddings,
     }
     if any(folder.glob("*.safetensors")):
-        tensors = our_names(find_tensors(folder, folder, None), FAMILIES[config.model_type])
+        tensors = rename_tensors(find_tensors(folder, folder, None), FAMILIES[config.model_type])
         return found | sizes(tensors.values(), sorted({info.file for info in tensors.values()}))
     check_plain(folder / "pytorch_model.bin")
     return found | {"bytes": (folder / "pytorch_model.bin").stat().st_size, "files": ["pytorch_model.bin"]}

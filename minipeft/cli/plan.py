@@ -18,7 +18,7 @@ AGAIN = "activation-checkpointing"
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.data.packing import PackConfig
-    from minipeft.runs.config import ModelConfig, settings
+    from minipeft.runs.config import ModelConfig, collect_settings
     from minipeft.study.presets import PlanConfig
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; only config.json is read")
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("model"), ModelConfig, skip=SKIP)
     group = parser.add_argument_group("training")
     add_fields(group, PackConfig, skip=ROWS)
-    add_flag(group, settings()[AGAIN])
+    add_flag(group, collect_settings()[AGAIN])
     add_method_flags(parser)
 
 

@@ -10,8 +10,8 @@ fields are CoNaLa's (Yin et al. 2018), so that the same reader serves both; each
             has to copy them
     hard    60 of six operations that no training pair shows
 
-General pairs are templates.txt, Python that the standard library can do, filled with the same names: `general_pairs`
-yields them for the pretraining corpus (corpus.py). They share no wording with the task.
+General pairs fill templates.txt, whose code uses the standard library, with the same names: `make_general_pairs` yields
+them for the pretraining corpus (corpus.py). They share no wording with the task.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def draw(choices: Sequence[T], *key: object) -> T:
 
 
 @cache
-def choices_of(kind: str, test: bool) -> list[str]:
+def list_choices(kind: str, test: bool) -> list[str]:
     """The possible values of a slot: names, texts and numbers of the test questions, or of the other splits."""
     many, one = pools(test)
     if kind == "table":
@@ -104,7 +104,7 @@ def fill(template: Template, turn: int, test: bool) -> Pair:
     intent, snippet = template.intents[turn % len(template.intents)], template.snippet.rstrip("\n")
     drawn: dict[str, str] = {}
     for slot in sorted(set(Blank(snippet).get_identifiers())):
-        left = [c for c in choices_of(KINDS[slot[0]], test) if c not in drawn.values()]
+        left = [c for c in list_choices(KINDS[slot[0]], test) if c not in drawn.values()]
         drawn[slot] = draw(left, template.title, turn, slot, test)
     if "m" in drawn and int(drawn["m"]) < int(drawn["n"]):  # above n and below m
         drawn["m"], drawn["n"] = drawn["n"], drawn["m"]
@@ -143,10 +143,10 @@ LITERALS = {  # slots with fixed values, or filled from the texts and names
 }
 
 
-def general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+def make_general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Fill each wording of each block of templates.txt `times` times -> (intent, snippet), without test names."""
     many, one = pools(test=False)
-    texts, numbers = choices_of("text", False), choices_of("number", False)
+    texts, numbers = list_choices("text", False), list_choices("number", False)
     pool = {**dict.fromkeys(MANY, many), **dict.fromkeys(ONE, one), **LITERALS, "n": numbers, "m": numbers}
     for template in read_templates(HERE / "templates.txt"):
         snippet = template.snippet.rstrip("\n")
@@ -161,7 +161,7 @@ def general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
                 yield Blank(intent).substitute(drawn), Blank(snippet).substitute(drawn)
 
 
-def as_lines(pairs: list[Pair]) -> str:
+def format_lines(pairs: list[Pair]) -> str:
     """The text of pairs.jsonl."""
     rows = (
         {
@@ -179,7 +179,7 @@ def as_lines(pairs: list[Pair]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "pairs.jsonl")
-    parser.parse_args().out.write_text(as_lines(make_pairs()), encoding="utf-8")
+    parser.parse_args().out.write_text(format_lines(make_pairs()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
-def all_names() -> tuple[list[str], list[str]]:
+def make_names() -> tuple[list[str], list[str]]:
     """Plural names (orders, open_orders) and singular names (price, best_price)."""
     many, one = [], []
     for noun in NOUNS.split():
@@ -66,6 +66,6 @@ def _some(noun: str, kind: str) -> list[str]:
 
 @cache
 def pools(test: bool) -> tuple[list[str], list[str]]:
-    """The two lists of `all_names`, restricted to the test questions or to the other splits."""
-    many, one = all_names()
+    """The two lists of `make_names`, restricted to the test questions or to the other splits."""
+    many, one = make_names()
     return [n for n in many if is_kept(n) is test], [n for n in one if is_kept(n) is test]

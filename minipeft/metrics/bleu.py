@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minipeft.errors import InputError, check_value, shown
-from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, closest_length, count_ngrams, overlap
+from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, choose_length, count_ngrams, overlap
 
 # The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value. They replace a precision
 # of 0. none: the score is 0; floor: `value` matches; add-k: k added to matches and totals from order 2 on; exp: 1/2,
@@ -86,7 +86,7 @@ def count_pairs(
         for other in others[1:]:
             allowed = [most | more for most, more in zip(allowed, count_ngrams(other))]
         lengths = [len(other) for other in others]
-        shortest = min(lengths) if tokenize == "conala" else closest_length(len(tokens), lengths)
+        shortest = min(lengths) if tokenize == "conala" else choose_length(len(tokens), lengths)
         matches = [overlap(here, there) for here, there in zip(grams, allowed)]
         rows.append([len(tokens), shortest, *matches, *(max(0, len(tokens) - order + 1) for order in ORDERS)])
     return np.array(rows, dtype=np.int64)  # [N, 10]

@@ -118,6 +118,6 @@ def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
     return arrays
 
 
-def mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
+def compute_mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
     """Compute the mean BLEU over runs for each resample. S times [Q, 10], [R, Q] -> [R]"""
     return np.mean([score_counts(draws @ counts)[0] for counts in runs], axis=0)

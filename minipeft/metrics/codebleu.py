@@ -26,8 +26,8 @@ from typing import Generic, TypeVar
 from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.comments import drop_as_package, drop_truly
 from minipeft.metrics.dataflow import count_flows
-from minipeft.metrics.grammar import grammar_versions, parse
-from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, closest_length, count_ngrams, overlap
+from minipeft.metrics.grammar import list_grammar_versions, parse
+from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, choose_length, count_ngrams, overlap
 from minipeft.metrics.syntax import count_subtrees, match_subtrees, shorten
 
 KEYWORDS = frozenset({*keyword.kwlist, "match", "case", "type"})  # the 35 of Python since 3.7 and three soft ones
@@ -104,7 +104,7 @@ def codebleu(
         unparsed=sum(tree.unparsed for tree in seen[mode]),
         capped=sum(tree.capped for tree in seen[mode]),
         signature=f"CodeBLEU|mode:{mode}|aggregate:{aggregate}|weights:{','.join(f'{weight:g}' for weight in weights)}"
-        f"|pairs:{len(pairs)}|tokenize:whitespace|smooth:floor[0.1]|keywords:{len(KEYWORDS)}|{grammar_versions()}"
+        f"|pairs:{len(pairs)}|tokenize:whitespace|smooth:floor[0.1]|keywords:{len(KEYWORDS)}|{list_grammar_versions()}"
         f"|python:{'.'.join(platform.python_version_tuple()[:2])}",
     )
 
@@ -193,7 +193,7 @@ def _count_words(prediction: str, references: list[str]) -> Row:
     wanted = [sum(max(1, other.length - order + 1) for other in there) for order in ORDERS[1:]]
     # In fifths: the package's weights are 1 and 0.2, and its denominator is at least 1.
     weights = sum(max(5, other.weight) for other in there)
-    closest = closest_length(here.length, [other.length for other in there])
+    closest = choose_length(here.length, [other.length for other in there])
     return [here.length, closest, 1, *matches, weighted, *found, *totals, weights, *wanted]
 
 

@@ -62,7 +62,7 @@ def parser() -> Parser:
 
 
 @cache
-def grammar_versions() -> str:
+def list_grammar_versions() -> str:
     """The versions that a tree depends on, as a signature names them."""
     return f"tree-sitter:{version('tree-sitter')}|tree-sitter-python:{version('tree-sitter-python')}"
 

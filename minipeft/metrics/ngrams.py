@@ -16,7 +16,7 @@ Tokens = list[str]
 Counts = tuple[Counter[tuple[str, ...]], ...]  # one counter for each order
 
 
-def conala_tokens(text: str) -> Tokens:
+def tokenize_conala(text: str) -> Tokens:
     """Tokenize code as the official CoNaLa evaluation does (conala-baseline, eval/conala_eval.py; Ling et al. 2016).
 
     Each character outside [A-Za-z0-9_] is a token of its own, camelCase is cut in two, and both quotes become `.
@@ -26,7 +26,7 @@ def conala_tokens(text: str) -> Tokens:
     return text.replace('"', "`").replace("'", "`").split()
 
 
-def mteval_tokens(text: str) -> Tokens:
+def tokenize_13a(text: str) -> Tokens:
     """Tokenize text as NIST's mteval-v13a does, the rules that sacrebleu calls 13a."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
@@ -37,7 +37,7 @@ def mteval_tokens(text: str) -> Tokens:
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
-TOKENIZERS: dict[str, Callable[[str], Tokens]] = {"conala": conala_tokens, "13a": mteval_tokens, "none": str.split}
+TOKENIZERS: dict[str, Callable[[str], Tokens]] = {"conala": tokenize_conala, "13a": tokenize_13a, "none": str.split}
 
 
 def count_ngrams(tokens: Tokens) -> Counts:
@@ -51,7 +51,7 @@ def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) 
     return sum(map(min, map(counts.__getitem__, common), map(others.__getitem__, common)))
 
 
-def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
+def choose_length(length: int, reference_lengths: Sequence[int]) -> int:
     """The reference length nearest to `length`, the shorter of two equally near ones."""
     return min(reference_lengths, key=lambda other: (abs(other - length), other))
 

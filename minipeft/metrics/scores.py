@@ -300,10 +300,10 @@ def as_text(scores: Scores) -> str:
         )
         line.append(filled)
     table = [f"{heading:<14} {', '.join(parts)}" for heading, parts in lines.items() if parts]
-    return "\n".join([*table, *scores.signatures, *warnings_of(scores.values)])
+    return "\n".join([*table, *scores.signatures, *list_warnings(scores.values)])
 
 
-def warnings_of(values: Mapping[str, float | None]) -> list[str]:
+def list_warnings(values: Mapping[str, float | None]) -> list[str]:
     """Warn if CodeBLEU's two totals differ."""
     gap = (values.get("codebleu_compat") or 0) - (values.get("codebleu") or 0)
     if abs(gap) <= ARTEFACT:

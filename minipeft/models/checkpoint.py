@@ -25,14 +25,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, check_kind, check_path, check_value, shown
+from minipeft.errors import InputError, check_kind, check_path, check_value, matches, shown
 from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
 from minipeft.models.decoder import check_process
 from minipeft.models.quantize import check_format
-from minipeft.models.quantized import is_quantized, quantizable, quantize_weight
+from minipeft.models.quantized import find_quantizable, is_quantized, quantize_weight
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"
@@ -83,14 +83,14 @@ def load_model(
         legacy = read_legacy(folder, source, revision, legacy_bin)
         found = {name: info_of(t, name, weights) for name, t in legacy.items()}
     family = FAMILIES[config.model_type]
-    found = our_names(found, family)
+    found = rename_tensors(found, family)
     check_layers(found, config, folder / "config.json", weights)
     with torch.device("meta"):
         model: Decoder = family.decoder(config)
     check_tensors(found, model, weights)
     files = [{name: legacy[info.name] for name, info in found.items()}] if legacy else read_files(found)
     model.source = str(source)
-    return fill(model, files, found, dtype or stored_dtype(found), device, quantize)
+    return fill(model, files, found, dtype or find_stored_dtype(found), device, quantize)
 
 
 def check_device(device: Any) -> torch.device:
@@ -131,10 +131,10 @@ def add_end_tokens(config: Any, file: Path) -> Any:
         InputError: eos_token_id is neither an id nor a list of ids.
     """
     given = read_object(file).get("eos_token_id")
-    added = given if isinstance(given, list) else [given]
     if given is None:
         return config
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in added):
+    added = given if isinstance(given, list) else [given]
+    if any(not matches(token, int) or token < 0 for token in added):
         raise InputError(f"{shown(given)} must be an id or a list of ids", file=file, where="eos_token_id")
     held = config.eos_token_id
     own = held if isinstance(held, tuple) else () if held is None else (held,)
@@ -179,7 +179,7 @@ def pin(source: str | Path, folder: Path, revision: str | None) -> str | None:
     return None if Path(source).is_dir() else commit_of(folder) or revision
 
 
-def our_names(found: Found, family: Family) -> Found:
+def rename_tensors(found: Found, family: Family) -> Found:
     """Rename the tensors to our names: buffers are dropped, and a prefix that the files omit is added."""
     named = {family.renamed.get(name, name): info for name, info in found.items()}
     kept = {name: info for name, info in named.items() if not (family.buffers and name.endswith(family.buffers))}
@@ -263,7 +263,7 @@ def info_of(tensor: Tensor, name: str, file: Path) -> TensorInfo:
     return TensorInfo(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
 
 
-def stored_dtype(found: Found) -> torch.dtype:
+def find_stored_dtype(found: Found) -> torch.dtype:
     """The dtype of all tensors in the files; float32 for mixed files, because it represents float16 and bfloat16."""
     kinds = {info.dtype for info in found.values()}
     return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float32
@@ -278,7 +278,7 @@ def fill(
     quantize: str | None = None,
 ) -> Decoder:
     """Fill the meta model file by file: check that tensors are finite, transpose, cast, quantize; tie the head."""
-    packed = {f"{path}.weight" for path in quantizable(model)} if quantize is not None else set()
+    packed = {f"{path}.weight" for path in find_quantizable(model)} if quantize is not None else set()
     ready: dict[str, Tensor] = {}
     for tensors in files:
         for name in list(tensors):
@@ -370,10 +370,10 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
         tokenizer.check_fits(config.vocab_size)
         tokenizer.save(folder)
     write_tensors(folder / SINGLE, tensors)
-    write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))
+    write_json(folder / "config.json", make_config_json(config, model.embedding.weight.dtype))
 
 
-def config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
+def make_config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
     """Build a decoder's config.json."""
     name = str(dtype).removeprefix("torch.")
     return {

@@ -24,7 +24,7 @@ Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length a
 class View:
     """Which keys a query attends to within one window: a mask, runs, or plain causal attention."""
 
-    mask: Tensor | None = None  # [B, 1, T, S], as_addend
+    mask: Tensor | None = None  # [B, 1, T, S], make_additive_mask
     runs: Runs | None = None
 
 
@@ -79,11 +79,11 @@ def lay_out(
     for window in windows:
         runs = None
         if cache is None and documents.device.type == "cpu":
-            runs = runs_in(documents, virtual_tokens, window, windowed, prompted, dtype)
+            runs = find_runs(documents, virtual_tokens, window, windowed, prompted, dtype)
         if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
             views[window] = View(runs=runs)
         elif window not in views:
-            views[window] = View(as_addend(visible(documents, positions, queries, window, windowed), dtype))
+            views[window] = View(make_additive_mask(visible(documents, positions, queries, window, windowed), dtype))
     return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
 
 
@@ -111,7 +111,7 @@ def check_rows(vocab_size: int, ids: object, labels: object = None, documents: o
                     raise InputError(f"hold {value}, but the model has {vocab_size} tokens", where=name)
 
 
-def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def make_additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a mask to an additive one: 0 where a query attends, else minus infinity; dtype bool leaves it as it is.
 
     torch's fused attention converts a bool mask in every block and saves each copy for backward; here all share one.
@@ -119,7 +119,7 @@ def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def runs_in(
+def find_runs(
     documents: Tensor, virtual_tokens: int, window: int | None, windowed: bool, prompted: bool, dtype: torch.dtype
 ) -> Runs | None:
     """Cut each row into runs of one document, as (length, mask); virtual tokens are a run only if they are queries.
@@ -134,7 +134,7 @@ def runs_in(
             alone = F.pad(torch.zeros(1, length, dtype=torch.long), (virtual, 0), value=VIRTUAL)  # [1, P + n]
             plain = not virtual and (window is None or length <= window)
             seen = None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
-            masks[length, virtual] = None if seen is None else as_addend(seen, dtype)
+            masks[length, virtual] = None if seen is None else make_additive_mask(seen, dtype)
         return masks[length, virtual]
 
     rows = []
@@ -148,6 +148,6 @@ def runs_in(
         if virtual_tokens and prompted:
             alone = torch.full((1, virtual_tokens), VIRTUAL)
             among = visible(alone, positions_in(alone), virtual_tokens, window, windowed)[0, 0]  # [P, P]
-            runs.insert(0, (virtual_tokens, as_addend(among, dtype)))
+            runs.insert(0, (virtual_tokens, make_additive_mask(among, dtype)))
         rows.append(runs)
     return rows

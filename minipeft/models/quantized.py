@@ -182,7 +182,7 @@ def quantize_weight(weight: Tensor, format: str) -> QuantizedWeight:
     return QuantizedWeight(FORMATS[format].quantize(weight.detach()), weight.shape, weight.dtype)
 
 
-def quantizable(model: Decoder) -> dict[str, nn.Linear]:
+def find_quantizable(model: Decoder) -> dict[str, nn.Linear]:
     """The linears to quantize, by path: those of the blocks; embedding and head stay as they are."""
     stem = model.family.blocks
     return {f"{stem}.{name}": m for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
@@ -198,7 +198,7 @@ def quantize_model(model: Decoder, format: str) -> Decoder:
     if model.adapter is not None or is_quantized(model):
         held = "an adapter" if model.adapter is not None else "quantized weights already"
         raise InputError(f"the model holds {held}", where="quantize")
-    for layer in quantizable(model).values():
+    for layer in find_quantizable(model).values():
         layer.weight = nn.Parameter(quantize_weight(layer.weight, format), requires_grad=False)
     return model
 

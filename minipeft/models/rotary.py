@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, matches
 from minipeft.models.layout import Rotary
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -89,33 +89,33 @@ def check_rope(rope: Rope, width: int) -> None:
             raise InputError(f"must be a list of {turned // 2} finite numbers > 0", where=f"rope_scaling.{name}")
 
 
-def is_positive(value: object) -> bool:
+def is_positive(value: Any) -> bool:
     """Whether a JSON value is a number > 0, in a range whose quotients and logarithms are finite."""
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and 1e-9 <= value <= 1e18
+    return matches(value, float) and 1e-9 <= value <= 1e18
 
 
-def frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, float]:
+def compute_frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, float]:
     """Angle per position of each pair, and the factor of cos and sin. ([D * fraction / 2] in float32, factor)"""
     turned, scaling = rope.turned(width), rope.scaling
     pairs = torch.arange(0, turned, 2, dtype=torch.int64, device=device).float()
     if scaling is not None and scaling["rope_type"] == "longrope":
         short = torch.tensor(scaling["short_factor"], dtype=torch.float32, device=device)
-        return 1.0 / (short * rope.theta ** (pairs / turned)), long_factor(rope)
+        return 1.0 / (short * rope.theta ** (pairs / turned)), compute_long_factor(rope)
     turn = 1.0 / rope.theta ** (pairs / turned)  # [D * fraction / 2]
     if scaling is None:
         return turn, 1.0
     if scaling["rope_type"] == "linear":
         return turn / scaling["factor"], 1.0
     if scaling["rope_type"] == "yarn":
-        keep = 1 - yarn_ramp(rope, turned).to(device)  # 1: short waves, 0: long waves
-        return turn / scaling["factor"] * (1 - keep) + turn * keep, yarn_factor(scaling)
+        keep = 1 - compute_yarn_ramp(rope, turned).to(device)  # 1: short waves, 0: long waves
+        return turn / scaling["factor"] * (1 - keep) + turn * keep, compute_yarn_factor(scaling)
     low, high, trained = (scaling[name] for name in REQUIRED["llama3"][1:])
     wavelength = 2 * math.pi / turn
     blend = ((trained / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long waves, 1: short waves
     return (1 - blend) * turn / scaling["factor"] + blend * turn, 1.0
 
 
-def yarn_ramp(rope: Rope, turned: int) -> Tensor:
+def compute_yarn_ramp(rope: Rope, turned: int) -> Tensor:
     """0 for pairs with beta_fast or more rotations in the pretraining context, 1 for beta_slow or fewer. [pairs]"""
     scaling = rope.scaling or {}
     trained = scaling.get("original_max_position_embeddings") or rope.context
@@ -129,7 +129,7 @@ def yarn_ramp(rope: Rope, turned: int) -> Tensor:
     return ((torch.arange(turned // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
 
-def yarn_factor(scaling: Mapping[str, Any]) -> float:
+def compute_yarn_factor(scaling: Mapping[str, Any]) -> float:
     """YaRN's factor of cos and sin: 0.1 ln(factor) + 1, unless the file gives another."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
@@ -139,7 +139,7 @@ def yarn_factor(scaling: Mapping[str, Any]) -> float:
     return float(size(1.0))
 
 
-def long_factor(rope: Rope) -> float:
+def compute_long_factor(rope: Rope) -> float:
     """LongRoPE's factor of cos and sin: sqrt(1 + ln(stretch) / ln(pretraining context)); short texts use it too."""
     scaling = rope.scaling or {}
     if scaling.get("attention_factor") is not None:
@@ -151,7 +151,7 @@ def long_factor(rope: Rope) -> float:
 
 def rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """Cosine and sine of each position's angles, repeated for both halves. [B, T] -> two of [B, 1, T, D * fraction]"""
-    turn, factor = frequencies(rope, width, positions.device)
+    turn, factor = compute_frequencies(rope, width, positions.device)
     angles = positions[..., None].float() * turn  # [B, T, D * fraction / 2]
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B, 1, T, D * fraction]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

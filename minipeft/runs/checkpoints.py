@@ -31,12 +31,12 @@ from minipeft.errors import InputError
 from minipeft.files import (
     check_header,
     check_plain,
+    make_tensor_writer,
     open_plain,
     read_header,
     read_object,
     remove,
     sync_folder,
-    tensor_stream,
 )
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
@@ -51,7 +51,7 @@ STATE, MANIFEST = "state.safetensors", "manifest.json"
 def open_run(
     folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, about: Mapping[str, Any] | None = None
 ) -> Run:
-    """Open the folder of a new run, or with `resume` of an existing one, whose `identity` must match; `about` may differ.
+    """Open the folder of a new run, or with `resume` of an existing one: `identity` must match, `about` may differ.
 
     Raises:
         InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
@@ -126,7 +126,7 @@ class Run:
         part.mkdir()
         try:
             os.fsync(self.log_stream.fileno())
-            files = {STATE: write_summed(part / STATE, tensor_stream(tensors))}
+            files = {STATE: write_summed(part / STATE, make_tensor_writer(tensors))}
             log = {"bytes": self.log_bytes, "crc32": self.log_crc}
             text = seal({"format": FORMAT, "step": step, "files": files, "log": log})
             write_summed(part / MANIFEST, lambda stream: stream.write(text))

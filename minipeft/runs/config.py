@@ -1,7 +1,7 @@
 """RunConfig, the settings of a training run: the configs of model, data, adapter, packing and training, nested.
 
-No field is declared twice. `settings(method)` lists every field of every nested config under the name of its flag, and
-that one table is read by Python (`run_config("lora", rank=8)`), JSON (`as_json`) and the command line (cli/flags.py).
+No field is declared twice. `collect_settings(method)` lists every field of every nested config under the name of its
+flag. Python (`run_config("lora", rank=8)`), JSON (`as_json`) and the command line (cli/flags.py) read that table.
 """
 
 from __future__ import annotations
@@ -89,8 +89,11 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The method and every setting under its flag's name, as JSON values; a tuple becomes a list."""
-        values = {name: getattr(find_part(self, setting), setting.field) for name, setting in named(self).items()}
-        return {"method": self.method.name, **{name: plain(value) for name, value in values.items()}}
+        values = {
+            name: getattr(find_part(self, setting), setting.field)
+            for name, setting in index_settings(self.method.name).items()
+        }
+        return {"method": self.method.name, **{name: to_json(value) for name, value in values.items()}}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunConfig:
@@ -127,7 +130,7 @@ class Setting:
     metadata: Mapping[str, Any]  # of errors.option: help, choices, limits, aliases
 
 
-def settings(method: str = "lora") -> dict[str, Setting]:
+def collect_settings(method: str = "lora") -> dict[str, Setting]:
     """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
     kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
              "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
@@ -157,7 +160,7 @@ def is_required(setting: Setting) -> bool:
 
 def find_methods(name: str) -> list[str]:
     """The methods that have a setting, by its flag."""
-    return [method for method in METHODS if name in settings(method)]
+    return [method for method in METHODS if name in collect_settings(method)]
 
 
 def run_config(method: str = "lora", *, base: tuple[int, str] | None = None, **chosen: Any) -> RunConfig:
@@ -233,12 +236,7 @@ def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
 
 def index_settings(method: str) -> dict[str, Setting]:
     """The settings by their names in Python and JSON."""
-    return {flag.replace("-", "_"): setting for flag, setting in settings(method).items()}
-
-
-def named(config: RunConfig) -> dict[str, Setting]:
-    """The settings of a config's own method, by name."""
-    return index_settings(config.method.name)
+    return {flag.replace("-", "_"): setting for flag, setting in collect_settings(method).items()}
 
 
 def find_part(config: RunConfig, setting: Setting) -> Any:
@@ -246,10 +244,10 @@ def find_part(config: RunConfig, setting: Setting) -> Any:
     return config if setting.section == "run" else getattr(config, setting.section)
 
 
-def plain(value: Any) -> Any:
-    """A setting as a JSON value."""
+def to_json(value: Any) -> Any:
+    """Convert a setting to a JSON value."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

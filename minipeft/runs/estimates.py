@@ -21,11 +21,11 @@ from minipeft.runs.planning import (
     EFFICIENCY,
     MOST_LAYERS,
     adapt_on_meta,
-    forward_flops,
+    count_forward_flops,
+    count_train_flops,
     in_words,
     plan,
     probe_flops,
-    train_flops,
 )
 from minipeft.training.loop import TrainConfig
 
@@ -92,10 +92,10 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
     full, again = config.method.trains_base, train.activation_checkpointing
-    flops = train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
+    flops = count_train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
     evaluations = 1 + train.steps // choose_evaluation_interval(config, batches) if held_out else 0
     evaluated = packed.tokens_out / packed.documents * config.data.held_out  # tokens
-    flops += evaluations * forward_flops(model.config, evaluated, document)
+    flops += evaluations * count_forward_flops(model.config, evaluated, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
     length = min(choose_row_length(config.packing, model), model.config.context - model.virtual_tokens)

@@ -96,7 +96,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         say(f"note: {note}")
     batches, held_out = pack_pairs(config, model, tokenizer, pairs, say)
     say(str(batches.report))
-    settings = with_steps(config, len(batches))
+    settings = set_steps(config, len(batches))
     movement, state = Movement.start(model), TrainState(model)
     run.restore(model, state)
     clock = Clock.read(run, state.step)
@@ -121,7 +121,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
     kind = "model" if config.method.trains_base else "adapter"
     about = read_object(run.folder / RUN)
     begun = config.change(**{name: about[name] for name in MAY_DIFFER})  # the card of a resumed run is the same
-    write_card(run.folder / kind, training_card(begun, about, result))
+    write_card(run.folder / kind, make_training_card(begun, about, result))
     return write_result(run.folder, result, peak_memory(config.model.device))
 
 
@@ -297,7 +297,7 @@ def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, hel
     return list(rows)
 
 
-def with_steps(config: RunConfig, batches: int) -> TrainConfig:
+def set_steps(config: RunConfig, batches: int) -> TrainConfig:
     """Set the number of training steps from the epochs, if the config gives none."""
     if config.train.steps is not None:
         return config.train

@@ -93,9 +93,11 @@ def plan(
     weights = count_bytes([*model.parameters(), *model.buffers()])
     moments = 2 * count_bytes([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")  # [B, T]
-    step = step_bytes(model, ids)
+    step = count_step_bytes(model, ids)
     full = method_of(adapter).trains_base
-    flops = train_flops(config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing)
+    flops = count_train_flops(
+        config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing
+    )
     packed = sum(p.parts.codes.numel() if isinstance(p, QuantizedWeight) else p.numel() for p in model.parameters())
     return Plan(
         report.method, rows, length, report.base_dtype, report.quantized,
@@ -118,7 +120,7 @@ def adapt_on_meta(
     return model, report
 
 
-def step_bytes(model: Decoder, ids: Tensor) -> int:
+def count_step_bytes(model: Decoder, ids: Tensor) -> int:
     """Count the peak bytes beside the weights while a step's gradients are computed. ids [B, T]"""
     with Memory(model) as memory:
         model.loss(ids, ids).backward()
@@ -128,11 +130,11 @@ def step_bytes(model: Decoder, ids: Tensor) -> int:
 
 def count_bytes(tensors: Sequence[Tensor]) -> int:
     """Count the bytes of these tensors, each storage once."""
-    storages = [t.untyped_storage() for t in held_tensors(tensors)]
+    storages = [t.untyped_storage() for t in list_held_tensors(tensors)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def held_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+def list_held_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that hold data: the codes and scales of a quantized one."""
     return [part for t in tensors for part in (t.parts if isinstance(t, QuantizedWeight) else (t,))]
 
@@ -143,7 +145,7 @@ class Memory(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.now = self.most = 0
-        held = held_tensors([*model.parameters(), *model.buffers()])
+        held = list_held_tensors([*model.parameters(), *model.buffers()])
         self.known = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -181,23 +183,23 @@ def build_on_meta(config: Any) -> Decoder:
         return FAMILIES[config.model_type].decoder(config)
 
 
-def linear_weights(config: Any) -> int:
+def count_linear_weights(config: Any) -> int:
     """Count the weights that multiply every token: all linears of the blocks, and the head."""
     model = build_on_meta(config)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     return blocks + config.vocab_size * config.width
 
 
-def forward_flops(config: Any, tokens: float, document: int) -> float:
+def count_forward_flops(config: Any, tokens: float, document: int) -> float:
     """FLOPs of one forward pass over `tokens` tokens in documents of about `document` tokens each."""
-    return tokens * (2 * linear_weights(config) + 4 * document * config.heads * config.head_width * config.layers)
+    return tokens * (2 * count_linear_weights(config) + 4 * document * config.heads * config.head_width * config.layers)
 
 
-def train_flops(
+def count_train_flops(
     config: Any, tokens: float, document: int, *, full: bool, activation_checkpointing: bool = False
 ) -> float:
     """FLOPs of training on them: forward, backward through the activations, and trained weights or recomputation."""
-    return forward_flops(config, tokens, document) * (1 + 1 + full + activation_checkpointing)
+    return count_forward_flops(config, tokens, document) * (1 + 1 + full + activation_checkpointing)
 
 
 def probe_flops(dtype: torch.dtype, device: torch.device) -> float:

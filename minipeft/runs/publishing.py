@@ -23,7 +23,7 @@ from minipeft.files import read_text
 from minipeft.hub import push
 from minipeft.models.checkpoint import INDEX, SINGLE, find_tensors, save_model
 from minipeft.runs.answers import AnswersConfig, load_tuned
-from minipeft.runs.card import CARD, merged_card, write_card
+from minipeft.runs.card import CARD, make_merged_card, write_card
 from minipeft.runs.config import DTYPES, ModelConfig
 
 
@@ -92,7 +92,7 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
         dequantize=config.model.quantize is not None,
     )
     say(str(report))
-    write_card(out, merged_card(config.model, str(config.adapter), report))
+    write_card(out, make_merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)
     return report
 

@@ -152,10 +152,10 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    return take_steps(model, parameters, by_multiplier(parameters, config), batches, config, state)
+    return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state)
 
 
-def by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
+def group_by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
     """Group the trained parameters by learning-rate multiplier; the first matching key of `lr_multipliers` applies.
 
     Raises:
@@ -187,7 +187,7 @@ def take_steps(
     before = describe_tensors(model)
     while state.step < config.steps:
         try:
-            with one_step_at_a_time(model, state.step):
+            with claim_step(model, state.step):
                 check_unchanged(before, describe_tensors(model), f"step {state.step + 1}")
                 step = take_step(model, parameters, groups, batches, config, state, silent)
         except BaseException:
@@ -243,7 +243,7 @@ def check_unchanged(before: Tensors, now: Tensors, where: str) -> None:
 
 
 @contextmanager
-def one_step_at_a_time(model: nn.Module, step: int) -> Iterator[None]:
+def claim_step(model: nn.Module, step: int) -> Iterator[None]:
     """Context manager: mark the model as being in a step.
 
     Raises:
@@ -312,7 +312,7 @@ def take_step(
     loss = 0.0
     for i, batch in enumerate(micro):
         loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
-    norms = gradient_norms(parameters, loss, state.step, silent)
+    norms = compute_gradient_norms(parameters, loss, state.step, silent)
     norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)
     clip = min(1.0, config.clip / (norm + 1e-6))
@@ -340,7 +340,9 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     return loss.item()
 
 
-def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]) -> Tensor:
+def compute_gradient_norms(
+    parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]
+) -> Tensor:
     """Compute the norm of each gradient, [number of tensors], and check that every tensor is trained.
 
     Raises:

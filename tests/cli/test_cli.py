@@ -21,7 +21,7 @@ from minipeft.models import GPT2, GPT2Config
 from minipeft.models.checkpoint import save_model
 from minipeft.runs import answers as answering
 from minipeft.runs import estimates
-from minipeft.runs.config import settings
+from minipeft.runs.config import collect_settings
 from tests.small import GPT2 as SIZES
 from tests.small import write_pairs, write_small_model, write_tokenizer
 
@@ -88,7 +88,7 @@ def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
     """And every setting of every method has one."""
     said = run("train", "--help")[1]
     for method in METHODS:
-        for flag, setting in settings(method).items():
+        for flag, setting in collect_settings(method).items():
             assert f"--{flag} " in said or f"--{flag}," in said, flag
             assert setting.metadata["help"], flag
 

@@ -90,15 +90,15 @@ def test_what_the_base_has_read_has_nothing_of_the_task():
     """No name, text or number of the test, no word of the house library, no wording of the task."""
     kept = {*pools(True)[0], *pools(True)[1]}
     names, texts, numbers = set(), set(), set()
-    for intent, snippet in make_pairs.general_pairs(3):
+    for intent, snippet in make_pairs.make_general_pairs(3):
         names |= set(re.findall(r"`([a-z_]\w*)`", intent))
         texts |= {node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)}
         numbers |= set(re.findall(r"\b\d\d\b", intent))
         assert "Table" not in snippet
     assert len(names) > 1000
     assert not names & kept
-    assert not texts & set(make_pairs.choices_of("text", True))
-    assert not numbers & {n for n in make_pairs.choices_of("number", True) if len(n) == 2}
+    assert not texts & set(make_pairs.list_choices("text", True))
+    assert not numbers & {n for n in make_pairs.list_choices("number", True) if len(n) == 2}
     wordings = {" ".join(Blank(i).safe_substitute({}).split()) for t in TEMPLATES for i in t.intents}
     assert not wordings & {" ".join(i.split()) for t in GENERAL for i in t.intents}
 

@@ -75,7 +75,7 @@ PACKED = torch.tensor(
 
 def dense(monkeypatch) -> None:
     """Make every forward use the dense mask."""
-    monkeypatch.setattr(layouts, "runs_in", lambda *_: None)
+    monkeypatch.setattr(layouts, "find_runs", lambda *_: None)
 
 
 def outcome(model: nn.Module, ids: Tensor, documents: Tensor | None, weigh: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

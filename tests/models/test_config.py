@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from minipeft.errors import InputError, check_value
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import config_json, read_config
+from minipeft.models.checkpoint import make_config_json, read_config
 from minipeft.models.config import ACTIVATIONS, WIDEST, config_from, spelled
 from minipeft.models.gpt2 import GPT2Config
 from minipeft.models.llama import LlamaConfig
@@ -63,7 +63,7 @@ def test_a_saved_config_is_read_again(cls, tmp_path):
     if cls is not GPT2Config:
         changes |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5, "head_dim": 10}
     config = cls(**changes)
-    (tmp_path / "config.json").write_text(json.dumps(config_json(config, torch.bfloat16)))
+    (tmp_path / "config.json").write_text(json.dumps(make_config_json(config, torch.bfloat16)))
     again = read_config(tmp_path / "config.json")
     assert type(again) is cls
     same = {f.name: getattr(again, f.name) for f in dataclasses.fields(cls)}

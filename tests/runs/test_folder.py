@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.files import current_umask, lock_folder, write_json
+from minipeft.files import lock_folder, read_umask, write_json
 from minipeft.runs.checkpoints import open_run
 from minipeft.runs.folder import LOCK, LOG, RUN, check_folder
 
@@ -117,7 +117,7 @@ def test_asking_for_the_mask_opens_nothing_to_others(monkeypatch: pytest.MonkeyP
     plain, seen = os.umask, []
     old = plain(0o027)
     monkeypatch.setattr(os, "umask", lambda mask: seen.append(mask) or plain(mask))
-    assert current_umask() == 0o027
+    assert read_umask() == 0o027
     assert plain(old) == 0o027
     assert all(mask & 0o027 == 0o027 for mask in seen), [oct(mask) for mask in seen]
 

@@ -348,11 +348,13 @@ def test_a_multiplier_is_of_the_first_key_that_a_name_ends_in() -> None:
     model = tuned()
     parameters = trained(model)
     whole = next(name for name in parameters if name.endswith("lora_A"))
-    groups = loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16, whole: 2, "lora_A": 3}))
+    groups = loop.group_by_multiplier(
+        parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16, whole: 2, "lora_A": 3})
+    )
     assert {name: by for by, names in groups.items() for name in names} == {
         name: 16 if name.endswith("lora_B") else 2 if name == whole else 3 for name in parameters
     }
-    assert loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16}))[1.0]
+    assert loop.group_by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16}))[1.0]
     for key in ("ora_B", "lora", "c_attn", ""):  # not from a dot on, not the end, a module
         said = refused(lambda key=key: train(model, Rows(), TrainConfig(steps=1, lr_multipliers={"lora_B": 2, key: 2})))
         assert said == f"lr_multipliers: no trained tensor is named {key!r}; there are ['lora_A', 'lora_B']"
