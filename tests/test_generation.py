@@ -1,4 +1,4 @@
-"""Generation: with the cache as without, in a batch as alone, and token by token as transformers does."""
+"""Generation: equal with and without the cache, in a batch and alone, and to transformers token by token."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def family(request):
 
 
 def tuned(family, adapter, seed=0):
-    """A random decoder with an adapter that has moved away from its start."""
+    """A random decoder with an adapter away from its init."""
     model = MAKERS[family]()
     generator = torch.Generator().manual_seed(seed)
     model.initialize(generator)
@@ -257,7 +257,7 @@ def test_every_family_is_here():
 
 
 def test_one_text_is_no_list_of_prompts():
-    """Its letters would be answered one by one."""
+    """Each letter would be answered as a prompt."""
     with pytest.raises(InputError, match="prompts: 'hello' must be a list of texts"):
         generate(MAKERS["gpt2"](), Letters(), "hello")
 

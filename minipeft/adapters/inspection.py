@@ -1,4 +1,4 @@
-"""What a folder holds, an adapter or a model, from its JSON and the headers of its tensors: nothing is loaded."""
+"""Describe the folder of an adapter or a model from its JSON and safetensors headers; no tensor is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minipeft.models.checkpoint import find_tensors, read_config, rename_tensors
 
 
 def describe(folder: str | Path) -> dict[str, object]:
-    """What the adapter or model folder holds, by name; `as_table` formats it.
+    """Describe an adapter or model folder as entries by name; `as_table` formats them.
 
     Raises:
         InputError: the folder holds neither, or a file in it is damaged.
@@ -90,7 +90,7 @@ def as_table(description: Mapping[str, object]) -> str:
 
 
 def as_text(value: object) -> str:
-    """A value as the table shows it."""
+    """Format a value for the table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "yes" if value is True else f"{value:,}" if isinstance(value, int) else str(value)

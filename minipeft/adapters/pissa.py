@@ -3,8 +3,8 @@
     W = U S V^T;    A0 = sqrt(S_r / s) V_r^T,   B0 = U_r sqrt(S_r / s)      r largest of S, s = alpha / r
     y = x (W - s B0 A0)^T + s (x A^T) B^T                                 A, B start as A0, B0: a no-op at first
 
-The paper puts the residual W - s B0 A0 in the place of W. Here W keeps its bytes, and the residual is a second, frozen
-pair in the same product; it is what makes a file that any reader of plain LoRA understands, of rank 2r:
+The paper replaces W by the residual W - s B0 A0. Here W keeps its bytes, and the initial pair is subtracted in the same
+product, as a second, frozen pair; so the adapter can be saved as plain LoRA of rank 2r:
 
     s B A - s B0 A0 = s [B, -B0] [A ; A0]
 """

@@ -1,4 +1,4 @@
-"""Which linears an adapter adapts: what `targets` and `layers` of a config name in a model.
+"""Find the linears that `targets` and `layers` of a config name in a model.
 
 "all-linear"                every linear of the blocks, never the head
 "default"                   HF PEFT's choice for the family and the method
@@ -22,7 +22,7 @@ NAMES = re.compile(r"[\w.,-]+")  # on the command line: a list of names; other t
 
 
 def parse_targets(text: str) -> Targets:
-    """Targets as they are written on the command line.
+    """Parse targets from the command line.
 
     "all-linear" and "default" stay; letters, digits, "_", "-", "." and commas alone are a list of names
     ("q_proj,attn.c_proj"); any other text is a regular expression over the whole path.

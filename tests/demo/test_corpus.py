@@ -1,4 +1,4 @@
-"""What the demo model reads: each kind of document cut from a file written here, and who is held out."""
+"""The demo model's corpus: each kind of document from a file written here, and the held-out files."""
 
 import ast
 import textwrap

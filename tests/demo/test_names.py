@@ -1,4 +1,4 @@
-"""Names for the demo's pairs: none is a Python keyword, none stands in both splits, the plurals are English."""
+"""Names for the demo's pairs: no Python keyword, no name in two splits, English plurals."""
 
 import keyword
 

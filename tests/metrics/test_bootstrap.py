@@ -1,4 +1,4 @@
-"""The bootstrap against one written out: every resample's answers laid side by side and scored by sacrebleu."""
+"""The bootstrap against a literal one: sacrebleu scores the answers of every resample."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""config.json's fields: types, limits, what is passed over; the activations; the shapes of real configs."""
+"""config.json's fields: types, limits, ignored keys; the activations; the shapes of real configs."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def test_activations_are_transformers_own(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_are_transformers_own(family):
-    """An empty config.json means the same to both: each of our fields has the value that transformers gives it."""
+    """For an empty config.json each of our fields has transformers' default."""
     import transformers
 
     theirs = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family]().to_dict()

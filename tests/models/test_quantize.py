@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits against bitsandbytes, to the bit, and what a quantized weight does and refuses."""
+"""Weights in 4 and 8 bits against bitsandbytes, to the bit, and the supported operators of a quantized weight."""
 
 import copy
 import gc
@@ -115,7 +115,7 @@ def test_products_are_those_of_the_values(format, shape, monkeypatch):
 
 
 def test_no_dense_copy_stays(monkeypatch):
-    """What is dequantized in forward and backward is one block at a time, and freed."""
+    """Forward and backward dequantize one block at a time and free it."""
     made = []
     dense = QuantizedWeight.dense
 

@@ -1,4 +1,4 @@
-"""The model card: what it says of a run, its YAML, and its command, which makes the same run."""
+"""The model card: its entries, its YAML, and its command, which makes the same run."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""The run folder: its files are its own, never links, and are as private as the user's mask says."""
+"""The run folder: its files are never links, and have the permissions of the user's umask."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ IDENTITY = {"arguments": {"seed": 0}}
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """What a hostile run folder would like to have overwritten: a file and a folder of the user's."""
+    """The targets of a hostile run folder's links: a file and a folder of the user's."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home/file").write_text("precious")
     (tmp_path / "home/step-000001").mkdir()
@@ -51,7 +51,7 @@ def test_a_link_in_a_run_folder_is_refused_and_not_followed(
 
 
 def test_a_dangling_link_is_refused_too(tmp_path: Path, precious: Path) -> None:
-    """Opening it for writing would make the file that it names."""
+    """Opening it for writing would create the file that it names."""
     out = tmp_path / "run"
     out.mkdir()
     (out / LOCK).symlink_to(precious / "new")

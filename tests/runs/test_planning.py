@@ -103,7 +103,7 @@ ROWS, LENGTH = 3, 384
 
 
 def profiled(config, adapter, dtype, activation_checkpointing):
-    """The most bytes that torch's allocator had given out in a real step, beside what stood before it."""
+    """The peak bytes of torch's allocator in a real step, above the level before it."""
     model = {"gpt2": GPT2, "llama": Llama}[config.model_type](config).to(dtype)
     model.initialize(torch.Generator().manual_seed(0))
     add_adapter(model, adapter)

@@ -174,7 +174,7 @@ def test_a_grid_needs_two_inits_at_two_rates():
 
 
 def test_the_held_out_pairs_are_whole_and_apart(model, stories):
-    """However short the training rows are, held-out pairs are not cut and do not see each other."""
+    """However short the training rows are, held-out pairs are not cut and are isolated."""
     tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
     for kind in ("all", "response"):
         rows = pack_held_out(PackConfig(length=24, loss_mask=kind), base, tokenizer, pairs)

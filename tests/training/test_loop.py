@@ -1,4 +1,4 @@
-"""The loop: exact resume, gradient accumulation, AdamW's equation, and what it refuses."""
+"""The loop: exact resume, gradient accumulation, AdamW's equation, and its errors."""
 
 import copy
 import dataclasses
@@ -361,7 +361,7 @@ def test_a_multiplier_is_of_the_first_key_that_a_name_ends_in() -> None:
 
 
 def test_a_multiplier_multiplies_the_update() -> None:
-    """AdamW's first step has the size of its rate, whatever the gradient (eps and weight decay aside)."""
+    """AdamW's first step has the size of the learning rate, whatever the gradient (eps and weight decay aside)."""
     moved = {}
     for by in (1.0, 16.0):
         model = tuned()
