@@ -13,7 +13,7 @@ Each key column has an owner in `documents` (int64): 0, 1, 2, ... a document; PA
                                              1     # #       # #
                                              .     # #           #      (padding sees itself: no softmax is empty)
 
-Positions follow from the owners too, so that nobody has to pass them: each document begins at P, padding stands at 0.
+Positions are derived from the owners, so that no caller passes them: each document begins at P, padding has position 0.
 A sliding window (Beltagy et al. 2020; Jiang et al. 2023) does not hide virtual tokens unless `windowed` says so.
 """
 

@@ -80,4 +80,4 @@ class Method:
     peft: PeftFormat | None = None  # None: it has no adapter files (full tuning)
     backend: Callable[[Decoder, Any], str] | None = None  # which kernel computes it here
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other names: {"dora": {"dora": True}}
-    trains_base: bool = False  # full tuning: nothing is added; the weights are what is trained and saved
+    trains_base: bool = False  # full tuning: adds nothing, trains and saves the weights

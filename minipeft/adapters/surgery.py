@@ -43,7 +43,7 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
     stands in memory at a time.
 
     Raises:
-        InputError: a weight is also another's (tied), or what is merged would not be finite in the weight's dtype.
+        InputError: a weight is tied to another module's, or the merged weight would not be finite in its dtype.
     """
     check_ties(model, layers)
     largest, missed, whole = 0.0, 0.0, 0.0

@@ -41,10 +41,10 @@ def parse_targets(text: str) -> Targets:
 
 
 def check_targets(config: Any) -> None:
-    """Check a config's `targets`, and its `layers` where it has them.
+    """Check a config's `targets`, and its `layers` if it has that field.
 
     Raises:
-        InputError: there are none, or `layers` stands beside a regular expression.
+        InputError: `targets` is empty, or `layers` is combined with a regular expression.
     """
     targets, layers = config.targets, getattr(config, "layers", None)
     if not targets or (isinstance(targets, tuple) and not all(targets)):

@@ -35,7 +35,7 @@ def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
 
 
 def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, repeated or cut so that there are `length`; a BOS that the tokenizer adds stands first, once.
+    """The ids of `text`, repeated or cut to `length`; a BOS that the tokenizer adds comes first, once.
 
     Raises:
         InputError: there is no tokenizer, or no token in the text.

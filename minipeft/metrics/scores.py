@@ -82,7 +82,7 @@ class Score:
     higher_is_better: bool | None = None  # None: neither is
     table: str = "scores"  # the page's table that shows it: scores, answers; "": none
     rank: int = 0  # in the terminal's table, which shows the smallest ranks that fit; 0: never
-    heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
+    heading: str = ""  # its line in `minipeft score`; "": a separate line under its label
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
     absent: str = ""  # there, where the value is None
     language: str = ""  # of the references that it means something for: python, text; "": any

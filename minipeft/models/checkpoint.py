@@ -56,7 +56,7 @@ def load_model(
 
     `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no
     safetensors file. `quantize` ("nf4", "int8") holds the linears of the blocks in 4 or 8 bits (quantize.py); they
-    are quantized one by one, so that no more than one file's weights stand beside them.
+    are quantized one by one, so that at most one file's weights are in memory unquantized.
 
     Raises:
         InputError: anything missing, unexpected, wrongly shaped, not finite, or not supported; names file and tensor.

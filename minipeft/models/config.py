@@ -32,7 +32,7 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
     """Fill a family's config dataclass from the object of config.json; unknown keys have no effect and are ignored.
 
     Raises:
-        InputError: a field has the wrong type or value, or asks for what is not implemented.
+        InputError: a field has the wrong type or value, or is an unsupported setting.
     """
     if given.get("quantization_config") is not None:
         raise InputError("quantized weights are not supported", where="quantization_config")
