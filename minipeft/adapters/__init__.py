@@ -282,7 +282,7 @@ def merge_adapter(
 def measure_again(
     model: Decoder, packed: Mapping[str, QuantizedWeight], format: str, comparison: Comparison
 ) -> dict[str, Any]:
-    """Compare the merged model, quantized again, with the unmerged one: fields of MergeReport. The model is unchanged."""
+    """Compare the merged model, quantized again, with the unmerged one: fields of MergeReport. Restores the model."""
     merged = {path: model.get_parameter(f"{path}.weight") for path in packed}
     put_weights(model, {path: quantize_weight(weight, format) for path, weight in merged.items()})
     again = comparison.measure(model)
