@@ -177,7 +177,7 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "load_model: device None": (lambda p: minipeft.load_model(p.folder / "model", device=None), "device: None must be text"),  # type: ignore[arg-type]
     "load_tokenizer: a list": (lambda p: minipeft.load_tokenizer([]), "source: [] must be a path"),  # type: ignore[arg-type]
     "load_tokenizer: surrogate": (lambda p: minipeft.load_tokenizer("\ud800"), "source: '\\ud800': holds a lone surrogate"),
-    "load_adapter: None": (lambda p: minipeft.load_adapter(llama(p), None), "folder: None must be a path"),  # type: ignore[arg-type]
+    "load_adapter: None": (lambda p: minipeft.load_adapter(llama(p), None), "source: None must be a path"),  # type: ignore[arg-type]
     "save_adapter: a number": (lambda p: minipeft.save_adapter(p.model, 5), "folder: 5 must be a path"),  # type: ignore[arg-type]
     "save_adapter: NUL": (lambda p: minipeft.save_adapter(p.model, "a\0"), "folder: 'a\\x00': holds a NUL"),
     "save_model: None": (lambda p: minipeft.save_model(llama(p), None), "folder: None must be a path"),  # type: ignore[arg-type]
