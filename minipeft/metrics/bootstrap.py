@@ -65,9 +65,9 @@ def bootstrap_bleu(
         if len(counts) != number:
             raise InputError(f"paired systems have {number} and {len(counts)} questions", where="base")
     whole, draws = draw_questions(number, resamples, seed)
-    value, values = mean_bleu(runs, whole), mean_bleu(runs, draws)  # [1], [R]
+    value, values = compute_mean_bleu(runs, whole), compute_mean_bleu(runs, draws)  # [1], [R]
     if base is not None:
-        value, values = value - mean_bleu(base, whole), values - mean_bleu(base, draws)
+        value, values = value - compute_mean_bleu(base, whole), values - compute_mean_bleu(base, draws)
     return summarize(value, values, confidence, compared=base is not None)
 
 

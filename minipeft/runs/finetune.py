@@ -32,7 +32,7 @@ from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
-from minipeft.runs.card import CARD, training_card, write_card
+from minipeft.runs.card import CARD, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
@@ -153,7 +153,7 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
         mark = time.perf_counter()
         for step in log_error(train(model, work.batches, settings, state), run, state):
             clock = clock.add(step, time.perf_counter() - mark)
-            entry = log_entry(step)
+            entry = make_log_entry(step)
             final = step.number == settings.steps
             if work.held_out and (step.number % every == 0 or final):
                 entry["dev_loss"] = evaluate(model, work.held_out)
@@ -216,7 +216,7 @@ class Clock:
         return replace(self, saves=saves)
 
 
-def log_entry(step: Step) -> dict[str, Any]:
+def make_log_entry(step: Step) -> dict[str, Any]:
     """Build the log object of a step."""
     names = {"step": "number", "loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm",
              "tokens": "tokens", "targets": "targets"}  # fmt: skip
