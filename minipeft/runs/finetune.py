@@ -32,7 +32,7 @@ from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
-from minipeft.runs.card import CARD, write_card
+from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate

@@ -17,7 +17,7 @@ from minipeft.adapters import method_named, method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.execution import PROTECTION
-from minipeft.runs.config import run_config
+from minipeft.runs.config import collect_settings, run_config
 from minipeft.runs.process import ProcessConfig
 from minipeft.study import prefix_experiment
 from minipeft.study.cells import ZERO_SHOT, Cell
