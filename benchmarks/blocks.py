@@ -112,7 +112,7 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, dict[str, fl
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {', '.join(worse)}", extra=extra)
     extra |= {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tflops": work / row.median}
     extra["of_ceiling"] = work / row.median / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
+    extra |= {f"faster than {name}": measure.compare_speed(row, name) for name in row.ratios if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 

@@ -123,7 +123,7 @@ def judge(row: measure.Row, errors: dict[str, float]) -> measure.Row:
     checked = {"error": errors[variant], "peft_error": errors["peft, adapter_names"]}
     if checked["error"] > 1.25 * checked["peft_error"] + 1e-7:
         return dataclasses.replace(row, ratio=0.0, note="FAIL", extra=dict(checked))
-    extra["faster than peft"] = measure.faster(row, "peft, adapter_names")
+    extra["faster than peft"] = measure.compare_speed(row, "peft, adapter_names")
     return dataclasses.replace(row, extra=extra | checked)
 
 

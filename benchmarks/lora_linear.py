@@ -162,12 +162,12 @@ def judge(row: measure.Row, checks: dict[str, Check]) -> measure.Row:
     tflops = 2e-12 * m * k * n * (2 if "backward" in row.benchmark else 1) / row.median  # of the frozen product alone
     extra: dict[str, object] = {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tflops": tflops}
     extra["of_ceiling"] = tflops / float(str(row.surroundings["ceiling_tflops"]))
-    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
+    extra |= {f"faster than {name}": measure.compare_speed(row, name) for name in row.ratios if "peft" in name}
     variant = row.variant.removesuffix(graph) if graph else row.variant
     if variant not in checks:
         return dataclasses.replace(row, extra=extra)
     mine, peer = checks[variant], checks["peft, same dtype"]
-    shown = {"errors": mine.errors, "peft_errors": peer.errors, "gradient_norms": mine.norms}
+    shown = {"errors": mine.errors, "peft_errors": peer.errors, "compute_gradient_norms": mine.norms}
     worse = [name for name in mine.errors if mine.errors[name] > 1.25 * peer.errors[name] + 1e-7]
     if worse or not all(norm > 0 for norm in mine.norms.values()):
         return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL: {worse}", extra=shown)

@@ -103,7 +103,7 @@ def measure(
     if not busy and not device.startswith("cuda"):
         wait_for_rest()
     clock = choose_clock(threads)
-    around = surroundings(device, dtype, threads)
+    around = describe_conditions(device, dtype, threads)
     warmups = (25 if device.startswith("cuda") else 2) if warmups is None else warmups
     first = next(iter(variants))
     variants = {**variants, AGAIN: variants[first]}
@@ -118,18 +118,20 @@ def measure(
         for label in order:
             times[label].append(_round(variants[label], counts[label], device, clock))
     memory = {
-        label: peak_bytes(call, device) for label, call in variants.items()
+        label: measure_peak_bytes(call, device) for label, call in variants.items()
     }  # measured separately: it disturbs the time
     again, base = times.pop(AGAIN), times[first]
     twice = [a / b for a, b in zip(base, again)]
-    noise = max(abs(statistics.median(twice) - 1), (quantile(twice, 0.8) - quantile(twice, 0.2)) / 2)
+    noise = max(
+        abs(statistics.median(twice) - 1), (interpolate_quantile(twice, 0.8) - interpolate_quantile(twice, 0.2)) / 2
+    )
     shared = {
         "shape": shape,
         "dtype": dtype,
         "device": describe_device(device),
-        "versions": versions(packages),
-        "commit": commit(),
-        "command": command(),
+        "versions": read_versions(packages),
+        "commit": read_commit(),
+        "command": format_command(),
         "note": note,
         "rounds": rounds,
         "surroundings": {"clock": _clock_name(device, clock), **around, "noise": round(noise, 4)},
@@ -139,8 +141,8 @@ def measure(
             benchmark=name,
             variant=label,
             median=statistics.median(taken),
-            p20=quantile(taken, 0.2),
-            p80=quantile(taken, 0.8),
+            p20=interpolate_quantile(taken, 0.2),
+            p80=interpolate_quantile(taken, 0.8),
             best=min(taken),
             ratios={other: statistics.median(a / b for a, b in zip(times[other], taken)) for other in times},
             calls=counts[label],
@@ -158,7 +160,7 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def faster(row: Row, other: str) -> float | str:
+def compare_speed(row: Row, other: str) -> float | str:
     """Return how many times faster a row is than another variant, or "no difference" within the noise of the run."""
     times = row.ratios[other]
     return times if abs(times - 1) > float(str(row.surroundings["noise"])) else "no difference"
@@ -175,7 +177,7 @@ def show_rows(rows: Sequence[Row]) -> None:
         print(f"{label} {row.median * 1e3:10.3f} ms {spread:24} {said:>13}{busy}")
 
 
-def quantile(values: Sequence[float], share: float) -> float:
+def interpolate_quantile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of the sorted values lie, interpolated."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
@@ -184,7 +186,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+def read_versions(packages: Sequence[str] = ()) -> dict[str, str]:
     """Return the versions of Python and of each package, "absent" for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *packages):
@@ -195,7 +197,7 @@ def versions(packages: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
-def commit() -> str:
+def read_commit() -> str:
     """Return the measured commit, with "+changes" if tracked files differ from it."""
     here = Path(__file__).resolve().parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout
@@ -219,7 +221,7 @@ def describe_device(device: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
-def overload() -> float:
+def measure_overload() -> float:
     """Return the 1-minute load average above the limit of a busy machine; <= 0 is idle enough."""
     return os.getloadavg()[0] - (os.cpu_count() or 1) - BUSY
 
@@ -230,7 +232,7 @@ def wait_for_rest() -> None:
     Raises: SystemExit if it is not within PATIENCE seconds.
     """
     waited = 0.0
-    while (over := overload()) > 0:
+    while (over := measure_overload()) > 0:
         if waited >= PATIENCE:
             raise SystemExit(
                 f"not measured: the load average is {over:.1f} above {(os.cpu_count() or 1) + BUSY} and a busy "
@@ -241,13 +243,13 @@ def wait_for_rest() -> None:
         waited += WAIT
 
 
-def surroundings(device: str, dtype: str, threads: int) -> dict[str, object]:
+def describe_conditions(device: str, dtype: str, threads: int) -> dict[str, object]:
     """Return the conditions of a measurement: load, peak rates of the machine, a GPU's driver and clocks."""
     found: dict[str, object] = {
         "threads": threads,
         "load": round(os.getloadavg()[0], 1),
-        "busy": overload() > 0,
-        **ceilings(device, dtype if dtype in FLOATS else FLOATS[0], threads),
+        "busy": measure_overload() > 0,
+        **measure_peak_rates(device, dtype if dtype in FLOATS else FLOATS[0], threads),
     }
     if device.startswith("cuda"):
         asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
@@ -258,7 +260,7 @@ def surroundings(device: str, dtype: str, threads: int) -> dict[str, object]:
 
 
 @functools.cache
-def ceilings(device: str, dtype: str, threads: int) -> dict[str, float]:
+def measure_peak_rates(device: str, dtype: str, threads: int) -> dict[str, float]:
     """Measure the peak rates of the device: TFLOP/s of a product (8192^3; 1024^3 on a CPU), GB/s of a copy."""
     import torch
 
@@ -322,7 +324,7 @@ def record_graph(call: Callable[[], object], sets: int) -> Callable[[], object]:
     return lambda: next(turn).replay()
 
 
-def command() -> str:
+def format_command() -> str:
     """Return the command line, absolute paths reduced to file names."""
     words = [Path(sys.executable).name, *sys.argv]
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
@@ -355,7 +357,7 @@ def _clock_name(device: str, clock: Callable[[], float]) -> str:
     return "cuda events" if device.startswith("cuda") else clock.__name__
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
+def measure_peak_bytes(call: Callable[[], object], device: str) -> int:
     """Return the peak memory of a call above the level before it: the allocator's on a GPU, resident pages on Linux.
 
     Elsewhere 0: getrusage gives the peak of the whole process, which includes other variants.

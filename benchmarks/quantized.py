@@ -38,11 +38,11 @@ def child(variant: str, source: str, data: str) -> None:
     """Load, report memory and loss, then make a step or decode for each line read."""
     import minipeft
     from minipeft.models.loss import count_targets
-    from minipeft.models.quantized import QuantizedWeight, quantizable
+    from minipeft.models.quantized import QuantizedWeight, find_quantizable
 
     dtype, quantize = VARIANTS[variant]
     model = minipeft.load_model(source, dtype=DTYPES[dtype], quantize=quantize)
-    weights = [layer.weight for layer in quantizable(model).values()]
+    weights = [layer.weight for layer in find_quantizable(model).values()]
     held = sum(w.nbytes_held() if isinstance(w, QuantizedWeight) else w.nbytes for w in weights)
     tokenizer = minipeft.load_tokenizer(source)
     examples = minipeft.encode_pairs(minipeft.load_pairs(data), tokenizer)
@@ -92,8 +92,8 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
             benchmark="LoRA step" if job == "step" else f"{DECODED} tokens decoded at batch 1",
             variant=v,
             median=statistics.median(t),
-            p20=measure.quantile(t, 0.2),
-            p80=measure.quantile(t, 0.8),
+            p20=measure.interpolate_quantile(t, 0.2),
+            p80=measure.interpolate_quantile(t, 0.8),
             rounds=options.rounds,
             calls=1,
             ratio=statistics.median(a / b for a, b in zip(times[job, "bf16"], t)),
@@ -101,8 +101,8 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
             dtype=VARIANTS[v][0],
             device=measure.device_name("cpu"),
             memory_bytes=about[v]["held"],
-            versions=measure.versions(),
-            commit=measure.commit(),
+            versions=measure.read_versions(),
+            commit=measure.read_commit(),
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/quantized.py",
             note="ratio: bf16's time over this one's, processor seconds; memory_bytes: of the blocks' linears",
             extra={"bits a weight": 8 * about[v]["held"] / about[v]["weights"], "untuned loss": about[v]["loss"]},
@@ -126,11 +126,11 @@ def errors_by_layer(source: str, file: Path) -> None:
 
     import minipeft
     from minipeft.models.quantize import FORMATS
-    from minipeft.models.quantized import quantizable, quantize_weight
+    from minipeft.models.quantized import find_quantizable, quantize_weight
 
     model = minipeft.load_model(source)
     found: dict[str, dict[str, float]] = {format: {} for format in FORMATS}
-    for path, layer in quantizable(model).items():
+    for path, layer in find_quantizable(model).items():
         weight = layer.weight.detach().float()
         for format in FORMATS:
             missed = quantize_weight(weight, format).dequantize() - weight

@@ -180,7 +180,7 @@ def judge(row: measure.Row, kept: dict[str, int], checks: dict[str, tuple[float,
         if (abs(loss - theirs) > 1e-3 * theirs and "peft" not in variant) or not norm > 0:
             return dataclasses.replace(row, ratio=0.0, note=f"{row.note}; FAIL".removeprefix("; "), extra=extra)
     extra |= {"times_frozen": 1 / row.ratios[f"frozen{graph}"], "tokens_per_second": tokens / row.median}
-    extra |= {f"faster than {name}": measure.faster(row, name) for name in row.ratios if "peft" in name}
+    extra |= {f"faster than {name}": measure.compare_speed(row, name) for name in row.ratios if "peft" in name}
     return dataclasses.replace(row, extra=extra)
 
 

@@ -3,7 +3,7 @@
     python examples/lora_from_scratch.py          # some seconds on a CPU; step through it with `python -m pdb`
 
 A tiny Llama first learns to count up by 1 (modulo 10). Then its weights are frozen, and LoRA teaches it to count up by
-3: the same network, a little added. minipeft.LoRAConfig does the same with a fused kernel, for any model it loads.
+3. minipeft.LoRAConfig does the same with a fused kernel, for any model it loads.
 """
 
 import torch
@@ -24,7 +24,7 @@ class LoRA(nn.Module):
         self.linear = linear  # W [out, in], frozen
         self.A = nn.Parameter(torch.randn(RANK, linear.in_features) * linear.in_features**-0.5)  # [r, in], random
         self.B = nn.Parameter(torch.zeros(linear.out_features, RANK))  # [out, r], zero: so B A = 0, nothing changes
-        self.scale = ALPHA / RANK  # so that alpha need not be tuned again when r changes
+        self.scale = ALPHA / RANK  # alpha need not be tuned again when r changes
 
     def forward(self, x: Tensor) -> Tensor:
         s = x @ self.A.t()  # [B, T, r]: x seen through r directions only
@@ -57,7 +57,7 @@ def train(model: nn.Module, step: int, updates: int, rate: float) -> None:
 
 @torch.no_grad()
 def show(model: nn.Module) -> None:
-    """Say what the model can do now."""
+    """Print the model's losses on both tasks."""
     print(f"   loss when counting by 1: {loss_of(model, counting(1)):.4f}, by 3: {loss_of(model, counting(3)):.4f}")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     (model := Llama(config)).initialize(torch.Generator().manual_seed(0))
     ids = counting(3, rows=4)
 
-    print(f"1. the base, {sum(p.numel() for p in model.parameters()):,} numbers, learns to count by 1")
+    print(f"1. the base, {sum(p.numel() for p in model.parameters()):,} parameters, learns to count by 1")
     train(model, step=1, updates=150, rate=1e-2)
     show(model)
 
@@ -82,20 +82,20 @@ def main() -> None:
     for (parent, name, _), lora in zip(places, adapters):
         setattr(parent, name, lora)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"   {len(adapters)} linears, {count:,} numbers to train; logits change by {(model(ids) - before).abs().max()}"
-    )
+    print(f"   {len(adapters)} linears, {count:,} new parameters; logits change by {(model(ids) - before).abs().max()}")
 
     print("3. train A and B alone to count by 3")
     train(model, step=3, updates=150, rate=1e-2)
     show(model)
     assert all(torch.equal(p, old) for p, old in zip(base, frozen))
-    print("   every number of the base is what it was")
+    print("   the parameters of the base are unchanged")
 
-    print("4. what was learned: the update of a weight, as large as the weight, has rank r")
+    print("4. the update of a weight has the weight's shape, but rank r")
     update = (first := adapters[0]).scale * (first.B @ first.A)  # [out, in]
     values = ", ".join(f"{v:.2f}" for v in torch.linalg.svdvals(update)[: RANK + 2])
-    print(f"   {update.numel():,} numbers made of {first.A.numel() + first.B.numel()}; singular values {values}, ...")
+    print(
+        f"   {update.numel():,} entries, {first.A.numel() + first.B.numel()} parameters; singular values {values}, ..."
+    )
 
     print("5. merge: W + (alpha / r) B A is a plain linear again, as fast as the base")
     adapted = model(ids)

@@ -1,12 +1,12 @@
-"""Prefix-tuning (Li & Liang 2021) in one page: train a tiny decoder, freeze it, and teach it by P columns alone.
+"""Prefix-tuning (Li & Liang 2021) on one page: train a tiny decoder, freeze it, and train P virtual tokens.
 
-The base learns to count up after the token UP and down after DOWN. Then rows come without either, and all count down:
-the frozen base cannot know. In each layer a prefix puts P learned keys and values before those of the row:
+The base learns to count up after the token UP and down after DOWN. The rows of the new task have neither token, and all
+count down, which the frozen base cannot know. In each layer a prefix puts P trained keys and values before the row's:
 
     k, v = [prefix_k ; k], [prefix_v ; v]        every token sees the P columns, then itself and what came before
 
-(No positions here: counting needs none. Where there are, the columns stand at 0 .. P-1 and the row begins at P.)
-Run it with the name of an SVG file to get a picture of where each token looks; it takes a few seconds on one core.
+(This decoder has no positions: counting needs none. With positions the virtual tokens have 0 .. P-1 and the row begins
+at P.) Run it with the name of an SVG file for a picture of the attention weights; it takes a few seconds on one core.
 """
 
 import sys
@@ -22,7 +22,7 @@ DOWNWARDS = -torch.ones(32, dtype=torch.long)
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP; `prefix` [2, H, P, D] are the layer's learned keys and values."""
+    """Causal attention and an MLP; `prefix` [2, H, P, D] are the layer's trained keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, prefix: Tensor | None) -> Tensor:
         rows, tokens, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(rows, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        self.cached = torch.stack([k, v])  # what decoding keeps of a text: what a prefix can start from
+        self.cached = torch.stack([k, v])  # the decode cache of a text: the text init of a prefix
         if prefix is not None:
             key, value = prefix[:, None].expand(-1, rows, -1, -1, -1)  # two of [B, H, P, D]
             k, v = torch.cat([key, k], dim=2), torch.cat([value, v], dim=2)  # [B, H, P + T, D]
@@ -69,7 +69,7 @@ def loss_of(model: Decoder, ids: Tensor, prefix: Tensor | None = None) -> Tensor
 
 
 def train(model: Decoder, rate: float, steps: int, prefix: nn.Parameter | None = None) -> tuple[float, float]:
-    """Adam, on the prefix where there is one, else on all of the model; returns the first loss and the last."""
+    """Train with Adam, the prefix if there is one, else the whole model; returns the first and the last loss."""
     optimizer, losses = torch.optim.Adam(model.parameters() if prefix is None else [prefix], lr=rate), []
     for _ in range(steps):
         told = prefix is None
@@ -82,13 +82,13 @@ def train(model: Decoder, rate: float, steps: int, prefix: nn.Parameter | None =
 
 
 def keys_and_values(model: Decoder, text: list[int]) -> Tensor:
-    """What each layer's attention holds of a text: the start of a prefix. [L, 2, H, P, D]"""
+    """The keys and values of a text in each layer: the text init of a prefix. [L, 2, H, P, D]"""
     model(torch.tensor([text]))
     return torch.stack([block.cached[:, 0] for block in model.blocks]).detach()
 
 
 def draw(weights: Tensor, side: int = 22) -> str:
-    """Attention weights [T, P + T] as an SVG: a line is a token that looks, a column what it sees, red the prefix."""
+    """Attention weights [T, P + T] as an SVG: rows are queries, columns keys, the prefix in red."""
     squares = [
         f'<rect x="{s * side}" y="{t * side}" width="{side}" height="{side}" stroke="#ccc" '
         f'fill="{"#b03060" if s < P else "#204a87"}" fill-opacity="{weight:.2f}"/>'
@@ -105,12 +105,12 @@ def main(picture: list[str]) -> None:
     print(f"not told the direction: {loss_of(model, rows_of(DOWNWARDS, told=False)).item():.3f} nats per digit")
     text, ids = keys_and_values(model, [DOWN] * P), rows_of(DOWNWARDS, told=False)
     written = model(torch.cat([torch.full((32, P), DOWN), ids], dim=1))[:, P:]
-    print(f"started from a text, a prefix is that text: {(model(ids, text) - written).abs().max().item():.0e} apart")
+    print(f"with text init a prefix equals that text: {(model(ids, text) - written).abs().max().item():.0e} apart")
     wrong, noise = keys_and_values(model, [UP] * P), torch.randn(LAYERS, 2, HEADS, P, WIDTH // HEADS)
     for name, start, rate in [("N(0, 1)", noise, 2e-4), ("N(0, 1)", noise, 5e-2), ("zeros", 0 * noise, 5e-2),
                               ("UP UP UP", wrong, 5e-2), ("DOWN DOWN DOWN", text, 5e-2)]:  # fmt: skip
         first, last = train(model, rate, 60, prefix := nn.Parameter(start.clone()))
-        print(f"start {name:<15} rate {rate:.0e}   {first:.3f} -> {last:.3f}")
+        print(f"init {name:<15} learning rate {rate:.0e}   {first:.3f} -> {last:.3f}")
     model(ids[:1], prefix)
     if picture:  # the last layer's attention, heads averaged
         Path(picture[0]).write_text(draw(model.blocks[-1].weights[0].mean(dim=0)))

@@ -1,6 +1,6 @@
 """Pretrain the demo model (minipeft/demo/model): a small GPT-2 on Python sources, from nothing, on one CPU core.
 
-    python examples/pretrain_demo.py --out runs/one      # stop it at any time: the same line goes on
+    python examples/pretrain_demo.py --out runs/one      # stop it at any time: the same command resumes
     python examples/pretrain_demo.py --out runs/two --start runs/one/model --pairs 60 --rate 1e-3 --steps 0
 
 The first stage reads Python sources (minipeft/demo/corpus.py): a byte-level BPE is trained on them, documents are
@@ -34,13 +34,13 @@ def prepare(a: argparse.Namespace) -> tuple[Batches, Batches, Tokenizer]:
     folder, kept = a.out / "model", a.out / "corpus.safetensors"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = list(corpus.documents(corpus.source_files()[: a.files]))
+        documents = list(corpus.documents(corpus.list_source_files()[: a.files]))
         random.Random(a.seed).shuffle(documents)
         if a.start is None:
             backend = corpus.train_tokenizer([d.text for d in documents if not d.held_out], a.vocab)
         else:
             backend = minipeft.load_tokenizer(a.start).backend
-            documents = [*documents[: a.sources], *corpus.pair_documents(a.pairs, a.seed)]
+            documents = [*documents[: a.sources], *corpus.make_pair_documents(a.pairs, a.seed)]
             random.Random(a.seed).shuffle(documents)
         corpus.save_tokenizer(backend, folder, a.length)
         tensors = {}
@@ -72,7 +72,7 @@ def tensors_of(model: GPT2, state: minipeft.TrainState) -> dict[str, torch.Tenso
 
 
 def save(file: Path, model: GPT2, state: minipeft.TrainState, log: list[dict]) -> None:
-    """Write the whole run in one file, by rename: a kill leaves the old one or the new one."""
+    """Write the whole run to one file, by rename: a kill leaves the old or the new file."""
     save_file(tensors_of(model, state), file.with_suffix(".part"), metadata={"log": json.dumps(log)})
     file.with_suffix(".part").rename(file)
 
@@ -94,9 +94,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rate", type=float, default=2e-3, help="the peak (default: %(default)s)")
     parser.add_argument("--files", type=int, help="read only the first so many files")
-    parser.add_argument("--start", help="second stage: a folder or hub id of the model to go on from")
+    parser.add_argument("--start", help="second stage: a folder or hub id of the model to continue from")
     parser.add_argument("--pairs", type=int, default=60, help="second stage: times that each wording is filled")
-    parser.add_argument("--sources", type=int, default=6000, help="second stage: documents of the first to read again")
+    parser.add_argument(
+        "--sources", type=int, default=6000, help="second stage: number of the first stage's documents to read again"
+    )
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     sizes = {"vocab": 4096, "width": 256, "layers": 4, "heads": 4, "length": 512}
     for name, default in {**sizes, "rows": 4, "steps": 6557, "save_every": 100, "seed": 0}.items():

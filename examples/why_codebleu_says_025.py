@@ -1,4 +1,4 @@
-"""Why an empty answer scores CodeBLEU 0.25: the score in its parts, on the pairs below or on a file of your own.
+"""Why an empty answer scores CodeBLEU 0.25: the parts of the score, on the pairs below or on your own file.
 
     python examples/why_codebleu_says_025.py [conala-paired-test.json]
 
@@ -35,16 +35,16 @@ The codebleu package, which many papers use, computes the last quarter as
 
     theta * (dataflow_match_score or 1)
 
-This was meant for references without data flow, such as `pass`: nothing to match, so nothing is missed. But in Python
-`0 or 1` is 1. So an answer that matches NONE of the data flow gets ALL of that quarter: 0.25 for empty answers,
-for end-of-text tokens, for a model that has collapsed into `!!!!`. That is not a score; it is the weight theta.
+This was meant for references without data flow, such as `pass`, which no answer can miss. But in Python `0 or 1` is 1.
+So an answer that matches NONE of the data flow gets ALL of that quarter: 0.25 for empty answers, for end-of-text
+tokens, for a model that repeats `!!!!`. This value is not a match but the weight theta.
 """
 
 THEN = """
 Read the rows from the top: empty answers score above answers that share real variables with their reference, because a
-small match is a small number while no match at all counts as 1. minipeft's score is the strict one: a miss is 0, and
-where no reference has any data flow, that part is None and the other three share its weight. The package's number is
-shown beside it as `compat`, for comparison with published tables. Where the two differ, trust the strict one.
+small match is a small value while no match at all counts as 1. minipeft's score is the strict one: no match is 0, and
+if no reference has any data flow, that part is None and the other three share its weight. The package's score is shown
+beside it as `compat`, for comparison with published tables. If the two differ, trust the strict one.
 """
 
 

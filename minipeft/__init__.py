@@ -1,6 +1,6 @@
 """minipeft: parameter-efficient fine-tuning from scratch in plain PyTorch.
 
-The names below stand in the order of the walk: load a model, add an adapter, pack data, train, generate, score.
+The names below are in the order of use: load a model, add an adapter, pack data, train, generate, score.
 """
 
 from minipeft.adapters import (

@@ -1,4 +1,4 @@
-"""Who owns a column of a row, who sees whom, and positions: the one rule that data, models and generation share.
+"""Document ids, visibility and positions: the attention rule that data, models and generation share.
 
 Each key column has an owner in `documents` (int64): 0, 1, 2, ... a document; PADDING nobody; VIRTUAL a virtual token
 (of a prefix or a prompt), which every document sees:
@@ -13,7 +13,7 @@ Each key column has an owner in `documents` (int64): 0, 1, 2, ... a document; PA
                                              1     # #       # #
                                              .     # #           #      (padding sees itself: no softmax is empty)
 
-Positions follow from the owners too, so that nobody has to pass them: each document begins at P, padding stands at 0.
+Positions are derived from the owners, so that no caller passes them: each document begins at P, padding has position 0.
 A sliding window (Beltagy et al. 2020; Jiang et al. 2023) does not hide virtual tokens unless `windowed` says so.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 PADDING = -1
 VIRTUAL = -2
-IGNORED = -100  # a label without loss, as in torch's cross_entropy
+IGNORED = -100  # label excluded from the loss, as in torch's cross_entropy
 
 
 def positions_in(documents: Tensor) -> Tensor:
@@ -53,5 +53,5 @@ def visible(documents: Tensor, positions: Tensor, queries: int, window: int | No
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed below 2**63 for one purpose, from the run's seed and what the purpose is: the same on every machine."""
+    """Derive a seed below 2**63 from the run's seed and the name of its use; the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""InputError, the one exception for what a caller's input did; and the checks of fields and arguments by their kind.
+"""InputError, the exception for invalid input, and the checks of config fields and function arguments.
 
 A config is a frozen dataclass. Each field declares in one place what it may hold and what it means:
 
@@ -8,8 +8,8 @@ and `check_fields(self)`, in `__post_init__`, checks all of them: the kind by th
 The command line makes a flag of each field (cli/flags.py). Arguments of functions pass the same checks: `check_value`
 with an annotation, `check_items` for lists of texts and of objects, `check_path`.
 
-    int, float    a Python number; a boolean is none, nor is a scalar of torch or numpy (but float64, a Python float).
-                  Computations run in float32: what would be 0 or infinite there is refused
+    int, float    a Python number, not a boolean, a torch scalar or a numpy scalar (except float64, a Python float).
+                  Computations run in float32: a number that underflows to 0 or overflows there is refused
     str           without NUL and without half of a surrogate pair, which no file, tokenizer or path can hold
     tuple         a tuple or list, never a text
 """
@@ -33,7 +33,7 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of float32, normal and fin
 
 
 class InputError(ValueError):
-    """What the caller gave cannot be used; the text says which file or argument, where in it, why, and what to do.
+    """Invalid input; the text names the file or argument, the place in it, the problem and the remedy.
 
     The parts that are known are joined as `FILE: WHERE: PROBLEM. HINT`. The command line prints this text after
     `error: ` and ends with status 2; nothing half-written is left behind.
@@ -44,15 +44,15 @@ class InputError(ValueError):
     ):
         place = [str(part) for part in (file, where) if part is not None]
         text = ": ".join([*place, problem])
-        if len(text) > LONGEST_TEXT:  # it repeats a value of megabytes
+        if len(text) > LONGEST_TEXT:  # a message may quote a value of megabytes
             text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
         whole = text if hint is None else f"{text}. {hint}"
         super().__init__(escape(whole))
 
 
 def escape(text: str, kept: str = "") -> str:
-    """The text with everything unprintable escaped but the characters of `kept`: a name out of a file may hold a line
-    end, a terminal's escape sequence, a mark that reverses the order of what follows, or half a character."""
+    """Escape all unprintable characters except those in `kept`: a name from a file may hold a newline, a terminal
+    escape sequence, a bidirectional control character or a lone surrogate."""
     return "".join(sign if sign.isprintable() or sign in kept else repr(sign)[1:-1] for sign in text)
 
 
@@ -72,9 +72,9 @@ def option(
 ) -> Any:
     """Declare a field of a config: its default, what it means, its range, and its flag where that has another name.
 
-    `least` and `most` belong to the range, `above` and `below` do not. `limit`: a number that only memory and time
-    bound, and that nobody needs above this. `flag`: "virtual-tokens" for a field `length`; "" for a field without a
-    flag. `factory` makes a default that must not be shared.
+    `least` and `most` are inclusive bounds, `above` and `below` exclusive ones. `limit`: an upper bound on a number
+    that only memory and time limit. `flag`: "virtual-tokens" for a field `length`; "" for a field without a flag.
+    `factory` makes a mutable default.
     """
     metadata = {"help": help, "flag": flag, "aliases": aliases, "choices": None if choices is None else tuple(choices),
                 "least": least, "most": most, "above": above, "below": below, "limit": limit}  # fmt: skip
@@ -145,7 +145,7 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
 
 
 def matches(value: object, hint: Any) -> bool:
-    """Whether a value is of the plain kind of an annotation; an integer is a float, a boolean is neither."""
+    """Whether a value has the type of an annotation; an integer matches float, a boolean neither int nor float."""
     plain = typing.get_origin(hint) or hint
     if isinstance(value, bool):
         return plain is bool
@@ -159,7 +159,7 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
         InputError: `WHERE: VALUE must be an integer >= 1`, `... must be in [0, 1)`, ...
     """
     least, most, above, below = (limits.get(name) for name in ("least", "most", "above", "below"))
-    wanted = described(kind, least, most, above, below)
+    wanted = format_range(kind, least, most, above, below)
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     v: Any = value
     if not number or v != v or (kind is int and abs(v) >= 2**63):
@@ -175,16 +175,17 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
     if limit is not None and v > limit:
         raise InputError(f"{shown(value)} is beyond the limit of {limit:,}", where=where)
     if kind is float and (abs(v) > LARGEST or (above == 0 and v < SMALLEST)):
-        finite = isinstance(v, float) and math.isfinite(v)  # then it is float32 that cannot hold it
+        finite = isinstance(v, float) and math.isfinite(v)  # in range, but not in float32's
         raise InputError(f"{shown(value)} must be {wanted}{' in float32' if finite else ''}", where=where)
 
 
-def described(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
-    """A range as a reader knows it."""
+def format_range(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
+    """Format a range for an error: "an integer >= 1", "in [0, 1)"."""
     low, high = least if least is not None else above, most if most is not None else below
     noun = "an integer" if kind is int else "finite and"
     if low is not None and high is not None:
-        ends = f"{'[' if least is not None else '('}{power(low)}, {power(high)}{']' if most is not None else ')'}"
+        start, stop = "(" if least is None else "[", ")" if most is None else "]"
+        ends = f"{start}{format_bound(low)}, {format_bound(high)}{stop}"
         return f"an integer in {ends}" if kind is int else f"in {ends}"
     if low is not None:
         return f"{noun} {'>=' if least is not None else '>'} {low:g}"
@@ -193,8 +194,8 @@ def described(kind: type, least: float | None, most: float | None, above: float 
     return noun if kind is int else "a finite number"
 
 
-def power(number: float) -> str:
-    """A limit; 2^63 and not 9223372036854775808."""
+def format_bound(number: float) -> str:
+    """Format a bound: 2^63 instead of 9223372036854775808."""
     return f"2^{int(number).bit_length() - 1}" if number >= 2**20 and int(number).bit_count() == 1 else f"{number:g}"
 
 
@@ -228,9 +229,9 @@ def check_characters(text: str, where: str) -> None:
 
 
 def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) -> list[T]:
-    """The entries of a list (or any sequence) of texts, or of objects of a class, as a list.
+    """Check a list (or any sequence) of texts, or of objects of a class, and return it as a list.
 
-    One text is not a list of texts. A generator is refused: it cannot be counted, and may have no end.
+    A single text is refused, and so is a generator: it has no length and may be infinite.
 
     Raises:
         InputError: `WHERE: VALUE must be a list of ...`, `WHERE[N]: VALUE must be ...`.
@@ -251,7 +252,7 @@ def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) 
 
 
 def check_kind(value: object, kind: Any, where: str) -> None:
-    """Check that an argument is text, or an object of a class; what a text holds is not looked at.
+    """Check that an argument is text, or an object of a class; the text itself is not checked.
 
     Raises:
         InputError: `WHERE: VALUE must be text`, `WHERE: VALUE must be a TrainConfig`.
@@ -261,7 +262,7 @@ def check_kind(value: object, kind: Any, where: str) -> None:
 
 
 def check_methods(value: object, names: Iterable[str], kind: str, where: str) -> None:
-    """Check that an argument has what is asked of it: it need not be an object of our own class.
+    """Check that an argument has the required methods; its class does not matter.
 
     Raises:
         InputError: `WHERE: VALUE must be a Tokenizer`.
@@ -271,7 +272,7 @@ def check_methods(value: object, names: Iterable[str], kind: str, where: str) ->
 
 
 def check_memory(size: int, where: str) -> None:
-    """Check that so many bytes are no more than this machine's memory: an allocation may otherwise end the process.
+    """Check that an allocation fits in this machine's memory; a larger one may end the process.
 
     Raises:
         InputError: with both numbers.
@@ -282,10 +283,10 @@ def check_memory(size: int, where: str) -> None:
 
 
 def check_path(value: object, where: str) -> Path:
-    """The path that a text or path object names.
+    """Convert a text or path object to a Path.
 
     Raises:
-        InputError: it is neither, is empty, or holds what no path can.
+        InputError: another type, an empty text, or characters that no path can hold.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
@@ -301,12 +302,12 @@ def check_path(value: object, where: str) -> Path:
 
 
 def article(noun: str) -> str:
-    """The noun after "a" or "an"."""
+    """The noun with its article, "a" or "an"."""
     return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def shown(value: object, most: int = 200) -> str:
-    """A value in an error, cut where it is long: a caller may have given megabytes, or an integer of 10,000 digits."""
+    """Format a value for an error, truncated: the caller may have passed megabytes, or an integer of 10,000 digits."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
         return f"an integer of {value.bit_length()} bits"
     plain = isinstance(value, (str, bytes, int, float, type(None), list, tuple, dict))

@@ -1,7 +1,7 @@
-"""Reading and writing files strictly: JSON, safetensors headers, writes that are whole or not there, the folder lock.
+"""Strict reading and atomic writing of files: JSON, safetensors headers, the folder lock.
 
 A safetensors file is  N (8 bytes, little-endian) | N bytes of JSON, name -> dtype, shape, data_offsets | the data.
-Its header is read here before any tensor is allocated, so that what a file claims is checked against what it holds.
+Its header is read and checked against the file's size before any tensor is allocated.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from minipeft.errors import InputError
 
 LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known is 35 MB
 LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
-MOST_CONTAINERS = 1_000_000  # lists and objects of a JSON value; the most known are a tokenizer's 514,906 merges
+MOST_CONTAINERS = 1_000_000  # lists and objects in a JSON value; the largest known tokenizer has 514,906 merges
 MOST_VALUES = 5_000_000  # values of a JSON value
 MOST_TENSORS = 100_000  # of one safetensors file
-SMALL_JSON = 2**20  # characters; a shorter text is parsed in less time than it takes to count what is in it
+SMALL_JSON = 2**20  # characters; parsing a shorter text is faster than counting its values
 QUOTED = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # a JSON text, or the rest where it does not end
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
          "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
@@ -42,7 +42,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; `start` and `stop` are bytes of the data part."""
+    """One tensor's entry in a safetensors header; `start` and `stop` are byte offsets in the data."""
 
     file: Path
     name: str  # in the file
@@ -53,7 +53,7 @@ class TensorInfo:
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
         InputError: missing, a folder, not a plain file, too large, or not UTF-8 (with the byte).
@@ -83,7 +83,7 @@ def check_plain(file: Path) -> None:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link out of the model's folder, other than into the `blobs` of a hub cache."""
+    """Refuse a link that leaves the model's folder, except into the `blobs` folder of a hub cache."""
     check_plain(file)
     target = file.resolve()
     homes = [folder.resolve()]
@@ -94,7 +94,7 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, strictly: no key twice, no NaN, nothing after the object."""
+    """Read the JSON object in a file; duplicate keys, NaN and trailing text are errors."""
     value = parse_json(read_text(file), file)
     if not isinstance(value, dict):
         raise InputError(f"must hold a JSON object, but holds {kind_of(value)}", file=file)
@@ -102,10 +102,10 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, file: Path | str, where: str | None = None, line: int = 1) -> Any:
-    """The JSON value in `text`, which stands in `file` at `where`, from line `line` on.
+    """Parse the JSON value in `text`, found in `file` at `where`, starting at line `line`.
 
-    Python takes 100 bytes and a microsecond for a list of two characters, so what there is in the text is counted
-    before it is parsed.
+    Python needs 100 bytes and a microsecond for an empty list of two characters, so the values are counted before
+    the text is parsed.
 
     Raises:
         InputError: not JSON (with line and column), a key given twice, NaN or Infinity, nested too deep, more than
@@ -119,13 +119,13 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise InputError(f"key {twice!r} given twice", file=file, where=where)
         for key, value in pairs:
-            if strange := not_finite(value):
+            if strange := find_non_finite(value):
                 raise InputError(f"{strange} is not JSON (key {key!r})", file=file, where=where)
         return found
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
-        if strange := not_finite(value):
+        if strange := find_non_finite(value):
             raise InputError(f"{strange} is not JSON", file=file, where=where)
         return value
     except json.JSONDecodeError as error:
@@ -140,7 +140,7 @@ def parse_json(text: str, file: Path | str, where: str | None = None, line: int 
 
 
 def check_count(text: str, file: Path | str, where: str | None) -> None:
-    """Check how many lists, objects and values a JSON text holds, by the signs outside its quoted texts.
+    """Limit the number of lists, objects and values in a JSON text, counted by the punctuation outside strings.
 
     Raises:
         InputError: more than MOST_CONTAINERS, or MOST_VALUES.
@@ -154,29 +154,29 @@ def check_count(text: str, file: Path | str, where: str | None) -> None:
         (containers + bare.count(","), MOST_VALUES, "values"),
     ):
         if count > most:
-            hint = "Pairs and answers may be JSON lines, of which each is a value of its own"
+            hint = "Pairs and answers may be given as JSON lines, where each line is a separate value"
             raise InputError(f"holds {count:,} {what}, more than {most:,}", file=file, where=where, hint=hint)
 
 
-def not_finite(value: object) -> str | None:
-    """The name of a number in a value or list that JSON does not have: Python reads NaN, Infinity and 1e999."""
+def find_non_finite(value: object) -> str | None:
+    """Name the first number that is not valid JSON: Python's parser accepts NaN, Infinity and 1e999."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity, or a number beyond 1.8e308,"
-    return next(filter(None, map(not_finite, value)), None) if isinstance(value, list) else None
+    return next(filter(None, map(find_non_finite, value)), None) if isinstance(value, list) else None
 
 
 def kind_of(value: object) -> str:
-    """The kind of a JSON value, in a user's words."""
+    """Name the type of a JSON value for an error."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file holds, checked against its size; no data is read.
+    """Read a safetensors file's header and check it against the file's size; no tensor data is read.
 
     Raises:
-        InputError: not a safetensors file (and what it looks like), truncated, overlapping or malformed, or of more
-            than MOST_TENSORS tensors.
+        InputError: not a safetensors file (the error says what it looks like), truncated, overlapping offsets,
+            malformed, or more than MOST_TENSORS tensors.
     """
     check_plain(file)
     size = file.stat().st_size
@@ -184,13 +184,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise InputError(looks_like(start + stream.read(248), size, length), file=file)
+            raise InputError(guess_format(start + stream.read(248), size, length), file=file)
         raw = stream.read(length)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"header is not UTF-8 at byte {8 + error.start}: not safetensors", file=file) from error
-    check_tensors(text.count('"data_offsets"'), file)  # before any is parsed
+    check_tensors(text.count('"data_offsets"'), file)  # before any entry is parsed
     header = parse_json(text, file, "header")
     if not isinstance(header, dict):
         raise InputError(f"header must be an object, but is {kind_of(header)}", file=file)
@@ -198,7 +198,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise InputError("must map text to text", file=file, where="header: __metadata__")
     check_tensors(len(header), file)
-    tensors = {name: tensor_info(name, entry, file) for name, entry in header.items()}
+    tensors = {name: check_entry(name, entry, file) for name, entry in header.items()}
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
@@ -217,8 +217,8 @@ def check_tensors(count: int, file: Path) -> None:
         raise InputError(f"{count:,} tensors, more than {MOST_TENSORS:,}", file=file, where="header")
 
 
-def tensor_info(name: str, entry: object, file: Path) -> TensorInfo:
-    """One entry of the header, checked by itself."""
+def check_entry(name: str, entry: object, file: Path) -> TensorInfo:
+    """Check one entry of the header and return it."""
     where = f"tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError("header entry must have dtype, shape and data_offsets", file=file, where=where)
@@ -244,13 +244,13 @@ def check_header(
     optional: Collection[str] = (),
     hint: str | None = None,
 ) -> None:
-    """Check tensor names, shapes and dtypes against what is wanted, before any data is read.
+    """Check tensor names, shapes and dtypes against the expected ones, before any data is read.
 
-    Both are by our names; errors give the file's own. `file` is named where a tensor is missing; those of `optional`
-    may be. `hint` follows a wrong shape.
+    Both mappings use our names; errors quote the file's names. `file` is named when a tensor is missing; tensors in
+    `optional` may be absent. `hint` is added to a shape error.
 
     Raises:
-        InputError: a tensor is missing, unexpected, of another shape, or of a dtype that is not among `dtypes`.
+        InputError: a tensor is missing, unexpected, of the wrong shape, or of a dtype not in `dtypes`.
     """
     missing = [name for name in wanted if name not in header and name not in optional]
     if missing:
@@ -268,8 +268,8 @@ def check_header(
             raise InputError(f"dtype {info.dtype}, want {'/'.join(dtypes)}", file=info.file, where=where)
 
 
-def looks_like(start: bytes, size: int, length: int) -> str:
-    """Say what a file that is no safetensors file seems to be."""
+def guess_format(start: bytes, size: int, length: int) -> str:
+    """Say what a file that is not safetensors looks like."""
     text = start.lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the weights: run `git lfs pull`"
@@ -283,13 +283,13 @@ def looks_like(start: bytes, size: int, length: int) -> str:
 
 
 def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a temporary file, sync it and rename it: readers see the old file or the whole new one.
+    """Write a temporary file, sync it and rename it: readers see the old file or the complete new one.
 
-    Never in place: a reader may have the old file mapped, and would crash or see its tensors change. The folder is
-    synced too: without that a power cut may take the new name back.
+    The file is never rewritten in place: a reader that has it mapped would crash or see its tensors change. The folder
+    is synced too: otherwise a power cut may undo the rename.
 
     Raises:
-        InputError: the disk or the folder refuses; names the path, the reason, and how many bytes there were to write.
+        InputError: the write fails; names the path, the reason and the number of bytes.
     """
     tried = 0
     try:
@@ -297,7 +297,7 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o666 & ~current_umask())
+                os.fchmod(stream.fileno(), 0o666 & ~read_umask())
                 try:
                     fill(stream)
                 finally:
@@ -315,7 +315,7 @@ def write_whole(file: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, and sync them, so that they survive a power cut."""
+    """Create a folder and its parents, and sync them, so that they survive a power cut."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in absent:
@@ -323,7 +323,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to) or a whole folder."""
+    """Remove a file, a link (not its target) or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -331,7 +331,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that the names in it survive a power cut."""
+    """Sync a folder, so that its directory entries survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -340,20 +340,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def refuse_link(file: Path) -> None:
-    """Refuse a link where a file or folder of ours is written: what it leads to is not ours to change."""
+    """Refuse to write through a link: its target is outside the run folder."""
     if file.is_symlink():
         raise InputError("is a link", file=file, hint="A run is written in its own folder alone: remove it")
 
 
 def open_plain(name: str, flags: int) -> int:
-    """An opener that does not follow a link which comes after `refuse_link` has looked."""
+    """Open without following a link that was created after `refuse_link` checked."""
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
-def current_umask() -> int:
-    """The process's file mode mask (mkstemp ignores it).
+def read_umask() -> int:
+    """Read the process's umask (mkstemp ignores it).
 
-    It is read by setting another, one that keeps what other threads make meanwhile private.
+    The only way to read it is to set it; the temporary value keeps files that other threads create meanwhile private.
     """
     mask = os.umask(0o077)
     os.umask(mask)
@@ -361,18 +361,20 @@ def current_umask() -> int:
 
 
 def write_json(file: Path, value: object) -> None:
-    """Write a JSON file, keys in the order given, whole or not at all."""
+    """Write a JSON file atomically, keys in the order given."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
-def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
-    """A function that writes a safetensors file of these tensors to a stream, one at a time, without copying them all.
+def make_tensor_writer(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
+    """Return a function that writes these tensors to a stream as safetensors, one at a time, without copying all.
 
     A sequence of tensors of one dtype is written as one flat tensor.
     """
     parts = {name: [t] if isinstance(t, Tensor) else list(t) for name, t in tensors.items()}
-    order = sorted(parts, key=lambda name: (-parts[name][0].element_size(), name))  # as the library: aligned, by name
+    order = sorted(
+        parts, key=lambda name: (-parts[name][0].element_size(), name)
+    )  # as the safetensors library: by alignment, then by name
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -392,15 +394,15 @@ def tensor_stream(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with Hugging Face's metadata, whole or not at all."""
-    write_whole(file, tensor_stream(tensors))
+    """Write a safetensors file with Hugging Face's metadata atomically."""
+    write_whole(file, make_tensor_writer(tensors))
 
 
 def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
-    """Lock a folder for this process, until the returned file is closed or the process ends, however it ends.
+    """Lock a folder until the returned file is closed or the process ends, by any means.
 
     Raises:
-        InputError: another process holds the lock (with its number), or the lock is a link or cannot be written.
+        InputError: another process holds the lock (its id is given), or the lock is a link or cannot be written.
     """
     file = folder / name
     refuse_link(file)
@@ -421,7 +423,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
         lock.write(number)
         lock.flush()
     except OSError as error:
-        with suppress(OSError):  # what the disk refused is still in the buffer
+        with suppress(OSError):  # the unwritten bytes are still in the buffer
             lock.close()
         raise InputError(f"cannot write {len(number)} bytes: {error.strerror}", file=file) from error
     return lock

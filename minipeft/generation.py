@@ -1,11 +1,11 @@
-"""Text from a decoder: one pass over the prompts (prefill), then one token at a time from the cache (decode).
+"""Text generation: one pass over the prompts (prefill), then one token at a time with the cache (decode).
 
     prompts of different lengths in one batch, padded on the left:      . . 0 0 0 | 0 0 ...
     (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
 
-Nucleus sampling (Holtzman et al. 2020): of the tokens sorted by probability, keep the smallest set that holds `top_p`
-of it, and draw from that. Each prompt has its own random numbers, from (seed, its number among the prompts): its answer
-does not depend on the batch that it is in. A model with a bank of adapters may use another adapter in each row.
+Nucleus sampling (Holtzman et al. 2020): sort the tokens by probability, keep the smallest set whose probabilities sum
+to `top_p` or more, and sample from it. Each prompt has its own random stream, seeded by (seed, index): its answer does
+not depend on its batch. A model with a bank of adapters may use another adapter in each row.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from minipeft.errors import (
 )
 from minipeft.models import Decoder
 
-COLDEST, HOTTEST = 1e-6, 1e6  # temperatures by which logits can be divided in float32
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How to generate; the defaults are the paper's. `temperature` 0 is greedy: always the most probable token."""
+    """How to generate; the defaults are the paper's. `temperature` 0 is greedy decoding."""
 
-    max_new_tokens: int = option(64, "tokens of an answer at most", least=1)
+    max_new_tokens: int = option(64, "maximum number of tokens in an answer", least=1)
     temperature: float = option(0.2, "divides the logits; 0 is greedy decoding", least=0)
-    top_p: float = option(0.95, "draw from the most probable tokens that hold this probability", above=0, most=1)
+    top_p: float = option(
+        0.95, "nucleus sampling: sample from the most probable tokens that sum to this probability", above=0, most=1
+    )
     seed: int = option(0, "seed of sampling", least=0, below=2**63)
-    stop: tuple[str, ...] = option((), "text that ends an answer; may be given more than once")
+    stop: tuple[str, ...] = option((), "stop text that ends an answer; may be given more than once")
     batch: int = option(25, "prompts at a time", least=1)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model generated for prompt number `index`; `ended` is "eos", "stop" or "limit" (cut off)."""
+    """The generated answer to prompt `index`; `ended` is "eos", "stop" or "limit" (cut off)."""
 
     index: int
     text: str
@@ -78,9 +80,9 @@ def generate(
     `adapters` names an adapter of the model's AdapterBank for each prompt, None for the base alone.
 
     Raises:
-        InputError: `prompts` is one text and not a list; a prompt is empty or blank, holds a NUL, has an id that the
-            model lacks, or does not fit in the context together with `max_new_tokens`; `adapters` without a bank that
-            holds them.
+        InputError: `prompts` is a single text; a prompt is empty or blank, holds a NUL, has an id beyond the model's
+            vocabulary, or does not fit in the context with `max_new_tokens`; `adapters` names one that no bank of the
+            model holds.
     """
     config = GenerateConfig() if config is None else config
     answers = answer(model, tokenizer, prompts, config, adapters=adapters)
@@ -96,9 +98,9 @@ def answer(
     only: Sequence[int] | None = None,
     adapters: Sequence[str | None] | None = None,
 ) -> Iterator[Answer]:
-    """Generate an answer to each prompt, and yield it as its batch is done (prompts of similar length go together).
+    """Generate an answer to each prompt, and yield each when its batch is done (batches are sorted by prompt length).
 
-    `only`: the numbers of the prompts to answer, where the others have been; the answers are the same as without it.
+    `only`: the indices of the prompts to answer, if the others are answered already; the answers do not depend on it.
     """
     check_kind(model, Decoder, "model")
     check_kind(config, GenerateConfig, "config")
@@ -121,7 +123,7 @@ def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompt
     """The adapter's name for each prompt, or None where the caller named none."""
     if adapters is None:
         return None
-    if not hasattr(model.adapter, "use"):  # a bank, of which this file knows `check`, `use` and `keep` alone
+    if not hasattr(model.adapter, "use"):  # a bank; this file uses only its `check`, `use` and `keep`
         raise InputError("the model holds no bank of adapters", where="adapters", hint="bank = AdapterBank(model)")
     if isinstance(adapters, str) or len(check_items(adapters, object, "adapters", "name")) != prompts:
         raise InputError(f"must be a list of {prompts} names, one for each prompt", where="adapters")
@@ -130,14 +132,14 @@ def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompt
 
 
 def check_prompt(prompt: str, where: str) -> None:
-    """Refuse a prompt that says nothing, or holds what no text of a training set may hold."""
+    """Refuse an empty or blank prompt, and one with characters that training texts may not hold."""
     check_characters(prompt, where)
     if not prompt.strip():
         raise InputError("is blank" if prompt else "has no tokens: it is empty", where=where)
 
 
 def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: str) -> None:
-    """Refuse a prompt without tokens, of another model's ids, or too long for the context, before any is answered."""
+    """Refuse a prompt without tokens, with ids beyond the vocabulary, or too long, before any prompt is answered."""
     room = model.config.context - model.virtual_tokens
     if not row:
         raise InputError("has no tokens", where=where)
@@ -145,7 +147,7 @@ def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: st
         hint = "The tokenizer belongs to another model"
         raise InputError(f"has id {max(row)}, but the model has {size} tokens", where=where, hint=hint)
     if len(row) + config.max_new_tokens > room:
-        taken = f" (of which the adapter takes {model.virtual_tokens})" if model.virtual_tokens else ""
+        taken = f" (of which {model.virtual_tokens} are virtual tokens)" if model.virtual_tokens else ""
         raise InputError(
             f"{len(row)} tokens and {config.max_new_tokens} new ones exceed the context, {model.config.context}{taken}",
             where=where,
@@ -176,7 +178,7 @@ def answer_batch(
 def decode(
     model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
 ) -> tuple[list[list[int]], list[str]]:
-    """Prefill the rows, then choose a token for each until all have ended; returns new ids, and how each row ended."""
+    """Prefill the rows, then decode until all have ended; returns the new ids, and why each row ended."""
     device = model.embedding.weight.device
     ids, documents = pad_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
     cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
@@ -184,7 +186,7 @@ def decode(
     draws = torch.stack([draw_uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
     made: list[list[int]] = [[] for _ in rows]
     ended = ["limit"] * len(rows)
-    live = list(range(len(rows)))  # the batch's row for each row of the cache
+    live = list(range(len(rows)))  # the batch row of each cache row
     hidden = model.hidden(ids.to(device), documents.to(device), cache)  # [B, T, C]
     for step in range(config.max_new_tokens):
         logits = model.logits(hidden[:, -1]).float()  # [B, V]
@@ -202,9 +204,9 @@ def decode(
         going = [place for place, row in enumerate(live) if ended[row] == "limit"]
         if not going or step + 1 == config.max_new_tokens:
             break
-        if 2 * len(going) <= len(live):  # keep ended rows until they are half: shrinking the cache costs a copy
+        if 2 * len(going) <= len(live):  # drop ended rows once they are half the batch: shrinking the cache copies it
             cache.keep_rows(going)
-            if hasattr(model.adapter, "keep"):  # a bank: of its rows too
+            if hasattr(model.adapter, "keep"):  # a bank keeps the same rows
                 model.adapter.keep(going)
             chosen, live = chosen[going], [live[place] for place in going]
         hidden = model.hidden(chosen[:, None], cache=cache)  # [B, 1, C]
@@ -212,14 +214,14 @@ def decode(
 
 
 def find_end_tokens(model: Decoder, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer: the tokenizer's EOS and those of config.json (Llama 3 has several)."""
+    """The ids that end an answer: the tokenizer's EOS and config.json's (Llama 3 has several)."""
     given = model.config.eos_token_id
     listed = given if isinstance(given, tuple) else (given,)
     return {token for token in (tokenizer.eos, *listed) if token is not None}
 
 
 def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as ids and owners, two of [B, T]; no token sees what fills the padding."""
+    """Pad rows on the left; returns ids and documents, two of [B, T]. No token sees the padding."""
     width = max(map(len, rows))
     ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
     documents = torch.tensor([[PADDING] * (width - len(row)) + [0] * len(row) for row in rows])
@@ -227,25 +229,25 @@ def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_uniforms(config: GenerateConfig, number: int) -> Tensor:
-    """Draw the random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
+    """Draw the uniform random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
     generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
     return torch.rand(config.max_new_tokens, generator=generator)
 
 
 def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
-    """One token per row: the most probable, or the one that the uniform number `draw` falls on. [B, V], [B] -> [B]"""
+    """Choose one token per row: greedily, or by inverting the nucleus' CDF at the uniform `draw`. [B, V], [B] -> [B]"""
     if config.temperature == 0:
         return logits.argmax(dim=1)
     probabilities, tokens = F.softmax(logits / config.temperature, dim=1).sort(dim=1, descending=True, stable=True)
-    before = probabilities.cumsum(dim=1) - probabilities  # what stands before each token
-    kept = torch.where(before < config.top_p, probabilities, 0.0)  # the nucleus; the first always is
+    before = probabilities.cumsum(dim=1) - probabilities  # probability before each token
+    kept = torch.where(before < config.top_p, probabilities, 0.0)  # the nucleus; it always holds the first token
     upto = kept.cumsum(dim=1)  # [B, V]
     place = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True)  # [B, 1]
     return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]
 
 
 def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
-    """Decode the new ids as they follow the prompt: a tokenizer may drop a space at the start of a text."""
+    """Decode the new ids in the context of the prompt: a tokenizer may drop a space at the start of a text."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + made)
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(made)
 
@@ -253,7 +255,7 @@ def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:
 def make_answer(
     tokenizer: Tokenizer, number: int, prompt: list[int], made: list[int], ended: str, stop: tuple[str, ...]
 ) -> Answer:
-    """The answer to a prompt, its text cut at the first stop text."""
+    """Make the answer to a prompt, cut at the first stop text."""
     text = decode_new(tokenizer, prompt, made)
     cuts = [text.index(mark) for mark in stop if mark in text]
     return Answer(number, text[: min(cuts)] if cuts else text, made, ended)

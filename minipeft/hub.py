@@ -1,12 +1,12 @@
-"""Where a model, a tokenizer or a data set comes from, and goes to: a local folder, or a hub id, by exact file names.
+"""Download and upload models, tokenizers and data sets: a local folder or a Hugging Face hub id, by exact file names.
 
-The hub is that of Hugging Face, through its own client (imported only when a hub id is asked for).
+The hub's own client does the transfer; it is imported only for a hub id.
 
-The hub is asked once which commit a revision is and which files it holds. Every file then comes from that commit, so
-that a push between two downloads cannot mix two versions. Only the names that the caller asks for are downloaded: no
-code, no pickle. The commit is the name of the folder in the cache (`.../snapshots/COMMIT`), read back by `commit_of`.
+A revision is resolved once, to a commit and its list of files. Every file then comes from that commit, so that a push
+between two downloads cannot mix two versions. Only the requested files are downloaded: no code, no pickle. The cache
+folder is named after the commit (`.../snapshots/COMMIT`), which `commit_of` reads back.
 
-With HF_HUB_OFFLINE=1 only the cache is used. Without it a hub that cannot be reached is an error, not a quiet fallback.
+With HF_HUB_OFFLINE=1 only the cache is used. Otherwise an unreachable hub is an error: the cache is no silent fallback.
 """
 
 import re
@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from minipeft.errors import InputError, check_path, check_value, shown
 from minipeft.files import check_inside
 
-SECONDS_TO_ANSWER = 10.0  # for the one question; the downloads have the hub client's own time limits and retries
+SECONDS_TO_ANSWER = 10.0  # for resolving the revision; downloads use the hub client's own timeouts and retries
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 OWNED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
 REVISION = re.compile(r"\w[\w./+@-]*(?<![./])")  # a branch may hold slashes: refs/pr/1
@@ -35,8 +35,8 @@ def fetch(
     """Return the folder that holds all of `names`, and those of `optional` that `source` has.
 
     "demo" is the model that comes with the package (a folder of that name is ./demo). A local folder is returned as it
-    is (`revision` would mean nothing there and is refused); anything else that looks like a hub id is downloaded into
-    the hub client's cache.
+    is, and `revision` is refused for it; anything else that looks like a hub id is downloaded into the hub client's
+    cache.
 
     Raises:
         InputError: no such folder or hub id; a name is missing; the hub refuses, or cannot be reached.
@@ -66,16 +66,16 @@ def fetch(
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder returned by `fetch` was downloaded from; None for a folder that is not in the cache."""
+    """The commit of a folder returned by `fetch`; None for a folder outside the cache."""
     return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
 
 
 def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revision: str | None, repo_type: str) -> Path:
-    """Download `names`, and what there is of `optional`, from one commit; return their folder in the cache."""
+    """Download `names`, and the files of `optional` that exist, from one commit; return their folder in the cache."""
     from huggingface_hub import constants
 
     wanted = [*names, *optional]
-    cached = in_cache(hub_id, wanted, revision, repo_type)
+    cached = find_in_cache(hub_id, wanted, revision, repo_type)
     if constants.HF_HUB_OFFLINE:
         absent = [name for name in names if name not in cached]
         if absent or not cached:
@@ -84,17 +84,17 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
                 file=hub_id,
                 hint="Download it once with HF_HUB_OFFLINE unset, or give a local folder",
             )
-        return folder_above(next(iter(cached)), next(iter(cached.values())))
+        return find_root(next(iter(cached)), next(iter(cached.values())))
     if COMMIT.fullmatch(revision or "") and len(cached) == len(wanted):
-        return folder_above(wanted[0], cached[wanted[0]])  # a commit never changes: no need to ask
+        return find_root(wanted[0], cached[wanted[0]])  # a commit never changes: no request needed
     commit, held = ask(hub_id, revision, repo_type)
     missing = [name for name in names if name not in held]
     present = [*names, *(name for name in optional if name in held)]
     if missing or not present:
         lacks = missing[0] if missing else " and no ".join(optional)
         raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shorten(sorted(held))})", file=hub_id)
-    # The first file is asked for under the revision's own name, which lets the cache find it again offline.
-    folder = folder_above(present[0], get(hub_id, present[0], revision, repo_type))
+    # The first file is requested by the revision's name, so that the cache can resolve that name offline.
+    folder = find_root(present[0], get(hub_id, present[0], revision, repo_type))
     if commit_of(folder) != commit:
         raise InputError(f"{revision or 'main'} changed while it was downloaded", file=hub_id, hint="Try again")
     for name in present[1:]:
@@ -102,8 +102,8 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
     return folder
 
 
-def in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
-    """The paths of those of `names` that were downloaded before, at this revision (None: as main was last seen)."""
+def find_in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type: str) -> dict[str, str]:
+    """The cached paths of `names` at this revision (None: the last known main)."""
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
@@ -114,30 +114,30 @@ def in_cache(hub_id: str, names: Sequence[str], revision: str | None, repo_type:
 
 
 def ask(hub_id: str, revision: str | None, repo_type: str) -> tuple[str, set[str]]:
-    """Ask the hub which commit `revision` is (None: the newest) and which files it holds."""
+    """Ask the hub for the commit of `revision` (None: the newest) and its list of files."""
     from huggingface_hub import HfApi, errors
 
     try:
         info = HfApi().repo_info(hub_id, revision=revision, repo_type=repo_type, timeout=SECONDS_TO_ANSWER)
     except (OSError, errors.HTTPError) as failure:
-        raise hub_error(hub_id, revision, repo_type, failure) from failure
+        raise explain_failure(hub_id, revision, repo_type, failure) from failure
     return str(info.sha), {file.rfilename for file in getattr(info, "siblings", None) or []}
 
 
 def get(hub_id: str, name: str, revision: str | None, repo_type: str) -> str:
-    """Download one file, unless the cache has it, and return its path."""
+    """Download one file unless it is cached, and return its path."""
     from huggingface_hub import errors, hf_hub_download
 
     try:
         return str(hf_hub_download(hub_id, name, revision=revision, repo_type=repo_type))
     except (OSError, errors.HTTPError, errors.EntryNotFoundError) as failure:
-        raise hub_error(hub_id, revision, repo_type, failure, name) from failure
+        raise explain_failure(hub_id, revision, repo_type, failure, name) from failure
 
 
-def hub_error(
+def explain_failure(
     hub_id: str, revision: str | None, repo_type: str, failure: BaseException, name: str | None = None
 ) -> InputError:
-    """Say in one line what the hub's refusal means and what to do about it."""
+    """Explain in one line why a download failed, and what to do."""
     from huggingface_hub import errors
 
     status = getattr(getattr(failure, "response", None), "status_code", None)
@@ -158,18 +158,18 @@ def hub_error(
     elif isinstance(failure, (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
         problem = f"no local folder of this name, and the hub cannot be reached ({reason})"
         hint = "Give a local folder, or set HF_HUB_OFFLINE=1 to use only what was downloaded before"
-    else:  # the disk: cache folder not writable, no space left
+    else:  # the cache folder is not writable, or the disk is full
         problem, hint = f"cannot download ({reason})", "HF_HOME names the folder of the cache"
     return InputError(problem, file=hub_id, where=name, hint=hint)
 
 
 def push(folder: Path, names: Sequence[str], hub_id: str, *, private: bool = True, revision: str | None = None) -> str:
-    """Upload these files of a folder as one commit to a model repository, made where there is none; returns the commit.
+    """Upload these files of a folder as one commit to a model repository, and return the commit.
 
-    `revision` is a branch, main by default, made where there is none.
+    `revision` is a branch, main by default. Repository and branch are created if they do not exist.
 
     Raises:
-        InputError: not OWNER/NAME; a file leaves the folder; the repository is public and `private` asks otherwise; the
+        InputError: not OWNER/NAME; a file lies outside the folder; the repository is public but `private` is set; the
             hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi, errors
@@ -197,12 +197,12 @@ def push(folder: Path, names: Sequence[str], hub_id: str, *, private: bool = Tru
     except InputError:
         raise
     except (OSError, ValueError, errors.HTTPError) as failure:  # ValueError: the client's own checks of name and card
-        raise push_error(hub_id, failure) from failure
+        raise explain_push_failure(hub_id, failure) from failure
     return str(done.oid)
 
 
-def push_error(hub_id: str, failure: BaseException) -> InputError:
-    """Say in one line why the hub took nothing, and what to do about it."""
+def explain_push_failure(hub_id: str, failure: BaseException) -> InputError:
+    """Explain in one line why an upload failed, and what to do."""
     status = getattr(getattr(failure, "response", None), "status_code", None)
     reason = " ".join(str(failure).split())[:200]
     if status in (401, 403):
@@ -214,20 +214,20 @@ def push_error(hub_id: str, failure: BaseException) -> InputError:
 
 
 def check_name(name: str, source: str | Path) -> None:
-    """Refuse a file name that could lead out of the folder: `../x`, `/x`, a drive, a NUL."""
+    """Refuse a file name that could leave the folder: `../x`, `/x`, a drive, a NUL."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\\:\0"):
         raise InputError(f"{name!r} is not a plain file name", file=source)
 
 
 def check_revision(revision: str | None, source: str | Path) -> None:
-    """Refuse what git calls no revision: the client makes a path of it, and `../x` would lead out of the cache."""
+    """Refuse a name that is no git revision: the client builds a path from it, and `../x` would leave the cache."""
     if revision is not None and (".." in revision or not REVISION.fullmatch(revision)):
         raise InputError(f"{shown(revision)} is not a commit, tag or branch", file=source, where="revision")
 
 
-def folder_above(name: str, path: str | Path) -> Path:
-    """The folder that `name`, which may hold slashes, is relative to, when its file is `path`."""
+def find_root(name: str, path: str | Path) -> Path:
+    """The folder that `name` is relative to, given its full `path`; `name` may hold slashes."""
     return Path(path).parents[len(PurePosixPath(name).parts) - 1]
 
 

@@ -1,4 +1,4 @@
-"""Bad checkpoints: each is a sound folder with one fault, and what the one error has to say.
+"""Bad checkpoints: each is a valid folder with one fault, and the text of the expected error.
 
 `CHECKPOINTS` is the table, by the numbers of the project's list of bad inputs (C config.json, S safetensors, I index; a
 letter after the number is another fault of that kind). Tests reach it through the fixture `bad_checkpoint` of
@@ -72,7 +72,7 @@ def header_of(tensors: Tensors) -> dict[str, dict]:
 
 
 def write_safetensors(file: Path, tensors: Tensors, header: object = None) -> None:
-    """Write the bytes as they are: nothing here refuses a header that lies."""
+    """Write the bytes as they are, without checking the header."""
     header = header_of(tensors) if header is None else header
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(t.tobytes() for t in tensors.values()))
@@ -93,7 +93,7 @@ def write_sharded(folder: Path) -> None:
 
 
 def write_sound(folder: Path, family: str = "llama") -> None:
-    """The checkpoint that each fault is put into; beside it `outside/` holds what must never be opened."""
+    """The valid checkpoint that receives each fault; `outside/` beside it holds files that must never be opened."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[family], indent=1))
     write_safetensors(folder / SINGLE, weights(family))
@@ -154,7 +154,7 @@ def directory(name: str) -> Callable[[Path], object]:
 
 
 def pipe(name: str) -> Callable[[Path], object]:
-    """A named pipe: who opens it waits for ever."""
+    """A named pipe: opening it blocks."""
     return in_turn(remove(name), lambda folder: os.mkfifo(folder / name))
 
 

@@ -1,4 +1,4 @@
-"""What many tests share: the folder of data and fixtures, a real model, one thread so that sums are repeatable."""
+"""Shared fixtures: the folder of data and fixtures, a real model, one thread so that sums are repeatable."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ def assets() -> Path:
 
 
 def lacking(what: str) -> NoReturn:
-    """Skip a test whose input is not there; in CI nothing may be skipped in silence, so fail it."""
+    """Skip a test whose input is missing; in CI, where no skip may go unnoticed, fail it."""
     pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
 
 
@@ -79,5 +79,5 @@ def bad_inputs() -> ModuleType:
 
 @pytest.fixture(scope="session", name="bad_inputs")
 def bad_inputs_fixture() -> ModuleType:
-    """tests/bad_inputs.py, for what writes sound and spoilt files."""
+    """tests/bad_inputs.py, which writes valid and damaged files."""
     return bad_inputs()

@@ -1,4 +1,4 @@
-"""A disk that fails on purpose: it counts the mutating calls under a folder, and at one of them dies, tears or refuses.
+"""Fault injection for the disk: it counts the mutating calls under a folder and makes one of them kill, tear or fail.
 
     with Disk(folder) as disk: ...               counts and records: disk.calls
     with Disk(folder, at=17, how="kill"): ...    the process dies before call 17; "tear": in the middle of it
@@ -64,7 +64,7 @@ class Disk:
             setattr(os, name, function)
 
     def call(self, kind: str, path: Path, detail: Any = None, half: Any = None) -> None:
-        """One mutating call is about to be made; `half` does a part of it, or all where it has no parts."""
+        """Before a mutating call; `half` does a part of it, or all of an indivisible one."""
         number = len(self.calls)
         self.calls.append((kind, path, detail))
         if self.at is None or number < self.at:
@@ -156,7 +156,7 @@ class Disk:
 
 
 class File:
-    """What of a file is on disk, and what has been done since: writes (offset, bytes) and cuts (a length)."""
+    """A file's content on disk, and the operations since: writes (offset, bytes) and truncations (a length)."""
 
     def __init__(self) -> None:
         self.durable = b""
@@ -177,7 +177,7 @@ class File:
 
 
 class Folder:
-    """The names on disk, and what has been done to them since; `live` are the names as a process sees them."""
+    """The directory entries on disk, and the operations since; `live` are the entries as a process sees them."""
 
     def __init__(self) -> None:
         self.durable: dict[str, Any] = {}
@@ -247,7 +247,7 @@ def sync(node: File | Folder) -> None:
 
 
 def settled(node: Any, kind: str, draw: random.Random) -> Any:
-    """What is there after the cut."""
+    """The content after the power cut."""
     many = len(node.pending)
     if isinstance(node, File):
         made = File()

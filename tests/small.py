@@ -1,4 +1,4 @@
-"""A small model folder with its own tokenizer, and pairs to train on: what the tests of whole runs start from."""
+"""A small model folder with its tokenizer, and training pairs, for the tests of whole runs."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2) -> Pa
 
 
 def write_adapter(model: Path, folder: Path) -> Path:
-    """A LoRA adapter of a model that is not at its start."""
+    """A LoRA adapter away from its init."""
     tuned = load_model(model)
     add_adapter(tuned, LoRAConfig(rank=2))
     draw = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def write_adapter(model: Path, folder: Path) -> Path:
 
 
 def write_pairs(file: Path, count: int = 16) -> Path:
-    """So many short pairs of a shape that can be learned."""
+    """Write `count` short pairs with a learnable pattern."""
     rows = [{"intent": f"add {n}", "snippet": f"x += {n}", "question_id": n} for n in range(count)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -177,7 +177,7 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "load_model: device None": (lambda p: minipeft.load_model(p.folder / "model", device=None), "device: None must be text"),  # type: ignore[arg-type]
     "load_tokenizer: a list": (lambda p: minipeft.load_tokenizer([]), "source: [] must be a path"),  # type: ignore[arg-type]
     "load_tokenizer: surrogate": (lambda p: minipeft.load_tokenizer("\ud800"), "source: '\\ud800': holds a lone surrogate"),
-    "load_adapter: None": (lambda p: minipeft.load_adapter(llama(p), None), "folder: None must be a path"),  # type: ignore[arg-type]
+    "load_adapter: None": (lambda p: minipeft.load_adapter(llama(p), None), "source: None must be a path"),  # type: ignore[arg-type]
     "save_adapter: a number": (lambda p: minipeft.save_adapter(p.model, 5), "folder: 5 must be a path"),  # type: ignore[arg-type]
     "save_adapter: NUL": (lambda p: minipeft.save_adapter(p.model, "a\0"), "folder: 'a\\x00': holds a NUL"),
     "save_model: None": (lambda p: minipeft.save_model(llama(p), None), "folder: None must be a path"),  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "train: state": (lambda p: train(p.model, p.batches(), minipeft.TrainConfig(steps=1), 5), "state: 5 must be a TrainState"),  # type: ignore[arg-type]
     "train: rows beyond the context": (lambda p: train_on(llama(p), rows(120)), "step 1: documents: the longest reaches position 119, but the model's context is 96"),
     "train: no room for virtual tokens": (
-        lambda p: train_with_prefix(p, rows(96)), "step 1: documents: the longest reaches position 101, but the model's context is 96, of which the adapter takes 6"),
+        lambda p: train_with_prefix(p, rows(96)), "step 1: documents: the longest reaches position 101, but the model's context is 96, of which 6 are virtual tokens"),
     "train: no_grad": (lambda p: with_gradients_off(p, torch.no_grad()), "train: gradients are off: torch.no_grad"),
     "train: inference_mode": (lambda p: with_gradients_off(p, torch.inference_mode()), "train: gradients are off: torch.no_grad"),
     "train: frozen in mid run": (lambda p: between_steps(p, freeze), "step 2: 'transformer.h.0.attn.c_attn.lora_A' was frozen"),

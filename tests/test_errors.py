@@ -1,4 +1,4 @@
-"""The one exception's text."""
+"""The text of InputError."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

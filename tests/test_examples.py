@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROMISES = {
     "prefix_from_scratch.py": [
-        "a prefix is that text:",
-        "start DOWN DOWN DOWN  rate 5e-02   0.000 -> 0.000",
-        "start N(0, 1)         rate 2e-04",
+        "a prefix equals that text:",
+        "init DOWN DOWN DOWN  learning rate 5e-02   0.000 -> 0.000",
+        "init N(0, 1)         learning rate 2e-04",
     ],
-    "lora_from_scratch.py": ["logits change by 0.0", "every number of the base is what it was", "differ from step 3"],
+    "lora_from_scratch.py": ["logits change by 0.0", "the parameters of the base are unchanged", "differ from step 3"],
     "why_codebleu_says_025.py": [
         "nothing at all           0.000   0.000   0.000   0.000     0.250   0.000",
         "the reference itself     0.9",

@@ -1,4 +1,4 @@
-"""Reading files strictly and writing them whole: against Python's json, the safetensors library, and broken disks."""
+"""Strict reading and atomic writing: against Python's json, the safetensors library, and failing disks."""
 
 import json
 import os
@@ -312,7 +312,7 @@ class TestWriteWhole:
 
 
 def test_the_library_says_the_same_of_what_is_refused_here(tmp_path):
-    """Gaps, overlaps, wrong sizes: refused by both, so that strictness here is no invention of ours."""
+    """Gaps, overlaps, wrong sizes: the library refuses them too."""
     sound = save({"a": torch.zeros(4), "b": torch.zeros(4)})
     length = struct.unpack("<Q", sound[:8])[0]
     header, data = json.loads(sound[8 : 8 + length]), sound[8 + length :]

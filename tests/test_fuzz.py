@@ -1,7 +1,7 @@
-"""Damaged input, 200,000 times over: whatever the bytes, a reader gives a value or an InputError, and nothing else.
+"""Damaged input, 200,000 times: for any bytes a reader returns a value or raises InputError.
 
 Each target starts from its folder of tests/corpus, changes bytes or JSON values at random (a fixed seed: the same each
-time), and feeds them in. What once broke a reader belongs into the corpus, so that it is always tried first.
+time), and reads them. Input that once broke a reader belongs in the corpus, so that it is always tried first.
 MINIPEFT_FUZZ multiplies the counts.
 """
 
@@ -48,7 +48,7 @@ def place() -> Iterator[Path]:
 
 
 def spoil(data: bytes, draw: random.Random) -> bytes:
-    """A few bytes flipped, lost, repeated or put in."""
+    """Flip, drop, repeat or insert a few bytes."""
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at = draw.randrange(len(data) + 1)
         kind = draw.randrange(6)
@@ -69,7 +69,7 @@ def spoil(data: bytes, draw: random.Random) -> bytes:
 
 
 def bend(value: Any, draw: random.Random) -> Any:
-    """A JSON value with one place in it changed: another value, a lost key, a new key."""
+    """Change one place of a JSON value: another value, a lost key, a new key."""
     if isinstance(value, dict) and value and draw.random() < 0.8:
         key = draw.choice(list(value))
         kind = draw.random()
@@ -87,7 +87,7 @@ def bend(value: Any, draw: random.Random) -> Any:
 
 
 def inputs(target: str, draw: random.Random, count: int) -> Iterator[bytes]:
-    """The corpus as it is, then changed."""
+    """The corpus unchanged, then changed."""
     seeds = [file.read_bytes() for file in sorted((CORPUS / target).iterdir())]
     assert seeds
     yield from seeds
@@ -160,7 +160,7 @@ def test_answers(place: Path) -> None:
 
 
 def test_the_manifest_of_a_checkpoint(place: Path) -> None:
-    """Of a manifest only its own bytes are accepted: what is changed is refused, all of it."""
+    """A manifest with any changed byte is refused."""
     folder = place / "step"
     folder.mkdir()
     (folder / "state.safetensors").write_bytes(b"")
@@ -196,7 +196,7 @@ def test_tokenizers(place: Path) -> None:
 
 
 class Eos:
-    """All that `pack` asks of a tokenizer."""
+    """The parts of a tokenizer that `pack` uses."""
 
     eos = pad = 0
     size = 10
@@ -217,7 +217,7 @@ def content(batches: Batches, rows: int) -> tuple[Counter[int], Counter[tuple[in
 
 
 def test_the_packer() -> None:
-    """No token is lost or made, whatever the documents; a run that goes on at any batch sees the same."""
+    """No token is lost or added, whatever the documents; a run resumed at any batch sees the same."""
     draw = random.Random(0)
     for _ in range(max(20, round(COUNTS["packer"] * SCALE))):
         lengths = [draw.choice((1, 2, 3, 5, 8, 13, 40)) for _ in range(draw.randint(1, 12))]

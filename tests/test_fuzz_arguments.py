@@ -1,4 +1,4 @@
-"""Arguments at random: whatever a public function or a config is given, the outcome is a result or an InputError.
+"""Random arguments: every public function and config returns a result or raises InputError.
 
 Hypothesis draws the arguments: sound ones, of which one to three are replaced by odd values. Each call ends within
 SECONDS and BYTES. The short form is the same each time; MINIPEFT_FUZZ=N makes N times as many calls from a seed that is
@@ -53,7 +53,7 @@ CALLS_EACH, CONFIGS_EACH = 24, 60
 
 
 class Strange:
-    """An object that is nothing that anybody wants."""
+    """An object of an unrelated class."""
 
     def __repr__(self) -> str:
         return "<strange>"
@@ -97,7 +97,7 @@ ODD = st.one_of(
 
 @dataclasses.dataclass
 class Place:
-    """What sound arguments are made of."""
+    """The parts of valid arguments."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -286,7 +286,7 @@ def short(name: str, each: int) -> Any:
 
 
 def outcome(name: str, call: Callable[..., object], given_arguments: dict[str, Any]) -> bool:
-    """Whether the call gave a result; False where it was refused. Anything else is the test's failure."""
+    """Whether the call returned a result; False for an InputError. Any other exception fails the test."""
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         call(**given_arguments)
@@ -304,7 +304,7 @@ def outcome(name: str, call: Callable[..., object], given_arguments: dict[str, A
 
 
 def replace_some(sound: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
-    """The arguments with one to three of them odd."""
+    """Replace one to three arguments by odd values."""
     names = data.draw(st.lists(st.sampled_from(sorted(sound)), min_size=1, max_size=3, unique=True))
     return sound | {name: data.draw(ODD) for name in names}
 

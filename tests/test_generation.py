@@ -1,4 +1,4 @@
-"""Generation: with the cache as without, in a batch as alone, and token by token as transformers does."""
+"""Generation: equal with and without the cache, in a batch and alone, and to transformers token by token."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import minipeft
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
-from minipeft.models.checkpoint import config_json, load_model, save_model
+from minipeft.models.checkpoint import load_model, make_config_json, save_model
 from minipeft.models.config import config_from
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -59,7 +59,7 @@ def family(request):
 
 
 def tuned(family, adapter, seed=0):
-    """A random decoder with an adapter that has moved away from its start."""
+    """A random decoder with an adapter away from its init."""
     model = MAKERS[family]()
     generator = torch.Generator().manual_seed(seed)
     model.initialize(generator)
@@ -179,7 +179,7 @@ def test_ends_at_eos_at_a_stop_text_and_at_the_limit():
 def test_several_end_tokens_in_the_config_are_honoured():
     model = tuned("llama", "none")
     whole = plain_greedy(model, [5, 6, 7], 40)
-    config = config_json(model.config, torch.float32) | {"eos_token_id": [1, whole[2]]}
+    config = make_config_json(model.config, torch.float32) | {"eos_token_id": [1, whole[2]]}
     fields = {name: config[name] for name in ("eos_token_id",)}
     model.config = type(model.config)(**{**SIZES, **fields})
     made = next(answer(model, Letters(), [Letters().decode([5, 6, 7])], GenerateConfig(40, temperature=0)))
@@ -245,7 +245,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_is_answered():
     with pytest.raises(InputError) as error:
         generate(model, Letters(), ["ab", "a" * 90], GenerateConfig(8))
     assert str(error.value) == (
-        "prompt 2: 90 tokens and 8 new ones exceed the context, 96 (of which the adapter takes 5). "
+        "prompt 2: 90 tokens and 8 new ones exceed the context, 96 (of which 5 are virtual tokens). "
         "Cut it to 83 tokens or lower max_new_tokens"
     )
     with pytest.raises(InputError, match="prompt 1: has no tokens"):
@@ -257,7 +257,7 @@ def test_every_family_is_here():
 
 
 def test_one_text_is_no_list_of_prompts():
-    """Its letters would be answered one by one."""
+    """Each letter would be answered as a prompt."""
     with pytest.raises(InputError, match="prompts: 'hello' must be a list of texts"):
         generate(MAKERS["gpt2"](), Letters(), "hello")
 

@@ -1,4 +1,4 @@
-"""Local folders and hub ids: against a small hub of our own on this machine, so that no test leaves it."""
+"""Local folders and hub ids, against a local hub server, so that no test uses the network."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ REFUSED = {"models/owner/secret": (401, "GatedRepo"), "models/owner/broken": (50
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three questions that the client asks: what is in a repository, how large is a file, and the file."""
+    """The client's three requests: a repository's files, a file's size, and a file."""
 
     asked: list[str]
 

@@ -1,7 +1,7 @@
 """The import rule, by AST, and what `import minipeft` costs, in fresh processes.
 
 Models know no adapter. Adapters know no trainer. The trainer knows no adapter. Metrics know no tensor. Kernels know
-nobody, and one place knows them. Whatever is imported inside a function counts as well.
+nobody, and one place knows them. Imports inside functions count too.
 """
 
 import ast
@@ -58,7 +58,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(name: str) -> set[str]:
-    """What a module imports anywhere in it, as dotted names; those of ours as the module that is meant."""
+    """All imports of a module as dotted names; ours resolved to modules."""
     found = set()
     for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -169,7 +169,7 @@ print(json.dumps(dict(seconds=seconds, loaded=loaded, written=written, unchanged
 
 
 def fresh() -> dict:
-    """What `import minipeft` does in a new process that has imported torch, in a folder that holds nothing of ours."""
+    """The effects of `import minipeft` in a new process that has imported torch, in a folder outside the project."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     return json.loads(done.stdout)
 
@@ -184,7 +184,7 @@ def test_import_leaves_what_is_heavy_alone(first):
 
 
 def test_import_takes_torchs_own_time_plus_300_milliseconds(first):
-    """Of the processor, which other work does not take part in; five tries at most."""
+    """Processor time, which other processes do not affect; at most five tries."""
     taken = [first["seconds"]]
     while len(taken) < 5 and min(taken) > 0.3:
         taken.append(fresh()["seconds"])

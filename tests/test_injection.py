@@ -1,4 +1,4 @@
-"""Texts that a model, a file or a path brought stay texts: in the report, its Markdown, the terminal and errors."""
+"""Untrusted texts from a model, a file or a path are escaped in the report, its Markdown, the terminal and errors."""
 
 import os
 import pty
@@ -51,7 +51,7 @@ class Reader(HTMLParser):
 
 
 def study(text: str) -> tuple[Results, list[Curve], list[Answered]]:
-    """A study in which every text from outside is this one."""
+    """A study whose untrusted texts are all this one."""
     answers, references = [text, "x = 1"], ["x = 1", text]
     scores = score_texts(answers, references)
     trained = Training(init="text", learning_rate=1e-3, steps=5, trainable=10, trainable_percent=1.0, dev_loss=2.0)
@@ -81,7 +81,7 @@ def test_the_page_has_the_tags_of_a_harmless_one(kind: str) -> None:
 
 
 def shape_of(line: str) -> tuple[str, int]:
-    """How a line of Markdown begins, and the bars that part its cells; in a block of code a bar parts nothing."""
+    """The start of a Markdown line and its cell separators; in a code block a bar is none."""
     return line[:2], 0 if line.startswith("    ") else line.replace("\\|", "").count("|")
 
 
@@ -120,7 +120,7 @@ def test_the_progress_bar_shows_a_model_as_text(tmp_path: Path, capsys: pytest.C
 
 
 def test_an_answer_on_a_terminal_is_text_and_in_a_pipe_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`minipeft generate` prints what a model says: a person's terminal must not obey it, a program must get it all."""
+    """`minipeft generate` prints a model's text: a terminal must not interpret it, a program must get it unchanged."""
     answer = "a\x1b[31mb\n\tc\u202e"
     for (reader, writer), wanted in ((os.pipe(), f"{answer}\n"), (pty.openpty(), "a\\x1b[31mb\n\tc\\u202e\n")):
         with open(writer, "w", encoding="utf-8") as stream:
@@ -144,14 +144,14 @@ def test_a_path_with_escape_sequences_is_shown_as_text(tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_is_harmless_is_shown_as_it_is(kind: str) -> None:
-    """Of a hostile text everything that can be read stays readable, and a plain text is untouched."""
+    """The readable part of a hostile text stays readable, and a harmless text is unchanged."""
     assert escape("größe → 1 \U0001f600 你好") == "größe → 1 \U0001f600 你好"
     letters = [sign for sign in HOSTILE[kind] if sign.isalnum()]
     assert [sign for sign in letters if sign in escape(HOSTILE[kind])] == letters
 
 
 def test_the_study_helper_reaches_every_place() -> None:
-    """The control: each text of `study` is in the page, so that none of the tests above looks at nothing."""
+    """Control: each text of `study` is in the page, so that the tests above cannot pass on an empty page."""
     results, curves, cells = study("MARK")
     page = draw_page(results, summarize(results), NOTES, curves, cells)
     assert page.count("MARK") >= 10

@@ -1,4 +1,4 @@
-"""What is true of the tree as a whole: where files stand, what they are called, and what no file may hold."""
+"""Invariants of the source tree: places and names of files, and forbidden constructs."""
 
 import ast
 import json
@@ -77,7 +77,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
-    """Each call in a file with what is called, as it is written."""
+    """Each call in a file with the source of its callee."""
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
@@ -118,7 +118,7 @@ def test_every_file_says_what_it_holds(kind):
 
 
 def test_no_exception_is_swallowed():
-    """`except Exception`, `except BaseException` and a bare `except` stand only where the exception goes on."""
+    """`except Exception`, `except BaseException` and a bare `except` only if the exception is raised again."""
     for name, tree in sources().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
@@ -129,7 +129,7 @@ def test_no_exception_is_swallowed():
 
 
 def test_no_pickle_but_the_one_door():
-    """torch.load stands once, in models/checkpoint.py, with weights_only=True; of pickle only an exception's name."""
+    """torch.load is called once, in models/checkpoint.py, with weights_only=True; pickle only for an exception."""
     doors = []
     for name, tree in sources().items():
         for called, node in calls(tree):
@@ -161,7 +161,7 @@ def test_every_package_is_declared():
 
 
 def test_nothing_is_used_by_tests_alone():
-    """Each function, class and method is named once more: in the sources, a benchmark or an example.
+    """Each function, class and method is used in the sources, a benchmark or an example.
 
     The house library of the demo is data: its functions are read, not called. sentence_bleu is for callers.
     """
@@ -237,7 +237,7 @@ def test_a_score_is_its_function_and_one_row(toys, tmp_path, capsys):
 
 
 def test_no_ladder_asks_for_the_class_of_a_config():
-    """`isinstance(config, LoRAConfig)`: what differs between methods stands in their records."""
+    """`isinstance(config, LoRAConfig)`: differences between methods belong in their records."""
     configs = {method.config.__name__ for method in METHODS.values()}
     for name, tree in sources().items():
         for called, node in calls(tree):
@@ -246,7 +246,7 @@ def test_no_ladder_asks_for_the_class_of_a_config():
 
 
 def test_no_namespace_below_the_command_line():
-    """argparse's Namespace stops at cli/; what is below takes configs and arguments."""
+    """Only cli/ uses argparse's Namespace; other packages take configs and arguments."""
     for name, tree in sources().items():
         if name.startswith("minipeft/") and not name.startswith(("minipeft/cli/", "minipeft/demo/")):
             assert "argparse" not in ast.unparse(tree), name

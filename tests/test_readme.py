@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, on the demo's model and pairs; its commands exist; its links lead."""
+"""The README's example runs on the demo's model and pairs; its commands exist; its links resolve."""
 
 import re
 import subprocess

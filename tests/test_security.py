@@ -1,4 +1,4 @@
-"""No file that is loaded can run code or make another be read: by the source (AST), and by watching (audit hook)."""
+"""No loaded file can run code or open another file: checked in the source (AST) and at run time (audit hook)."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def dangers(source: str) -> Iterator[tuple[str, ast.AST]]:
-    """What in a source could run code out of a file."""
+    """Constructs that could run code from a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -134,7 +134,7 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 class Evil:
-    """A pickle that makes a folder when it is opened."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -294,7 +294,7 @@ def test_the_watch_sees_what_it_is_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_links_that_leave_the_folder(name: str, folder: Path, tmp_path: Path) -> None:
-    """What a link leads to is not read: neither a model's file nor a tokenizer's."""
+    """The target of a link is not read: neither a model's file nor a tokenizer's."""
     target = tmp_path / "outside" / name
     (folder / name).rename(target)
     (folder / name).symlink_to(target)
@@ -307,7 +307,7 @@ def test_links_that_leave_the_folder(name: str, folder: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_of_a_run_is_no_door_either(folder: Path, tmp_path: Path) -> None:
-    """The state of a run is safetensors and JSON; a pickle in their place is a damage."""
+    """The state of a run is safetensors and JSON; a pickle in their place counts as damage."""
     place = tmp_path / "run/checkpoints/step-000001"
     place.mkdir(parents=True)
     for name in (runs.STATE, runs.MANIFEST):

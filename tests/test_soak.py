@@ -1,4 +1,4 @@
-"""The soak's short form: a minute of harm, after which every byte is that of a run that nothing happened to."""
+"""The soak's short form: after a minute of faults every byte equals that of an undisturbed run."""
 
 import json
 import os

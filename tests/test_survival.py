@@ -1,5 +1,5 @@
 """Whole runs that are killed, cut off from power, damaged, refused by a full disk or stopped: each ends with the bytes
-of the run that nothing happened to.
+of an undisturbed run.
 
 A trial is a run of six steps (LoRA with dropout, two batches a step, three epochs, evaluation) in a process forked off
 this one. How many there are of a kind stands in TRIALS, which MINIPEFT_TRIALS multiplies (0.1 for a quick look).
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minipeft import cli
-from minipeft.cli import train as train_command
+from minipeft.cli import train as make_train_command
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
 from minipeft.runs import checkpoints as runs
@@ -59,7 +59,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder in memory, where there is one: what is tested is the order of calls, not the disk."""
+    """A folder in memory, if possible: the test is about the order of calls, not the disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         write_small_model(Path(folder) / "model", layers=1)
         write_pairs(Path(folder) / "pairs.jsonl", 8)
@@ -85,7 +85,7 @@ def run(place: Path, out: Path, say: Callable[[str], None] = lambda _: None, **c
 
 @pytest.fixture(scope="module")
 def wanted(place: Path) -> dict[str, bytes]:
-    """All files of the run that nothing happens to."""
+    """All files of the undisturbed run."""
     assert run(place, place / "wanted")["resumed_at"] == 0
     held = files_of(place / "wanted")
     assert {"log.jsonl", "run.json", "result.json", "adapter/adapter_model.safetensors"} < set(held)
@@ -94,7 +94,7 @@ def wanted(place: Path) -> dict[str, bytes]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves; of the checkpoints the newest, since where a run was stopped there may be one more."""
+    """All files of a run with its newest checkpoint only: a stopped run may have one more."""
     found = (path for path in folder.rglob("*") if path.is_file())
     held = {str(p.relative_to(folder)): p.read_bytes() for p in found if p.name not in IGNORED}
     older = sorted({name.split("/")[1] for name in held if name.startswith("checkpoints/step-")})[:-1]
@@ -102,7 +102,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def forked(action: Callable[[], object], before: Callable[[int], None] | None = None) -> int:
-    """Do something in a process of its own; `before` is given its id meanwhile. Returns its status, or -signal."""
+    """Run a function in a forked process; `before` gets its id. Returns its status, or -signal."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -137,7 +137,7 @@ def test_the_same_run_twice_is_the_same(place: Path, wanted: dict[str, bytes]) -
 
 
 def test_killed_at_every_call(place: Path, wanted: dict[str, bytes]) -> None:
-    """SIGKILL before, and in the middle of, each call that changes the folder, from its making to the result."""
+    """SIGKILL before and within each call that changes the folder, from its creation to the result."""
     with Disk(place / "counted") as disk:
         run(place, place / "counted")
     calls = len(disk.calls)
@@ -191,7 +191,7 @@ def recorded(place: Path) -> tuple[list[Any], list[tuple[int, int]]]:
 
 
 def survives(place: Path, wanted: dict[str, bytes], tree: Any, least: int) -> str:
-    """Whether a run goes on from what a power cut left: "" or what is wrong."""
+    """Whether a run resumes after a power cut: "" or the fault."""
     out = place / "cut"
     shutil.rmtree(out, ignore_errors=True)
     write_tree(tree, out)
@@ -209,7 +209,7 @@ def survives(place: Path, wanted: dict[str, bytes], tree: Any, least: int) -> st
 
 
 def test_power_cuts(place: Path, wanted: dict[str, bytes]) -> None:
-    """Anything unsynced is there, is not, or is there in part: never an older state than the last one committed."""
+    """Unsynced data is kept, lost or kept in part: the state is never older than the last committed one."""
     calls, committed = recorded(place)
     draw = random.Random(0)
     faults = []
@@ -269,7 +269,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def test_damaged_checkpoints(place: Path, stopped: Path, wanted: dict[str, bytes]) -> None:
-    """Each damage to a file of the newest checkpoint is found; the one before it is taken, and one line says so."""
+    """Each damage to a file of the newest checkpoint is found; the one before it is used, and one line reports it."""
     draw, done = random.Random(0), 0
     names = ["state.safetensors", "manifest.json"]
     while done < trials("damages"):
@@ -405,7 +405,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals(number: signal.Signals, place: Path) -> None:
-    """Asked to stop, a run saves at its last finished step and says so by its status; nothing is lost."""
+    """On a signal a run saves its last finished step and exits with the signal's status; nothing is lost."""
     draw, long = random.Random(int(number)), {"steps": 60, "save_every": 1000}
     lasts = float(run(place, place / f"long{number}", **long)["train_seconds"])
     wanted = files_of(place / f"long{number}")
@@ -418,7 +418,7 @@ def test_signals(number: signal.Signals, place: Path) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    train_command,
+                    make_train_command,
                     "report",
                     lambda line: os.write(writer, b"!") if " steps at a learning" in line else None,
                 )

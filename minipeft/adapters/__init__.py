@@ -1,4 +1,4 @@
-"""What PEFT is: each method changes the model in place, at one site, and leaves no trace when it is removed.
+"""The PEFT methods: each changes the model in place, and removing it restores the model.
 
 full      every parameter                            FullConfig     full.py
 LoRA      linears: W -> W + (alpha/r) B A            LoRAConfig     lora.py
@@ -7,7 +7,7 @@ prefix    attention: [prefix_k ; k], [prefix_v ; v]  PrefixConfig   prefix.py
 prompt    embedding: [prompt ; x]                    PromptConfig   prompt.py
 VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
 
-`METHODS` has one record for each; whoever adds, removes, merges, saves, loads, plans or trains an adapter looks it up.
+`METHODS` holds one record for each; adding, removing, merging, saving, loading, planning and training read it.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ AdapterConfig = Any  # the config of one of METHODS
 
 
 def method_of(config: AdapterConfig) -> Method:
-    """The method that a config belongs to.
+    """Find the method that a config belongs to.
 
     Raises:
-        InputError: it is no method's config.
+        InputError: no method has this config class.
     """
     for method in METHODS.values():
         if type(config) is method.config:
@@ -72,15 +72,15 @@ def method_of(config: AdapterConfig) -> Method:
 
 
 def method_names() -> list[str]:
-    """Every name of a method, presets after the method that they set up."""
+    """List the names of all methods, each followed by its presets."""
     return [name for method in METHODS.values() for name in (method.name, *method.presets)]
 
 
 def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
-    """The method of that name, and the fields that the name sets: "dora" is LoRA with {"dora": True}.
+    """Find a method by name, with the fields that the name sets: "dora" is LoRA with {"dora": True}.
 
     Raises:
-        InputError: there is none.
+        InputError: the name is unknown.
     """
     for method in METHODS.values():
         if name == method.name:
@@ -118,8 +118,8 @@ class AdapterReport:
     adapter_dtype: str
     virtual_tokens: int  # that the adapter takes from the context of each row
     modules: list[str] = field(repr=False)
-    backend: str | None = None  # which kernel computes it, where a method has several
-    notes: tuple[str, ...] = ()  # what a reader of the file should know
+    backend: str | None = None  # the kernel, if the method has several
+    notes: tuple[str, ...] = ()  # remarks on the adapter's file
     quantized: str | None = None  # the format of the base's linears: nf4, int8
 
     @property
@@ -147,7 +147,7 @@ class AdapterReport:
 def add_adapter(
     model: Decoder, config: AdapterConfig, tokenizer: Encoder | None = None, *, seed: int = 0
 ) -> AdapterReport:
-    """Freeze the base, put the adapter in, and report what was done. `seed` determines every random initial value.
+    """Freeze the base, add the adapter and return a report. `seed` determines every random initial value.
 
     Raises:
         InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer; the
@@ -198,7 +198,7 @@ def check_single(model: Decoder, where: str) -> None:
 
 
 def describe_held(model: Decoder) -> str:
-    """What the model holds, for errors: the method's name, "no adapter" or "a bank of adapters"."""
+    """Name the model's adapter for errors: the method's name, "no adapter" or "a bank of adapters"."""
     if model.adapter is None:
         return "no adapter"
     names = (method.name for method in METHODS.values() if type(model.adapter) is method.config)
@@ -206,7 +206,7 @@ def describe_held(model: Decoder) -> str:
 
 
 def added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
-    """The parameters that the adapter brought to the module at this path: a LoRALinear's W and b are the base's."""
+    """The parameters that the adapter added to the module at this path; a LoRALinear's W and b belong to the base."""
     module = model.get_submodule(path)
     base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
     return [p for name, p in module.named_parameters() if name not in base]
@@ -229,7 +229,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
 
 
 def remove_adapter(model: Decoder) -> None:
-    """Take the adapter out; the base is as it was before (after full tuning: as it is now), everything trainable.
+    """Remove the adapter and restore the base (after full tuning the trained base stays), everything trainable.
 
     Raises:
         InputError: the model holds no adapter, or a bank.
@@ -252,17 +252,17 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
 ) -> MergeReport:
-    """Fold the adapter into the weights, in float32; afterwards a plain model again.
+    """Fold the adapter into the weights, in float32; the result is a plain model.
 
-    `check`: prompts on which the merged model is compared with the unmerged one; the report says how far apart they are
-    (KL, top-1 tokens, greedy answers of at most `new_tokens` tokens). `dtype`, float32 or bfloat16, is the plain
-    model's, its own by default; the comparison includes the cast, the report's `relative_error` does not. `dequantize`
-    makes a quantized base plain first; with prompts, the report then also says what quantizing the result again would
-    cost.
+    `check`: prompts on which the merged model is compared with the unmerged one; the report gives KL, changed top-1
+    tokens and changed greedy answers of at most `new_tokens` tokens. `dtype`, float32 or bfloat16, is the merged
+    model's, by default the base's; the comparison includes the cast, the report's `relative_error` does not.
+    `dequantize` dequantizes a quantized base first; with prompts, the report then also gives the KL of quantizing the
+    result again.
 
     Raises:
-        InputError: a method that has no merge (virtual tokens cannot be folded into weights), a tied target, a result
-            that is not finite, or prompts that cannot be answered; nothing is touched.
+        InputError: a method without merge (virtual tokens cannot be folded into weights), a tied target, a result
+            that is not finite, or prompts that cannot be answered; the model is unchanged.
     """
     check_kind(model, Decoder, "model")
     held = METHODS.get(describe_held(model))
@@ -280,7 +280,7 @@ def merge_adapter(
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
     own, format = model.embedding.weight.dtype, format_of(model)
     dequantize_model(model)
-    model.to(torch.promote_types(own, dtype or own))  # the wider one: the sum is rounded to the narrower
+    model.to(torch.promote_types(own, dtype or own))  # the wider dtype: the sum is rounded to the narrower one
     try:
         report: MergeReport = held.merge(model)
     except InputError:
@@ -298,7 +298,7 @@ def merge_adapter(
 def measure_again(
     model: Decoder, packed: Mapping[str, QuantizedWeight], format: str, comparison: Comparison
 ) -> dict[str, Any]:
-    """What quantizing the merged weights again would cost: fields of MergeReport. The model stays as it is."""
+    """Compare the merged model, quantized again, with the unmerged one: fields of MergeReport. Restores the model."""
     merged = {path: model.get_parameter(f"{path}.weight") for path in packed}
     put_weights(model, {path: quantize_weight(weight, format) for path, weight in merged.items()})
     again = comparison.measure(model)

@@ -48,7 +48,7 @@ class DoRALinear(LoRALinear):
         return y if self.bias is None else y + self.bias
 
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """Each linear of the same x, one by one: the gain stands between product and bias."""
+        """Apply several linears to the same x, one by one: the gain comes between product and bias."""
         return tuple(linear(x) for linear in linears)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:

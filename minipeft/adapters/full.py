@@ -18,7 +18,7 @@ class FullConfig:
 
 
 def add_full(model: Decoder, config: FullConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Add nothing: the record says that the base is trained."""
+    """Add nothing: the method's record says that the base is trained."""
     return []
 
 

@@ -37,7 +37,7 @@ class IA3Config:
 
 
 class IA3Linear(TrainableModule):
-    """y = l * (x W^T + b), or y = (l * x) W^T + b; W and b are the very Parameters of the linear it replaces."""
+    """y = l * (x W^T + b), or y = (l * x) W^T + b; W and b are the replaced linear's Parameters."""
 
     adopts_linear = True
 

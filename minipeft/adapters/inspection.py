@@ -1,4 +1,4 @@
-"""What a folder holds, an adapter or a model, from its JSON and the headers of its tensors: nothing is loaded."""
+"""Describe the folder of an adapter or a model from its JSON and safetensors headers; no tensor is loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo, check_plain, read_header, read_object
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import find_tensors, our_names, read_config
+from minipeft.models.checkpoint import find_tensors, read_config, rename_tensors
 
 
 def describe(folder: str | Path) -> dict[str, object]:
-    """What the adapter or model folder holds, by name; `as_table` formats it.
+    """Describe an adapter or model folder as entries by name; `as_table` formats them.
 
     Raises:
         InputError: the folder holds neither, or a file in it is damaged.
@@ -64,7 +64,7 @@ def describe_model(folder: Path) -> dict[str, object]:
         "tied head": config.tie_word_embeddings,
     }
     if any(folder.glob("*.safetensors")):
-        tensors = our_names(find_tensors(folder, folder, None), FAMILIES[config.model_type])
+        tensors = rename_tensors(find_tensors(folder, folder, None), FAMILIES[config.model_type])
         return found | sizes(tensors.values(), sorted({info.file for info in tensors.values()}))
     check_plain(folder / "pytorch_model.bin")
     return found | {"bytes": (folder / "pytorch_model.bin").stat().st_size, "files": ["pytorch_model.bin"]}
@@ -90,7 +90,7 @@ def as_table(description: Mapping[str, object]) -> str:
 
 
 def as_text(value: object) -> str:
-    """A value as the table shows it."""
+    """Format a value for the table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "yes" if value is True else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,12 +1,12 @@
-"""What a method is to the rest of the library: one record, looked up in METHODS (adapters/__init__.py).
+"""The record of a method, through which the rest of the library uses it (METHODS in adapters/__init__.py).
 
-    add, remove, merge          what it does to a model
-    recipe                      how it is trained by default: plain numbers, each with its source
-    peft                        its files in Hugging Face PEFT's format, both ways
-    label                       what tables call it
+    add, remove, merge          the changes of the model
+    recipe                      the default training settings, each number with its source
+    peft                        the files in Hugging Face PEFT's format, both ways
+    label                       the name in tables
 
 `add_adapter`, `save_adapter`, `inspect`, `plan`, the runs, the study and the command line read the record. A new method
-is its file, its format and its record (CONTRIBUTING, "Add a method").
+needs its file, its format and its record (CONTRIBUTING, "Add a method").
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from minipeft.models import Decoder
 
 
 class Encoder(Protocol):
-    """What text init needs of a tokenizer."""
+    """The methods of a tokenizer that text init calls."""
 
     def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained by default; the fields but `source` are fields of TrainConfig of the same names."""
+    """Default training settings of a method; all fields but `source` have the names of TrainConfig's fields."""
 
     learning_rate: float
     warmup: float = 0.06  # share of the steps; 5 % in Weyssow et al. 2023
     decay: str = "linear"
     beta1: float = 0.9
     beta2: float = 0.99
-    weight_decay: float = 0.0  # decay would pull a prefix or prompt away from the text that it starts as
+    weight_decay: float = 0.0  # weight decay would pull a prefix or prompt away from its text init
     clip: float = 1.0
     source: str = ""
 
@@ -73,7 +73,7 @@ class PeftFormat:
 
 @dataclass(frozen=True)
 class Method:
-    """Everything that the library asks of a method."""
+    """The record of a method."""
 
     name: str  # lora: in --method, run folders and results
     label: str  # LoRA: in tables and reports
@@ -85,4 +85,4 @@ class Method:
     peft: PeftFormat | None = None  # None: it has no adapter files (full tuning)
     backend: Callable[[Decoder, Any], str] | None = None  # which kernel computes it here
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other names: {"dora": {"dora": True}}
-    trains_base: bool = False  # full tuning: nothing is added; the weights are what is trained and saved
+    trains_base: bool = False  # full tuning: adds nothing, trains and saves the weights

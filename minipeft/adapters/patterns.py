@@ -25,7 +25,7 @@ for p in patterns:
 
 
 def match_paths(pattern: str, paths: Sequence[str], where: str, *, suffix: bool = False) -> list[str]:
-    """The paths that the regular expression matches whole; with `suffix`, those that end, from a dot on, in a match.
+    """The paths that the regular expression matches fully; with `suffix` it may match the end of a path, from a dot on.
 
     Raises:
         InputError: the pattern is invalid, or takes longer than DEADLINE.
@@ -75,7 +75,7 @@ def values_by_path(patterns: Mapping[str, T], paths: Sequence[str], where: str) 
     """The value for each path that a pattern matches: HF PEFT's rank_pattern and alpha_pattern.
 
     A key is a regular expression for the end of a path, from a dot on ("q_proj", "0.attn.c_attn", "^model.layers.1.*").
-    Where several match, the first counts.
+    If several keys match, the first applies.
 
     Raises:
         InputError: a key matches none of `paths`.

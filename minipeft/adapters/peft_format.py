@@ -2,8 +2,8 @@
 
     LoRA     peft_lora.py        (IA)3    peft_ia3.py        prefix, prompt    peft_virtual.py
 
-The config has PEFT's own keys and no key of ours. Loading is strict: what is missing, unexpected, of another shape, not
-finite, or asks for a feature that is not here is an error that names file and entry.
+The config has PEFT's own keys and none of ours. Loading is strict: a missing or unexpected entry, a wrong shape, a
+non-finite value or an unsupported feature is an error that names file and entry.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def load_adapter(
 
     Raises:
         InputError: the model holds an adapter already; a file is missing or malformed; a tensor is missing, unexpected,
-            wrongly shaped, not floating or not finite; the config asks for what is not implemented; the hub refuses.
+            wrongly shaped, not floating or not finite; the config has an unsupported setting; the hub refuses.
     """
     check_kind(model, Decoder, "model")
     check_path(source, "source")
@@ -224,7 +224,7 @@ def config_from(given: Mapping[str, Any]) -> Any:
     """adapter_config.json -> our config.
 
     Raises:
-        InputError: it asks for what is not implemented, or has a key that is not PEFT's.
+        InputError: it has an unsupported setting, or a key that is not PEFT's.
     """
     peft = format_of(method_in(given))
     for key, value in given.items():

@@ -1,4 +1,4 @@
-"""(IA)3 in HF PEFT's format: what stands in adapter_config.json, and each tensor's name and shape.
+"""(IA)3 in HF PEFT's format: adapter_config.json, and each tensor's name and shape.
 
 base_model.model.<path>.ia3_l [out, 1], or [1, in] where it scales the input
 """

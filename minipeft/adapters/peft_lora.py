@@ -1,4 +1,4 @@
-"""LoRA in HF PEFT's format: what stands in adapter_config.json, and each tensor's name and shape.
+"""LoRA in HF PEFT's format: adapter_config.json, and each tensor's name and shape.
 
     base_model.model.<path>.lora_A.weight [r, in]      .lora_B.weight [out, r]      as nn.Linear's, GPT-2's too
     base_model.model.<path>.lora_B.bias [out]          with lora_bias

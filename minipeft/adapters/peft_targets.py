@@ -38,7 +38,7 @@ def layers_from(given: Mapping[str, Any]) -> Any:
     """layers_to_transform: a list of blocks, one block, or null for all.
 
     Raises:
-        InputError: layers_pattern stands without it.
+        InputError: layers_pattern is given without it.
     """
     layers = given.get("layers_to_transform")
     if given.get("layers_pattern") and layers is None:

@@ -1,4 +1,4 @@
-"""VeRA in HF PEFT's format: what stands in adapter_config.json, and each tensor's name and shape.
+"""VeRA in HF PEFT's format: adapter_config.json, and each tensor's name and shape.
 
 base_model.model.<path>.vera_lambda_b [out]       .vera_lambda_d [r]
 base_model.vera_A [r, widest in]                  base_model.vera_B [widest out, r]       with save_projection

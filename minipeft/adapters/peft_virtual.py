@@ -7,7 +7,7 @@
     minipeft_adapter.json         the config: init, text, whether a sliding window hides the virtual tokens, ...
     minipeft_state.safetensors    the reparameterization MLP and the fixed init of the table; with `reparam` only
 
-PEFT's files hold the table with the MLP folded in, so that whoever only uses the adapter needs nothing else. Without
+PEFT's files hold the table with the MLP folded in, so that inference needs nothing else. Without
 our two files the adapter is PEFT's: a plain table, hidden by a sliding window as PEFT's is.
 """
 

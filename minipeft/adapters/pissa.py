@@ -5,8 +5,8 @@
 
     y = x (W - s B0 A0)^T + s (x A^T) B^T                                 A, B start as A0, B0: a no-op at first
 
-The papers put the residual W - s B0 A0 in the place of W. Here W keeps its bytes, and the residual is a second, frozen
-pair in the same product; it is what makes a file that any reader of plain LoRA understands, of rank 2r:
+The papers replace W by the residual W - s B0 A0. Here W keeps its bytes, and the initial pair is subtracted in the same
+product, as a second, frozen pair; so the adapter can be saved as plain LoRA of rank 2r:
 
     s B A - s B0 A0 = s [B, -B0] [A ; A0]
 """

@@ -2,12 +2,12 @@
 
     k, v = [prefix_k ; k], [prefix_v ; v]          in each layer, of P virtual tokens that every token may see
 
-They are stored as the cache would hold them (after rotary), one [K, P, D] per layer and K key/value heads.
-Initialized with noise, P virtual tokens take softmax mass from the text and bury it: a real 135M model's loss rises
-from 3.3 to 10.9 nats. Even keys of zero do: such a key has weight exp(0) in every softmax. Initialized with the keys
-and values of real tokens (the default, "text"), the model starts exactly as if that text stood before the input.
+They are stored as in the decode cache (after rotary), one [K, P, D] per layer and K key/value heads. Initialized with
+noise, P virtual tokens take most of the softmax mass from the text: a real 135M model's loss rises from 3.3 to 10.9
+nats. Zero keys cost loss too: such a key has weight exp(0) in every softmax. Initialized with the keys and values of
+real tokens (the default, "text"), the model starts exactly as if that text stood before the input.
 
-With a gate (Zhang et al. 2023, LLaMA-Adapter) the text keeps its own softmax, and the prefix is added beside it:
+With a gate (Zhang et al. 2023, LLaMA-Adapter) the text keeps its own softmax, and the prefix has a second one:
 
     y = softmax(q k^T) v + tanh(g) softmax(q prefix_k^T) prefix_v          g [H], one per head, 0 at first
 
@@ -33,18 +33,18 @@ from minipeft.models.attention import product
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """How many virtual tokens, how they start, and what computes them while they train.
+    """Number, init and parameterization of the virtual tokens.
 
-    init: "text" (keys and values of `text`, repeated or cut to `length` tokens), "normal" (keys spread as those of
-    `text`, values 0), "peft" (N(0, 1), HF PEFT's default, for comparison).
+    init: "text" (keys and values of `text`, repeated or cut to `length` tokens), "normal" (keys with the standard
+    deviation of those of `text`, values 0), "peft" (N(0, 1), HF PEFT's default, for comparison).
     """
 
     length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1, limit=2**20)
     init: str = option("text", "initialization of the virtual tokens", choices=("text", "normal", "peft"))
-    text: str = option(TASK_LINE, "text that the virtual tokens start as")
+    text: str = option(TASK_LINE, "text of the text init")
     reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1, limit=2**20)
     gate: bool = option(False, "add the prefix beside the text's attention, through a gate that starts at 0")
-    freeze_first: bool = option(False, "keep the first virtual token, where attention rests, at its init")
+    freeze_first: bool = option(False, "keep the first virtual token, the attention sink, at its init")
     windowed: bool = option(False, "let a sliding window hide the virtual tokens, as HF does")
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class PrefixConfig:
         if self.freeze_first and self.length < 2:
             raise InputError("leaves nothing to train of a single virtual token", where="freeze_first")
         if self.gate and self.windowed:
-            raise InputError("a gated prefix stands beside the text, in no window", where="windowed")
+            raise InputError("a gated prefix has its own softmax and no window", where="windowed")
 
 
 class Prefix(TrainableModule):
@@ -107,7 +107,7 @@ class Prefix(TrainableModule):
 
 
 class GatedPrefix(TrainableModule):
-    """tanh(g) softmax(q prefix_k^T) prefix_v: what the prefix adds to an attention's product, 0 at first."""
+    """tanh(g) softmax(q prefix_k^T) prefix_v, added to the attention's output; 0 at first."""
 
     def __init__(self, prefix: Prefix, heads: int):
         super().__init__()
@@ -125,7 +125,7 @@ class GatedPrefix(TrainableModule):
 def initial_key_value(
     model: Decoder, config: PrefixConfig, tokenizer: Encoder | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values that the prefix starts as, two of [L, K, P, D] in float32.
+    """The prefix's initial keys and values, two of [L, K, P, D] in float32.
 
     Raises:
         InputError: "text" or "normal" without a tokenizer, or with a text that is too short to measure.
@@ -144,7 +144,7 @@ def initial_key_value(
         raise InputError(f"{config.text!r} has no two tokens to measure a spread from", where="text")
     spread = [(t.float().mean(dim=2, keepdim=True), t.float().std(dim=2, keepdim=True)) for t in run_text(model, ids)]
     drawn = [mean + std * torch.randn(shape, generator=generator).to(mean.device) for mean, std in spread]
-    # values 0 leave the text's mean alone; behind a gate that is 0 as well, they could never be left
+    # values 0 add nothing to the output; with a zero gate too, both would have zero gradients for ever
     return drawn[0], drawn[1] if config.gate else torch.zeros_like(drawn[1])
 
 
@@ -153,7 +153,7 @@ def add_prefix(
 ) -> list[str]:
     """Fill each attention's slot; returns the paths of the modules."""
     device, c = model.embedding.weight.device, model.config
-    if not config.gate:  # a gated prefix takes no room
+    if not config.gate:  # a gated prefix takes no positions
         check_room(config.length, c.context)
     if device.type == "meta":
         keys = values = torch.empty(c.layers, c.kv_heads, config.length, c.head_width, device=device)

@@ -1,8 +1,8 @@
 """Prompt tuning: P trained input vectors before the text (Lester et al. 2021).
 
-    x = [prompt ; wte[ids]]          every document of the row sees the prompt; its outputs are cut off again
+    x = [prompt ; wte[ids]]          every document of the row sees the prompt; its outputs are dropped
 
-Default init: the embeddings of a task line. Then step 0 is exactly that text, written before every input.
+Default init: the embeddings of a task description, so that the model starts as if that text stood before every input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minipeft.models.layout import check_rows
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How many virtual tokens, how they start, and what computes them while they train.
+    """Number, init and parameterization of the virtual tokens.
 
     init: "text" (embeddings of `text`, repeated or cut to `length` tokens), "vocab" (embeddings of random tokens),
     "normal" (N(0, 1), HF PEFT's default).
@@ -31,7 +31,7 @@ class PromptConfig:
 
     length: int = option(20, "virtual tokens before each row", flag="virtual-tokens", least=1, limit=2**20)
     init: str = option("text", "initialization of the virtual tokens", choices=("text", "vocab", "normal"))
-    text: str = option(TASK_LINE, "text that the virtual tokens start as")
+    text: str = option(TASK_LINE, "text of the text init")
     reparam: int | None = option(None, "width of a reparameterization MLP", flag="reparam-width", least=1, limit=2**20)
     windowed: bool = option(False, "let a sliding window hide the virtual tokens, as HF does")
 
@@ -40,7 +40,7 @@ class PromptConfig:
 
 
 class Prompt(TrainableModule):
-    """The trained vectors, put before a batch of embedded rows. With an MLP, `weight` is their fixed init."""
+    """Trained vectors before a batch of embedded rows. With an MLP, `weight` is their fixed init."""
 
     def __init__(self, weight: Tensor, mlp: Reparam | None = None):
         super().__init__()

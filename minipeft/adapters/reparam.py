@@ -1,11 +1,12 @@
-"""Virtual tokens as the output of a small MLP while they train (Li & Liang 2021, section 4.3), folded away after.
+"""The reparameterization MLP, which computes virtual tokens during training (Li & Liang 2021, section 4.3).
 
     vectors = init + U h + c          h = tanh(W e + b)          e [P, E], h [P, width], one h for all layers
 
-AdamW moves each entry of a plain table by about the learning rate a step. Here the vectors of all layers depend on the
-same h, so that a step moves them together, and far: in a pilot (135M Llama, CoNaLa, 60 steps) a prefix at 1e-3 moved
-by up to 1.95 and reached 1.67 nats; the plain table at 5e-3 moved by 0.15 and reached 1.87. U and c start at zero, so
-that the vectors start as `init`. Nothing of this is needed to use the adapter: the vectors are what is stored.
+AdamW moves each entry of a plain table by about the learning rate per step. Here the vectors of all layers depend on
+the same h, so that a step moves them together and further: in a pilot (135M Llama, CoNaLa, 60 steps) a prefix at 1e-3
+moved by up to 1.95 and reached 1.67 nats; the plain table at 5e-3 moved by 0.15 and reached 1.87. U and c start at
+zero, so that the vectors start at `init`. The adapter's file stores the vectors, so that inference does not need the
+MLP.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SharedHidden(TrainableModule):
 
 
 class Reparam(TrainableModule):
-    """U h + c: what the MLP adds to one site's vectors of N entries. Starts at 0."""
+    """U h + c: the MLP's output for one site's vectors of N entries, added to their init. Starts at 0."""
 
     def __init__(self, hidden: SharedHidden, outputs: int):
         super().__init__()

@@ -1,7 +1,7 @@
-"""How one module takes another's place, and how an adapter is merged: what LoRA, (IA)3, VeRA and the bank share.
+"""Replace, restore and merge linears, for LoRA, (IA)3, VeRA and the bank.
 
-A module that stands in a linear's place adopts its Parameters, and merging or removing hands them back to a plain
-nn.Linear: the names in state_dict(), ties, and every byte of the base stay as they were.
+A module that replaces a linear adopts its Parameters, and merging or removing returns them to a plain nn.Linear: the
+names in state_dict(), ties, and every byte of the base stay the same.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put a plain nn.Linear with the same Parameters in the place of each adapted one.
+    """Replace each adapted linear by a plain nn.Linear with the same Parameters.
 
-    A new one: the linear that was replaced may hold an old weight, if the model has been loaded again since.
+    The original linear is not reused: it may hold an old weight, if the model was loaded again since.
     """
     for path, layer in layers.items():
         out, width = layer.weight.shape  # type: ignore[misc]
@@ -43,7 +43,7 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
     stands in memory at a time.
 
     Raises:
-        InputError: a weight is also another's (tied), or what is merged would not be finite in the weight's dtype.
+        InputError: a weight is tied to another module's, or the merged weight would not be finite in its dtype.
     """
     check_ties(model, layers)
     largest, missed, whole = 0.0, 0.0, 0.0
@@ -67,10 +67,10 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
 
 
 def check_ties(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Refuse to merge into a weight that another module uses too.
+    """Refuse to merge into a weight that another module shares.
 
     Raises:
-        InputError: with both names.
+        InputError: names both.
     """
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Which linears an adapter adapts: what `targets` and `layers` of a config name in a model.
+"""Find the linears that `targets` and `layers` of a config name in a model.
 
 "all-linear"                every linear of the blocks, never the head
 "default"                   HF PEFT's choice for the family and the method
@@ -22,7 +22,7 @@ NAMES = re.compile(r"[\w.,-]+")  # on the command line: a list of names; other t
 
 
 def parse_targets(text: str) -> Targets:
-    """Targets as they are written on the command line.
+    """Parse targets from the command line.
 
     "all-linear" and "default" stay; letters, digits, "_", "-", "." and commas alone are a list of names
     ("q_proj,attn.c_proj"); any other text is a regular expression over the whole path.
@@ -41,10 +41,10 @@ def parse_targets(text: str) -> Targets:
 
 
 def check_targets(config: Any) -> None:
-    """Check a config's `targets`, and its `layers` where it has them.
+    """Check a config's `targets`, and its `layers` if it has that field.
 
     Raises:
-        InputError: there are none, or `layers` stands beside a regular expression.
+        InputError: `targets` is empty, or `layers` is combined with a regular expression.
     """
     targets, layers = config.targets, getattr(config, "layers", None)
     if not targets or (isinstance(targets, tuple) and not all(targets)):

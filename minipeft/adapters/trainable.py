@@ -1,6 +1,6 @@
-"""What an adapter adds to a model is float32 and stays float32, whatever the base is cast to.
+"""Adapter modules: their parameters are float32 and stay float32 when the base is cast.
 
-A learning rate of 1e-4 is below bfloat16's step at 1 (2^-8 = 4e-3): in that dtype most updates would round to nothing.
+A learning rate of 1e-4 is below bfloat16's spacing at 1 (2^-8 = 4e-3): in that dtype most updates would round to zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipeft.errors import check_memory
 
 MOST_PARAMETERS = 2**58  # torch counts bytes in 63 bits
-PARAMETER_BYTES = 16  # a trained parameter, its gradient, and AdamW's two moments, in float32
+PARAMETER_BYTES = 16  # bytes of a float32 parameter, its gradient, and AdamW's two moments
 
 
 def check_trained_memory(parameters: int, device: torch.device, where: str) -> None:
@@ -28,22 +28,22 @@ def check_trained_memory(parameters: int, device: torch.device, where: str) -> N
 
 
 class TrainableModule(nn.Module):
-    """A module of an adapter: its own tensors keep float32 through casts of the model, and follow moves.
+    """A module of an adapter: its own tensors stay float32 when the model is cast, and follow moves.
 
-    A subclass that stands in a linear's place (`adopts_linear`) holds the linear's own `weight` and `bias`: these are
-    the base's, and are cast with it.
+    A subclass that replaces a linear (`adopts_linear`) holds the linear's `weight` and `bias`: these belong to the
+    base, and are cast with it.
     """
 
     adopts_linear = False
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers that the adapter brought, by name; without those of submodules."""
+        """The adapter's own parameters and buffers by name, without those of submodules."""
         base = ("weight", "bias") if self.adopts_linear else ()
         held = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in held.items() if tensor is not None and name not in base}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """nn.Module's one door for to(), half(), cuda(): undo the cast of the adapter's own tensors, not the move."""
+        """Called by to(), half() and cuda(): undo the cast of the adapter's own tensors, but not the move."""
         kept = {name: tensor.detach() for name, tensor in self.own_tensors().items()}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():

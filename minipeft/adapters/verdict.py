@@ -1,11 +1,11 @@
-"""What merging an adapter changed: the report, and the comparison of the merged model with the unmerged one.
+"""The report on a merge, and the comparison of the merged model with the unmerged one.
 
-Of each prompt the unmerged model first writes its greedy answer. Over prompt and answer, with p_t the unmerged model's
-distribution of the next token and q_t the merged one's,
+The unmerged model generates a greedy answer to each prompt. Over prompt and answer, with p_t the unmerged model's
+next-token distribution and q_t the merged one's,
 
     KL_t = sum_v p_t(v) (log p_t(v) - log q_t(v))          in nats, in float64
 
-Of the unmerged model only the hidden states, [T, C] a prompt, and the head are kept: no adapter changes the head.
+Only the unmerged model's hidden states, [T, C] a prompt, and head are kept: no adapter changes the head.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from minipeft.errors import InputError, shown
 from minipeft.models import Decoder
 
 ROWS = 64  # positions whose logits are formed at a time
-CHANGE = 1e-3  # share of changed top-1 tokens above which a merge is warned of
+CHANGE = 1e-3  # share of changed top-1 tokens above which the merge warns
 
 
 class Prompter(Protocol):
-    """What the check needs of a tokenizer."""
+    """The methods of a tokenizer that the comparison calls."""
 
     eos: int | None
 
@@ -37,9 +37,9 @@ class Prompter(Protocol):
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did: how many weights, the largest change of one, and how much of the update rounding took away.
+    """The result of a merge: the number of weights, the largest change, and the share of the update lost to rounding.
 
-    With prompts to check, also how far the merged model is from the unmerged one; without, those fields are None.
+    With prompts, also the comparison of the merged model with the unmerged one; without, those fields are None.
     """
 
     modules: int
@@ -49,7 +49,7 @@ class MergeReport:
     tokens: int | None = None  # positions compared: those of the prompts and of the unmerged model's answers
     mean_kl: float | None = None  # nats per token
     max_kl: float | None = None  # nats, of the token where it is largest
-    changed_tokens: int | None = None  # positions where another token is the most probable (top-1)
+    changed_tokens: int | None = None  # positions with another most probable (top-1) token
     changed_answers: int | None = None  # prompts whose greedy answer differs
     format: str | None = None  # of the quantized base that was dequantized for the merge
     requantized_kl: float | None = None  # nats per token from the unmerged model, were the result quantized again
@@ -57,7 +57,7 @@ class MergeReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user must see: more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
+        """Warnings: more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
         found = []
         if self.mean_kl is not None and not math.isfinite(self.mean_kl):
             found.append("the merged model's logits are not finite")
@@ -93,7 +93,7 @@ class MergeReport:
 
 
 class Comparison:
-    """What the unmerged model does with some prompts, for the merged model to be measured against.
+    """The unmerged model's greedy answers and hidden states for some prompts, to compare the merged model with.
 
     Raises:
         InputError: a prompt cannot be answered.
@@ -142,7 +142,7 @@ class Comparison:
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Within: no dropout and no gradients."""
+    """Context manager: no dropout and no gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -190,12 +190,12 @@ def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def hidden_of(model: Decoder, ids: Sequence[int]) -> Tensor:
-    """What the head reads, of one row. -> [T, C]"""
+    """The hidden states of one row. -> [T, C]"""
     return model.hidden(torch.tensor([ids], device=model.embedding.weight.device))[0]
 
 
 def answer_greedily(model: Decoder, prompt: list[int], ends: set[int], new_tokens: int) -> list[int]:
-    """The most probable token, again and again, until one that ends the answer."""
+    """Generate greedily until a token ends the answer."""
     device = model.embedding.weight.device
     cache, answer = model.new_cache(1, len(prompt) + new_tokens), []  # type: ignore[var-annotated]
     ids = torch.tensor([prompt], device=device)

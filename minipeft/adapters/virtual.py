@@ -1,7 +1,7 @@
-"""What prefix-tuning and prompt tuning share: virtual tokens that start as a text, and their room in the context.
+"""Shared by prefix-tuning and prompt tuning: text init of virtual tokens, and their positions in the context.
 
-Both write P virtual tokens before every row. With text init they start as the tokens of a task line: a prefix as the
-keys and values that the model itself computes for it, a prompt as its embeddings.
+Both put P virtual tokens before every row. With text init a prefix starts at the keys and values that the model
+computes for a task description, a prompt at its embeddings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
 
 
 def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, repeated or cut so that there are `length`; a BOS that the tokenizer adds stands first, once.
+    """The ids of `text`, repeated or cut to `length`; a BOS that the tokenizer adds comes first, once.
 
     Raises:
         InputError: there is no tokenizer, or no token in the text.
@@ -50,9 +50,9 @@ def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> 
 
 
 def run_text(model: Decoder, ids: list[int], windowed: bool = False) -> tuple[Tensor, Tensor]:
-    """Keys and values of each layer for a text that everybody may see: the decode cache is the capture.
+    """Compute the keys and values of each layer for a text of VIRTUAL tokens, and read them from the decode cache.
 
-    `windowed` as the prefix will be: whether a sliding window hides the text from itself. A model without adapter.
+    `windowed` is the prefix's: whether a sliding window applies within the text. The model must hold no adapter.
     -> two of [L, K, P, D], after rotary
     """
     row = torch.tensor([ids], device=model.embedding.weight.device)  # [1, P]
@@ -64,7 +64,7 @@ def run_text(model: Decoder, ids: list[int], windowed: bool = False) -> tuple[Te
 
 @contextmanager
 def evaluation(model: Decoder, windowed: bool) -> Iterator[None]:
-    """Within: the model in eval mode, with this `windowed`; afterwards both as they were, also after an error."""
+    """Context manager: eval mode and this `windowed`; both are restored, also after an error."""
     before = model.windowed
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -78,10 +78,10 @@ def evaluation(model: Decoder, windowed: bool) -> Iterator[None]:
 
 
 def check_room(length: int, context: int) -> None:
-    """Refuse virtual tokens that leave no room for text in the model's context.
+    """Check that virtual tokens leave room for text in the model's context.
 
     Raises:
-        InputError: with the most that fit.
+        InputError: gives the largest number that fits.
     """
     if length + 2 > context:  # one token to see and one to predict
         hint = f"take at most {context - 2} virtual tokens"
@@ -89,7 +89,7 @@ def check_room(length: int, context: int) -> None:
 
 
 def empty_slot(module: nn.Module, slot: str) -> None:
-    """Put None where a module stood, as it was before: without `delattr`, print(model) would go on showing the slot."""
+    """Set a slot back to None; without `delattr`, print(model) would still show it."""
     if isinstance(getattr(module, slot), nn.Module):
         delattr(module, slot)
         setattr(module, slot, None)

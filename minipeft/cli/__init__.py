@@ -36,12 +36,12 @@ def run_command(arguments: Sequence[str] | None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-        if sys.stdout is not None:  # None where it was closed before the process began
+        if sys.stdout is not None:  # None if it was closed before the process began
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError, ImportError) as error:
@@ -58,7 +58,7 @@ def run_command(arguments: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, like every other error, with the flag that may have been meant."""
+    """Reports an unknown flag in one line, like every other error, and suggests a similar one."""
 
     def error(self, message: str) -> NoReturn:
         hints = [f"See {self.prog} --help"]
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and flags."""
+    """Build the parser of all commands and flags."""
     parser = Parser(prog="minipeft", description="Parameter-efficient fine-tuning from scratch in plain PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

@@ -7,7 +7,7 @@
     targets: str | tuple[str, ...]                       --targets q_proj,v_proj, or a regular expression
     lr_multipliers: Mapping[str, float]                  --lr-multiplier lora_B=16, once for each name
 
-No flag has a default of its own: what was not typed is not in the result, and the config's defaults hold.
+No flag has a default of its own: flags that were not given are absent from the result, and the config's defaults apply.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def add_fields(
     several: str | None = None,
     defaults: Mapping[str, str] | None = None,
 ) -> None:
-    """Add a flag for each field of a config, but for the flags in `skip`.
+    """Add a flag for each field of a config, except the flags in `skip`.
 
-    `several`: "+" lets a flag that holds a list of texts take all of them after it (--model A B), where no positional
-    argument may follow. `defaults`: what the help says of a field's default, where it is not the config's own.
+    `several`: "+" lets a flag for a list of texts take several values (--model A B); no positional argument may follow.
+    `defaults`: the help text for a field's default, if it differs from the config's.
     """
     from minipeft.runs.config import list_settings
 
@@ -49,7 +49,7 @@ def add_fields(
 
 
 def add_flag(parser: Any, setting: Any, help: str | None = None, several: str | None = None) -> None:
-    """Add the flag of one setting to a parser or a group of it."""
+    """Add the flag of one setting to a parser or argument group."""
     names = [f"--{name}" for name in (setting.name, *(setting.metadata.get("aliases") or ()))]
     how: dict[str, Any] = {"dest": setting.name.replace("-", "_"), "default": argparse.SUPPRESS}
     how["help"] = (explain(setting) if help is None else help).replace("%", "%%")
@@ -57,7 +57,7 @@ def add_flag(parser: Any, setting: Any, help: str | None = None, several: str | 
 
 
 def choose_reader(setting: Any, several: str | None) -> dict[str, Any]:
-    """How argparse reads the value of a flag: its action, type and metavar."""
+    """Choose argparse's action, type and metavar for a flag."""
     from minipeft.runs.config import is_required
 
     parts = [part for part in list_alternatives(setting.hint) if part is not type(None)]
@@ -82,7 +82,7 @@ def list_alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def explain(setting: Any, default_text: str | None = None) -> str:
-    """The help of a flag: the field's own text, its choices and its default."""
+    """Build the help of a flag: the field's text, its choices and its default."""
     from minipeft.runs.config import is_required
 
     text, choices = setting.metadata["help"], setting.metadata.get("choices") or ()
@@ -97,7 +97,7 @@ def explain(setting: Any, default_text: str | None = None) -> str:
 
 
 def read_targets(text: str) -> Any:
-    """--targets: names with commas between them, a keyword, or a regular expression."""
+    """Parse --targets: comma-separated names, a keyword, or a regular expression."""
     from minipeft.adapters.targets import parse_targets
 
     try:
@@ -107,15 +107,15 @@ def read_targets(text: str) -> Any:
 
 
 def read_integers(text: str) -> tuple[int, ...]:
-    """Integers with commas between them."""
+    """Parse comma-separated integers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be integers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be comma-separated integers") from None
 
 
 def make_pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
-    """A function that reads NAME=VALUE; the name may hold "=" itself."""
+    """Make a function that parses NAME=VALUE; the name may contain "="."""
 
     def read(text: str) -> tuple[str, Any]:
         name, equals, value = text.rpartition("=")
@@ -130,7 +130,7 @@ def make_pair_reader(kind: type) -> Callable[[str], tuple[str, Any]]:
 
 
 def read_typed(config: type, options: argparse.Namespace, skip: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of a config that were typed, by field name."""
+    """Read the fields of a config that were given on the command line, by field name."""
     from minipeft.runs.config import list_settings
 
     found = [setting for setting in list_settings(config, "") if setting.name not in skip]
@@ -138,14 +138,14 @@ def read_typed(config: type, options: argparse.Namespace, skip: Iterable[str] = 
 
 
 def was_typed(flag: str, options: argparse.Namespace) -> bool:
-    """Whether a flag stood on the command line."""
+    """Whether a flag was given on the command line."""
     return hasattr(options, flag.replace("-", "_"))
 
 
 def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) -> None:
-    """Add the flags of every method's config, in a group for each set of methods that share them.
+    """Add the flags of every method's config, in one group per set of methods that share them.
 
-    A flag that is explained differently by two methods gets both texts: --init.
+    A flag with different help in two methods gets both texts: --init.
     """
     from minipeft.adapters import METHODS
     from minipeft.runs.config import list_settings
@@ -169,7 +169,7 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
 
 
 def method_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of all methods' flags that were typed, by name; run_config checks that the method has them."""
+    """Read the methods' flags that were given, by name; run_config checks that the method has them."""
     from minipeft.adapters import METHODS
     from minipeft.runs.config import list_settings
 

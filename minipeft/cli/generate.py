@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.runs.config import ModelConfig
     from minipeft.runs.process import ProcessConfig
 
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to write code for")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="intent to write code for")
     add_fields(parser, AnswersConfig)
     add_fields(parser, ProcessConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)

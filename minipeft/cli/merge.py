@@ -11,7 +11,7 @@ from minipeft.cli.streams import report as say
 
 HELP = "fold an adapter into its model, and say what that changes before anything is written"
 EXAMPLE = "minipeft merge --model gpt2 --adapter runs/lora/adapter --data conala --out merged"
-SKIP = ("dtype",)  # the model is loaded in its own; MergeConfig's is that of what is written
+SKIP = ("dtype",)  # the model is loaded in its own dtype; MergeConfig's is the dtype of the written weights
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

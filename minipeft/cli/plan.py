@@ -11,14 +11,14 @@ from minipeft.cli.streams import show
 HELP = "predict what training takes, from config.json alone: parameters, memory, time"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
   minipeft plan --preset paper --activation-checkpointing"""
-SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not ask for
-ROWS = ("isolate", "loss-mask")  # nor of the rows: each is one document
+SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not use
+ROWS = ("isolate", "loss-mask")  # nor those of packing: each row counts as one document
 AGAIN = "activation-checkpointing"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.data.packing import PackConfig
-    from minipeft.runs.config import ModelConfig, settings
+    from minipeft.runs.config import ModelConfig, collect_settings
     from minipeft.study.presets import PlanConfig
 
     parser.add_argument("models", nargs="*", metavar="M", help="folders, hub ids or demo; only config.json is read")
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("model"), ModelConfig, skip=SKIP)
     group = parser.add_argument_group("training")
     add_fields(group, PackConfig, skip=ROWS)
-    add_flag(group, settings()[AGAIN])
+    add_flag(group, collect_settings()[AGAIN])
     add_method_flags(parser)
 
 

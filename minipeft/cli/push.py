@@ -16,7 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.runs.publishing import PushConfig
 
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of an adapter or a model")
-    parser.add_argument("hub_id", metavar="OWNER/NAME", help="repository, made where there is none")
+    parser.add_argument("hub_id", metavar="OWNER/NAME", help="repository, created if it does not exist")
     add_fields(parser, PushConfig)
 
 

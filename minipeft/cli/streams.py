@@ -1,4 +1,4 @@
-"""What a person reads on a terminal: escape sequences that a file, a path or a model brought are shown as text."""
+"""Terminal output: escape sequences from a file, a path or a model are shown as text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def report(text: str) -> None:
 
 
 def show(text: str, *, as_is: bool = False) -> None:
-    """Print to standard output. `as_is`: a program that reads it gets it whole, and only a terminal gets it escaped."""
+    """Print to standard output. `as_is`: a pipe or file gets the text unchanged, only a terminal gets it escaped."""
     whole = as_is and not (sys.stdout is not None and sys.stdout.isatty())
     print(text if whole else escape(text, KEPT))

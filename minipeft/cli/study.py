@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def format_command(options: argparse.Namespace) -> str:
-    """The command that was typed, without --debug and --json, as a shell takes it."""
+    """Format the given command for a shell, without --debug and --json."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     words = ["minipeft", "study"]

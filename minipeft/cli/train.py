@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
-    """Every setting of a training run, in groups, but for the flags in `skip`."""
+    """Add the flags of every setting of a training run, in groups, except those in `skip`."""
     from minipeft.adapters.method import Recipe
     from minipeft.runs.config import SECTIONS, RunConfig, list_settings
 
@@ -41,7 +41,7 @@ def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -
 
 
 def run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What was typed of `add_run_flags`, by the names of run_config."""
+    """Read the given flags of `add_run_flags`, under run_config's names."""
     from minipeft.runs.config import SECTIONS, RunConfig, list_settings
 
     names = {setting.name for config in (*SECTIONS.values(), RunConfig) for setting in list_settings(config, "")}

@@ -22,6 +22,7 @@ from minipeft.errors import (
     check_methods,
     check_path,
     check_value,
+    matches,
     shown,
 )
 from minipeft.files import check_plain, kind_of, parse_json
@@ -180,7 +181,7 @@ def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair
     if rewritten in row and not was_null:
         question = "rewritten_intent"
     question_id = row.get("question_id")
-    if question_id is not None and (isinstance(question_id, bool) or not isinstance(question_id, int)):
+    if question_id is not None and not matches(question_id, int):
         raise InputError(f"must be an integer, is {kind_of(question_id)}", file=place, where="field 'question_id'")
     intent, snippet = (read_field(row, name, place, longest_field) for name in (question, answer))
     return Pair(intent, snippet, question_id, line), was_null

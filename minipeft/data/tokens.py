@@ -20,12 +20,12 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from minipeft.errors import InputError, check_items, check_kind, shown
+from minipeft.errors import InputError, check_items, check_kind, matches, shown
 from minipeft.files import check_inside, check_plain, kind_of, read_object, read_text, write_whole
 from minipeft.hub import fetch, list_names
 
@@ -252,9 +252,14 @@ def ids_of_vocab(vocab: Any, file: Path) -> dict[str, int]:
     if not isinstance(vocab, dict):
         raise InputError(f"must be an object of token: id, is {kind_of(vocab)}", file=file, where="vocab")
     for token, number in vocab.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
+        if not is_id(number):
             raise InputError(f"token {token!r} has id {number!r}, not a number from 0", file=file, where="vocab")
     return vocab
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value can be a token id."""
+    return matches(value, int) and 0 <= value < 2**32
 
 
 def check_unique(ids: dict[str, int], file: Path) -> None:
@@ -332,7 +337,7 @@ def special_id(
         return named_id(backend, token, folder, f"{name}_token")
     number = config.get(f"{name}_token_id")
     number = number[0] if isinstance(number, list) and number else number  # Llama 3 lists several: EOS comes first
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
+    if not is_id(number):
         return None
     token = backend.id_to_token(number)
     return None if token is None else named_id(backend, token, folder, f"{name}_token_id")

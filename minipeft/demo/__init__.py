@@ -1,4 +1,4 @@
-"""The embedded demo: a small model and a data set of our own, so that everything runs without a network.
+"""The embedded demo: a small model and a data set, so that everything runs offline.
 
 model = minipeft.load_model("demo")                    demo_model_path()
 train = minipeft.load_pairs("demo", split="train")     demo_pairs_path()

@@ -10,11 +10,11 @@ Five kinds of document, so that a model of a few million parameters sees words b
 
 A second stage reads the sixth kind, with a share of the others so that they are not forgotten:
 
-    pair        a request in words and the code that does it (make_pairs.general_pairs), in one of LAYOUTS
+    pair        a request in words and the code that does it (make_pairs.make_general_pairs), in one of LAYOUTS
 
-It teaches what the first cannot in so few tokens: to copy a name, a text or a number of a request into code. The demo's
-task (pairs.jsonl) is no part of either stage: not its house library, not its wordings, not its template, and no name of
-its test questions.
+It teaches copying of names, texts and numbers from a request into code, which the first stage cannot in so few tokens.
+Neither stage contains the demo's task (pairs.jsonl): no code of its house library, none of its wordings or template,
+and no name of its test questions.
 """
 
 import ast
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from minipeft.demo.make_pairs import draw, general_pairs
+from minipeft.demo.make_pairs import draw, make_general_pairs
 from minipeft.files import write_json
 
 END = "<|endoftext|>"
@@ -75,7 +75,7 @@ PARAGRAPH_AND_EXAMPLE = re.compile(
 SOURCE_CHARACTERS = 6000  # a source document ends at the first top-level statement after this many
 FUNCTION_CHARACTERS = 1500
 COMMENT_CHARACTERS = 600
-FILE_CHARACTERS = 400_000  # longer files are tables, not code; pydoc's topics, which are prose, are an exception
+FILE_CHARACTERS = 400_000  # longer files are tables, not code, except pydoc's topics, which are prose
 HELD_OUT_ONE_IN = 60
 
 
@@ -86,7 +86,7 @@ class Document:
     held_out: bool
 
 
-def source_files(packages: list[str] | None = None) -> list[tuple[str, Path]]:
+def list_source_files(packages: list[str] | None = None) -> list[tuple[str, Path]]:
     """List (name, path) of every source, sorted: the standard library, then each package that is installed."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     roots = [("stdlib", stdlib)]
@@ -105,18 +105,18 @@ def source_files(packages: list[str] | None = None) -> list[tuple[str, Path]]:
 
 
 def is_held_out(name: str) -> bool:
-    """True for one file in HELD_OUT_ONE_IN, chosen by its name alone, so that it is the same on every machine."""
+    """Whether a file is held out: one in HELD_OUT_ONE_IN, chosen by the hash of its name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
-def first_sentence(text: str) -> str:
-    """The first paragraph of a help text on one line, up to its first full stop."""
+def find_first_sentence(text: str) -> str:
+    """The first sentence of a help text, on one line."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
     stop = paragraph.find(". ")
     return paragraph if stop < 0 else paragraph[: stop + 1]
 
 
-def source_documents(text: str, tree: ast.Module) -> Iterator[str]:
+def make_source_documents(text: str, tree: ast.Module) -> Iterator[str]:
     lines = text.splitlines(keepends=True)
     start = 0
     for statement in tree.body:
@@ -127,7 +127,7 @@ def source_documents(text: str, tree: ast.Module) -> Iterator[str]:
     yield "".join(lines[start:])
 
 
-def function_documents(text: str, tree: ast.Module) -> Iterator[str]:
+def make_function_documents(text: str, tree: ast.Module) -> Iterator[str]:
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
@@ -139,10 +139,10 @@ def function_documents(text: str, tree: ast.Module) -> Iterator[str]:
         body = lines[node.body[0].end_lineno or 0 : node.end_lineno]
         code = textwrap.dedent("".join(head + body)).strip("\n")
         if len(code) <= FUNCTION_CHARACTERS and head:
-            yield f"{first_sentence(described)}\n{code}\n"
+            yield f"{find_first_sentence(described)}\n{code}\n"
 
 
-def comment_documents(text: str) -> Iterator[str]:
+def make_comment_documents(text: str) -> Iterator[str]:
     lines = text.splitlines()
     place = 0
     while place < len(lines):
@@ -165,7 +165,7 @@ def comment_documents(text: str) -> Iterator[str]:
             yield f"{words}\n{code}\n"
 
 
-def example_documents(tree: ast.Module) -> Iterator[str]:
+def make_example_documents(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
             continue
@@ -175,7 +175,7 @@ def example_documents(tree: ast.Module) -> Iterator[str]:
                 yield f"{' '.join(words.split())}\n{code}\n"
 
 
-def reference_documents() -> Iterator[str]:
+def make_reference_documents() -> Iterator[str]:
     kinds = (str, bytes, list, dict, set, frozenset, tuple, int, float, complex, object, range, slice)
     owners = [(kind.__name__ + ".", kind) for kind in kinds] + [("", builtins)]
     owners += [(name + ".", importlib.import_module(name)) for name in REFERENCE_MODULES.split()]
@@ -187,7 +187,7 @@ def reference_documents() -> Iterator[str]:
                     signature = str(inspect.signature(getattr(owner, name)))
                 except ValueError:  # a C function without one
                     signature = "(...)"
-                yield f"{first_sentence(described)}\n{prefix}{name}{signature}\n"
+                yield f"{find_first_sentence(described)}\n{prefix}{name}{signature}\n"
 
 
 def parse(code: str) -> ast.Module | None:
@@ -209,25 +209,25 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[Document]:
         if tree is None:
             continue
         kinds = {
-            "function": function_documents(text, tree),
-            "comment": comment_documents(text),
-            "example": example_documents(tree),
+            "function": make_function_documents(text, tree),
+            "comment": make_comment_documents(text),
+            "example": make_example_documents(tree),
         }
         if name.startswith("stdlib/") and "/test" not in name:
-            kinds["source"] = source_documents(text, tree)
+            kinds["source"] = make_source_documents(text, tree)
         for kind, texts in kinds.items():
             for each in texts:
                 key = hashlib.sha256(each.encode("utf-8", errors="replace")).digest()[:12]
                 if each.strip() and key not in seen:
                     seen.add(key)
                     yield Document(kind, each, is_held_out(name))
-    for each in REFERENCE_TIMES * list(reference_documents()):
+    for each in REFERENCE_TIMES * list(make_reference_documents()):
         yield Document("reference", each, False)
 
 
-def pair_documents(times: int, seed: int = 0) -> Iterator[Document]:
-    """General pairs in words and code, each wording filled `times` times, each in a layout of its own."""
-    for place, (intent, snippet) in enumerate(general_pairs(times, seed)):
+def make_pair_documents(times: int, seed: int = 0) -> Iterator[Document]:
+    """General pairs of a request and its code: each wording is filled `times` times, each time in another layout."""
+    for place, (intent, snippet) in enumerate(make_general_pairs(times, seed)):
         text = draw(LAYOUTS, "layout", seed, place).replace("{intent}", intent).replace("{snippet}", snippet)
         yield Document("pair", text, is_held_out(f"pair/{seed}/{place}"))
 
@@ -246,7 +246,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 
 
 def pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """The ids of each text followed by END, in pieces of at most `length`."""
+    """The ids of each text followed by END, cut into chunks of at most `length`."""
     end = tokenizer.get_vocab()[END]
     found: list[list[int]] = []
     for start in range(0, len(texts), 1000):

@@ -1,17 +1,17 @@
-"""Make the demo's pairs (pairs.jsonl) from dialect.txt, and the general pairs that the demo model reads before.
+"""Make the demo's pairs (pairs.jsonl) from dialect.txt, and the general pairs of the demo model's pretraining.
 
     python -m minipeft.demo.make_pairs     # writes pairs.jsonl beside this file, the same bytes on every machine
 
-pairs.jsonl is the study's task: questions about tables, answered in the words of a house library (house.py). Its fields
-are CoNaLa's (Yin et al. 2018), so that whatever reads CoNaLa reads this; each pair is a question of its own. `split`:
+pairs.jsonl is the study's task: questions about tables, answered with the functions of a house library (house.py). Its
+fields are CoNaLa's (Yin et al. 2018), so that the same reader serves both; each pair has its own question. `split`:
 
     train   2,016 pairs of 28 operations
-    test    168 of the same operations, with names, texts and numbers that no training pair has (names.py): whoever
-            answers has to copy them
+    test    168 of the same operations, with names, texts and numbers that no training pair has (names.py): the model
+            has to copy them
     hard    60 of six operations that no training pair shows
 
-General pairs are templates.txt, Python that the standard library can do, filled with the same names: `general_pairs`
-yields them for the pretraining corpus (corpus.py). They share no wording with the task.
+General pairs fill templates.txt, whose code uses the standard library, with the same names: `make_general_pairs` yields
+them for the pretraining corpus (corpus.py). They share no wording with the task.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @dataclass
 class Template:
-    """A block of a template file; `number` is its place there, from 1. Its fields are as the file's head says."""
+    """A block of a template file; `number` counts from 1. The head of the file explains the fields."""
 
     number: int
     split: str
@@ -67,7 +67,7 @@ class Pair:
 
 
 def read_templates(file: Path = HERE / "dialect.txt") -> list[Template]:
-    """Parse a template file, whose head says how it is written."""
+    """Parse a template file; its head explains the format."""
     templates: list[Template] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -83,13 +83,13 @@ def read_templates(file: Path = HERE / "dialect.txt") -> list[Template]:
 
 
 def draw(choices: Sequence[T], *key: object) -> T:
-    """One of `choices`, decided by the key alone: random.Random need not give the same in each Python version."""
+    """Choose one of `choices` by the hash of a key: random.Random may differ between Python versions."""
     return choices[int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") % len(choices)]
 
 
 @cache
-def choices_of(kind: str, test: bool) -> list[str]:
-    """What may stand in a slot: names, texts and numbers of the test questions, or of all else."""
+def list_choices(kind: str, test: bool) -> list[str]:
+    """The possible values of a slot: names, texts and numbers of the test questions, or of the other splits."""
     many, one = pools(test)
     if kind == "table":
         return many
@@ -100,11 +100,11 @@ def choices_of(kind: str, test: bool) -> list[str]:
 
 
 def fill(template: Template, turn: int, test: bool) -> Pair:
-    """The template with its `turn`-th wording and what is drawn for that turn."""
+    """Fill the template: its `turn`-th wording with the values drawn for that turn."""
     intent, snippet = template.intents[turn % len(template.intents)], template.snippet.rstrip("\n")
     drawn: dict[str, str] = {}
     for slot in sorted(set(Blank(snippet).get_identifiers())):
-        left = [c for c in choices_of(KINDS[slot[0]], test) if c not in drawn.values()]
+        left = [c for c in list_choices(KINDS[slot[0]], test) if c not in drawn.values()]
         drawn[slot] = draw(left, template.title, turn, slot, test)
     if "m" in drawn and int(drawn["m"]) < int(drawn["n"]):  # above n and below m
         drawn["m"], drawn["n"] = drawn["n"], drawn["m"]
@@ -135,7 +135,7 @@ def make_pairs(templates: list[Template] | None = None) -> list[Pair]:
 
 MANY = ("ints", "words", "lists", "tuples", "dicts", "matrix", "set")  # slots of templates.txt that a plural name fits
 ONE = ("text", "map", "num", "float", "date", "path", "folder", "iterator", "object")
-LITERALS = {  # what stands for itself, or comes from the texts and names
+LITERALS = {  # slots with fixed values, or filled from the texts and names
     "i": ["0", "1"],
     "sep": [", ", "-", ":", ";", "|", "/", "_", " - ", "=", "+"],
     "ext": ["txt", "csv", "py", "json"],
@@ -143,10 +143,10 @@ LITERALS = {  # what stands for itself, or comes from the texts and names
 }
 
 
-def general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Fill each wording of each block of templates.txt `times` times -> (intent, snippet); no name of the test."""
+def make_general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Fill each wording of each block of templates.txt `times` times -> (intent, snippet), without test names."""
     many, one = pools(test=False)
-    texts, numbers = choices_of("text", False), choices_of("number", False)
+    texts, numbers = list_choices("text", False), list_choices("number", False)
     pool = {**dict.fromkeys(MANY, many), **dict.fromkeys(ONE, one), **LITERALS, "n": numbers, "m": numbers}
     for template in read_templates(HERE / "templates.txt"):
         snippet = template.snippet.rstrip("\n")
@@ -161,7 +161,7 @@ def general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
                 yield Blank(intent).substitute(drawn), Blank(snippet).substitute(drawn)
 
 
-def as_lines(pairs: list[Pair]) -> str:
+def format_lines(pairs: list[Pair]) -> str:
     """The text of pairs.jsonl."""
     rows = (
         {
@@ -179,7 +179,7 @@ def as_lines(pairs: list[Pair]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "pairs.jsonl")
-    parser.parse_args().out.write_text(as_lines(make_pairs()), encoding="utf-8")
+    parser.parse_args().out.write_text(format_lines(make_pairs()), encoding="utf-8")
 
 
 if __name__ == "__main__":

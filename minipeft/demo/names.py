@@ -1,8 +1,8 @@
-"""Names for the demo's pairs: over a thousand, made of two short lists, each in one split and in no other.
+"""Names for the demo's pairs: over a thousand, combined from two short lists, each name in one split only.
 
-A model that is tuned on some names is asked about others, so that it has to copy what the question says. The split of a
-name is decided by its hash: one in eight is kept for the test questions and never stands in a text to train on, neither
-in the pairs nor in what the demo model read in pretraining (corpus.py).
+The test questions use other names than the training pairs, so that a model has to copy them. A name's hash decides its
+split: one in eight is kept for the test questions and never occurs in training texts, neither in the pairs nor in the
+demo model's pretraining (corpus.py).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
-def all_names() -> tuple[list[str], list[str]]:
-    """Names of things there are many of (orders, open_orders), and of one (price, best_price)."""
+def make_names() -> tuple[list[str], list[str]]:
+    """Plural names (orders, open_orders) and singular names (price, best_price)."""
     many, one = [], []
     for noun in NOUNS.split():
         many += [plural(noun), *(f"{m}_{plural(noun)}" for m in _some(noun, "many"))]
@@ -58,7 +58,7 @@ def all_names() -> tuple[list[str], list[str]]:
 
 
 def _some(noun: str, kind: str) -> list[str]:
-    """Three modifiers for a noun, decided by its hash."""
+    """Three modifiers for a noun, chosen by its hash."""
     digest = hashlib.sha256(f"{kind}/{noun}".encode()).digest()
     modifiers = MODIFIERS.split()
     return list(dict.fromkeys(modifiers[byte % len(modifiers)] for byte in digest[:3]))
@@ -66,6 +66,6 @@ def _some(noun: str, kind: str) -> list[str]:
 
 @cache
 def pools(test: bool) -> tuple[list[str], list[str]]:
-    """The two lists of `all_names`, of the test questions or of all else."""
-    many, one = all_names()
+    """The two lists of `make_names`, restricted to the test questions or to the other splits."""
+    many, one = make_names()
     return [n for n in many if is_kept(n) is test], [n for n in one if is_kept(n) is test]

@@ -1,1 +1,1 @@
-"""Scores of texts against texts; knows no tensor. `text.score_texts` gives all of them at once."""
+"""Scores of predicted texts against reference texts. `scores.score_texts` computes all of them."""

@@ -1,11 +1,11 @@
-"""BLEU-4 (Papineni et al. 2002), 0..1, from counts that are kept per sentence.
+"""BLEU-4 (Papineni et al. 2002), 0..1, from counts per sentence.
 
     BLEU = min(1, exp(1 - r/c)) * exp(1/4 * sum over n=1..4 of log p_n),    p_n = matches_n / ngrams_n
 
-with c the tokens of all predictions, r those of their references, and matches clipped to the largest count in one
-reference. Counts are summed over the corpus before they are divided, so a corpus is the sum of its rows of counts,
-which makes a bootstrap cheap (bootstrap.py). A "BLEU" without its tokenizer and its smoothing means nothing: the same
-500 answers score 0.154 with CoNaLa's tokens and 0.031 with words.
+where c counts the tokens of all predictions, r those of their references, and matches are clipped to the largest count
+in one reference. Counts are summed over the corpus before the division, so a corpus is scored from the sum of its rows
+of counts, which makes a bootstrap cheap (bootstrap.py). A BLEU without its tokenizer and smoothing cannot be compared:
+the same 500 answers score 0.154 with CoNaLa's tokens and 0.031 with words.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from minipeft.errors import InputError, check_value, shown
-from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, closest_length, count_ngrams, overlap
+from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, choose_length, count_ngrams, overlap
 
-# The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value: what stands in for
-# the log of a precision of 0. none: the score is 0; floor: value matches; add-k: k more of both from order 2 on;
-# exp: 1/2, 1/4, ... matches, for the first, second, ... order without a match.
+# The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value. They replace a precision
+# of 0. none: the score is 0; floor: `value` matches; add-k: k added to matches and totals from order 2 on; exp: 1/2,
+# 1/4, ... matches for the first, second, ... order without a match.
 SMOOTHINGS: dict[str, float] = {"none": 0.0, "floor": 0.1, "add-k": 1.0, "exp": 0.0}
 
-# One sentence is a row of counts: c, r, matches of order 1..4, n-grams of order 1..4.
+# The counts of a sentence are one row: c, r, matches of order 1..4, n-grams of order 1..4.
 LENGTH, REFERENCE_LENGTH, MATCHES, TOTALS = 0, 1, slice(2, 6), slice(6, 10)
 
 
 @dataclass(frozen=True)
 class BLEU:
-    """A BLEU score, 0..1, with the counts that it was computed from."""
+    """A BLEU score, 0..1, and the counts behind it."""
 
     score: float
     precisions: tuple[float, ...]  # p_1..p_4, smoothed
@@ -65,7 +65,7 @@ def sentence_bleu(
     smooth_value: float | None = None,
     effective_order: bool = True,
 ) -> BLEU:
-    """Score one sentence, by default over the orders that it is long enough for, as sacrebleu does."""
+    """Score one sentence; by default the order is limited by its length, as in sacrebleu."""
     counts = count_pairs([prediction], [references], tokenize=tokenize)
     return _bleu(counts, tokenize, smooth, smooth_value, effective_order)
 
@@ -75,7 +75,7 @@ def count_pairs(
 ) -> np.ndarray:
     """The row of counts of each pair, int64 [N, 10]; a corpus is scored from the sum of its rows.
 
-    Of several references, "conala" takes the shortest length (as its evaluation does), the others the closest.
+    With several references "conala" uses the shortest length (as its evaluation does), the others the closest.
     """
     if not isinstance(tokenize, str) or tokenize not in TOKENIZERS:
         raise InputError(f"no tokenizer is called {shown(tokenize)}; there are {sorted(TOKENIZERS)}", where="tokenize")
@@ -86,7 +86,7 @@ def count_pairs(
         for other in others[1:]:
             allowed = [most | more for most, more in zip(allowed, count_ngrams(other))]
         lengths = [len(other) for other in others]
-        shortest = min(lengths) if tokenize == "conala" else closest_length(len(tokens), lengths)
+        shortest = min(lengths) if tokenize == "conala" else choose_length(len(tokens), lengths)
         matches = [overlap(here, there) for here, there in zip(grams, allowed)]
         rows.append([len(tokens), shortest, *matches, *(max(0, len(tokens) - order + 1) for order in ORDERS)])
     return np.array(rows, dtype=np.int64)  # [N, 10]
@@ -123,7 +123,7 @@ def score_counts(
 def _bleu(
     counts: np.ndarray, tokenize: str, smooth: str | None, smooth_value: float | None, effective_order: bool
 ) -> BLEU:
-    """The score of the summed counts, with its parts and its signature."""
+    """Score the summed counts; returns the parts and the signature too."""
     if smooth is None:
         smooth = "none" if tokenize == "conala" else "exp"
     if not isinstance(smooth, str) or smooth not in SMOOTHINGS:

@@ -1,9 +1,9 @@
 """Confidence intervals of BLEU: percentile bootstrap over questions (Koehn 2004), of one system or a difference of two.
 
-One resample is Q of the Q questions, drawn with replacement. Pairs of one question are drawn together, because an
-answer that fits one fits the others; drawn singly, they would make the interval too narrow. A system trained with S
-seeds scores, in a resample, the mean BLEU of its S runs over the same questions. Two systems are compared resample by
-resample: what the questions have in common cancels out.
+A resample draws Q of the Q questions with replacement. The pairs of a question are drawn together, because their scores
+are correlated: drawn separately they would make the interval too narrow. A system trained with S seeds scores, in a
+resample, the mean BLEU of its S runs over the same questions. Two systems are compared on the same resamples, so that
+the variance between questions cancels (paired bootstrap).
 """
 
 from collections.abc import Hashable, Sequence
@@ -65,9 +65,9 @@ def bootstrap_bleu(
         if len(counts) != number:
             raise InputError(f"paired systems have {number} and {len(counts)} questions", where="base")
     whole, draws = draw_questions(number, resamples, seed)
-    value, values = mean_bleu(runs, whole), mean_bleu(runs, draws)  # [1], [R]
+    value, values = compute_mean_bleu(runs, whole), compute_mean_bleu(runs, draws)  # [1], [R]
     if base is not None:
-        value, values = value - mean_bleu(base, whole), values - mean_bleu(base, draws)
+        value, values = value - compute_mean_bleu(base, whole), values - compute_mean_bleu(base, draws)
     return summarize(value, values, confidence, compared=base is not None)
 
 
@@ -118,6 +118,6 @@ def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
     return arrays
 
 
-def mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """The mean over runs of each resample's BLEU. S times [Q, 10], [R, Q] -> [R]"""
+def compute_mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
+    """Compute the mean BLEU over runs for each resample. S times [Q, 10], [R, Q] -> [R]"""
     return np.mean([score_counts(draws @ counts)[0] for counts in runs], axis=0)

@@ -1,4 +1,4 @@
-"""CodeBLEU (Ren et al. 2020, arXiv:2009.10297) of Python code: as the `codebleu` package 0.7.0 has it, and corrected.
+"""CodeBLEU (Ren et al. 2020, arXiv:2009.10297) for Python: as the `codebleu` package 0.7.0 computes it, and corrected.
 
     CodeBLEU = w1 ngram + w2 weighted_ngram + w3 syntax + w4 dataflow,    w = 1/4 each
 
@@ -8,7 +8,7 @@
     dataflow        the share of the reference's data-flow items that the prediction has (dataflow.py)
 
 The package adds `w4 * (dataflow or 1)`: a corpus that shares no data flow with its references, such as one of empty
-answers, gets the full fourth quarter, and scores 0.25. It also drops each string that begins a line (comments.py).
+answers, gets the full weight w4 and scores 0.25. It also drops every string that begins a line (comments.py).
 `mode="compat"` reproduces both, for comparison with published numbers; `mode="strict"`, the default, does neither.
 Both modes fix two bugs: the sources of an item keep the order of their first occurrence (the package's order depends on
 PYTHONHASHSEED), and tokens are cut at byte offsets (the package's are wrong after a non-ASCII character).
@@ -26,8 +26,8 @@ from typing import Generic, TypeVar
 from minipeft.errors import InputError, check_items, check_value, shown
 from minipeft.metrics.comments import drop_as_package, drop_truly
 from minipeft.metrics.dataflow import count_flows
-from minipeft.metrics.grammar import grammar_versions, parse
-from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, closest_length, count_ngrams, overlap
+from minipeft.metrics.grammar import list_grammar_versions, parse
+from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, choose_length, count_ngrams, overlap
 from minipeft.metrics.syntax import count_subtrees, match_subtrees, shorten
 
 KEYWORDS = frozenset({*keyword.kwlist, "match", "case", "type"})  # the 35 of Python since 3.7 and three soft ones
@@ -36,7 +36,7 @@ MODES = ("strict", "compat")
 AGGREGATES = ("corpus", "mean")
 LONGEST_SHORT = 5_000  # characters
 
-# One pair is a row of counts, and a corpus the sum of its rows.
+# The counts of a pair are one row; the corpus is scored from the sum of the rows.
 LENGTH, REFERENCE_LENGTH, PAIRS = 0, 1, 2
 MATCHES = {"ngram": slice(3, 7), "weighted_ngram": slice(7, 11), "syntax": slice(19, 20), "dataflow": slice(20, 21)}
 TOTALS = {"ngram": slice(11, 15), "weighted_ngram": slice(15, 19), "syntax": slice(21, 22), "dataflow": slice(22, 23)}
@@ -47,10 +47,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class CodeBLEU:
-    """A CodeBLEU score, 0..1, with its parts; `score` and the parts are those of the chosen mode."""
+    """A CodeBLEU score, 0..1, and its parts, in the chosen mode."""
 
     score: float
-    compat: float  # the total that the codebleu package gives
+    compat: float  # the codebleu package's total
     ngram: float
     weighted_ngram: float
     syntax: float
@@ -59,7 +59,7 @@ class CodeBLEU:
     matches: dict[str, tuple[int, ...]]  # of each part, summed over the corpus; the unigrams of weighted_ngram count
     totals: dict[str, tuple[int, ...]]  #   5 for a keyword, else 1
     unparsed: int  # predictions in which tree-sitter finds an error
-    capped: int  # texts too deep or too large to be analysed in full
+    capped: int  # texts too deep or too large for a full analysis
     signature: str
 
 
@@ -73,8 +73,8 @@ def codebleu(
 ) -> CodeBLEU:
     """Score a corpus: from counts summed over its pairs, or as the mean of its pairs' scores (`aggregate="mean"`).
 
-    `weights` are those of ngram, weighted_ngram, syntax and dataflow. Of several references the first two parts take
-    the best and the sum, the other two the sum.
+    `weights`: of ngram, weighted_ngram, syntax and dataflow. With several references ngram uses the best match, the
+    other three parts sum over the references.
     Raises: InputError for an unknown mode or aggregate, weights that do not sum to 1, pairs that cannot be scored.
     """
     if mode not in MODES:
@@ -104,7 +104,7 @@ def codebleu(
         unparsed=sum(tree.unparsed for tree in seen[mode]),
         capped=sum(tree.capped for tree in seen[mode]),
         signature=f"CodeBLEU|mode:{mode}|aggregate:{aggregate}|weights:{','.join(f'{weight:g}' for weight in weights)}"
-        f"|pairs:{len(pairs)}|tokenize:whitespace|smooth:floor[0.1]|keywords:{len(KEYWORDS)}|{grammar_versions()}"
+        f"|pairs:{len(pairs)}|tokenize:whitespace|smooth:floor[0.1]|keywords:{len(KEYWORDS)}|{list_grammar_versions()}"
         f"|python:{'.'.join(platform.python_version_tuple()[:2])}",
     )
 
@@ -120,7 +120,7 @@ def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def _share(weights: tuple[float, ...], dataflow: float | None) -> tuple[float, ...]:
-    """The weights; where there is no data flow, its weight is distributed over the other parts in proportion."""
+    """The weights; if no reference has data flow, its weight is distributed over the other parts in proportion."""
     rest = sum(weights[:3])
     if dataflow is not None or not rest:
         return weights
@@ -136,7 +136,7 @@ def _score(groups: list[Row], mode: str, weights: tuple[float, ...]) -> tuple[fl
         used = _share(weights, values["dataflow"])
         terms = {part: value or 0.0 for part, value in values.items()}
         if mode == "compat":
-            terms["dataflow"] = terms["dataflow"] or 1.0  # the package's line that gives 0.25 to an empty answer
+            terms["dataflow"] = terms["dataflow"] or 1.0  # the package's line: 0.25 for an empty answer
         scores.append(math.fsum(weight * terms[part] for weight, part in zip(used, PARTS)))
         for part, value in values.items():
             if value is not None:
@@ -193,7 +193,7 @@ def _count_words(prediction: str, references: list[str]) -> Row:
     wanted = [sum(max(1, other.length - order + 1) for other in there) for order in ORDERS[1:]]
     # In fifths: the package's weights are 1 and 0.2, and its denominator is at least 1.
     weights = sum(max(5, other.weight) for other in there)
-    closest = closest_length(here.length, [other.length for other in there])
+    closest = choose_length(here.length, [other.length for other in there])
     return [here.length, closest, 1, *matches, weighted, *found, *totals, weights, *wanted]
 
 
@@ -215,7 +215,7 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
     for text in references:
         if mode == "strict":
             here, there = _analyse(_drop_truly(prediction.strip())), _analyse(_drop_truly(text.strip()))
-        else:  # the package strips the prediction again, on top, for each reference
+        else:  # the package strips the prediction once more for each reference
             prediction = _drop_as_package(prediction.strip() if here is None else prediction)
             here, there = _analyse(prediction), _analyse(_drop_as_package(text.strip()))
         row[0] += match_subtrees(there.subtrees, here.subtrees)
@@ -228,7 +228,7 @@ def _count_trees(prediction: str, references: list[str], mode: str) -> Trees:
 
 
 class Cached(Generic[Result]):
-    """A function of a text with a cache: of many short texts, and of the last few long ones."""
+    """A cached function of a text: the cache keeps many short texts and the last few long ones."""
 
     def __init__(self, function: Callable[[str], Result]):
         self._short, self._long = lru_cache(maxsize=4096)(function), lru_cache(maxsize=8)(function)

@@ -1,11 +1,11 @@
-"""Code without its comments and docstrings: once as the `codebleu` package strips them, once as it should.
+"""Remove comments and docstrings from code: as the `codebleu` package does, and correctly.
 
-The package (0.4.0 to 0.7.0) reads Python's own token stream and drops comments, but also *each* string that begins a
-line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined, blank lines are
-removed, and a text without a token stream (an open bracket, a wrong dedent) stays as it is: `drop_as_package`.
+`drop_as_package`: the package (0.4.0 to 0.7.0) reads Python's token stream and drops comments, but also *every* string
+that begins a line of code: `' '.join(x)` becomes `.join(x)`. Tabs become single spaces, continued lines are joined,
+blank lines are removed, and a text that does not tokenize (an open bracket, a wrong dedent) stays as it is.
 
-`drop_truly` removes comments and docstrings, found in the syntax tree, and blank lines (no score depends on those, but
-the two texts are then equal more often, and analysed once).
+`drop_truly` finds comments and docstrings in the syntax tree and removes them, with blank lines (no score depends on
+blank lines, but more texts are then equal, and equal texts are analysed once).
 """
 
 import io
@@ -67,7 +67,7 @@ class Token:
 def drop_as_package(code: str) -> str:
     """Remove what `remove_comments_and_docstrings` of the codebleu package removes, with the damage that it does."""
     if not BREAKABLE.search(code) and all(map(str.strip, code.split("\n"))):
-        return code  # nothing to drop, nothing to break
+        return code  # nothing to drop
     pieces: list[str] = []
     previous, line, column = "indent", 0, 0
     try:
@@ -85,14 +85,14 @@ def drop_as_package(code: str) -> str:
 
 
 def may_hold_notes(code: str) -> bool:
-    """Whether there may be comments or docstrings; decided without parsing, true if in doubt."""
+    """Whether the text may hold comments or docstrings; decided without parsing, true if in doubt."""
     return "#" in code or (QUOTE.search(code) is not None and BODY.search(code) is not None)
 
 
 def drop_truly(code: str) -> str:
     """Remove comments, blank lines, and the strings that are the docstring of the text, of a class or of a function.
 
-    A text that is one string and nothing else stays: it is an answer, not a note about one.
+    A text that consists of one string stays: the string is the answer, not a docstring.
     """
     if may_hold_notes(code):
         code = _cut_notes(code)
@@ -133,14 +133,14 @@ def _docstring(body: tree_sitter.Node) -> tree_sitter.Node | None:
 
 
 def _prefix(string: tree_sitter.Node) -> set[int]:
-    """The letters (and quotes) that a string starts with."""
+    """A string's prefix letters and opening quotes."""
     return set((string.children[0].text or b"").lower()) if string.children else set()
 
 
 def _tokens(code: str) -> Iterator[Token]:
     """Read the token stream line by line, as tokenize.py does.
 
-    Raises: NoTokens for a dedent to where no block began, and for a text that ends inside a string or a bracket.
+    Raises: NoTokens for a dedent that matches no outer block, and for a text that ends inside a string or a bracket.
     """
     reader, indents, text = Reader(), [0], ""
     for text in io.StringIO(code):  # lines end at a line feed only
@@ -150,7 +150,7 @@ def _tokens(code: str) -> Iterator[Token]:
             place = yield from reader.go_on(text)
         elif reader.level == 0 and not reader.continued:
             place, column = _measure_indent(text)
-            if place == len(text):  # only a last line can be blank and have no end
+            if place == len(text):  # only the last line can be blank and lack a line feed
                 text = ""
                 break
             if text[place] in "#\r\n":
@@ -176,7 +176,7 @@ def _tokens(code: str) -> Iterator[Token]:
 
 
 def _measure_indent(text: str) -> tuple[int, int]:
-    """The index of the line's first character, and its column with tabs to multiples of 8."""
+    """The index of the line's first non-blank character, and its column with tabs to multiples of 8."""
     column = 0
     for place, sign in enumerate(text):
         if sign == " ":
@@ -192,10 +192,10 @@ def _measure_indent(text: str) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Reader:
-    """The state that the token stream carries from one line to the next."""
+    """The tokenizer's state between lines."""
 
     line: int = 0
-    level: int = 0  # of brackets; below 0 after a bracket too many
+    level: int = 0  # of brackets; negative after an unmatched closing bracket
     continued: bool = False  # the last line ended with a backslash
     opened: Token | None = None  # a string that continues
     quote: str = ""  # the quote that ends it
@@ -206,7 +206,7 @@ class Reader:
 
     def read(self, text: str, place: int) -> Iterator[Token]:
         """The tokens of one line from `place` on."""
-        if place < len(text) and not BREAKABLE.search(text, place):  # one token will do
+        if place < len(text) and not BREAKABLE.search(text, place):  # one token suffices
             end = len(text) - text.endswith("\n")
             self._count_brackets(text[place:end])
             yield self.token("plain", text, place, end)

@@ -1,17 +1,17 @@
-"""CodeBLEU's fourth part: which value comes from where (Ren et al. 2020, section 3.3), by the rules of `DFG_python`.
+"""CodeBLEU's fourth part: data flow (Ren et al. 2020, section 3.3), by the rules of the package's `DFG_python`.
 
-Each token that is not an operator or a keyword is a *variable* (numbers, strings and attribute names too), and each one
-is an item: where its value comes from.
+Each token that is not an operator or a keyword is a *variable* (numbers, strings and attribute names too), and each
+variable has an item that lists the sources of its value.
 
     x = a + b        x computedFrom [a, b]
     y = x            x comesFrom [x], the x one line up; y computedFrom [x]
 
-Names do not count: variables are numbered in the order in which items mention them, an item's sources before itself, so
-the same flow under other names gives the same items. Items without sources that are nobody's source are left out.
+Names are irrelevant: variables are numbered in the order in which items mention them, an item's sources before itself,
+so the same flow under other names gives the same items. Items that have no source and are no source are dropped.
 
-The walk reads a block as it runs: `known` says for each name which tokens it may come from at this point. A loop's body
-is read twice, so that what the end of the body sets is seen at its start; a branch starts from what was known before
-the `if`, and afterwards a name may come from any branch.
+The walk follows the order of execution: `known` maps each name to the tokens that it may come from at this point. A
+loop's body is read twice, so that assignments at its end reach its start; each branch starts from the state before the
+`if`, and afterwards a name may come from any branch.
 """
 
 from bisect import bisect_left
@@ -24,12 +24,12 @@ from minipeft.metrics.syntax import shorten
 
 # The codebleu package recurses, and reports no data flow where it hits Python's limit of 1,000 frames.
 DEEPEST = 950
-# Limit on the sources written for a text: a guard against texts in which every token is linked to every other.
+# Limit on the number of sources of a text, for texts in which every token is linked to every other.
 MOST_SOURCES = 1_000_000
 
 Places = frozenset[int]
 NOWHERE: Places = frozenset()
-Walk = Generator["Walk", None, None]  # a rule of the walk: yields the walks that must run before it goes on
+Walk = Generator["Walk", None, None]  # a rule of the walk: yields the walks that must finish before it continues
 
 
 class TooMuch(Exception):
@@ -37,12 +37,12 @@ class TooMuch(Exception):
 
 
 class Malformed(Exception):
-    """A rule finds no token where it needs one, mostly in a broken tree; the package gives up on the whole text."""
+    """A rule lacks a token that it needs, mostly in a broken tree; the package then reports no data flow at all."""
 
 
 @dataclass(slots=True)
 class Flow:
-    """One item before it is numbered: the token `place` with this `name` has its value from `sources`."""
+    """One item before numbering: the token at `place` with this `name` gets its value from `sources`."""
 
     place: int
     name: str
@@ -53,7 +53,7 @@ class Flow:
 
 @dataclass(slots=True)
 class Scope:
-    """What is known while a text is read, the items found, and an undo log."""
+    """The state of the walk: the known names, the items found, and an undo log."""
 
     tree: Tree
     variables: list[int]  # the nodes that are variables, in the order of the text
@@ -73,7 +73,7 @@ class Scope:
         return self.variables[start : bisect_left(self.variables, self.tree.ends[node], start)]
 
     def part(self, node: int, name: str) -> int | None:
-        """The first child in this field."""
+        """The first child with this field."""
         return next((child for child in self.tree.children(node) if self.tree.fields[child] == name), None)
 
     def set(self, name: str, places: Places) -> None:
@@ -114,7 +114,7 @@ class Scope:
 
 
 def count_flows(tree: Tree) -> tuple[Counter[str], bool]:
-    """Count the numbered items of a text, and say whether a limit was hit (then there are none)."""
+    """Count the numbered items of a text; the flag says whether a limit was exceeded (then there are no items)."""
     if tree.depth > DEEPEST:
         return Counter(), True
     tokens = zip(tree.places, tree.kinds, tree.tokens)
@@ -135,7 +135,7 @@ def count_flows(tree: Tree) -> tuple[Counter[str], bool]:
 
 
 def _read(node: int, scope: Scope) -> Walk:
-    """Read a node and what is below it from left to right, the `for ... in` of a comprehension before its siblings."""
+    """Read a node and its descendants from left to right, the `for ... in` of a comprehension before its siblings."""
     tree, end = scope.tree, scope.tree.ends[node]
     while node < end:
         if tree.places[node] >= 0:
@@ -153,7 +153,7 @@ def _read(node: int, scope: Scope) -> Walk:
 
 
 def _read_leaf(node: int, scope: Scope) -> None:
-    """A known name comes from where it was set; an unknown identifier is set here."""
+    """A known name comes from its assignments; an unknown identifier is assigned here."""
     kind, token = scope.tree.kinds[node], scope.tree.tokens[node]
     if kind == token:
         return  # an operator or a keyword
@@ -266,8 +266,8 @@ def _read_while(node: int, scope: Scope) -> Walk:
 def _twice(node: int, scope: Scope, once: Callable[[], Walk]) -> Walk:
     """Read a loop twice and join what both passes found.
 
-    In a nest, each level would double the work of the one below. But the second pass mostly meets what the first one
-    met, so an inner loop is read only once for each state of the names that it mentions.
+    In nested loops each level would double the work below it. But the second pass mostly sees the same state as the
+    first, so an inner loop is read only once for each state of the names in it.
     """
     key = None
     if scope.loops:
@@ -292,7 +292,7 @@ def _twice(node: int, scope: Scope, once: Callable[[], Walk]) -> Walk:
 
 
 def _join(flows: list[Flow], key: Callable[[Flow], object]) -> list[Flow]:
-    """Make one item of those with equal keys: the last one's name and relation, each source name once, as first met."""
+    """Merge items with equal keys: the last one's name and relation, each source name once, in order of appearance."""
     joined: dict[object, Flow] = {}
     for flow in flows:
         here = key(flow)

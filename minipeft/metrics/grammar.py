@@ -1,8 +1,8 @@
-"""Python code into a syntax tree that plain Python can walk: tree-sitter's tree, read once, without recursion.
+"""Parse Python code with tree-sitter into a tree stored as lists, built in one pass without recursion.
 
-The tree is *concrete*: every keyword and bracket is a node too. A node is `named` where the grammar gives it a name of
-its own (`identifier`, `if_statement`), anonymous where it is the text itself (`if`, `(`). tree-sitter always returns a
-tree: what it cannot place it wraps in `ERROR` nodes, and what it misses it inserts as `MISSING` ones.
+The tree is *concrete*: every keyword and bracket is a node too. A node is `named` if the grammar names it
+(`identifier`, `if_statement`), and anonymous if it is literal text (`if`, `(`). tree-sitter always returns a tree: text
+that does not parse becomes `ERROR` nodes, and an absent token becomes a `MISSING` node.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DEEPEST_TEXT = 1000
 UNWATCHED = 1000  # characters; a shorter text cannot take long
 LONGEST = 200_000  # characters of a text that is parsed at all
 MOST_REPORTS = 4000  # plus one per 25 characters
-ERROR = 0xFFFF  # tree-sitter's number for text that it cannot place
+ERROR = 0xFFFF  # tree-sitter's symbol for text that does not parse
 
 
 @dataclass(slots=True, eq=False)
@@ -28,13 +28,13 @@ class Tree:
 
         x = f(y)    0 module  1 expression_statement  2 assignment  3 identifier  4 =  5 call  6 identifier  ...
 
-    This is preorder, the order of the text. Lists of numbers and names, because a few hundred small objects for each
-    text keep Python's garbage collector busy (measured: up to two thirds of the time of `parse`).
+    This is preorder, the order of the text. Lists replace node objects, because a few hundred small objects per text
+    keep Python's garbage collector busy (measured: up to two thirds of the time of `parse`).
     """
 
     kinds: list[str]
-    named: list[bool]  # or MISSING: what an S-expression shows
-    fields: list[str | None]  # what a node is to its parent: "left", "body", ...
+    named: list[bool]  # or MISSING: the nodes in an S-expression
+    fields: list[str | None]  # a node's field in its parent: "left", "body", ...
     ends: list[int]
     places: list[int]  # of a leaf: the number of its token in the text; -1: no leaf
     tokens: list[str]  # of a leaf: the text of its token; "": no leaf
@@ -62,18 +62,18 @@ def parser() -> Parser:
 
 
 @cache
-def grammar_versions() -> str:
+def list_grammar_versions() -> str:
     """The versions that a tree depends on, as a signature names them."""
     return f"tree-sitter:{version('tree-sitter')}|tree-sitter-python:{version('tree-sitter-python')}"
 
 
 def parse(code: str) -> Tree | None:
-    """Parse `code`, whatever it holds: None comes back for a text that is too long or takes too long.
+    """Parse any text; returns None for one that is too long or takes too long.
 
-    A leaf is a token: a node without children, or a whole string (an f-string's inside is part of it); comments have
-    none. Two tokens of no width can stand at the same place (what is MISSING); all of them bear the last one's number.
+    A leaf is a token: a node without children, or a whole string (with an f-string's expressions); comments have no
+    token. Several MISSING tokens of no width can be at one place; all of them get the last one's number.
     """
-    data = code.encode("utf-8", "replace")  # a lone surrogate, which UTF-8 cannot hold, becomes a question mark
+    data = code.encode("utf-8", "replace")  # a lone surrogate, which UTF-8 cannot encode, becomes a question mark
     root = _parse(data)
     if root is None:
         return None
@@ -169,7 +169,7 @@ def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
 
 
 def find(query: str, data: bytes) -> dict[str, list[tree_sitter.Node]]:
-    """The nodes of a text that a query captures, by the names that it gives them."""
+    """The nodes of a text that a query captures, by capture name."""
     root = _parse(data)
     return {} if root is None else QueryCursor(_query(query)).captures(root)
 

@@ -1,6 +1,6 @@
-"""Texts to tokens, tokens to n-gram counts: what BLEU (Papineni et al. 2002) and CodeBLEU's first two parts share.
+"""Tokenization and n-gram counts for BLEU (Papineni et al. 2002) and CodeBLEU's first two parts.
 
-A metric takes `predictions`, one text each, and `references`, for each prediction one text or a list of texts.
+A metric takes `predictions`, a list of texts, and `references`, one text or a list of texts per prediction.
 """
 
 import re
@@ -16,7 +16,7 @@ Tokens = list[str]
 Counts = tuple[Counter[tuple[str, ...]], ...]  # one counter for each order
 
 
-def conala_tokens(text: str) -> Tokens:
+def tokenize_conala(text: str) -> Tokens:
     """Tokenize code as the official CoNaLa evaluation does (conala-baseline, eval/conala_eval.py; Ling et al. 2016).
 
     Each character outside [A-Za-z0-9_] is a token of its own, camelCase is cut in two, and both quotes become `.
@@ -26,7 +26,7 @@ def conala_tokens(text: str) -> Tokens:
     return text.replace('"', "`").replace("'", "`").split()
 
 
-def mteval_tokens(text: str) -> Tokens:
+def tokenize_13a(text: str) -> Tokens:
     """Tokenize text as NIST's mteval-v13a does, the rules that sacrebleu calls 13a."""
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
@@ -37,7 +37,7 @@ def mteval_tokens(text: str) -> Tokens:
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
-TOKENIZERS: dict[str, Callable[[str], Tokens]] = {"conala": conala_tokens, "13a": mteval_tokens, "none": str.split}
+TOKENIZERS: dict[str, Callable[[str], Tokens]] = {"conala": tokenize_conala, "13a": tokenize_13a, "none": str.split}
 
 
 def count_ngrams(tokens: Tokens) -> Counts:
@@ -51,7 +51,7 @@ def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) 
     return sum(map(min, map(counts.__getitem__, common), map(others.__getitem__, common)))
 
 
-def closest_length(length: int, reference_lengths: Sequence[int]) -> int:
+def choose_length(length: int, reference_lengths: Sequence[int]) -> int:
     """The reference length nearest to `length`, the shorter of two equally near ones."""
     return min(reference_lengths, key=lambda other: (abs(other - length), other))
 
@@ -61,7 +61,7 @@ def check_pairs(
 ) -> tuple[list[str], list[list[str]]]:
     """Return the predictions, and for each one the list of its references.
 
-    Raises: InputError where there is nothing to score, the lengths differ, or an entry is not text.
+    Raises: InputError if there are no pairs, the lengths differ, or an entry is not text.
     """
     for name, given in (("predictions", predictions), ("references", references)):
         if isinstance(given, str):

@@ -1,9 +1,9 @@
-"""The one list of scores: what each is called, how it is computed, shown and read; and `score_texts`, all of them.
+"""The list of all scores with name, function and format, and `score_texts`, which computes them.
 
-    SCORES        a row a score: table, page, report, results.json and `minipeft score` read it
-    score_texts   answers -> Scores: a value for each row, and BLEU's bootstrap interval by question
+    SCORES        one row per score: table, page, report, results.json and `minipeft score` read it
+    score_texts   answers -> Scores: the value of each row, and BLEU's bootstrap interval by question
 
-To add a score, write its function and append one row.
+To add a score, write its function and append a row.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,7 +29,7 @@ TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer
 
 @dataclass(frozen=True)
 class Answers:
-    """What is scored; what several scores share is computed once, when the first asks for it."""
+    """The answers to score; values that several scores share are computed once, on first use."""
 
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]  # of each prediction
@@ -48,7 +48,7 @@ class Answers:
 
     @property
     def length_ratio(self) -> float | None:
-        """Tokens of all predictions over tokens of all references; None where the references are empty."""
+        """Tokens of all predictions over tokens of all references; None if the references are empty."""
         sums = self.counts.sum(axis=0)  # [10]
         return float(sums[LENGTH] / sums[REFERENCE_LENGTH]) if sums[REFERENCE_LENGTH] else None
 
@@ -61,7 +61,7 @@ class Answers:
         return None if self.passed is None else pass_at_k(count_trials(self.passed, self.questions), k)
 
     def count(self, claim: Callable[[str], bool]) -> int:
-        """The number of answers of which the claim is true."""
+        """The number of answers for which `claim` is true."""
         return sum(map(claim, self.predictions))
 
     def share(self, claim: Callable[[str], bool]) -> float:
@@ -78,11 +78,11 @@ class Score:
     compute: Callable[[Answers], float | None]
     format: str = "{:.3f}"  # in tables
     scale: float = 1.0
-    counts: bool = False  # the value is a number of answers; tables show it as a share of them, and 0 as nothing
+    counts: bool = False  # the value counts answers; tables show its share of them, and leave 0 empty
     higher_is_better: bool | None = None  # None: neither is
     table: str = "scores"  # the page's table that shows it: scores, answers; "": none
     rank: int = 0  # in the terminal's table, which shows the smallest ranks that fit; 0: never
-    heading: str = ""  # the line of `minipeft score` that it stands on; "": one of its own, under its label
+    heading: str = ""  # its line in `minipeft score`; "": a separate line under its label
     text: str = ""  # there; may name value, count, pairs, low and high ("": `format`)
     absent: str = ""  # there, where the value is None
     language: str = ""  # of the references that it means something for: python, text; "": any
@@ -158,7 +158,7 @@ SCORES: list[Score] = [
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one run's answers, or the mean over runs: a value for each row of SCORES; counts aside, 0..1."""
+    """The scores of one run's answers, or the mean over runs: a value for each row of SCORES, in 0..1 except counts."""
 
     pairs: int
     values: Mapping[str, float | None]
@@ -178,7 +178,7 @@ class Scores:
 
     @staticmethod
     def mean(several: Sequence["Scores"]) -> "Scores":
-        """The mean scores of several runs that answered the same questions, with one interval for the mean BLEU."""
+        """Average the scores of several runs on the same questions, with one interval for the mean BLEU."""
         if len(several) == 1:
             return several[0]
         values = {}
@@ -191,9 +191,9 @@ class Scores:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Scores":
-        """The scores that `as_dict` and `runs`, as "bleu_counts", were written from.
+        """Read the scores from the entries of `as_dict` and "bleu_counts", which holds `runs`.
 
-        Raises: InputError where one is missing, or is not a number.
+        Raises: InputError if an entry is missing or not a number.
         """
         added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows of before 0.1 lack them
         names = [score.name for score in SCORES]
@@ -278,7 +278,7 @@ def add_passes(scores: Scores, passed: Sequence[bool], questions: Sequence[Hasha
 
 
 def as_text(scores: Scores) -> str:
-    """The scores as lines for a terminal, with a warning where CodeBLEU's two totals differ."""
+    """Format the scores as lines for a terminal, with a warning if CodeBLEU's two totals differ."""
     lines = {"pairs": [f"{scores.pairs}"]}
     if scores.questions < scores.pairs:
         lines["questions"] = [f"{scores.questions}"]
@@ -300,11 +300,11 @@ def as_text(scores: Scores) -> str:
         )
         line.append(filled)
     table = [f"{heading:<14} {', '.join(parts)}" for heading, parts in lines.items() if parts]
-    return "\n".join([*table, *scores.signatures, *warnings_of(scores.values)])
+    return "\n".join([*table, *scores.signatures, *list_warnings(scores.values)])
 
 
-def warnings_of(values: Mapping[str, float | None]) -> list[str]:
-    """A warning where CodeBLEU's two totals differ."""
+def list_warnings(values: Mapping[str, float | None]) -> list[str]:
+    """Warn if CodeBLEU's two totals differ."""
     gap = (values.get("codebleu_compat") or 0) - (values.get("codebleu") or 0)
     if abs(gap) <= ARTEFACT:
         return []

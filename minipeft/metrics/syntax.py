@@ -1,11 +1,11 @@
-"""CodeBLEU's third part: which subtrees of the reference occur in the prediction (Ren et al. 2020, section 3.2).
+"""CodeBLEU's third part: the subtrees of the reference that occur in the prediction (Ren et al. 2020, section 3.2).
 
-Two subtrees are equal where their S-expressions are: named nodes with their fields, no names, numbers or operators.
+Two subtrees match if their S-expressions are equal: named nodes with their fields, no names, numbers or operators.
 
     a + b   and   x - 1.5   ->   (binary_operator left: (identifier) right: (...))
 
-The S-expression of a tree holds those of its subtrees, so writing all of them takes time in n x depth. A key is equal
-where the S-expression is, but of bounded length: below it, a child's key that is long stands as its digest.
+The S-expression of a tree contains those of its subtrees, so writing all of them takes n x depth time. Keys are equal
+exactly if the S-expressions are, but have bounded length: a long key of a child is replaced by its digest.
 """
 
 import re
@@ -34,12 +34,12 @@ def match_subtrees(reference: Counter[str], prediction: Counter[str]) -> int:
 
 
 def shorten(key: str) -> str:
-    """The key itself, or its digest where it is long: equal for equal keys, different for different ones."""
+    """Replace a long key by its digest; equal keys stay equal, different ones different."""
     return key if len(key) <= LONGEST_KEY else "#" + blake2b(key.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _build_keys(tree: Tree) -> list[str]:
-    """The key of each node, from the leaves up; what is named below an anonymous node is its parent's."""
+    """The key of each node, from the leaves up; named nodes below an anonymous node belong to its parent."""
     keys = [""] * len(tree.kinds)
     ends, named, fields = tree.ends, tree.named, tree.fields
     waiting: list[tuple[int, str]] = []  # the nodes without a parent yet, each with its text in that; the next on top
@@ -60,7 +60,7 @@ def _build_keys(tree: Tree) -> list[str]:
 def _read_keys(tree: Tree, expression: str) -> list[str]:
     """The key of each node, from the S-expression that tree-sitter wrote for the root.
 
-    Only this text tells what a broken tree misses: it shows MISSING nodes that are hidden from the tree itself.
+    A broken tree needs it: only the S-expression shows all MISSING nodes.
     """
     keys = [""] * len(tree.kinds)
     named = (node for node, shown in enumerate(tree.named) if shown)  # as they come in the text

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from minipeft.errors import check_items, check_kind
-from minipeft.metrics.ngrams import check_pairs, conala_tokens
+from minipeft.metrics.ngrams import check_pairs, tokenize_conala
 
 LONGEST_PYTHON = 200_000  # characters; a longer text is not parsed
 LONGEST_UNIT = 32  # tokens of the repeated unit
@@ -18,7 +18,9 @@ LEAST_PYTHON = 0.5  # share of the references; of CoNaLa's all are, of 20 common
 def is_exact(prediction: str, references: Sequence[str]) -> bool:
     """Whether the prediction has the same CoNaLa tokens as one of the references."""
     check_kind(prediction, str, "prediction")
-    return any(conala_tokens(prediction) == conala_tokens(text) for text in check_items(references, str, "references"))
+    return any(
+        tokenize_conala(prediction) == tokenize_conala(text) for text in check_items(references, str, "references")
+    )
 
 
 def chrf(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
@@ -53,7 +55,7 @@ def find_language(references: Sequence[Sequence[str]]) -> str:
 
 
 def is_valid_python(text: str) -> bool:
-    """Whether Python's parser accepts the text, which is not run; a text over LONGEST_PYTHON characters is refused."""
+    """Whether Python's parser accepts the text, which is not run; more than LONGEST_PYTHON characters are invalid."""
     check_kind(text, str, "text")
     if len(text) > LONGEST_PYTHON:
         return False
@@ -67,9 +69,9 @@ def is_valid_python(text: str) -> bool:
 
 
 def is_repeated(text: str) -> bool:
-    """Whether the text ends in a unit of up to 32 tokens, at least 4 times in a row, that fills half of it or more."""
+    """Whether the text ends in a unit of up to 32 tokens repeated at least 4 times and filling half of it or more."""
     check_kind(text, str, "text")
-    tokens = conala_tokens(text)
+    tokens = tokenize_conala(text)
     for unit in range(1, min(LONGEST_UNIT, len(tokens) // LEAST_REPEATS) + 1):
         length = unit  # tokens at the end that repeat at this distance
         while length < len(tokens) and tokens[-length - 1] == tokens[-length - 1 + unit]:

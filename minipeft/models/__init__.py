@@ -1,4 +1,4 @@
-"""From rows of ids to logits; knows no adapter. `FAMILIES` maps config.json's model_type to the family's record."""
+"""Decoders: from rows of ids to logits. `FAMILIES` maps config.json's model_type to the family's record."""
 
 from minipeft.models import gemma, gpt2, gpt_neox, granite, llama, mistral, olmo, phi, phi3, qwen, smollm3, starcoder2
 from minipeft.models.decoder import Decoder

@@ -1,4 +1,4 @@
-"""The attention product, whole or document by document: what every decoder family shares.
+"""Attention for all decoder families, over the whole row or document by document.
 
     y = softmax(q k^T / sqrt(D) where visible) v        (Vaswani et al. 2017, eq. 1; who sees whom: documents.py)
 
@@ -57,7 +57,7 @@ def product(
     cap: float | None = None,
 ) -> Tensor:
     """torch's fused attention product (with a cap: by hand). q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]"""
-    if q.is_meta:  # planning.py: what a fused kernel keeps; torch would take the unfused product here
+    if q.is_meta:  # planning.py counts what a fused kernel saves; torch would run the unfused product here
         y: Tensor = ProductOnMeta.apply(q, k, v)
         return y
     if cap is not None:
@@ -74,7 +74,7 @@ def product(
 def capped_product(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None, cap: float
 ) -> Tensor:
-    """The product with scores cap * tanh(scores / cap) before the mask, which torch's fused product cannot do."""
+    """Attention with scores cap * tanh(scores / cap) before the mask, which torch's fused product does not support."""
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
     scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5) / cap)  # [B, H, T, S]
     if causal:
@@ -101,7 +101,7 @@ class ProductOnMeta(torch.autograd.Function):
 
 
 def lacks_masked_groups(q: Tensor) -> bool:
-    """Whether no fused kernel takes a mask and grouped heads together: on CUDA torch would form the [T, S] scores of
+    """Whether no fused kernel supports a mask with grouped heads: on CUDA torch would form the [T, S] scores of
     each head in float32 (https://github.com/Comfy-Org/ComfyUI/pull/15135)."""
     return q.is_cuda
 
@@ -109,10 +109,11 @@ def lacks_masked_groups(q: Tensor) -> bool:
 def attend_by_run(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rows: Runs, dropout: float, scale: float | None, cap: float | None
 ) -> Tensor:
-    """The same product, one document at a time: a packed row costs its documents, sum n^2, instead of T^2.
+    """Attention one document at a time: a packed row costs sum n^2 over its documents instead of T^2.
 
-    Rows are cut by `split`, whose backward is one `cat`; slices would write a row of zeros each. On a GPT-2 layer,
-    4 rows of 1024 tokens with 27 documents each, this took 53 ms against 496 ms for the dense mask (one CPU thread).
+    `split` cuts the rows, because its backward is one `cat`; the backward of a slice fills a row with zeros. On a GPT-2
+    layer, 4 rows of 1024 tokens with 27 documents each, this took 53 ms against 496 ms for the dense mask (one CPU
+    thread).
     """
     virtual_tokens = layout.virtual_tokens
     keys_only = [virtual_tokens] if virtual_tokens and not layout.prompted else []  # a prefix has no queries
@@ -137,7 +138,7 @@ def heads_first(run: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Each linear of the same x; a first linear that knows how to do them `together`, sharing passes, does so."""
+    """Apply several linears to the same x; if the first has `together` (LoRA), it computes them in shared passes."""
     together: Callable[..., tuple[Tensor, ...]] | None = getattr(linears[0], "together", None)
     return tuple(linear(x) for linear in linears) if together is None else together(x, linears)
 

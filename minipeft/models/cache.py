@@ -1,4 +1,4 @@
-"""The decode cache: keys and values of the columns seen so far, so that each new token costs one column."""
+"""The decode cache: keys and values of all columns so far, so that a new token computes one column."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minipeft.errors import InputError
 class Cache:
     """Keys and values of all layers, preallocated; `documents` holds the owner of each column.
 
-    Zeros, not `empty`: an unwritten column is masked, but 0 * NaN would still be NaN.
+    Allocated as zeros, not `empty`: an unwritten column is masked, but 0 * NaN would still be NaN.
     """
 
     def __init__(
@@ -21,14 +21,14 @@ class Cache:
         self.keys = torch.zeros(layers, rows, heads, length, width, dtype=dtype, device=device)  # [L, B, K, S, D]
         self.values = torch.zeros_like(self.keys)  # [L, B, K, S, D]
         self.documents = torch.full((rows, length), PADDING, device=device)  # [B, S]
-        self.start = 0  # where this call's columns begin
+        self.start = 0  # first column of this call
         self.length = 0  # columns in use
 
     def open(self, documents: Tensor) -> Tensor:
-        """Claim columns for owners `documents` [B, n]; returns the owners of all columns in use [B, S].
+        """Append columns of `documents` [B, n]; returns the documents of all columns in use [B, S].
 
         Raises:
-            InputError: other rows than the cache has, or no room for the columns.
+            InputError: another number of rows than the cache has, or no room for the columns.
         """
         room = self.documents.shape[1]
         if documents.shape[0] != self.documents.shape[0] or self.length + documents.shape[1] > room:
@@ -43,7 +43,7 @@ class Cache:
         return self.documents[:, : self.length]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this call's keys and values [B, K, n, D]; returns views of all in use [B, K, S, D]."""
+        """Write this call's keys and values [B, K, n, D]; returns views of all columns in use [B, K, S, D]."""
         self.keys[layer, :, :, self.start : self.length] = k
         self.values[layer, :, :, self.start : self.length] = v
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]

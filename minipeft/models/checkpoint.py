@@ -1,13 +1,13 @@
-"""A Hugging Face folder or hub id <-> a decoder: sharded or single safetensors, strict both ways, no pickle by default.
+"""Load and save a decoder in Hugging Face's layout: single or sharded safetensors, strictly, no pickle by default.
 
 Loading goes   config.json -> names, shapes and dtypes in all files' headers -> compare with the decoder, built on the
 meta device (nothing allocated) -> only then read the tensors. What is missing, unexpected, of another shape or not
 finite is an error that names file and tensor, never a warning. Module names are Hugging Face's own, so keys need no
-map; what a family's files do otherwise its record says (transposed weights, a prefix left out, buffers):
+map; a family's record lists the exceptions (transposed weights, an omitted prefix, buffers):
 
-    wte.weight ...                        GPT-2 files without `transformer.` before every name but the head's
-    h.0.attn.bias, h.0.attn.masked_bias   masks that old files hold as buffers, and rotary_emb.inv_freq: left out
-    lm_head.weight beside a tied table    must be the table again
+    wte.weight ...                        GPT-2 files that omit `transformer.` from every name but the head's
+    h.0.attn.bias, h.0.attn.masked_bias   masks stored as buffers in old files, and rotary_emb.inv_freq: ignored
+    lm_head.weight beside a tied table    must equal the table
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError  # only its name: nothing is unpickled but by torch's weights_only reader
+from pickle import UnpicklingError  # for its exception only: torch's weights_only reader does all unpickling
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, check_kind, check_path, check_value, shown
+from minipeft.errors import InputError, check_kind, check_path, check_value, matches, shown
 from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
 from minipeft.hub import commit_of, fetch, list_names
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import config_from
 from minipeft.models.decoder import check_process
 from minipeft.models.quantize import check_format
-from minipeft.models.quantized import is_quantized, quantizable, quantize_weight
+from minipeft.models.quantized import find_quantizable, is_quantized, quantize_weight
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"
@@ -40,7 +40,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, EOFError, OSError,
            UnpicklingError, struct.error, zipfile.BadZipFile)  # fmt: skip  # what torch.load says of a damaged file
 
-Found = dict[str, TensorInfo]  # by our name; a TensorInfo says the file and the name in it
+Found = dict[str, TensorInfo]  # by our name; a TensorInfo holds the file and the name in it
 
 
 def load_model(
@@ -56,7 +56,7 @@ def load_model(
 
     `dtype` None keeps the file's own. `legacy_bin` reads pytorch_model.bin (torch.load, weights_only) where there is no
     safetensors file. `quantize` ("nf4", "int8") holds the linears of the blocks in 4 or 8 bits (quantize.py); they
-    are quantized one by one, so that no more than one file's weights stand beside them.
+    are quantized one by one, so that at most one file's weights are in memory unquantized.
 
     Raises:
         InputError: anything missing, unexpected, wrongly shaped, not finite, or not supported; names file and tensor.
@@ -83,21 +83,21 @@ def load_model(
         legacy = fetch_legacy(folder, source, revision, legacy_bin)
         found = {name: info_of(t, name, weights) for name, t in legacy.items()}
     family = FAMILIES[config.model_type]
-    found = our_names(found, family)
+    found = rename_tensors(found, family)
     check_layers(found, config, folder / "config.json", weights)
     with torch.device("meta"):
         model: Decoder = family.decoder(config)
     check_tensors(found, model, weights)
     files = [{name: legacy[info.name] for name, info in found.items()}] if legacy else read_files(found)
     model.source = str(source)
-    return fill(model, files, found, dtype or stored_dtype(found), device, quantize)
+    return fill(model, files, found, dtype or find_stored_dtype(found), device, quantize)
 
 
 def check_device(device: Any) -> torch.device:
-    """The device of that name, which must work here.
+    """Return the device of that name.
 
     Raises:
-        InputError: there is no such device, or none that holds tensors.
+        InputError: there is no such device, or it cannot hold tensors.
     """
     if not isinstance(device, torch.device):
         check_value(device, str, {}, "device")
@@ -124,17 +124,17 @@ def read_config(file: Path) -> Any:
 
 
 def add_end_tokens(config: Any, file: Path) -> Any:
-    """The config with the end tokens of generation_config.json too: a chat model of Llama 3 or Gemma ends its turn with
-    one that config.json does not name.
+    """Add the EOS ids of generation_config.json to the config: a chat model of Llama 3 or Gemma ends its turn with a
+    token that config.json does not name.
 
     Raises:
-        InputError: eos_token_id is no id and no list of ids.
+        InputError: eos_token_id is neither an id nor a list of ids.
     """
     given = read_object(file).get("eos_token_id")
-    added = given if isinstance(given, list) else [given]
     if given is None:
         return config
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in added):
+    added = given if isinstance(given, list) else [given]
+    if any(not matches(token, int) or token < 0 for token in added):
         raise InputError(f"{shown(given)} must be an id or a list of ids", file=file, where="eos_token_id")
     held = config.eos_token_id
     own = held if isinstance(held, tuple) else () if held is None else (held,)
@@ -142,7 +142,7 @@ def add_end_tokens(config: Any, file: Path) -> Any:
 
 
 def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Found:
-    """Every tensor by its name in the files, from the header of the single file, or of all shards in the index."""
+    """Read the headers of the single file, or of all shards in the index; every tensor by its name in the files."""
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     index = read_object(folder / INDEX)
@@ -175,12 +175,12 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Foun
 
 
 def pin(source: str | Path, folder: Path, revision: str | None) -> str | None:
-    """The revision to fetch more files by, so that all are of the commit that `folder` is of; a folder has none."""
+    """The revision for fetching further files, so that all come from the commit of `folder`; None if it is local."""
     return None if Path(source).is_dir() else commit_of(folder) or revision
 
 
-def our_names(found: Found, family: Family) -> Found:
-    """The tensors by our names: buffers dropped, and the family's prefix put back where the files leave it out."""
+def rename_tensors(found: Found, family: Family) -> Found:
+    """Rename the tensors to our names: buffers are dropped, and a prefix that the files omit is added."""
     named = {family.renamed.get(name, name): info for name, info in found.items()}
     kept = {name: info for name, info in named.items() if not (family.buffers and name.endswith(family.buffers))}
     prefix = family.optional_prefix
@@ -190,7 +190,7 @@ def our_names(found: Found, family: Family) -> Found:
 
 
 def check_layers(found: Found, config: Any, config_file: Path, weights: Path) -> None:
-    """Refuse a config whose layers are not the weights', before a decoder of that many layers is built."""
+    """Compare the config's number of layers with the weights', before a decoder of that many layers is built."""
     family = FAMILIES[config.model_type]
     stem = family.blocks
     layers = {name.removeprefix(f"{stem}.").split(".")[0] for name in found if name.startswith(f"{stem}.")}
@@ -224,19 +224,19 @@ def is_transposed(name: str, model: Decoder) -> bool:
 
 
 def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
-    """Read the tensors of one file after another; they are mapped, and copied only where something changes them."""
+    """Read the tensors file by file; they are memory-mapped, and copied only when they are changed."""
     from safetensors import SafetensorError, safe_open
 
     for file in sorted({info.file for info in found.values()}):
         try:
             with safe_open(file, framework="pt") as opened:
                 yield {name: opened.get_tensor(info.name) for name, info in found.items() if info.file == file}
-        except SafetensorError as error:  # a header that read_header lets pass
+        except SafetensorError as error:  # a fault that read_header does not find
             raise InputError(f"not safetensors: {error}", file=file) from error
 
 
 def fetch_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
-    """The tensors of pytorch_model.bin, where the caller allows it."""
+    """Read the tensors of pytorch_model.bin, where the caller allows it."""
     if not allowed:
         held = f"found: {list_names(folder)}"
         raise InputError(
@@ -266,13 +266,13 @@ def read_legacy(file: Path) -> dict[str, Tensor]:
 
 
 def info_of(tensor: Tensor, name: str, file: Path) -> TensorInfo:
-    """A loaded tensor as a header entry, so that both kinds of file pass the same checks."""
+    """Describe a loaded tensor as a header entry, so that both file formats pass the same checks."""
     names = {dtype: name for name, dtype in FLOATS.items()}
     return TensorInfo(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
 
 
-def stored_dtype(found: Found) -> torch.dtype:
-    """The dtype of all tensors in the files; of mixed files float32, which holds what float16 and bfloat16 hold."""
+def find_stored_dtype(found: Found) -> torch.dtype:
+    """The dtype of all tensors in the files; float32 for mixed files, because it represents float16 and bfloat16."""
     kinds = {info.dtype for info in found.values()}
     return FLOATS[kinds.pop()] if len(kinds) == 1 else torch.float32
 
@@ -285,14 +285,14 @@ def fill(
     device: torch.device,
     quantize: str | None = None,
 ) -> Decoder:
-    """Give the meta model its tensors, a file at a time: checked finite, transposed, cast, quantized, tied again."""
-    packed = {f"{path}.weight" for path in quantizable(model)} if quantize is not None else set()
+    """Fill the meta model file by file: check that tensors are finite, transpose, cast, quantize; tie the head."""
+    packed = {f"{path}.weight" for path in find_quantizable(model)} if quantize is not None else set()
     ready: dict[str, Tensor] = {}
     for tensors in files:
         for name in list(tensors):
             tensor = read = tensors.pop(name)
             file, where = found[name].file, f"tensor {found[name].name!r}"
-            if not torch.isfinite(read.sum(dtype=torch.float64)):  # one NaN or Inf makes the sum so
+            if not torch.isfinite(read.sum(dtype=torch.float64)):  # the sum is NaN or Inf if any value is
                 bad = int((~torch.isfinite(read)).sum())
                 raise InputError(f"holds NaN or Inf ({bad} of {read.numel()} values)", file=file, where=where)
             tensor = (read.T.contiguous() if is_transposed(name, model) else read).to(device, dtype)
@@ -314,14 +314,14 @@ def fill(
 
 
 def fingerprint(source: str | Path, revision: str | None = None) -> str:
-    """A sha256 that tells two checkpoints apart: config.json and every byte of each weight file (about a second a GB).
+    """The sha256 of a checkpoint: config.json and every byte of each weight file (about a second per GB).
 
-    A file that has not changed in size, time and inode is hashed once a process. A hub's commit stands for its files.
+    A file is hashed once per process while its size, time and inode stay the same. A hub's commit replaces its files.
     """
     folder = fetch(source, ["config.json"], revision=revision)
     check_inside(folder / "config.json", folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if (commit := commit_of(folder)) is not None:  # of the hub, where a commit never changes: which files are here may
+    if (commit := commit_of(folder)) is not None:  # a commit on the hub never changes; the set of downloaded files may
         return hashlib.sha256(digest.digest() + commit.encode()).hexdigest()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
         check_inside(file, folder)
@@ -332,13 +332,13 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
 
 @cache
 def hash_file(file: Path, size: int, changed: int, inode: int) -> str:
-    """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` tell whether it is still the one."""
+    """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` are the cache key."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Saved(Protocol):
-    """What `save_model` needs of a tokenizer."""
+    """The methods of a tokenizer that `save_model` calls."""
 
     def check_fits(self, vocab_size: int) -> None: ...
     def save(self, folder: Path) -> None: ...
@@ -347,11 +347,11 @@ class Saved(Protocol):
 def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = None) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
 
-    With the tokenizer's files beside them the folder answers by itself: `minipeft generate --model FOLDER`.
+    With `tokenizer` its files are saved too, and the folder is complete: `minipeft generate --model FOLDER`.
 
     Raises:
-        InputError: an adapter is still in the model, its weights are quantized, a tensor is not finite, the tokenizer
-            has ids beyond the model, or the folder cannot be written.
+        InputError: the model holds an adapter or quantized weights, a tensor is not finite, the tokenizer has ids
+            beyond the model's vocabulary, or the folder cannot be written.
     """
     check_kind(model, Decoder, "model")
     folder = check_path(folder, "folder")
@@ -378,11 +378,11 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
         tokenizer.check_fits(config.vocab_size)
         tokenizer.save(folder)
     write_tensors(folder / SINGLE, tensors)
-    write_json(folder / "config.json", config_json(config, model.embedding.weight.dtype))
+    write_json(folder / "config.json", make_config_json(config, model.embedding.weight.dtype))
 
 
-def config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
-    """config.json of a decoder."""
+def make_config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:
+    """Build a decoder's config.json."""
     name = str(dtype).removeprefix("torch.")
     return {
         "model_type": config.model_type,

@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 DTYPES = ("float32", "float16", "bfloat16")
-WIDEST = 2**20  # of a width: three of them multiplied, in bytes, still fit in 63 bits
+WIDEST = 2**20  # largest width: the product of three, in bytes, fits in 63 bits
 
 C = TypeVar("C")
 
@@ -32,11 +32,11 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
     """Fill a family's config dataclass from the object of config.json; unknown keys have no effect and are ignored.
 
     Raises:
-        InputError: a field has the wrong type or value, or asks for what is not implemented.
+        InputError: a field has the wrong type or value, or is an unsupported setting.
     """
     if given.get("quantization_config") is not None:
         raise InputError("quantized weights are not supported", where="quantization_config")
-    for name in ("dtype", "torch_dtype"):  # the weights' own dtype counts, but a file must not say what cannot be
+    for name in ("dtype", "torch_dtype"):  # the weights' own dtype decides, but an impossible value is an error
         if given.get(name) not in (None, *DTYPES):
             raise InputError(f"{given[name]!r} is not supported ({', '.join(DTYPES)})", where=name)
     fields = cls.from_json(given)  # type: ignore[attr-defined]
@@ -51,27 +51,27 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
 
 
 def count(default: int | None) -> Any:
-    """A field that holds how many of something there are."""
+    """A field that holds a count."""
     return option(default, least=1, below=2**31)
 
 
 def width(default: int | None) -> Any:
-    """A field that holds a width, or a number of heads, which multiplies one."""
+    """A field that holds a width or a number of heads."""
     return option(default, least=1, most=WIDEST)
 
 
 def dropout(default: float) -> Any:
-    """A field that holds the probability of a dropout."""
+    """A field that holds a dropout probability."""
     return option(default, least=0, below=1)
 
 
 def alias(name: str) -> Any:
-    """A read-only property with the value of another field: the name that all families share for it."""
+    """A read-only property that returns another field, under the name that all families share."""
     return property(attrgetter(name), doc=f"`{name}`")
 
 
 def spelled(config: object, name: str) -> str:
-    """A field as the family's config.json spells it."""
+    """A field's key in the family's config.json."""
     return str(getattr(config, "spelling", {}).get(name, name))
 
 

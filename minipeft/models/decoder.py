@@ -1,11 +1,11 @@
-"""What every decoder does: the slots that adapters fill, the forward pass over the blocks, the loss, the decode cache.
+"""The base class of all decoders: the slots that adapters fill, the forward pass, the loss, the decode cache.
 
     ids -> embed, [prompt] -> block 0 ... block L-1 -> norm -> hidden -> head -> logits
                                 |
                                 attention: [prefix] keys and values before the row's own, [beside] added to its output
 
-A family's file defines its attention, MLP and block, builds them in `__init__` and calls `tie`. Where a family's pass
-differs it overrides one of the small methods: `embed`, `rotations`, `check`, `logits`.
+A family's file defines its attention, MLP and block, builds them in `__init__` and calls `tie`. A family whose forward
+pass differs overrides one of the small methods: `embed`, `rotations`, `check`, `logits`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ IMPORTED_BY = os.getpid()
 
 
 def check_process() -> None:
-    """Check that torch can compute in this process: fork copies none of OpenMP's threads, which it would wait for.
+    """Check that torch can compute in this process: fork does not copy OpenMP's threads, and a product would deadlock.
 
     Raises:
-        InputError: it was forked after the import, and torch uses several threads.
+        InputError: the process was forked after the import, and torch uses several threads.
     """
     if os.getpid() != IMPORTED_BY and (threads := torch.get_num_threads()) > 1:
         hint = "Call torch.set_num_threads(1) in it, or start it with multiprocessing's method 'spawn'"
@@ -48,19 +48,19 @@ class Decoder(nn.Module):
 
     lm_head: nn.Linear
     logit_divisor: float = 1.0
-    logit_cap: float | None = None  # c of c tanh(logit / c)
+    logit_cap: float | None = None  # the c in c tanh(logit / c)
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
         self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.prompt: Any = None  # slot for a module that puts P rows before the embedded tokens
-        self.adapter: Any = None  # the config of what fills the slots; stored here, never read here
+        self.prompt: Any = None  # slot for a module that puts P vectors before the embedded tokens
+        self.adapter: Any = None  # the config of the adapter in the slots; this file stores it and never reads it
         self.adapters: Any = None  # the AdapterSet that the adapter belongs to; print shows it
-        self.disabled: str | None = None  # the method that `disabled` took out for a while; print shows it
-        self.virtual_tokens = 0  # columns that the prefix or the prompt takes
+        self.disabled: str | None = None  # the method that `disabled` has taken out; print shows it
+        self.virtual_tokens = 0  # P of the prefix or the prompt
         self.windowed = False  # whether a sliding window hides virtual tokens
-        self.activation_checkpointing = False  # one block at a time
+        self.activation_checkpointing = False  # recompute each block in backward
         self.windows = tuple(dict.fromkeys(config.window(layer) for layer in range(config.layers)))  # the distinct ones
 
     def extra_repr(self) -> str:
@@ -86,12 +86,12 @@ class Decoder(nn.Module):
         return self.get_submodule(self.family.norm)
 
     def tie(self) -> None:
-        """Make head and embedding one Parameter, where the config says so; loading with assign=True separates them."""
+        """Make head and embedding one Parameter if the config ties them; loading with assign=True separates them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw fresh weights."""
+        """Initialize the weights."""
         raise NotImplementedError
 
     def new_cache(self, rows: int, length: int) -> Cache:
@@ -110,55 +110,55 @@ class Decoder(nn.Module):
         return Cache(c.layers, rows, c.kv_heads, columns, c.head_width, weight.dtype, weight.device)
 
     def check(self, layout: Layout) -> None:
-        """Refuse rows that this family cannot take."""
+        """Refuse rows that this family does not support."""
 
     def check_longest(self, layout: Layout, limit: int, name: str) -> None:
-        """Check that no position is `limit` or more. Looked up on the device only when a row is long enough to overrun.
+        """Check that every position is below `limit`; positions are read from the device only if a row is long enough.
 
         Raises:
-            InputError: a document, or the row's virtual tokens and a document, is longer.
+            InputError: a document, with the virtual tokens before it, is longer than `limit`.
         """
         if layout.positions.is_meta or layout.columns <= limit:  # on the meta device there are no values
             return
         if (largest := int(layout.positions.max())) >= limit:
             raise InputError(
                 f"the longest reaches position {largest}, but this model has {name}={limit}"
-                + (f", of which the adapter takes {self.virtual_tokens}" if self.virtual_tokens else ""),
+                + (f", of which {self.virtual_tokens} are virtual tokens" if self.virtual_tokens else ""),
                 where="documents",
                 hint=f"cut each document to {limit - self.virtual_tokens} tokens",
             )
 
     def check_context(self, documents: Tensor) -> None:
-        """Check that no document of rows to train on, with the virtual tokens before it, is longer than the context.
+        """Check that no document to train on, with the virtual tokens before it, is longer than the context.
 
         Raises:
-            InputError: one is; rotary positions would go on beyond what the model was trained for without a word.
+            InputError: one is longer; rotary positions would silently exceed the pretrained range.
         """
         if documents.shape[1] + self.virtual_tokens <= (limit := self.config.context):
             return
         if (largest := int(positions_in(documents).max()) + self.virtual_tokens) >= limit:
             raise InputError(
                 f"the longest reaches position {largest}, but the model's context is {limit}"
-                + (f", of which the adapter takes {self.virtual_tokens}" if self.virtual_tokens else ""),
+                + (f", of which {self.virtual_tokens} are virtual tokens" if self.virtual_tokens else ""),
                 where="documents",
                 hint="pack(length=..., virtual_tokens=model.virtual_tokens)",
             )
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """The vectors of tokens, as a prompt stands beside them. [...] -> [..., C]"""
+        """The token embeddings, on the scale at which a prompt's vectors join them. [...] -> [..., C]"""
         return self.embedding(ids)
 
     def embed(self, ids: Tensor, layout: Layout) -> Tensor:
-        """What the first block reads: the embedded tokens, after the prompt. [B, T] -> [B, T or P + T, C]"""
+        """The input of the first block: the prompt, then the embedded tokens. [B, T] -> [B, T or P + T, C]"""
         x = self.look_up(ids)  # [B, T, C]
         return self.prompt(x) if self.prompt is not None and layout.first else x
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[str, Rotary]:
-        """The rotary tables of these positions, one for each distinct setting of the blocks; none here."""
+        """The rotary tables at these positions, one for each distinct setting of the blocks; none in the base class."""
         return {}
 
     def hidden(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """ids [B, T] -> what the head reads [B, T, C]; `documents` [B, T] as in documents.py, None: one a row.
+        """ids [B, T] -> hidden states after the last norm [B, T, C]; `documents` [B, T], None: one document a row.
 
         Raises:
             InputError: ids are not the vocabulary's, documents do not fit the ids, a position is beyond the model's
@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(ids, documents, cache))
 
     def loss(self, ids: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Sum of the next-token losses in nats over the supervised tokens, in float32; the logits are never whole.
+        """Sum of the next-token losses in nats over the supervised tokens, in float32; the logits are formed in chunks.
 
         ids, labels and documents [B, T]. `labels[t]` is `ids[t]`, or -100 where there is no loss.
 

@@ -1,7 +1,7 @@
-"""The record of a decoder family: everything that differs between families and is not in the module.
+"""The record of a decoder family: whatever differs between families outside the module itself.
 
-A family is its file (gpt2.py, llama.py, ...) and one record at the end of that file; `FAMILIES` in models/__init__.py
-lists them. Whoever needs something that differs between families looks it up here, never by `model_type ==`.
+A family is a file (gpt2.py, llama.py, ...) that ends with one record; `FAMILIES` in models/__init__.py lists the
+records. Code that depends on the family reads the record; none compares `model_type`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Family:
     blocks: str = "model.layers"
     norm: str = "model.norm"  # the last one, before the head
     layers_field: str = "num_hidden_layers"  # of config.json
-    transposed: tuple[str, ...] = ()  # endings of weights that the files hold as [in, out]
-    optional_prefix: str = ""  # what some files leave out before every name but the head's
-    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors in old files that are not parameters
+    transposed: tuple[str, ...] = ()  # suffixes of weights stored as [in, out]
+    optional_prefix: str = ""  # prefix of every name but the head's, which some files omit
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # suffixes of tensors in old files that are not parameters
     renamed: Mapping[str, str] = field(default_factory=dict)  # names in some files -> ours

@@ -61,7 +61,7 @@ def refuse_both_ways(given: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Gemma2Config(LayeredConfig):
-    """Gemma's fields, and those of windows and caps."""
+    """Gemma's fields, with sliding windows and soft caps."""
 
     vocab_size: int = count(256000)
     hidden_size: int = width(2304)
@@ -127,7 +127,7 @@ class GemmaBlock(Block):
 
 
 class Gemma(Llama):
-    """Llama with scaled embeddings and norms around 1; a prompt stands beside the scaled embeddings."""
+    """Llama with scaled embeddings and norms 1 + weight; a prompt joins the scaled embeddings."""
 
     block: type[Block] = GemmaBlock
     norm_init = 0.0

@@ -28,7 +28,7 @@ from minipeft.models.layout import Layout
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The fields of a GPT-2 config.json that change what is computed; names and defaults are Hugging Face's."""
+    """The fields of a GPT-2 config.json that change the computation; names and defaults are Hugging Face's."""
 
     vocab_size: int = count(50257)
     n_positions: int = count(1024)
@@ -56,7 +56,7 @@ class GPT2Config:
         check_fields(self)
         divides(self, "n_head", "n_embd")
 
-    # what generation, planning and adapters ask of any family
+    # the properties that generation, planning and adapters read from any family
     layers = alias("n_layer")
     width = alias("n_embd")
     heads = alias("n_head")
@@ -72,9 +72,9 @@ class GPT2Config:
 
     @staticmethod
     def from_json(given: Mapping[str, object]) -> dict[str, object]:
-        """The fields of config.json that are this class's; refuses the one whose effect is not implemented.
+        """Select this class's fields from config.json; a field whose effect is not implemented is refused.
 
-        reorder_and_upcast_attn, scores in float32, changes rounding alone: the error of the product here is smaller.
+        reorder_and_upcast_attn (scores in float32) changes rounding alone: the error of the product here is smaller.
         """
         if given.get("add_cross_attention"):
             raise InputError("true is not supported", where="add_cross_attention")
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.prefix: Any = None  # slot for keys and values before the row's own
-        self.beside: Any = None  # slot for what is added to the product: a gated prefix
+        self.beside: Any = None  # slot for an output added to attention's: a gated prefix
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(2, (3, self.heads, -1))  # [B, T, 3, H, D]
@@ -167,7 +167,7 @@ class GPT2(Decoder):
         return FAMILY
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw fresh weights as GPT-2 did: N(0, 0.02), the residual projections divided by sqrt(2 * layers)."""
+        """Initialize as GPT-2: N(0, 0.02), the residual projections divided by sqrt(2 * layers)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -178,12 +178,12 @@ class GPT2(Decoder):
                 nn.init.normal_(p, std=self.config.initializer_range * shrink, generator=generator)
 
     def embed(self, ids: Tensor, layout: Layout) -> Tensor:
-        """wte[ids] after the prompt, plus wpe[positions], with dropout. [B, T] -> [B, T or P + T, C]"""
+        """The prompt, then wte[ids]; plus wpe[positions], with dropout. [B, T] -> [B, T or P + T, C]"""
         x = super().embed(ids, layout) + self.transformer["wpe"](layout.positions)  # [B, T or P + T, C]
         return self.transformer["drop"](x)
 
     def check(self, layout: Layout) -> None:
-        """Refuse a position beyond the table."""
+        """Refuse a position beyond the position table."""
         self.check_longest(layout, self.config.n_positions, "n_positions")
 
 

@@ -2,8 +2,8 @@
 
     x = x + dense(attention(ln_1(x))) + dense_4h_to_h(gelu(dense_h_to_4h(ln_2(x))))
 
-One linear makes q, k and v, laid out head by head: [q_0 k_0 v_0 q_1 k_1 v_1 ...]. The first quarter of each head turns.
-Files call the head embed_out.
+One linear computes q, k and v, laid out head by head: [q_0 k_0 v_0 q_1 k_1 v_1 ...]. Rotary embeddings rotate the first
+quarter of each head. The files name the LM head embed_out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class GraniteConfig(LlamaConfig):
 
 
 class GraniteBlock(Block):
-    """Llama's, with what is added multiplied."""
+    """Llama's block, with each residual branch multiplied."""
 
     def __init__(self, config: Any, layer: int):
         super().__init__(config, layer)
@@ -46,7 +46,7 @@ class GraniteBlock(Block):
 
 
 class Granite(Llama):
-    """Llama with the four factors. A prompt is multiplied with the tokens, as in transformers."""
+    """Llama with the four factors. A prompt is multiplied like the token embeddings, as in transformers."""
 
     block = GraniteBlock
 

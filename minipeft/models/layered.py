@@ -1,4 +1,4 @@
-"""Configs of families whose layers differ: a sliding window on some of them, and another rotary setting there."""
+"""Configs of families whose layers differ: some have a sliding window, and may have their own rotary setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class LayeredConfig(LlamaConfig):
-    """Llama's fields, and a window on the layers of type SLIDING: those of `layer_types`, else those that `slides`."""
+    """Llama's fields, and a window on the layers of type SLIDING: given by `layer_types`, else by `slides`."""
 
     sliding_window: int | None = count(4096)  # tokens; None: all
     layer_types: tuple[str, ...] | None = None
@@ -27,7 +27,7 @@ class LayeredConfig(LlamaConfig):
             raise InputError(f"must be {self.layers} of {FULL!r} and {SLIDING!r}", where="layer_types")
 
     def slides(self, layer: int) -> bool:
-        """Whether the window is on this layer, where the file does not say."""
+        """Whether this layer has the window, if the file does not say."""
         return True
 
     def layer_type(self, layer: int) -> str:
@@ -45,7 +45,7 @@ class LayeredConfig(LlamaConfig):
 
 @dataclass(frozen=True)
 class TwoRopesConfig(LayeredConfig):
-    """A rotary setting for the full layers, which a scaling stretches, and a plain one for the sliding layers."""
+    """A rotary setting with scaling for the full layers, and an unscaled one for the sliding layers."""
 
     rope_local_base_freq: float = option(10000.0, above=0)
 
@@ -57,14 +57,14 @@ class TwoRopesConfig(LayeredConfig):
 
     @classmethod
     def from_json(cls, given: Mapping[str, object]) -> dict[str, object]:
-        """As Llama's; transformers 5 writes rope_parameters {"full_attention": {...}, "sliding_attention": {...}}."""
+        """As Llama; transformers 5 writes rope_parameters {"full_attention": {...}, "sliding_attention": {...}}."""
         nested = given.get("rope_parameters") or {}
         if not isinstance(nested, dict) or not set(nested) <= {FULL, SLIDING}:
             problem = f"must hold {FULL!r} and {SLIDING!r}: transformers ignores settings that are for all layers"
             raise InputError(problem, where="rope_parameters")
         full, local = (nested.get(name) or {} for name in (FULL, SLIDING))
         if not isinstance(full, dict) or not isinstance(local, dict):
-            raise InputError("holds what is not an object", where="rope_parameters")
+            raise InputError("must hold objects", where="rope_parameters")
         if local.get("rope_type", "default") != "default":
             raise InputError(f"{local['rope_type']!r} is not supported (default)", where=f"rope_parameters.{SLIDING}")
         fields = super().from_json({**given, "rope_parameters": full})

@@ -1,6 +1,6 @@
-"""The layout of a forward pass: positions, and which columns each block attends to, computed once for all blocks.
+"""The layout of a forward pass: positions and attention masks, computed once for all blocks.
 
-Each distinct window has its own `View`, and each distinct rotary setting its own table; a block asks for its own.
+Each distinct window has one `View` and each distinct rotary setting one table; a block looks up its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length a
 class View:
     """Which keys a query attends to within one window: a mask, runs, or plain causal attention."""
 
-    mask: Tensor | None = None  # [B, 1, T, S], as_addend
+    mask: Tensor | None = None  # [B, 1, T, S], make_additive_mask
     runs: Runs | None = None
 
 
@@ -36,8 +36,8 @@ class Layout:
     columns: int  # S, key columns: cached ones and virtual tokens included
     views: Mapping[int | None, View]  # by window
     virtual_tokens: int  # VIRTUAL columns at the head of each row's keys
-    prompted: bool  # those columns are queries too (a prompt)
-    first: bool  # the row's first call: the one that brings in the virtual tokens
+    prompted: bool  # the virtual tokens are queries too (a prompt)
+    first: bool  # the row's first call, which adds the virtual tokens
     rotations: Mapping[str, Rotary] = field(default_factory=dict)  # by the setting's name
 
 
@@ -52,11 +52,11 @@ def lay_out(
     windowed: bool = False,
     dtype: torch.dtype = torch.bool,
 ) -> Layout:
-    """Work out positions and visibility for a forward pass over `ids` [B, T].
+    """Compute positions and masks for a forward pass over `ids` [B, T].
 
-    `documents` [B, T] gives the owner of each token (None: one document a row). On the first call of a row,
+    `documents` [B, T] gives the document of each token (None: one document a row). On the first call of a row,
     `virtual_tokens` VIRTUAL columns are put before them; with `prompted` they are queries too (a prompt), else only
-    keys (a prefix). `windows`: the distinct ones of the blocks. `dtype` is that of the scores, or bool.
+    keys (a prefix). `windows`: the distinct windows of the blocks. `dtype`: the dtype of the scores, or bool.
 
     Raises:
         InputError: documents and ids differ in shape, or the cache has no room.
@@ -79,19 +79,19 @@ def lay_out(
     for window in windows:
         runs = None
         if cache is None and documents.device.type == "cpu":
-            runs = runs_in(documents, virtual_tokens, window, windowed, prompted, dtype)
+            runs = find_runs(documents, virtual_tokens, window, windowed, prompted, dtype)
         if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
             views[window] = View(runs=runs)
         elif window not in views:
-            views[window] = View(as_addend(visible(documents, positions, queries, window, windowed), dtype))
+            views[window] = View(make_additive_mask(visible(documents, positions, queries, window, windowed), dtype))
     return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
 
 
 def check_rows(vocab_size: int, ids: object, labels: object = None, documents: object = None) -> None:
-    """Check that rows are integers [B, T] of one shape, and on the CPU that each id and label is the vocabulary's.
+    """Check that rows are integers [B, T] of one shape and, on the CPU, that ids and labels are in the vocabulary.
 
     Raises:
-        InputError: names the tensor, and what it holds.
+        InputError: names the tensor and its content.
     """
     for name, given in (("ids", ids), ("labels", labels), ("documents", documents)):
         if given is None and name != "ids":
@@ -111,21 +111,21 @@ def check_rows(vocab_size: int, ids: object, labels: object = None, documents: o
                     raise InputError(f"hold {value}, but the model has {vocab_size} tokens", where=name)
 
 
-def as_addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to the scores: 0 where a query attends, else minus infinity. A bool mask stays one.
+def make_additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a mask to an additive one: 0 where a query attends, else minus infinity; dtype bool leaves it as it is.
 
-    torch's product makes this of a bool mask itself, in every block, and keeps each for backward; here all share one.
+    torch's fused attention converts a bool mask in every block and saves each copy for backward; here all share one.
     """
     return mask if dtype == torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def runs_in(
+def find_runs(
     documents: Tensor, virtual_tokens: int, window: int | None, windowed: bool, prompted: bool, dtype: torch.dtype
 ) -> Runs | None:
-    """Each row's runs of one owner as (length, mask), the virtual tokens' own run only where they are queries.
+    """Cut each row into runs of one document, as (length, mask); virtual tokens are a run only if they are queries.
 
-    A mask is [n, P + n] over the virtual tokens and the run itself, or None where the run is plainly causal.
-    None for all where one run sees another: a document's number comes back, or the caller's tokens are VIRTUAL.
+    A mask is [n, P + n] over the virtual tokens and the run itself, or None for plain causal attention. Returns None
+    if one run sees another: a document id occurs in two runs, or the caller passed VIRTUAL tokens.
     """
     masks: dict[tuple[int, int], Tensor | None] = {}
 
@@ -134,7 +134,7 @@ def runs_in(
             alone = F.pad(torch.zeros(1, length, dtype=torch.long), (virtual, 0), value=VIRTUAL)  # [1, P + n]
             plain = not virtual and (window is None or length <= window)
             seen = None if plain else visible(alone, positions_in(alone), length, window, windowed)[0, 0]
-            masks[length, virtual] = None if seen is None else as_addend(seen, dtype)
+            masks[length, virtual] = None if seen is None else make_additive_mask(seen, dtype)
         return masks[length, virtual]
 
     rows = []
@@ -148,6 +148,6 @@ def runs_in(
         if virtual_tokens and prompted:
             alone = torch.full((1, virtual_tokens), VIRTUAL)
             among = visible(alone, positions_in(alone), virtual_tokens, window, windowed)[0, 0]  # [P, P]
-            runs.insert(0, (virtual_tokens, as_addend(among, dtype)))
+            runs.insert(0, (virtual_tokens, make_additive_mask(among, dtype)))
         rows.append(runs)
     return rows

@@ -4,10 +4,10 @@
     x = x + down_proj(silu(gate_proj(n)) * up_proj(n))        n = RMSNorm(x)
     logits = lm_head(norm(x))
 
-Many families are Llama with a difference. Such a family's file subclasses what differs, and the rest looks here:
+Many families are variants of Llama. Such a family's file subclasses what differs:
 
-    LlamaConfig   its fields; `spelling`, `fixed`; what a block asks: `window`, `rope`, `attention_scale` ...
-    Attention     `heads` (how q, k, v are made) and `output`         Block   the norms and where they stand
+    LlamaConfig   its fields; `spelling`, `fixed`; the settings of a block: `window`, `rope`, `attention_scale` ...
+    Attention     `heads` (computes q, k, v) and `output`         Block   the norms and their places
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minipeft.models.rotary import Rope, check_rope, rotate, rotation
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of a Llama config.json that change what is computed; names and defaults are Hugging Face's."""
+    """The fields of a Llama config.json that change the computation; names and defaults are Hugging Face's."""
 
     vocab_size: int = count(32000)
     hidden_size: int = width(4096)
@@ -59,12 +59,12 @@ class LlamaConfig:
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     spelling: ClassVar[Mapping[str, str]] = {}  # field -> its key in the family's config.json, where that differs
-    fixed: ClassVar[Mapping[str, object]] = {}  # fields that no config.json of the family changes
+    fixed: ClassVar[Mapping[str, object]] = {}  # fields that the family's config.json cannot set
 
-    # What a block asks; constants here, fields or properties in the families that differ.
+    # The settings of a block: constants here, fields or properties in the families that differ.
     attention_scale = None  # of the scores; None: head_width ** -0.5
     attention_cap = None  # c of c tanh(score / c)
-    residual_dropout = 0.0  # of what attention and MLP add
+    residual_dropout = 0.0  # factor of both residual branches
     embedding_dropout = 0.0
     partial_rotary_factor = 1.0
 
@@ -83,7 +83,7 @@ class LlamaConfig:
 
     @property
     def context(self) -> int:
-        """Positions that the model takes; LongRoPE's short factors hold within the context of pretraining."""
+        """The largest number of positions; LongRoPE's short factors hold within the pretraining context."""
         if self.rope_scaling is not None and self.rope_scaling["rope_type"] == "longrope":
             return int(min(self.max_position_embeddings, self.rope_scaling["original_max_position_embeddings"]))
         return self.max_position_embeddings
@@ -102,11 +102,11 @@ class LlamaConfig:
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
 
     def window(self, layer: int) -> int | None:
-        """How many positions back a block's queries look, themselves included; None: all."""
+        """A block's sliding window in tokens, the query's own included; None: no window."""
         return None
 
     def rope(self, layer: int) -> str | None:
-        """The name of a block's rotary setting, one of `ropes`; None: its queries and keys are not turned."""
+        """The name of a block's rotary setting, one of `ropes`; None: no rotary embedding."""
         return "default"
 
     def ropes(self) -> dict[str, Rope]:
@@ -116,7 +116,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, given: Mapping[str, object]) -> dict[str, object]:
-        """The fields of config.json, with rotary settings as transformers 4 or 5 writes them made one.
+        """Select the fields of config.json; the rotary settings of transformers 4 and 5 become one.
 
         4: rope_theta beside rope_scaling {"type" or "rope_type": ..., "factor": ...}
         5: rope_parameters {"rope_theta": ..., "rope_type": ..., "factor": ...}
@@ -142,7 +142,7 @@ class LlamaConfig:
         return {**fields, **cls.fixed}
 
     def to_json(self) -> dict[str, object]:
-        """The fields as config.json has them, rotary settings as both transformers 4 and 5 read them."""
+        """The fields under config.json's keys, with rotary settings for both transformers 4 and 5."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in self.fixed]
         fields = {self.spelling.get(name, name): getattr(self, name) for name in names}
         made = {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width}
@@ -154,7 +154,7 @@ class LlamaConfig:
 
 
 def check_spellings(given: Mapping[str, object]) -> None:
-    """Refuse rotary settings that stand twice and disagree: transformers takes one of them, another reader the other.
+    """Refuse rotary settings that are given twice and disagree: two readers may choose differently.
 
     Raises:
         InputError: names the entry and both values.
@@ -204,7 +204,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.add_linears(config)
         self.prefix: Any = None  # slot for keys and values before the row's own
-        self.beside: Any = None  # slot for what is added to the product: a gated prefix
+        self.beside: Any = None  # slot for an output added to attention's: a gated prefix
 
     def add_linears(self, config: Any) -> None:
         bias, inner = config.attention_bias, config.heads * config.head_width
@@ -286,7 +286,7 @@ class Block(nn.Module):
 
 
 class Llama(Decoder):
-    """Llama with its language-model head; also what differs from it by its blocks."""
+    """Llama with its language-model head; also the base of the families that differ in their blocks."""
 
     record: Family
     block: type[Block] = Block
@@ -311,7 +311,7 @@ class Llama(Decoder):
         return type(self).record
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw fresh weights: N(0, initializer_range), norms 1, biases 0."""
+        """Initialize the weights: N(0, initializer_range), norms 1, biases 0."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -321,7 +321,7 @@ class Llama(Decoder):
                 nn.init.normal_(p, std=self.config.initializer_range, generator=generator)
 
     def check(self, layout: Layout) -> None:
-        """Refuse a position at which LongRoPE would change to other frequencies than those of the keys before it."""
+        """Refuse positions from which LongRoPE would use other frequencies than for the keys already cached."""
         if self.config.context < self.config.max_position_embeddings:
             self.check_longest(layout, self.config.context, "original_max_position_embeddings")
 
@@ -330,7 +330,7 @@ class Llama(Decoder):
         return F.dropout(x, dropout) if dropout and self.training else x
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> dict[str, Rotary]:
-        """One table for each distinct setting."""
+        """The rotary tables, one for each distinct setting."""
         width = self.config.head_width
         return {name: rotation(rope, width, positions, dtype) for name, rope in self.config.ropes().items()}
 

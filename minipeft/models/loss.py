@@ -1,10 +1,10 @@
-"""Token cross-entropy straight from the hidden states, in chunks: the [tokens, V] logits never stand in memory at once.
+"""Cross-entropy from the hidden states in chunks of tokens, so that the [tokens, V] logits are never formed at once.
 
     loss = sum over supervised t of  -log softmax(h_t W^T)[label_{t+1}]
 
-A vocabulary of 50,000 makes the logits of one row of 1024 tokens 200 MB, and their gradient as much again. Here each
-chunk of tokens is taken through the head, its loss and its gradient (softmax - one-hot) are worked out together in the
-forward pass, and only dh [N, C] (and dW, where the head is trained) is kept for backward.
+With a vocabulary of 50,000 the logits of one row of 1024 tokens take 200 MB, and their gradient the same. Here the
+forward pass computes the loss and the gradient (softmax - one-hot) of each chunk together, and saves only dh [N, C]
+(and dW, if the head is trained) for backward.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             part, target = h[start : start + rows], targets[start : start + rows]
             logits = finish(F.linear(part, weight, bias).float(), divisor, cap)  # [n, V]
             slope = 1 / divisor if cap is None else (1 - (logits / cap).square()) / divisor  # d finish / d logits
-            logits.sub_(logits.amax(dim=1, keepdim=True))  # so that exp cannot overflow; the rest in place too
+            logits.sub_(logits.amax(dim=1, keepdim=True))  # exp cannot overflow; the following lines work in place too
             chosen = logits.gather(1, target[:, None])  # [n, 1]
             mass = logits.exp_().sum(dim=1, keepdim=True)  # [n, 1]
             total += (mass.log() - chosen).sum()
@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def count_targets(labels: Tensor) -> int:
-    """How many tokens of [B, T] labels are supervised; the first of a row never is: nothing comes before it."""
+    """Count the supervised tokens of labels [B, T]; the first token of a row never is one: nothing predicts it."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
@@ -91,9 +91,9 @@ def cross_entropy(
 ) -> Tensor:
     """Sum of the next-token losses in nats. hidden [B, T, C], head weight [V, C], labels [B, T] aligned with the ids.
 
-    A label of -100 takes no loss. The shift is here and nowhere else: hidden t predicts label t + 1. On the meta
-    device, where labels have no values, every token counts as supervised. `bias` [V] of the head, divisor and cap of
-    the logits as in `finish`.
+    A label of -100 is excluded. This is the only place that shifts: hidden t predicts label t + 1. On the meta device,
+    where labels have no values, every token counts as supervised. `bias` [V] is the head's; divisor and cap of the
+    logits as in `finish`.
     """
     hidden, targets = hidden[:, :-1], labels[:, 1:]  # [B, T - 1, ...]
     if labels.is_meta:

@@ -1,6 +1,7 @@
 """Mistral (Jiang et al. 2023): Llama with grouped queries by default and a sliding window over the keys.
 
-A token sees itself and the `sliding_window - 1` before it; through L layers it still hears from L * window tokens back.
+A token attends to itself and the `sliding_window - 1` tokens before it; through L layers information travels up to
+L * window tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from minipeft.models.llama import TARGETS, Llama
 
 @dataclass(frozen=True)
 class MistralConfig(LayeredConfig):
-    """Llama's fields with Mistral's defaults, and the window, which is on every layer."""
+    """Llama's fields with Mistral's defaults, and the window of every layer."""
 
     intermediate_size: int = width(14336)
     num_key_value_heads: int | None = width(8)
@@ -29,7 +30,7 @@ class MistralConfig(LayeredConfig):
 
 
 class Mistral(Llama):
-    """Llama whose queries look back over `sliding_window` positions."""
+    """Llama whose queries attend to the last `sliding_window` positions."""
 
 
 Mistral.record = FAMILY = Family("mistral", MistralConfig, Mistral, TARGETS)

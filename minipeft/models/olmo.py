@@ -40,7 +40,7 @@ class Olmo2Config(LlamaConfig):
 
 @dataclass(frozen=True)
 class Olmo3Config(TwoRopesConfig):
-    """OLMo 2's fields, and the layers'."""
+    """OLMo 2's fields, with sliding windows and rotary settings by layer."""
 
     vocab_size: int = count(50304)
     rms_norm_eps: float = option(1e-5, above=0)
@@ -71,7 +71,7 @@ class OlmoNorm(RMSNorm):
 
 
 class OlmoAttention(Attention):
-    """Attention that normalizes the whole projections of queries and keys."""
+    """Attention with RMSNorm over the whole query and key projections."""
 
     def add_linears(self, config: Any) -> None:
         super().add_linears(config)
@@ -84,7 +84,7 @@ class OlmoAttention(Attention):
 
 
 class OlmoBlock(Block):
-    """A residual block with its norms behind."""
+    """A post-norm residual block."""
 
     attention_class = OlmoAttention
     norm_class = OlmoNorm

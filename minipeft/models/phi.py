@@ -2,7 +2,7 @@
 
     n = LayerNorm(x)        x = x + dense(attention(n)) + fc2(gelu(fc1(n)))        logits = W norm(x) + b
 
-The first half of each head turns (Phi-2: 0.4).
+Rotary embeddings rotate the first half of each head (Phi-2: 0.4).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     q, k, v  = qkv_proj(x) cut at H * D and (H + K) * D           gate, up = the halves of gate_up_proj(x)
 
-They stay fused: one LoRA A serves all of qkv_proj, and PEFT's files name it so. Phi-4-mini turns the first three
-quarters of each head. LongRoPE is exact within the context of pretraining (rotary.py); longer texts are refused.
+The projections stay fused: one LoRA A serves all of qkv_proj, as in PEFT's files. Phi-4-mini rotates the first three
+quarters of each head. LongRoPE is exact within the pretraining context (rotary.py); longer texts are refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Phi3Config(LayeredConfig):
 
     @classmethod
     def from_json(cls, given: Mapping[str, object]) -> dict[str, object]:
-        """As Llama's; old files call longrope "su" or "yarn", and the trained context stands beside the scaling."""
+        """As Llama; old files name longrope "su" or "yarn", and hold the pretraining context beside the scaling."""
         fields = super().from_json(given)
         scaling = fields["rope_scaling"]
         if isinstance(scaling, dict):

@@ -1,4 +1,4 @@
-"""x W^T with a base weight: the one place where other weight formats and kernels plug in."""
+"""The product x W^T with a base weight; other weight formats and kernels plug in here."""
 
 from __future__ import annotations
 

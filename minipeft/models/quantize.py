@@ -48,7 +48,7 @@ class NF4(NamedTuple):
         codes, absmax = nearest(values, torch.tensor(NF4_CODE, device=values.device), BLOCK)  # [N K], [blocks]
         codes = F.pad(codes, (0, codes.numel() % 2), value=NF4_CODE.index(0.0))
         mean = absmax.mean()
-        scales, largest = nearest(absmax - mean, dynamic_code().to(values.device), GROUP)  # [blocks], [groups]
+        scales, largest = nearest(absmax - mean, make_dynamic_code().to(values.device), GROUP)  # [blocks], [groups]
         return cls(codes[::2] << 4 | codes[1::2], scales, largest, mean)
 
     def values(self, start: int, stop: int, width: int) -> Tensor:
@@ -56,7 +56,7 @@ class NF4(NamedTuple):
         first, last = start * width, stop * width  # in the flattened weight
         base = first // BLOCK * BLOCK  # where the first of their blocks begins
         pairs = self.codes[base // 2 : -(-last // 2)]
-        values = pair_table(pairs.device)[pairs.int()].view(torch.float32)  # two values a byte
+        values = make_pair_table(pairs.device)[pairs.int()].view(torch.float32)  # two values a byte
         blocks = slice(base // BLOCK, -(-last // BLOCK))
         values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)  # [blocks, 64]
         values = (values * self.absmax(blocks)[:, None]).flatten()
@@ -67,7 +67,7 @@ class NF4(NamedTuple):
         largest = self.largest[blocks.start // GROUP : -(-blocks.stop // GROUP)].repeat_interleave(GROUP)
         shift = blocks.start % GROUP
         scales = self.scales[blocks]
-        return dynamic_code().to(scales.device)[scales.int()] * largest[shift : shift + len(scales)] + self.mean
+        return make_dynamic_code().to(scales.device)[scales.int()] * largest[shift : shift + len(scales)] + self.mean
 
 
 class Int8(NamedTuple):
@@ -103,7 +103,7 @@ def nearest(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def dynamic_code() -> Tensor:
+def make_dynamic_code() -> Tensor:
     """The 256 values of a scale's second level: seven decades, each with twice as many steps as the one below it."""
     parts = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
@@ -114,7 +114,7 @@ def dynamic_code() -> Tensor:
 
 
 @cache
-def pair_table(device: torch.device) -> Tensor:
+def make_pair_table(device: torch.device) -> Tensor:
     """The two float32 values of each byte, side by side in one int64, so that a single lookup yields both. [256]"""
     code = torch.tensor(NF4_CODE)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # [256, 2]: high half, low half

@@ -1,8 +1,8 @@
-"""A quantized weight as a tensor: what stands in a linear whose weight is held as codes (quantize.py).
+"""A quantized weight as a tensor subclass: the weight of a linear whose values are stored as codes (quantize.py).
 
-To the rest of the library it is the weight: its shape, its device, and the dtype of the values that it stands for. It
-multiplies, moves and dequantizes; everything else is refused by name. Both products dequantize a block of rows at a
-time, so that no dense copy of W stands in memory, in forward or backward:
+To the rest of the library it is the weight: it has its shape, its device, and the dtype of its dequantized values. It
+supports products, moves and dequantization; any other operator is refused by name. Both products dequantize a block of
+rows at a time, so that no dense copy of W exists, in forward or backward:
 
     y[:, n] = x W[n]^T        dx = sum over blocks n of dy[:, n] W[n]
 
@@ -27,7 +27,7 @@ CACHE, DEVICE = 1 << 18, 1 << 24  # values dequantized at a time: on a CPU 1 MB 
 
 
 class QuantizedWeight(Tensor):
-    """A frozen weight [N, K] of a linear, held as codes. It multiplies, moves and dequantizes; the rest is refused."""
+    """A frozen weight [N, K] of a linear, stored as codes. It supports products, moves and dequantization alone."""
 
     parts: NF4 | Int8
 
@@ -42,7 +42,7 @@ class QuantizedWeight(Tensor):
         return torch.cat(list(self.split(len(self)))).float()
 
     def split(self, rows: int, dim: int = 0) -> Iterator[Tensor]:  # type: ignore[override]
-        """Plain blocks of at most so many rows, made one at a time. [n, K]"""
+        """Yield dequantized blocks of at most so many rows. [n, K]"""
         for start, stop in self.cuts(rows):
             yield self.dense(start, stop)
 
@@ -107,7 +107,7 @@ class QuantizedWeight(Tensor):
 
 
 class Transposed:
-    """W^T of a quantized weight, for a product alone."""
+    """W^T of a quantized weight, as an operand of a product."""
 
     def __init__(self, weight: QuantizedWeight):
         self.weight = weight
@@ -173,7 +173,7 @@ MAKES = {aten.new_zeros, aten.new_empty, aten.empty_like, aten.zeros_like, aten.
 
 
 def quantize_weight(weight: Tensor, format: str) -> QuantizedWeight:
-    """A weight [N, K] of a linear in one of FORMATS; it keeps its dtype as that of the values it stands for.
+    """Quantize a weight [N, K] of a linear to one of FORMATS; its dtype stays that of the dequantized values.
 
     Raises:
         InputError: the format's name is unknown.
@@ -182,8 +182,8 @@ def quantize_weight(weight: Tensor, format: str) -> QuantizedWeight:
     return QuantizedWeight(FORMATS[format].quantize(weight.detach()), weight.shape, weight.dtype)
 
 
-def quantizable(model: Decoder) -> dict[str, nn.Linear]:
-    """The linears whose weights are quantized, by path: those of the blocks; embedding and head stay as they are."""
+def find_quantizable(model: Decoder) -> dict[str, nn.Linear]:
+    """The linears to quantize, by path: those of the blocks; embedding and head stay as they are."""
     stem = model.family.blocks
     return {f"{stem}.{name}": m for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
 
@@ -198,7 +198,7 @@ def quantize_model(model: Decoder, format: str) -> Decoder:
     if model.adapter is not None or is_quantized(model):
         held = "an adapter" if model.adapter is not None else "quantized weights already"
         raise InputError(f"the model holds {held}", where="quantize")
-    for layer in quantizable(model).values():
+    for layer in find_quantizable(model).values():
         layer.weight = nn.Parameter(quantize_weight(layer.weight, format), requires_grad=False)
     return model
 
@@ -217,7 +217,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Give each quantized weight the plain tensor of the values it stands for, in its dtype; adapters stay."""
+    """Replace each quantized weight by its dequantized values, in its dtype; adapters stay."""
     for path, weight in quantized_weights(model).items():
         put_weights(model, {path: weight.dequantize().to(weight.dtype)})
 

@@ -3,7 +3,7 @@
     Qwen 2    Llama with biases on q, k and v, never on o
     Qwen 3    Llama with q = RMSNorm(q), k = RMSNorm(k) over each head's D dimensions, before rotary
 
-Their files give a `sliding_window` that counts only with `use_sliding_window`, from layer `max_window_layers` on.
+Their files set a `sliding_window` that applies only with `use_sliding_window`, from layer `max_window_layers` on.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Qwen2(Llama):
 
 @dataclass(frozen=True)
 class Qwen3Config(Qwen2Config):
-    """Qwen 2's fields; biases as the file says, on q, k, v and o."""
+    """Qwen 2's fields; `attention_bias` sets the biases of q, k, v and o."""
 
     head_dim: int | None = width(128)
 

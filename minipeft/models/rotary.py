@@ -1,9 +1,9 @@
-"""Rotary positions (Su et al. 2021), and the published ways to stretch them beyond the context of pretraining.
+"""Rotary position embeddings (Su et al. 2021), and the published scalings beyond the pretraining context.
 
     q, k -> (re + i im) * e^(i p w_j)        w_j = theta^(-2j/D) for pair j of a head at position p
 
-The layout is the half-split one of Hugging Face's files: of the dimensions that turn, the first half are the real
-parts and the second half the imaginary parts. `fraction` < 1 turns only the first D * fraction dimensions.
+The layout is Hugging Face's half-split one: of the rotated dimensions, the first half are the real parts and the second
+half the imaginary parts. `fraction` < 1 rotates only the first D * fraction dimensions.
 
     linear     w / factor                                              Chen et al. 2023
     llama3     long waves divided by factor, short ones kept           Llama 3.1
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, matches
 from minipeft.models.layout import Rotary
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -45,10 +45,10 @@ class Rope:
     theta: float
     context: int  # max_position_embeddings
     scaling: Mapping[str, Any] | None = None  # {"rope_type": ..., "factor": ..., ...}
-    fraction: float = 1.0  # of each head that turns
+    fraction: float = 1.0  # rotated share of each head
 
     def turned(self, width: int) -> int:
-        """How many of a head's `width` dimensions turn."""
+        """The number of rotated dimensions of a head of `width`."""
         return int(width * self.fraction)
 
 
@@ -89,34 +89,34 @@ def check_rope(rope: Rope, width: int) -> None:
             raise InputError(f"must be a list of {turned // 2} finite numbers > 0", where=f"rope_scaling.{name}")
 
 
-def is_positive(value: object) -> bool:
+def is_positive(value: Any) -> bool:
     """Whether a JSON value is a number > 0, in a range whose quotients and logarithms are finite."""
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and 1e-9 <= value <= 1e18
+    return matches(value, float) and 1e-9 <= value <= 1e18
 
 
-def frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, float]:
+def compute_frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, float]:
     """Angle per position of each pair, and the factor of cos and sin. ([D * fraction / 2] in float32, factor)"""
     turned, scaling = rope.turned(width), rope.scaling
     pairs = torch.arange(0, turned, 2, dtype=torch.int64, device=device).float()
     if scaling is not None and scaling["rope_type"] == "longrope":
         short = torch.tensor(scaling["short_factor"], dtype=torch.float32, device=device)
-        return 1.0 / (short * rope.theta ** (pairs / turned)), long_factor(rope)
+        return 1.0 / (short * rope.theta ** (pairs / turned)), compute_long_factor(rope)
     turn = 1.0 / rope.theta ** (pairs / turned)  # [D * fraction / 2]
     if scaling is None:
         return turn, 1.0
     if scaling["rope_type"] == "linear":
         return turn / scaling["factor"], 1.0
     if scaling["rope_type"] == "yarn":
-        keep = 1 - yarn_ramp(rope, turned).to(device)  # 1: short waves, 0: long waves
-        return turn / scaling["factor"] * (1 - keep) + turn * keep, yarn_factor(scaling)
+        keep = 1 - compute_yarn_ramp(rope, turned).to(device)  # 1: short waves, 0: long waves
+        return turn / scaling["factor"] * (1 - keep) + turn * keep, compute_yarn_factor(scaling)
     low, high, trained = (scaling[name] for name in REQUIRED["llama3"][1:])
     wavelength = 2 * math.pi / turn
     blend = ((trained / wavelength - low) / (high - low)).clamp(0, 1)  # 0: long waves, 1: short waves
     return (1 - blend) * turn / scaling["factor"] + blend * turn, 1.0
 
 
-def yarn_ramp(rope: Rope, turned: int) -> Tensor:
-    """0 for pairs that turn beta_fast times or more in the trained context, 1 from beta_slow down. [pairs]"""
+def compute_yarn_ramp(rope: Rope, turned: int) -> Tensor:
+    """0 for pairs with beta_fast or more rotations in the pretraining context, 1 for beta_slow or fewer. [pairs]"""
     scaling = rope.scaling or {}
     trained = scaling.get("original_max_position_embeddings") or rope.context
 
@@ -129,8 +129,8 @@ def yarn_ramp(rope: Rope, turned: int) -> Tensor:
     return ((torch.arange(turned // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
 
 
-def yarn_factor(scaling: Mapping[str, Any]) -> float:
-    """What YaRN multiplies cos and sin by: 0.1 ln(factor) + 1, unless the file says otherwise."""
+def compute_yarn_factor(scaling: Mapping[str, Any]) -> float:
+    """YaRN's factor of cos and sin: 0.1 ln(factor) + 1, unless the file gives another."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     size = lambda m: 0.1 * m * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
@@ -139,8 +139,8 @@ def yarn_factor(scaling: Mapping[str, Any]) -> float:
     return float(size(1.0))
 
 
-def long_factor(rope: Rope) -> float:
-    """What LongRoPE multiplies cos and sin by: sqrt(1 + ln(stretch) / ln(trained context)); also for short texts."""
+def compute_long_factor(rope: Rope) -> float:
+    """LongRoPE's factor of cos and sin: sqrt(1 + ln(stretch) / ln(pretraining context)); short texts use it too."""
     scaling = rope.scaling or {}
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
@@ -150,15 +150,15 @@ def long_factor(rope: Rope) -> float:
 
 
 def rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Cosine and sine of each position's angles, both halves alike. [B, T] -> two of [B, 1, T, D * fraction]"""
-    turn, factor = frequencies(rope, width, positions.device)
+    """Cosine and sine of each position's angles, repeated for both halves. [B, T] -> two of [B, 1, T, D * fraction]"""
+    turn, factor = compute_frequencies(rope, width, positions.device)
     angles = positions[..., None].float() * turn  # [B, T, D * fraction / 2]
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # [B, 1, T, D * fraction]
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """(re + i im) * (cos + i sin), with re the first half of what turns and im the second. [B, H, T, D] -> same
+    """(re + i im) * (cos + i sin), re and im the two halves of the rotated dimensions. [B, H, T, D] -> same
 
     The tables may be float32 beside a narrower x (OLMo): the product is rounded once.
     """

@@ -1,7 +1,7 @@
 """SmolLM3 (Bakouch et al. 2025): Llama in which every fourth layer has no positions (NoPE, Yang et al. 2025).
 
 layers 0, 1, 2 of four     q and k rotated
-layer 3 of four            q and k as projected: only the causal mask says what came first; the window, if any, here
+layer 3 of four            q and k not rotated: only the causal mask encodes order; the window, if any, is on this layer
 """
 
 from __future__ import annotations

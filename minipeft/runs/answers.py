@@ -1,4 +1,4 @@
-"""Answers of a model, tuned or not: to prompts, or to the questions of a data set in a file that can be resumed.
+"""Generate answers with a base or tuned model: to prompts, or to a data set's questions in a resumable file.
 
 Each line of the file is a JSON object: prediction, reference, question_id, intent, ended (eos, stop, limit). Until all
 questions are answered the file is FILE.part, which gets a line per answer; the same command resumes it.
@@ -30,7 +30,7 @@ from minipeft.runs.config import DTYPES, ModelConfig
 
 @dataclass(frozen=True)
 class AnswersConfig:
-    """What answers (a model, with or without an adapter), what is asked, and where the answers go."""
+    """Settings of `minipeft generate`: the model and its adapter, the data set, and the file of answers."""
 
     model: ModelConfig
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -55,7 +55,7 @@ class AnswersConfig:
 
 
 def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tuple[Decoder, Tokenizer]:
-    """The model, with its adapter where it has one, and the tokenizer; `say` gets the notes on the adapter's files."""
+    """Load the model, its adapter if there is one, and the tokenizer; `say` gets the notes on the adapter's files."""
     given = config.model
     check_device(given.device)
     tokenizer = load_tokenizer(given.source, revision=given.revision)
@@ -83,7 +83,7 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
 
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, prompts: Sequence[str]) -> list[str]:
-    """The answer to each prompt; unless `raw`, a prompt is put into the training template."""
+    """Answer each prompt; unless `raw` is set, the prompt is put into the training template."""
     texts = prompts if config.raw else [prompt_text(prompt) for prompt in prompts]
     return generate(model, tokenizer, texts, config.generate)
 
@@ -123,7 +123,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
 
 
 def answer_row(pair: Pair, answer: Answer) -> dict[str, Any]:
-    """A line of the file."""
+    """Build a line of the file."""
     row = {"prediction": answer.text, "reference": pair.snippet, "question_id": pair.question_id}
     return {**row, "intent": pair.intent, "ended": answer.ended}
 
@@ -132,13 +132,13 @@ def add_line(stream: IO[str], part: Path, entry: Mapping[str, Any]) -> None:
     """Write one answer to FILE.part.
 
     Raises:
-        InputError: the disk refuses; what was written of the line is dropped when the file is resumed.
+        InputError: the write fails; resuming drops the partial line.
     """
     try:
         stream.write(json.dumps(entry) + "\n")
         stream.flush()
     except OSError as error:
-        with suppress(OSError):  # what the disk refused is still in the buffer
+        with suppress(OSError):  # the unwritten bytes are still in the buffer
             stream.close()
         hint = "The answers so far are kept: solve this, then give the same command again"
         raise InputError(f"cannot write: {error.strerror}", file=part, hint=hint) from error
@@ -160,7 +160,7 @@ def begin(part: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 class AnswerColumns(NamedTuple):
-    """A file of answers by column."""
+    """The columns of a file of answers."""
 
     predictions: list[str]
     references: list[str | list[str]]
@@ -187,7 +187,9 @@ def read_answers(file: Path) -> AnswerColumns:
 
 def answers_in(file: Path) -> Iterator[dict[str, Any]]:
     """The checked lines of a file of answers."""
-    for number, line in enumerate(read_text(file).split("\n"), 1):  # JSON may hold what splitlines() splits at
+    for number, line in enumerate(
+        read_text(file).split("\n"), 1
+    ):  # JSON strings may hold characters at which splitlines() splits
         if not line.strip():
             continue
         row = parse_json(line, file, f"line {number}")

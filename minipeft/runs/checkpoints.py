@@ -1,4 +1,4 @@
-"""Checkpoints of a run: each is whole or absent, and the newest that verifies is a state the run was in.
+"""Checkpoints of a run, written atomically; a run resumes from the newest one that verifies.
 
     DIR/log.jsonl                 one object per step
     DIR/checkpoints/step-000100/  state.safetensors   parameter/NAME for each trained tensor; exp_avg and exp_avg_sq,
@@ -6,9 +6,9 @@
                                   manifest.json       step, size and crc32 of the state, of the log up to this step, and
                                                       of itself: written last
 
-A checkpoint is written to a folder of another name, each file synced, the manifest last; that folder is synced and
-renamed, and its parent synced. Only then are old ones removed, the newest KEPT stay. So wherever writing is cut off, at
-any byte, an older checkpoint or the new one is complete. Loading goes from newest to oldest and reports what it skips.
+A checkpoint is written to a temporary folder, each file synced, the manifest last; the folder is synced and renamed,
+and its parent synced. Only then are old checkpoints removed, except the newest KEPT. So if writing stops at any byte,
+an older checkpoint or the new one is complete. Loading tries them from newest to oldest and reports the skipped ones.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from minipeft.errors import InputError
 from minipeft.files import (
     check_header,
     check_plain,
+    make_tensor_writer,
     open_plain,
     read_header,
     read_object,
     remove,
     sync_folder,
-    tensor_stream,
 )
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
@@ -51,7 +51,7 @@ STATE, MANIFEST = "state.safetensors", "manifest.json"
 def open_run(
     folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, about: Mapping[str, Any] | None = None
 ) -> Run:
-    """Open the run folder: new, or with `resume` the same run again. `about` may differ then, `identity` may not.
+    """Open the folder of a new run, or with `resume` of an existing one: `identity` must match, `about` may differ.
 
     Raises:
         InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
@@ -73,24 +73,24 @@ class Run:
         self.folder, self.lock, self.resumed = folder, lock, resumed
         self.checkpoints = folder / "checkpoints"
         self.log_file = folder / LOG
-        self.written: Path | None = None  # the newest checkpoint of this run: restored from, or written
+        self.written: Path | None = None  # the newest checkpoint, restored from or written by this run
         if os.path.lexists(self.log_file):
-            check_plain(self.log_file)  # a named pipe would be waited for
+            check_plain(self.log_file)  # opening a named pipe would block
         with writing(folder):
             self.log_stream = open(self.log_file, "ab", opener=open_plain)  # noqa: SIM115 (open as long as the run)
-            sync_folder(folder)  # a power cut must not take the new log's name back
+            sync_folder(folder)  # the new log's directory entry must survive a power cut
         self.log_bytes, self.log_crc = 0, 0
         self.notes: list[str] = []
 
     def close(self) -> None:
         """Unlock the folder."""
-        with suppress(OSError):  # a line that a full disk refused is still in the buffer
+        with suppress(OSError):  # a line that did not fit on the disk is still in the buffer
             self.log_stream.close()
         self.lock.truncate(0)
         self.lock.close()
 
     def log(self, entry: Mapping[str, object]) -> None:
-        """Add one line to the log; a resumed run keeps it from the next save on."""
+        """Append a line to the log; it survives a resume once the next checkpoint is written."""
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()
         with writing(self.log_file, len(line)):
             self.log_stream.write(line)
@@ -99,7 +99,7 @@ class Run:
         self.log_crc = zlib.crc32(line, self.log_crc)
 
     def save(self, model: Decoder, state: TrainState) -> None:
-        """Write a checkpoint of the run as it is after a step.
+        """Write a checkpoint of the run after a step.
 
         Raises:
             InputError: a tensor is not finite (nothing is written), or the disk refuses (older checkpoints stay).
@@ -107,9 +107,9 @@ class Run:
         parameters = trained(model)
         check_finite(parameters, state)
         final = self.checkpoints / f"step-{state.step:06d}"
-        if final == self.written:  # it verified when the run was restored from it
+        if final == self.written:  # verified when the run was restored from it
             return
-        if os.path.lexists(final):  # what stands there is not this run's
+        if os.path.lexists(final):  # an entry of that name that is not this run's
             with writing(final):
                 set_aside(final)
         order = sorted(parameters)
@@ -120,19 +120,19 @@ class Run:
             self.commit(tensors, state.step, final)
 
     def commit(self, tensors: Mapping[str, Tensor | Sequence[Tensor]], step: int, final: Path) -> None:
-        """Write both files under another name, sync, rename, sync; then remove checkpoints that are too old."""
+        """Write both files under a temporary name, sync, rename, sync; then remove old checkpoints."""
         part = self.checkpoints / f".tmp-{final.name}"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
             os.fsync(self.log_stream.fileno())
-            files = {STATE: write_summed(part / STATE, tensor_stream(tensors))}
+            files = {STATE: write_summed(part / STATE, make_tensor_writer(tensors))}
             log = {"bytes": self.log_bytes, "crc32": self.log_crc}
             text = seal({"format": FORMAT, "step": step, "files": files, "log": log})
             write_summed(part / MANIFEST, lambda stream: stream.write(text))
             sync_folder(part)
         except OSError:
-            shutil.rmtree(part, ignore_errors=True)  # half a checkpoint would fill a full disk
+            shutil.rmtree(part, ignore_errors=True)  # a partial checkpoint would keep a full disk full
             raise
         part.rename(final)
         self.written = final
@@ -149,10 +149,10 @@ class Run:
         """Load the newest checkpoint that verifies into model and state, and cut the log to its length.
 
         Newer, damaged ones are removed: the run will write them again. Without any checkpoint the run starts at step 0,
-        and `notes` says so. What is named as a checkpoint and is no folder is renamed, and noted.
+        and `notes` says so. A file named like a checkpoint is renamed, and noted.
 
         Raises:
-            InputError: there are checkpoints, but each is damaged; the text lists them with the reasons.
+            InputError: every checkpoint is damaged; the text lists them with the reasons.
         """
         for path in sorted(self.checkpoints.iterdir()):
             if NAME.fullmatch(path.name) and not path.is_dir():
@@ -199,7 +199,7 @@ class Run:
 
 
 def check_space(folder: Path, parameters: int, more: int = 0) -> None:
-    """Refuse a disk without room for KEPT + 1 checkpoints of this many trained parameters, and `more` bytes."""
+    """Check that the disk has room for KEPT + 1 checkpoints of this many trained parameters, and `more` bytes."""
     needed, free = (KEPT + 1) * 12 * parameters + more, shutil.disk_usage(folder).free
     if free < needed:
         problem = f"the disk has {free:,} bytes free, but {KEPT + 1} checkpoints and the result take {needed:,}"
@@ -231,14 +231,14 @@ def load_tensors(file: Path, model: Decoder, state: TrainState) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, renamed first: half of one is never taken for a checkpoint."""
+    """Rename a checkpoint, then remove it, so that a partly removed one is never taken for a checkpoint."""
     trash = folder.with_name(f".trash-{folder.name}")
     folder.rename(trash)
     remove(trash)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what stands where a checkpoint belongs, to the first free name NAME.aside-N; returns it."""
+    """Rename an entry that has a checkpoint's name to the first free NAME.aside-N, and return that path."""
     names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
@@ -268,7 +268,7 @@ class Summed:
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """The text of a manifest, with a checksum of itself."""
+    """Build the text of a manifest, with a checksum of itself."""
     crc = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
     return json.dumps({**manifest, "crc32": crc}, sort_keys=True).encode()
 

@@ -1,7 +1,7 @@
 """RunConfig, the settings of a training run: the configs of model, data, adapter, packing and training, nested.
 
-No field is declared twice. `settings(method)` lists every field of every nested config under the name of its flag, and
-that one table is read by Python (`run_config("lora", rank=8)`), JSON (`as_json`) and the command line (cli/flags.py).
+No field is declared twice. `collect_settings(method)` lists every field of every nested config under the name of its
+flag. Python (`run_config("lora", rank=8)`), JSON (`as_json`) and the command line (cli/flags.py) read that table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and how it is loaded."""
+    """The model and how to load it."""
 
     source: str = option(help="folder or hub id of a checkpoint, or demo", flag="model")
     revision: str | None = option(None, "commit, tag or branch on the hub")
@@ -40,7 +40,7 @@ class ModelConfig:
     device: str = option("cpu", "cpu, cuda, ...")
     quantize: str | None = option(None, "hold the linears of the base in 4 or 8 bits", choices=FORMATS)
     legacy_bin: bool = option(False, "read pytorch_model.bin where there are no safetensors")
-    eos_token: str | None = option(None, "token that ends a text, where the tokenizer names none")
+    eos_token: str | None = option(None, "end-of-sequence token, if the tokenizer names none")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,12 +48,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pairs, and how many of them are held out."""
+    """The data set and the number of held-out pairs."""
 
     source: str = option(
         help="conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)", flag="data"
     )
-    held_out: int = option(100, "pairs held out for evaluation, whole questions", least=0)
+    held_out: int = option(100, "pairs held out for evaluation; pairs of one question stay together", least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,17 +68,19 @@ class RunConfig:
     adapter: Any  # the config of a method: LoRAConfig, PrefixConfig, ...
     packing: PackConfig
     train: TrainConfig
-    epochs: float = option(3.0, "passes over the data, where --steps is not given", above=0)
+    epochs: float = option(3.0, "passes over the data, unless --steps is given", above=0)
     evaluate_every: int | None = option(None, "steps between evaluations; default once an epoch", least=1)
     save_every: int = option(50, "steps between checkpoints", least=1)
-    deterministic: bool = option(False, "give the same bits each time on CUDA too, slower; a CPU always does")
+    deterministic: bool = option(False, "bit-identical results on CUDA too, slower; on a CPU they always are")
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.model.dtype == "bf16" and self.method.trains_base:
             raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
         if self.model.quantize is not None and self.method.trains_base:
-            raise InputError("full tuning trains the weights themselves, which are then quantized", where="quantize")
+            raise InputError(
+                "full tuning trains the weights themselves, and quantized weights cannot be trained", where="quantize"
+            )
 
     @property
     def method(self) -> Method:
@@ -86,9 +88,12 @@ class RunConfig:
         return method_of(self.adapter)
 
     def as_json(self) -> dict[str, Any]:
-        """Every setting under its flag's name, and the method: JSON values, a tuple as a list."""
-        values = {name: getattr(find_part(self, setting), setting.field) for name, setting in named(self).items()}
-        return {"method": self.method.name, **{name: plain(value) for name, value in values.items()}}
+        """The method and every setting under its flag's name, as JSON values; a tuple becomes a list."""
+        values = {
+            name: getattr(find_part(self, setting), setting.field)
+            for name, setting in index_settings(self.method.name).items()
+        }
+        return {"method": self.method.name, **{name: to_json(value) for name, value in values.items()}}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunConfig:
@@ -106,7 +111,7 @@ class RunConfig:
         return assemble(str(value["method"]), given)
 
     def change(self, **chosen: Any) -> RunConfig:
-        """The same run with other settings, by the names of their flags."""
+        """Copy the config with other settings, named like their flags."""
         return RunConfig.from_json({**self.as_json(), **chosen})
 
 
@@ -125,7 +130,7 @@ class Setting:
     metadata: Mapping[str, Any]  # of errors.option: help, choices, limits, aliases
 
 
-def settings(method: str = "lora") -> dict[str, Setting]:
+def collect_settings(method: str = "lora") -> dict[str, Setting]:
     """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
     kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
              "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
@@ -155,14 +160,14 @@ def is_required(setting: Setting) -> bool:
 
 def find_methods(name: str) -> list[str]:
     """The methods that have a setting, by its flag."""
-    return [method for method in METHODS if name in settings(method)]
+    return [method for method in METHODS if name in collect_settings(method)]
 
 
 def run_config(method: str = "lora", *, base: tuple[int, str] | None = None, **chosen: Any) -> RunConfig:
-    """The config of a run from flat settings, each named as its flag: run_config("lora", model="demo", rank=2, ...)
+    """Build a run's config from flat settings, named like their flags: run_config("lora", model="demo", rank=2, ...)
 
-    What is not given of training comes from the method's recipe, for which the base's parameters and family are read
-    from its config.json; `base` gives them instead.
+    Training settings that are not given come from the method's recipe, which depends on the base's parameter count and
+    family; these are read from config.json, unless `base` gives them.
 
     Raises:
         InputError: a setting is unknown, out of range, or has no effect with the method; config.json cannot be read.
@@ -180,7 +185,7 @@ def run_config(method: str = "lora", *, base: tuple[int, str] | None = None, **c
 
 
 def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
-    """The nested configs from flat settings; what is not given takes its default.
+    """Build the nested configs from flat settings; the others take their defaults.
 
     Raises:
         InputError: as `run_config`.
@@ -194,14 +199,14 @@ def assemble(method: str, given: Mapping[str, Any]) -> RunConfig:
     for name, setting in table.items():
         if is_required(setting) and setting.field not in parts[setting.section]:
             raise InputError("must be given", where=name)
-        if setting.field in parts[setting.section]:  # under its flag's name, which the config itself does not know
+        if setting.field in parts[setting.section]:  # so that an error names the flag instead of the field
             check_value(given[name], setting.hint, setting.metadata, name)
     nested = {section: kind(**parts[section]) for section, kind in SECTIONS.items()}
     return RunConfig(**nested, adapter=make_adapter_config(method, **parts["adapter"]), **parts["run"])
 
 
 def refuse(name: str, method: str) -> typing.NoReturn:
-    """Raise an InputError that names the methods with this setting, or the setting that may have been meant."""
+    """Raise an InputError that names the methods with this setting, or a setting of a similar name."""
     flag = name.replace("_", "-")
     if having := find_methods(flag):
         verb = "has" if len(having) == 1 else "have"
@@ -212,7 +217,7 @@ def refuse(name: str, method: str) -> typing.NoReturn:
 
 
 def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each method the chosen settings that it has, by flag names with _ for -.
+    """Select for each method the chosen settings that it has, by flag names with _ for -.
 
     Raises:
         InputError: a setting that none of the methods has.
@@ -224,19 +229,14 @@ def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[st
 
 
 def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
-    """The config of a method from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
+    """Build a method's config from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
     table = index_settings(method)
     return make_adapter_config(method, **{table[name].field: value for name, value in chosen.items()})
 
 
 def index_settings(method: str) -> dict[str, Setting]:
     """The settings by their names in Python and JSON."""
-    return {flag.replace("-", "_"): setting for flag, setting in settings(method).items()}
-
-
-def named(config: RunConfig) -> dict[str, Setting]:
-    """The settings of a config's own method, by name."""
-    return index_settings(config.method.name)
+    return {flag.replace("-", "_"): setting for flag, setting in collect_settings(method).items()}
 
 
 def find_part(config: RunConfig, setting: Setting) -> Any:
@@ -244,19 +244,19 @@ def find_part(config: RunConfig, setting: Setting) -> Any:
     return config if setting.section == "run" else getattr(config, setting.section)
 
 
-def plain(value: Any) -> Any:
-    """A setting as a JSON value."""
+def to_json(value: Any) -> Any:
+    """Convert a setting to a JSON value."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def measure_base(model: ModelConfig) -> tuple[int, str]:
-    """The base's parameter count and family, from config.json; (0, family) for a model of more than MOST_LAYERS layers,
-    which loading will refuse.
+    """Read the base's parameter count and family from config.json; (0, family) for a model of more than MOST_LAYERS
+    layers, which loading refuses.
 
     Raises:
-        InputError: config.json is missing or wrong.
+        InputError: config.json is missing or invalid.
     """
     config = read_config(fetch(model.source, ["config.json"], revision=model.revision) / "config.json")
     if config.layers > MOST_LAYERS:

@@ -21,19 +21,19 @@ from minipeft.runs.planning import (
     EFFICIENCY,
     MOST_LAYERS,
     adapt_on_meta,
-    forward_flops,
+    count_forward_flops,
+    count_train_flops,
     in_words,
     plan,
     probe_flops,
-    train_flops,
 )
 from minipeft.training.loop import TrainConfig
 
 
 def check_room(config: RunConfig, out: Path) -> None:
-    """Refuse a disk that is too small for the run, from config.json, before any weight is read."""
+    """Check that the disk has room for the run, from config.json, before any weight is read."""
     base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
-    if base.layers > MOST_LAYERS:  # loading will compare it with the weights before any layer is built
+    if base.layers > MOST_LAYERS:  # loading compares the number of layers with the weights before building any
         return
     _, report = adapt_on_meta(base, config.adapter, torch.float32)
     check_space(out, report.trainable, more=4 * report.trainable)
@@ -70,7 +70,7 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
 
 
 def choose_row_length(packing: PackConfig, model: Decoder) -> int:
-    """Tokens of a row, those of the adapter included.
+    """Choose the tokens of a row, virtual tokens included.
 
     Raises:
         InputError: more than the model's context.
@@ -82,20 +82,20 @@ def choose_row_length(packing: PackConfig, model: Decoder) -> int:
 
 
 def choose_evaluation_interval(config: RunConfig, batches: Batches) -> int:
-    """Steps between evaluations: one epoch, where the config does not say."""
+    """Choose the steps between evaluations: one epoch, unless the config says otherwise."""
     return config.evaluate_every or max(1, len(batches) // config.train.accumulate)
 
 
 def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Batches, held_out: Sequence[Batch]) -> str:
-    """Say how much work lies ahead, evaluations included, how long it will take here, and in how much memory."""
+    """Report the work of the run, evaluations included, and estimate its time on this machine and its memory."""
     assert train.steps is not None
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
     full, again = config.method.trains_base, train.activation_checkpointing
-    flops = train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
+    flops = count_train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
     evaluations = 1 + train.steps // choose_evaluation_interval(config, batches) if held_out else 0
     evaluated = packed.tokens_out / packed.documents * config.data.held_out  # tokens
-    flops += evaluations * forward_flops(model.config, evaluated, document)
+    flops += evaluations * count_forward_flops(model.config, evaluated, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
     length = min(choose_row_length(config.packing, model), model.config.context - model.virtual_tokens)

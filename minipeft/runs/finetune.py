@@ -32,7 +32,7 @@ from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
-from minipeft.runs.card import CARD, training_card, write_card
+from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
@@ -42,7 +42,10 @@ from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, trai
 from minipeft.training.movement import Movement
 
 HELD_OUT_LENGTH = 1024  # tokens of a row of held-out pairs
-MAY_DIFFER = ("data", "save_every")  # at resume: the data set's name (its hash may not), and how often a run is saved
+MAY_DIFFER = (
+    "data",
+    "save_every",
+)  # settings that may change at resume: the data set's name (not its hash) and the checkpoint interval
 TIMED = ("resumed_at", "train_seconds", "tokens_per_second")  # in timing.json
 
 Say = Callable[[str], None]
@@ -51,14 +54,14 @@ Say = Callable[[str], None]
 def finetune(
     config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False, say: Say = print
 ) -> dict[str, Any]:
-    """Do the run that `config` describes in the folder `out`; returns what result.json and timing.json hold.
+    """Train as `config` says in the folder `out`; returns the content of result.json and timing.json.
 
     `say` gets each line for the user. With `resume` a run continues from its newest checkpoint and ends with the same
-    bytes as one that was never stopped; for a run that is complete nothing is written.
+    bytes as an uninterrupted one; a complete run writes nothing.
 
     Raises:
-        InputError: something that the caller gave is wrong; no folder is left half-written.
-        Stopped: SIGTERM or SIGINT came; the run is saved.
+        InputError: invalid input; no folder is left half-written.
+        Stopped: SIGTERM or SIGINT was received; the run is saved.
     """
     out = check_path(out, "out")
     with make_deterministic(config.deterministic, config.model.device):
@@ -71,7 +74,7 @@ def finetune(
             identity, about = identify(config, pairs, tokenizer)
         except InputError:
             if fresh:
-                with suppress(OSError):  # another process has put something there
+                with suppress(OSError):  # another process has written there
                     out.rmdir()
             raise
         run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
@@ -85,7 +88,7 @@ def finetune(
 
 
 def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say: Say) -> dict[str, Any]:
-    """Do the run in its locked folder."""
+    """Train in the locked folder."""
     model = load_base(config, tokenizer)
     report = add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)
     say(str(report))
@@ -93,7 +96,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         say(f"note: {note}")
     batches, held_out = pack_pairs(config, model, tokenizer, pairs, say)
     say(str(batches.report))
-    settings = with_steps(config, len(batches))
+    settings = set_steps(config, len(batches))
     movement, state = Movement.start(model), TrainState(model)
     run.restore(model, state)
     clock = Clock.read(run, state.step)
@@ -118,7 +121,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
     kind = "model" if config.method.trains_base else "adapter"
     about = read_object(run.folder / RUN)
     begun = config.change(**{name: about[name] for name in MAY_DIFFER})  # the card of a resumed run is the same
-    write_card(run.folder / kind, training_card(begun, about, result))
+    write_card(run.folder / kind, make_training_card(begun, about, result))
     return write_result(run.folder, result, peak_memory(config.model.device))
 
 
@@ -150,7 +153,7 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
         mark = time.perf_counter()
         for step in log_error(train(model, work.batches, settings, state), run, state):
             clock = clock.add(step, time.perf_counter() - mark)
-            entry = log_entry(step)
+            entry = make_log_entry(step)
             final = step.number == settings.steps
             if work.held_out and (step.number % every == 0 or final):
                 entry["dev_loss"] = evaluate(model, work.held_out)
@@ -213,15 +216,15 @@ class Clock:
         return replace(self, saves=saves)
 
 
-def log_entry(step: Step) -> dict[str, Any]:
-    """A step as an object of the log."""
+def make_log_entry(step: Step) -> dict[str, Any]:
+    """Build the log object of a step."""
     names = {"step": "number", "loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm",
              "tokens": "tokens", "targets": "targets"}  # fmt: skip
     return {name: getattr(step, field) for name, field in names.items()}
 
 
 def log_error(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[Step]:
-    """The same steps; an error that ends them (a loss, gradient, weight or moment not finite) goes into the log."""
+    """Pass the steps on; an error that ends them (a non-finite loss, gradient, weight or moment) is logged."""
     try:
         yield from steps
     except InputError as error:
@@ -230,7 +233,7 @@ def log_error(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[St
 
 
 def read_last_entry(run: Run) -> dict[str, Any]:
-    """The last entry of the log of a run that had no step left to do; empty where the log was lost."""
+    """Read the last log entry of a run without steps left; empty if the log was lost."""
     lines = run.log_file.read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1]) if lines else {}
 
@@ -242,7 +245,7 @@ def load_tokens(model: ModelConfig) -> Tokenizer:
 
 
 def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
-    """The model to be trained; full tuning trains float32 weights."""
+    """Load the model to train; full tuning loads float32 weights."""
     given = config.model
     dtype = DTYPES[given.dtype] if given.dtype else torch.float32 if config.method.trains_base else None
     model = load_model(
@@ -280,8 +283,8 @@ def pack_pairs(
 
 
 def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, held_out: Pairs) -> list[Batch]:
-    """The held-out pairs in rows, isolated, so that packing changes no loss; the same for every seed. Pairs are whole
-    wherever the context allows, however short the rows are that are trained on."""
+    """Pack the held-out pairs into isolated rows, so that packing does not change the loss; the same for every seed.
+    The row length does not depend on the training rows', so that a pair is cut only if it exceeds HELD_OUT_LENGTH."""
     rows = pack(
         encode_pairs(held_out, tokenizer),
         tokenizer,
@@ -294,15 +297,15 @@ def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, hel
     return list(rows)
 
 
-def with_steps(config: RunConfig, batches: int) -> TrainConfig:
-    """The training settings with their number of steps: from the epochs, where the config gives none."""
+def set_steps(config: RunConfig, batches: int) -> TrainConfig:
+    """Set the number of training steps from the epochs, if the config gives none."""
     if config.train.steps is not None:
         return config.train
     return replace(config.train, steps=max(1, round(config.epochs * batches / config.train.accumulate)))
 
 
 def identify(config: RunConfig, pairs: Pairs, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What run.json holds: all that decides the bits of a run, which a resumed run must repeat; and what may differ."""
+    """Build run.json: the settings that determine a run's bits and must match at resume, and the others."""
     settings = config.as_json()
     identity = {
         "arguments": {name: value for name, value in settings.items() if name not in MAY_DIFFER},
@@ -335,7 +338,7 @@ def hash_file(file: Path) -> str:
 
 
 def write_result(folder: Path, result: dict[str, Any], peak_bytes: int) -> dict[str, Any]:
-    """Write timing.json, which differs from run to run, then result.json, which does not and marks completion."""
+    """Write timing.json, which differs between equal runs, then result.json, which does not; it marks completion."""
     timing = {**{name: result[name] for name in TIMED}, "peak_memory_bytes": peak_bytes}
     same = {name: value for name, value in result.items() if name not in TIMED}
     write_json(folder / TIMING, timing)
@@ -344,7 +347,7 @@ def write_result(folder: Path, result: dict[str, Any], peak_bytes: int) -> dict[
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a complete run returned, if each file that it wrote is unchanged; else None."""
+    """Read the result of a complete run if all its files are unchanged; else return None."""
     if not (folder / RESULT).exists() or not (folder / TIMING).exists():
         return None
     result = read_object(folder / RESULT)

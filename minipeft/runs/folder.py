@@ -1,7 +1,7 @@
-"""The folder of a run: whether it can be written, whose it is, and whether it holds the run that is to go on.
+"""The folder of a run: checks that it can be written, the lock, and the comparison with the run to resume.
 
-DIR/run.json       what the run is: arguments, versions, hashes; compared with the arguments at resume
-DIR/log.jsonl      one object per step, nothing in it that would differ in a resumed run
+DIR/run.json       arguments, versions and hashes of the run; compared at resume
+DIR/log.jsonl      one object per step; a resumed run writes the same
 DIR/checkpoints/   checkpoints.py
 DIR/.lock          locked by the process that writes the folder
 """
@@ -19,13 +19,23 @@ from minipeft.errors import InputError, check_fields, option, shown
 from minipeft.files import lock_folder, make_folder, read_object, refuse_link, remove, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
-OWN = (LOCK, RUN, LOG, f"{LOG}.damaged", RESULT, TIMING, "checkpoints", "adapter", "model")  # all that a run writes
-PROBE_BYTES = 2**16  # written and removed first of all: a folder that takes them takes a run's first files
+OWN = (
+    LOCK,
+    RUN,
+    LOG,
+    f"{LOG}.damaged",
+    RESULT,
+    TIMING,
+    "checkpoints",
+    "adapter",
+    "model",
+)  # the files and folders of a run
+PROBE_BYTES = 2**16  # written and removed before the run: a folder that accepts it accepts a run's first files
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """Where a run is written, and what happens to a run that is there already."""
+    """The folder of a run, and what to do with an existing run there."""
 
     out: Path = option(help="folder to write to")
     resume: bool = option(False, "continue the run in --out")
@@ -39,7 +49,7 @@ class FolderConfig:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a run could be written there, before anything large is read.
+    """Check that a run can be written there, before any large file is read.
 
     Raises:
         InputError: it is a file, cannot be written, or lies on a full disk.
@@ -49,7 +59,7 @@ def check_folder(folder: Path) -> None:
     with writing(folder, PROBE_BYTES):
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
-        probe.unlink(missing_ok=True)  # left by a process that died with the number that this one has
+        probe.unlink(missing_ok=True)  # left by a dead process that had this one's id
         try:
             with open(probe, "xb") as stream:
                 stream.write(bytes(PROBE_BYTES))
@@ -62,13 +72,13 @@ def check_folder(folder: Path) -> None:
 def claim_folder(
     folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool, about: Mapping[str, Any]
 ) -> IO[str]:
-    """Lock the run folder for this process: new, or with `resume` the same run again; returns the lock.
+    """Lock the folder of a new run, or with `resume` of an existing one; returns the lock.
 
-    run.json gets `identity`, which a resumed run must repeat, and `about`, which may differ then.
+    run.json gets `identity`, which must match at resume, and `about`, which may differ.
 
     Raises:
         InputError: the folder is in use, is not empty (without `resume` or `overwrite`), holds a run with other
-            arguments, or a link where a run has a file, or cannot be written.
+            arguments, has a link in the place of a run's file, or cannot be written.
     """
     FolderConfig(folder, resume, overwrite)
     check_folder(folder)
@@ -96,16 +106,16 @@ def claim_folder(
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder in which a link stands for what a run writes or removes: it may be somebody else's folder.
+    """Refuse a folder with links in the place of a run's files or folders: their targets may be somebody else's.
 
-    A link among the checkpoints is no checkpoint: resuming sets it aside, and it is never followed (checkpoints.py).
+    A link among the checkpoints is renamed at resume and never followed (checkpoints.py).
     """
     for name in OWN:
         refuse_link(folder / name)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that died left half-written."""
+    """Remove the partial files of a dead process."""
     with writing(folder):
         for part in [*folder.glob("checkpoints/.tmp-*"), *folder.glob("checkpoints/.trash-*")]:
             remove(part)
@@ -118,7 +128,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove an earlier run and nothing else; run.json, which marks the folder as a run's, goes last."""
+    """Remove an earlier run's files and no others; run.json, which marks the folder as a run's, is removed last."""
     with writing(folder):
         for name in ("checkpoints", "adapter", "model"):
             if os.path.lexists(folder / name):
@@ -128,7 +138,7 @@ def remove_run(folder: Path) -> None:
 
 
 def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
-    """Refuse to resume a run with arguments that would make it another run; objects are compared by their keys."""
+    """Refuse to resume a run with arguments that change it; objects are compared key by key."""
     changed = list(find_differences(before, now))
     if changed:
         listed = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, old, new in changed)
@@ -148,7 +158,7 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
 
 @contextmanager
 def writing(file: Path, size: int | None = None) -> Iterator[None]:
-    """Within: what the disk refuses is an InputError with the path, the reason and what to do."""
+    """Context manager: turn a failed write into an InputError with the path, the reason and the remedy."""
     try:
         yield
     except OSError as error:

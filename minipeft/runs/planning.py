@@ -1,14 +1,14 @@
-"""What one training step takes, found before it is done: parameters, memory and FLOPs from config.json alone.
+"""Predict parameters, memory and FLOPs of a training step from config.json alone.
 
     forward        2 FLOPs per weight of a linear and token, and 4 * n * C per token and layer for attention over n keys
     backward       as much again for the gradient of the activations, and again for that of the weights, if trained
 
-    peak memory    the weights, AdamW's two moments of the trained parameters, and the largest sum of activations,
-                   gradients and buffers that exist at one moment of the step
+    peak memory    the weights, AdamW's two moments of the trained parameters, and the peak of activations, gradients
+                   and buffers during the step
 
-The last is measured and not a formula, which would have to follow every change of the models: a step is done with
-tensors on torch's "meta" device, which have shapes and no data, and every allocation is counted until it is freed.
-Seconds come from a short matrix product on this machine.
+The last is measured, since a formula would have to follow every change of the models: a step runs on torch's "meta"
+device, whose tensors have shapes but no data, and every allocation is counted until it is freed. Seconds are estimated
+from a short matrix product on this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.quantized import QuantizedWeight, quantize_model
 
-PROBE = (256, 1024, 1024)  # a product of the size that training has
+PROBE = (256, 1024, 1024)  # a product of the size of those in training
 PROBE_SECONDS = 0.15
 MOST_LAYERS = 512  # more than any known model has
 EFFICIENCY = 0.6  # speed of whole steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
@@ -37,7 +37,7 @@ EFFICIENCY = 0.6  # speed of whole steps / speed of the probe: 135M Llama, LoRA,
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step takes; memory in bytes."""
+    """The cost of a training step; memory in bytes."""
 
     method: str
     rows: int
@@ -49,12 +49,12 @@ class Plan:
     packed: int  # as `total`, were each byte of codes a parameter: a usual miscount of 4-bit models
     weights: int  # bytes of base and adapter
     moments: int  # bytes of AdamW's two moments
-    step: int  # bytes of activations, gradients and buffers at the step's worst moment
+    step: int  # bytes of activations, gradients and buffers at the step's peak
     flops: float  # per step
 
     @property
     def peak(self) -> int:
-        """Bytes in use at the worst moment. The allocator's rounding and the process itself come on top."""
+        """Peak bytes in use, without the allocator's rounding and the process itself."""
         return self.weights + self.moments + self.step
 
     @property
@@ -73,7 +73,7 @@ def plan(
     activation_checkpointing: bool = False,
     quantize: str | None = None,
 ) -> Plan:
-    """What it takes to train `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
+    """Predict the cost of training `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
     `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base (full tuning:
     float32), `quantize` the format of its linears. Each row counts as one document, attention as a fused kernel, and
@@ -93,9 +93,11 @@ def plan(
     weights = count_bytes([*model.parameters(), *model.buffers()])
     moments = 2 * count_bytes([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")  # [B, T]
-    step = step_bytes(model, ids)
+    step = count_step_bytes(model, ids)
     full = method_of(adapter).trains_base
-    flops = train_flops(config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing)
+    flops = count_train_flops(
+        config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing
+    )
     packed = sum(p.parts.codes.numel() if isinstance(p, QuantizedWeight) else p.numel() for p in model.parameters())
     return Plan(
         report.method, rows, length, report.base_dtype, report.quantized,
@@ -106,7 +108,7 @@ def plan(
 def adapt_on_meta(
     config: Any, adapter: Any, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[Decoder, AdapterReport]:
-    """A model of this config.json with the adapter in it, on the meta device: shapes alone.
+    """Build a model of this config.json with the adapter on the meta device.
 
     Raises:
         InputError: the adapter does not fit the model, or the model has more layers than any known one.
@@ -118,8 +120,8 @@ def adapt_on_meta(
     return model, report
 
 
-def step_bytes(model: Decoder, ids: Tensor) -> int:
-    """The most bytes that exist beside the weights while a step's gradients are computed. ids [B, T]"""
+def count_step_bytes(model: Decoder, ids: Tensor) -> int:
+    """Count the peak bytes beside the weights while a step's gradients are computed. ids [B, T]"""
     with Memory(model) as memory:
         model.loss(ids, ids).backward()
     model.zero_grad(set_to_none=True)
@@ -127,12 +129,12 @@ def step_bytes(model: Decoder, ids: Tensor) -> int:
 
 
 def count_bytes(tensors: Sequence[Tensor]) -> int:
-    """The bytes of some tensors, each storage once."""
-    storages = [t.untyped_storage() for t in held_tensors(tensors)]
+    """Count the bytes of these tensors, each storage once."""
+    storages = [t.untyped_storage() for t in list_held_tensors(tensors)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def held_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+def list_held_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that hold data: the codes and scales of a quantized one."""
     return [part for t in tensors for part in (t.parts if isinstance(t, QuantizedWeight) else (t,))]
 
@@ -143,7 +145,7 @@ class Memory(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.now = self.most = 0
-        held = held_tensors([*model.parameters(), *model.buffers()])
+        held = list_held_tensors([*model.parameters(), *model.buffers()])
         self.known = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -154,7 +156,7 @@ class Memory(TorchDispatchMode):
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage that is new, until it is freed."""
+        """Count a new storage until it is freed."""
         place, size = storage._cdata, storage.nbytes()
         if place in self.known:
             return
@@ -164,16 +166,16 @@ class Memory(TorchDispatchMode):
         weakref.finalize(storage, self.free, place, size)
 
     def free(self, place: int, size: int) -> None:
-        """Take a freed storage off."""
+        """Subtract a freed storage."""
         self.known.discard(place)
         self.now -= size
 
 
 def build_on_meta(config: Any) -> Decoder:
-    """A model of this config.json on the meta device: shapes alone.
+    """Build a model of this config.json on the meta device.
 
     Raises:
-        InputError: more layers than any known model has, each of which would be built.
+        InputError: more layers than any known model has.
     """
     if config.layers > MOST_LAYERS:
         raise InputError(f"{config.layers} are more than the {MOST_LAYERS} that any known model has", where="layers")
@@ -181,27 +183,27 @@ def build_on_meta(config: Any) -> Decoder:
         return FAMILIES[config.model_type].decoder(config)
 
 
-def linear_weights(config: Any) -> int:
-    """How many weights every token is multiplied by: all linears of the blocks, and the head."""
+def count_linear_weights(config: Any) -> int:
+    """Count the weights that multiply every token: all linears of the blocks, and the head."""
     model = build_on_meta(config)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     return blocks + config.vocab_size * config.width
 
 
-def forward_flops(config: Any, tokens: float, document: int) -> float:
+def count_forward_flops(config: Any, tokens: float, document: int) -> float:
     """FLOPs of one forward pass over `tokens` tokens in documents of about `document` tokens each."""
-    return tokens * (2 * linear_weights(config) + 4 * document * config.heads * config.head_width * config.layers)
+    return tokens * (2 * count_linear_weights(config) + 4 * document * config.heads * config.head_width * config.layers)
 
 
-def train_flops(
+def count_train_flops(
     config: Any, tokens: float, document: int, *, full: bool, activation_checkpointing: bool = False
 ) -> float:
     """FLOPs of training on them: forward, backward through the activations, and trained weights or recomputation."""
-    return forward_flops(config, tokens, document) * (1 + 1 + full + activation_checkpointing)
+    return count_forward_flops(config, tokens, document) * (1 + 1 + full + activation_checkpointing)
 
 
 def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of this machine for a matrix product in this dtype, measured in about PROBE_SECONDS."""
+    """Measure this machine's FLOP/s for a matrix product in this dtype, in about PROBE_SECONDS."""
     m, k, n = PROBE
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     torch.nn.functional.linear(a, b)
@@ -213,14 +215,14 @@ def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def in_words(seconds: float, fine: bool = False) -> str:
-    """A duration in words: 45 s, 12 min, 1.5 h; `fine`: with a decimal below ten seconds."""
+    """Format a duration: 45 s, 12 min, 1.5 h; `fine`: with a decimal below ten seconds."""
     if seconds < 90:
         return f"{seconds:.2g} s" if fine and seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Plans as a table, one per line; memory in GB (10^9 bytes)."""
+    """Format plans as a table, one per line; memory in GB (10^9 bytes)."""
     heads = ("model", "method", "rows", "base", "trained", "%", "weights", "AdamW", "step", "peak GB", "TFLOP", "here")
     cells = [heads] + [
         (

@@ -1,6 +1,6 @@
-"""What a run needs of its process: threads, signals, a device, determinism on CUDA, memory, and standard error.
+"""Process settings of a run: threads, signals, device, determinism on CUDA, memory and standard error.
 
-A signal only sets a flag that is read between steps: inside an optimizer step half of the parameters are updated.
+A signal only sets a flag that is read between steps: within an optimizer step only some parameters are updated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_THREADS = 1024  # with more, torch ends the process
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """CPU settings of a command; results depend on them in the last digits only."""
+    """CPU settings of a command; they change only the last digits of results."""
 
     threads: int | None = option(None, "CPU threads; default all cores", least=1, most=MOST_THREADS)
 
@@ -34,13 +34,13 @@ class ProcessConfig:
         check_fields(self)
 
     def apply(self) -> None:
-        """Let torch use this many threads in this process."""
+        """Set torch's number of threads in this process."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
 
 class Stopped(Exception):
-    """A signal stopped the run; it is saved at its last finished step."""
+    """A signal stopped the run after its last finished step, and it is saved."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; saved at step {step}")
@@ -51,10 +51,10 @@ class Stopped(Exception):
 def stopping(
     handle: Callable[[int], object] | None = None, numbers: Sequence[int] = (signal.SIGTERM, signal.SIGINT)
 ) -> Iterator[list[int]]:
-    """A list to which these signals append their numbers, for a loop that reads it; a second SIGINT interrupts at once.
+    """Context manager: a list of the received signals, for a loop to read; a second SIGINT interrupts at once.
 
-    `handle` is called with each number too, and may raise. Only the main thread can set handlers: in another one the
-    list stays empty.
+    `handle` is called with each signal number too, and may raise. Only the main thread can set handlers: in another
+    thread the list stays empty.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -79,10 +79,10 @@ def stopping(
 
 @contextmanager
 def lossy_stderr() -> Iterator[None]:
-    """Within: what cannot be written to standard error is lost, and ends nothing (closed, a full disk, a broken pipe).
+    """Context manager: ignore failed writes to standard error (closed, a full disk, a broken pipe).
 
-    Where it was closed before the process began, its number is given to /dev/null: the next file to be opened would
-    get it, and whatever libraries print would go into that file.
+    If it was closed before the process began, its file descriptor is opened on /dev/null: otherwise the next opened
+    file would get that descriptor and the output of libraries.
     """
     stream: Any = sys.stderr
     opened = None
@@ -119,10 +119,10 @@ class LossyStream:
 
 @contextmanager
 def make_deterministic(wanted: bool, device: str) -> Iterator[None]:
-    """Within, where wanted: a run on CUDA gives the same bits each time, as it does on a CPU anyway.
+    """Context manager: if wanted, make a run bit-identical on CUDA, as it always is on a CPU.
 
     On CUDA: deterministic algorithms (an operator without one raises), cuBLAS with fixed workspaces, and attention
-    without the fused kernels, whose backward adds in the order in which blocks finish.
+    without the fused kernels, whose backward sums in the order in which blocks finish.
     """
     if not wanted:
         yield
@@ -141,15 +141,15 @@ def make_deterministic(wanted: bool, device: str) -> Iterator[None]:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process has held at once, on the device that it computes on."""
+    """The process's peak memory in bytes, on the device that it computes on."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA raises torch.OutOfMemoryError, the CPU's allocator a plain
-    RuntimeError, the loader of a shared library an ImportError."""
+    """Whether an error means out of memory: CUDA raises torch.OutOfMemoryError, the CPU allocator a RuntimeError, the
+    loader of shared libraries an ImportError."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     said = ("allocate memory", "failed to map segment", "std::bad_alloc")
     return known or (isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in said))
@@ -157,7 +157,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_memory(batch: int, length: int, device: str) -> Iterator[None]:
-    """Within: running out of memory is an InputError that says what the run needed and which flags lower it."""
+    """Context manager: turn out-of-memory into an InputError with the peak and the flags that lower it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,7 +1,7 @@
-"""Where a tuned model goes: an adapter merged into a plain model's folder, a folder pushed to the hub.
+"""Merge an adapter into a plain model's folder, and push a folder to the hub.
 
 merge    load -> compare unmerged and merged (adapters/verdict.py) -> only then write the folder
-push     an adapter's or a model's own files, by name, as one commit
+push     upload the files of an adapter or a model, by name, as one commit
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from minipeft.files import read_text
 from minipeft.hub import push
 from minipeft.models.checkpoint import INDEX, SINGLE, find_tensors, save_model
 from minipeft.runs.answers import AnswersConfig, load_tuned
-from minipeft.runs.card import CARD, merged_card, write_card
+from minipeft.runs.card import CARD, make_merged_card, write_card
 from minipeft.runs.config import DTYPES, ModelConfig
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What is merged, on what the result is compared (one of `prompts` and `data`), and how it is written."""
+    """Settings of a merge: the adapter, the prompts of the comparison (`prompts` or `data`), and the output folder."""
 
     model: ModelConfig
     adapter: Path = option(help="folder or hub id of an adapter, ours or PEFT's")
@@ -38,24 +38,24 @@ class MergeConfig:
     prompts: str | None = option(None, "compare on the lines of this text file, each in the training template")
     data: str | None = option(None, "compare on the questions of this data set: conala, demo, or a file of pairs")
     split: str = option("test", "split of conala or demo")
-    limit: int = option(32, "compare on the first so many prompts", least=1)
+    limit: int = option(32, "number of prompts to compare on, from the first", least=1)
     raw: bool = option(False, "take the lines of --prompts as they are, without the training template")
-    new_tokens: int = option(32, "tokens of a compared answer at most", least=1)
+    new_tokens: int = option(32, "maximum number of tokens in a compared answer", least=1)
     dtype: str | None = option(None, "dtype of the merged weights; default the model's own", choices=DTYPES)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if (self.prompts is None) == (self.data is None):
-            raise InputError("give --prompts FILE or --data DATA, to compare the merged model on", where="merge")
+            raise InputError("give --prompts FILE or --data DATA: the merged model is compared on them", where="merge")
         if self.raw and self.data is not None:
             raise InputError("has no effect with --data", where="raw")
 
 
 def read_prompts(config: MergeConfig) -> list[str]:
-    """The prompts to compare on.
+    """Read the prompts to compare on.
 
     Raises:
-        InputError: the file or the data set cannot be read, or holds none.
+        InputError: the file or the data set cannot be read, or is empty.
     """
     if config.prompts is None:
         return [
@@ -92,24 +92,24 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
         dequantize=config.model.quantize is not None,
     )
     say(str(report))
-    write_card(out, merged_card(config.model, str(config.adapter), report))
+    write_card(out, make_merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)
     return report
 
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Where on the hub a folder goes."""
+    """Hub settings of a push."""
 
     public: bool = option(False, "make the repository public; default private")
-    revision: str | None = option(None, "branch, made where there is none; default main")
+    revision: str | None = option(None, "branch, created if it does not exist; default main")
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[str]]:
-    """Push the files of an adapter's or a model's folder; returns the commit and the names of what was left behind.
+    """Push the files of an adapter's or a model's folder; returns the commit and the names of files not pushed.
 
     Raises:
         InputError: the folder holds neither, or is damaged; the hub refuses.
@@ -120,7 +120,7 @@ def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[st
 
 
 def own_files(folder: Path, kind: str) -> list[str]:
-    """The names of the files that belong to an adapter or a model, of those that are there; no code, no pickle."""
+    """List the existing files that belong to an adapter or a model; no code, no pickle."""
     if kind == "adapter":
         known = [CONFIG, WEIGHTS, OWN, STATE, *FILES, CARD]
     else:

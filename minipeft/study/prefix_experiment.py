@@ -70,7 +70,7 @@ def grid(steps: int = 60) -> list[Trial]:
     return [replace(trial, steps=steps) for trial in trials]
 
 
-def long_runs(steps: int = 300, seeds: int = 3) -> list[Trial]:
+def list_long_runs(steps: int = 300, seeds: int = 3) -> list[Trial]:
     """Part 2, seed by seed."""
     kinds = (PAPERS, *OURS, *OTHERS)
     return [replace(trial, steps=steps, seed=seed) for seed in range(seeds) for trial in kinds]

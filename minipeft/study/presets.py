@@ -17,7 +17,7 @@ from minipeft.adapters import method_named, method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.execution import PROTECTION
-from minipeft.runs.config import run_config, settings
+from minipeft.runs.config import collect_settings, run_config
 from minipeft.runs.process import ProcessConfig
 from minipeft.study import prefix_experiment
 from minipeft.study.cells import ZERO_SHOT, Cell
@@ -95,7 +95,7 @@ class StudyConfig:
 
 def has_setting(method: str, name: str) -> bool:
     """Whether a training run with this method has a setting of this name."""
-    return name.replace("_", "-") in settings(method)
+    return name.replace("_", "-") in collect_settings(method)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draf
 def draft_experiment(config: StudyConfig, model: str, seeds: int) -> list[Draft]:
     """The two parts of the prefix experiment: the grid, for its held-out loss alone; then longer runs, of which the
     first seed also answers."""
-    trials = [*prefix_experiment.grid(), *prefix_experiment.long_runs(seeds=seeds)]
-    answering = set(prefix_experiment.long_runs(seeds=1))
+    trials = [*prefix_experiment.grid(), *prefix_experiment.list_long_runs(seeds=seeds)]
+    answering = set(prefix_experiment.list_long_runs(seeds=1))
     found = []
     for trial in trials:
         if trial.method in config.method:
@@ -201,7 +201,7 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
     cell = draft.cell
     if base is None:
         return cell
-    method, known = "lora", settings("lora")
+    method, known = "lora", collect_settings("lora")
     chosen = {"held_out": held_out, **draft.settings}
     if cell.model == "demo" and config.device == "cpu":
         chosen["dtype"] = "fp32"  # its bf16 is slow on most CPUs

@@ -20,7 +20,7 @@ from minipeft.study.paper import reported
 from minipeft.study.presets import PRESETS, StudyConfig
 from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import Outcome
-from minipeft.study.statistics import flag, mean_and_sd
+from minipeft.study.statistics import compute_mean_and_sd, flag
 
 
 def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> Results:
@@ -94,7 +94,7 @@ def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
 def compute_sd(values: Sequence[float | None]) -> float | None:
     """The sample standard deviation of the values that are known."""
     known = [value for value in values if value is not None]
-    return mean_and_sd(known)[1] if known else None
+    return compute_mean_and_sd(known)[1] if known else None
 
 
 def describe_data(config: StudyConfig, baseline: Group, out: Path) -> Data:

@@ -21,7 +21,7 @@ DEGENERATE = {
 }
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+def compute_mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; a single value has no deviation."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 

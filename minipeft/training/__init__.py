@@ -1,1 +1,1 @@
-"""From rows to a trained adapter on disk."""
+"""Training: from rows to trained tensors."""

@@ -1,11 +1,11 @@
-"""The training loop: a generator that yields after each optimizer step, with all of its state outside.
+"""The training loop: a generator that yields after each optimizer step and keeps all state outside.
 
     for step in train(model, batches, config, state):       the caller's loop logs, evaluates, saves and stops
         ...
 
-At each yield the trainable tensors and TrainState (the step count, AdamW's two moments by parameter name) are all there
-is to save. Everything else is a function of the arguments: the learning rate of the step, `batches[i]` of i, the
-dropout masks of (seed, step, micro-batch). So training that stops at any yield and is resumed ends with the same bits.
+At each yield the trainable tensors and TrainState (the step count, AdamW's two moments by parameter name) are the whole
+state. Everything else is a function of the arguments: the learning rate of the step, `batches[i]` of i, the dropout
+masks of (seed, step, micro-batch). Training that stops at any yield and is resumed therefore ends with the same bits.
 
 AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and t = step + 1:
 
@@ -37,8 +37,8 @@ from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
 
 DECAYS = ("linear", "cosine", "constant")
-LOWEST_RATE = 1e-12  # a learning rate below it moves no float32 weight that matters
-DRAWING = threading.RLock()  # torch's generator, which dropout draws from, is one for all threads
+LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
+DRAWING = threading.RLock()  # dropout draws from torch's global generator, which all threads share
 STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
 ENTERING = threading.Lock()  # of STEPPING
 
@@ -51,28 +51,28 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `learning_rate` is the peak; `warmup` the share of the steps that climb to it."""
+    """Training settings. `learning_rate` is the peak; `warmup` the share of the steps before it."""
 
-    steps: int | None = option(None, "optimizer steps", least=1)  # None: not decided yet; `train` needs a number
+    steps: int | None = option(None, "optimizer steps", least=1)  # None: not set yet; `train` needs a number
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0, aliases=("lr",))
-    warmup: float = option(0.06, "share of the steps over which the learning rate climbs to its peak", least=0, below=1)
-    decay: str = option("linear", "shape of the decay to zero at the last step", choices=DECAYS)
-    accumulate: int = option(1, "batches of an optimizer step", least=1, limit=2**16)
+    warmup: float = option(0.06, "share of the steps over which the learning rate rises to its peak", least=0, below=1)
+    decay: str = option("linear", "learning-rate schedule after the warm-up, to zero at the last step", choices=DECAYS)
+    accumulate: int = option(1, "batches per optimizer step (gradient accumulation)", least=1, limit=2**16)
     weight_decay: float = option(0.0, "weight decay of AdamW", least=0, below=1)
-    beta1: float = option(0.9, "decay of the mean of the gradient", least=0, below=1)
-    beta2: float = option(0.99, "decay of the mean of its square", least=0, below=1)
+    beta1: float = option(0.9, "AdamW's beta1: decay rate of the first moment", least=0, below=1)
+    beta2: float = option(0.99, "AdamW's beta2: decay rate of the second moment", least=0, below=1)
     eps: float = option(1e-8, "epsilon of AdamW", above=0)
-    clip: float = option(1.0, "largest norm of the gradient, which is scaled down to it", above=0)
+    clip: float = option(1.0, "gradient clipping: largest norm of the gradient", above=0)
     lr_multipliers: Mapping[str, float] = option(
         factory=dict,
-        help="learning-rate multiplier of the parameters whose name ends so; lora_B=16 is LoRA+",
+        help="learning-rate multiplier of the parameters whose name ends in NAME; lora_B=16 is LoRA+",
         above=0,
         flag="lr-multiplier",
     )
     seed: int = option(0, "seed of initialization, packing order and dropout", least=0, below=2**63)
     activation_checkpointing: bool = option(
         False,
-        "keep only the input of each block and recompute it in backward: less memory, more time",
+        "save only each block's input and recompute the block in backward: less memory, more time",
         aliases=("checkpointing",),
     )
 
@@ -84,7 +84,7 @@ class TrainConfig:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of step 0, 1, ...: a climb over the warm-up, then the decay. Never 0 before the last step."""
+    """The learning rate of step 0, 1, ...: a linear warm-up, then the decay. Never 0 before the last step."""
     assert config.steps is not None  # `train` refuses it
     climb = max(1, round(config.warmup * config.steps))
     if step < climb:
@@ -96,18 +96,18 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The results of one optimizer step."""
 
     number: int  # 1 after the first
     loss: float  # nats per supervised token
     learning_rate: float
     grad_norm: float  # of the gradient, before clipping
-    tokens: int  # that are not padding
+    tokens: int  # tokens without padding
     targets: int  # supervised tokens
 
 
 class TrainState:
-    """What training needs to go on, beside the trainable tensors: the step count, AdamW's moments by parameter name."""
+    """The training state besides the trainable tensors: the step count and AdamW's moments by parameter name."""
 
     def __init__(self, model: nn.Module):
         check_kind(model, nn.Module, "model")
@@ -124,14 +124,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
     """Train the parameters that require gradients, from `state.step` to `config.steps`; yields after each step.
 
-    Where a step raises, the model gets back its mode (train or eval) and its activation checkpointing. Trainings of two
-    models in two threads take turns at each micro-batch, so that each draws the dropout that it would draw alone.
+    If a step raises, the model's mode (train or eval) and activation checkpointing are restored. Trainings of two
+    models in two threads alternate at each micro-batch, so that each draws the same dropout as alone.
 
     Raises:
         InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32,
-            gradients are off, or `state` is of another model; in a step: a batch does not fit the model, a tensor of
-            the model was cast, moved, frozen or replaced since the last step, a loss, gradient, weight or moment is
-            not finite, a trained tensor gets no gradient, or another training of this model is within a step.
+            gradients are off, or `state` belongs to another model; in a step: a batch does not fit the model, a tensor
+            of the model was cast, moved, frozen or replaced since the last step, a loss, gradient, weight or moment is
+            not finite, a trained tensor gets no gradient, or another thread is in a step of this model.
     """
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
@@ -152,11 +152,11 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    return take_steps(model, parameters, by_multiplier(parameters, config), batches, config, state)
+    return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state)
 
 
-def by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
-    """The names of the trained parameters by learning-rate multiplier; the first key of `lr_multipliers` to fit counts.
+def group_by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
+    """Group the trained parameters by learning-rate multiplier; the first matching key of `lr_multipliers` applies.
 
     Raises:
         InputError: an entry of `lr_multipliers` names no trained tensor.
@@ -187,7 +187,7 @@ def take_steps(
     before = describe_tensors(model)
     while state.step < config.steps:
         try:
-            with one_step_at_a_time(model, state.step):
+            with claim_step(model, state.step):
                 check_unchanged(before, describe_tensors(model), f"step {state.step + 1}")
                 step = take_step(model, parameters, groups, batches, config, state, silent)
         except BaseException:
@@ -198,10 +198,10 @@ def take_steps(
 
 
 def check_gradients_on(model: nn.Module, where: str) -> None:
-    """Refuse to train where autograd records nothing.
+    """Check that autograd records gradients.
 
     Raises:
-        InputError: within torch.no_grad or inference_mode, or with a model that was made within the latter.
+        InputError: within torch.no_grad or inference_mode, or with a model that was created in inference mode.
     """
     if not torch.is_grad_enabled():
         raise InputError("gradients are off: torch.no_grad or torch.inference_mode is in effect", where=where)
@@ -214,7 +214,7 @@ Tensors = dict[str, tuple[int, torch.dtype, torch.device, bool]]  # of each para
 
 
 def describe_tensors(model: nn.Module) -> Tensors:
-    """What must stay as it is from step to step."""
+    """The properties of parameters that must not change between steps."""
     return {name: (id(p), p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()}
 
 
@@ -243,11 +243,11 @@ def check_unchanged(before: Tensors, now: Tensors, where: str) -> None:
 
 
 @contextmanager
-def one_step_at_a_time(model: nn.Module, step: int) -> Iterator[None]:
-    """Within: the model is in the middle of a step.
+def claim_step(model: nn.Module, step: int) -> Iterator[None]:
+    """Context manager: mark the model as being in a step.
 
     Raises:
-        InputError: it is already, in another thread.
+        InputError: another thread is in a step of this model.
     """
     with ENTERING:
         if model in STEPPING:
@@ -260,10 +260,10 @@ def one_step_at_a_time(model: nn.Module, step: int) -> Iterator[None]:
 
 
 def check_batch(model: Decoder, batch: object, where: str) -> Batch:
-    """Check that a batch's rows are ones that the model can be trained on.
+    """Check that the model can be trained on a batch's rows.
 
     Raises:
-        InputError: it is no Batch; the rows are not integers of one shape, not the vocabulary's, or too long.
+        InputError: not a Batch; the rows are not integers of one shape, hold unknown ids, or are too long.
     """
     check_kind(batch, Batch, where)
     assert isinstance(batch, Batch)
@@ -276,10 +276,10 @@ def check_batch(model: Decoder, batch: object, where: str) -> Batch:
 
 
 def take_batch(model: Decoder, batches: Batches, number: int, where: str) -> Batch:
-    """Batch `number`, checked.
+    """Fetch and check batch `number`.
 
     Raises:
-        InputError: there is none, or it does not fit the model.
+        InputError: it does not exist, or does not fit the model.
     """
     try:
         batch = batches[number]
@@ -303,7 +303,7 @@ def take_step(
     model.train()
     model.activation_checkpointing = config.activation_checkpointing
     model.zero_grad(set_to_none=True)
-    torch.clear_autocast_cache()  # a caller's torch.autocast would go on with the low-precision copies of step 0
+    torch.clear_autocast_cache()  # a caller's torch.autocast would reuse its copies of step 0's weights
     first = state.step * config.accumulate
     micro = [take_batch(model, batches, first + i, where) for i in range(config.accumulate)]
     targets = sum(count_targets(batch.labels) for batch in micro)
@@ -312,7 +312,7 @@ def take_step(
     loss = 0.0
     for i, batch in enumerate(micro):
         loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
-    norms = gradient_norms(parameters, loss, state.step, silent)
+    norms = compute_gradient_norms(parameters, loss, state.step, silent)
     norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)
     clip = min(1.0, config.clip / (norm + 1e-6))
@@ -325,10 +325,11 @@ def take_step(
 
 
 def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
-    """Add one micro-batch's share of the step's gradient; returns its share of the loss.
+    """Add one micro-batch's part of the step's gradient; returns its part of the loss.
 
-    Losses are summed over supervised tokens and divided once by the step's count: k micro-batches are one batch of k.
-    Dropout is drawn from `seed`, in backward too (recomputation draws again); the caller's random state is untouched.
+    Losses are summed over supervised tokens and divided once by the step's count: k micro-batches equal one batch of
+    k. Dropout is seeded with `seed`, also in backward, where recomputation draws again; the caller's random state is
+    restored.
     """
     device = model.embedding.weight.device
     ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
@@ -339,11 +340,13 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     return loss.item()
 
 
-def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]) -> Tensor:
-    """The norm of each gradient, [number of tensors], after the checks that every tensor is being trained.
+def compute_gradient_norms(
+    parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]
+) -> Tensor:
+    """Compute the norm of each gradient, [number of tensors], and check that every tensor is trained.
 
     Raises:
-        InputError: the loss or a gradient is not finite; no gradient reached a tensor; it was all zero three times.
+        InputError: the loss or a gradient is not finite; a tensor has no gradient, or a zero one in three steps.
     """
     where = f"step {step + 1}"
     if not math.isfinite(loss):
@@ -362,10 +365,10 @@ def gradient_norms(parameters: dict[str, nn.Parameter], loss: float, step: int, 
 
 
 def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None:
-    """Check that no weight and no moment is NaN or Inf, by the largest of each tensor: one pass, no copy.
+    """Check that no weight and no moment is NaN or Inf, by each tensor's largest value: one pass, no copy.
 
     Raises:
-        InputError: one is; names the tensor.
+        InputError: names the tensor that is.
     """
     kinds: tuple[tuple[str, Mapping[str, Tensor]], ...] = (
         ("", parameters),
@@ -384,7 +387,7 @@ def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None
 def update(
     parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, learning_rate: float, clip: float
 ) -> None:
-    """One AdamW step, as written at the head of this file, on gradients times `clip`."""
+    """One AdamW step (equations at the head of this file) on the gradients times `clip`."""
     weights: list[Tensor] = list(parameters.values())
     gradients = [p.grad for p in weights if p.grad is not None]
     with torch.no_grad():
@@ -410,7 +413,7 @@ def update(
 
 @torch.no_grad()
 def evaluate(model: Decoder, batches: Sequence[Batch]) -> float:
-    """Mean loss in nats per supervised token over `batches`, in eval mode; the model's mode is put back.
+    """Compute the mean loss over `batches` in nats per supervised token, in eval mode; the model's mode is restored.
 
     Raises:
         InputError: a batch does not fit the model, no token is supervised, or the loss is not finite.

@@ -1,11 +1,12 @@
-"""How far training moved each tensor, against how far it could: the check that tells a dead adapter from a trained one.
+"""How far training moved each tensor, compared with how far it could: the check that detects a dead adapter.
 
-AdamW moves a weight by about the learning rate in a step, whatever the gradient's size, so that training has a budget:
+AdamW moves a weight by about the learning rate per step, whatever the gradient's size, so training has a budget:
 
     budget = sum of the learning rates of its steps        |w_end - w_init| <~ budget
 
-A tensor whose init is spread wider than ten budgets ends as it began. HF PEFT initializes a prefix as N(0, 1): at
-LoRA's 2e-4 and 60 steps the budget is 0.006, and the trained prefix is still its initial noise. A warning says so.
+A tensor whose init has a standard deviation above ten budgets ends close to its init. HF PEFT initializes a prefix as
+N(0, 1): at LoRA's 2e-4 and 60 steps the budget is 0.006, and the trained prefix is still its initial noise. The report
+warns of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.training.loop import TrainConfig, learning_rate_at, trained
 
-STUCK = 0.1  # an init spread wider than budget / STUCK cannot be left
+STUCK = 0.1  # training cannot leave an init with a standard deviation above budget / STUCK
 FEW_STEPS = 200  # optimizer steps
 
 
@@ -36,11 +37,11 @@ class TensorMovement:
 
 @dataclass(frozen=True)
 class MovementReport:
-    """How far training moved its tensors, and what that says. `str(report)` is for people, `as_json()` for files."""
+    """How far training moved its tensors, with warnings. `str(report)` is for people, `as_json()` for files."""
 
     steps: int
     budget: float  # sum of the learning rates
-    whole: bool  # every parameter was trained: the init is a checkpoint, and its spread says nothing
+    whole: bool  # full tuning: the init is a checkpoint, so its standard deviation is no criterion
     tensors: tuple[TensorMovement, ...]
 
     @property
@@ -53,12 +54,12 @@ class MovementReport:
 
     @property
     def start_std(self) -> float:
-        """The narrowest init: if the budget is too small for this tensor, it is too small for all."""
+        """The smallest standard deviation of an init: a budget too small for this tensor is too small for all."""
         return min(t.start_std for t in self.tensors)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why this training may have trained nothing; empty where nothing speaks for that."""
+        """Reasons to believe that training had no effect; empty if there are none."""
         found = []
         still = [t.name for t in self.tensors if t.largest == 0]
         if still:
@@ -100,14 +101,14 @@ class MovementReport:
 
 @dataclass(frozen=True)
 class Movement:
-    """The tensors before training; no copy where every parameter is trained: `measure` is given the base again."""
+    """A copy of the tensors before training; full tuning makes none, and `measure` takes the base instead."""
 
     tensors: Mapping[str, Tensor] | None
     whole: bool
 
     @staticmethod
     def start(model: nn.Module) -> Movement:
-        """Copy the trainable parameters; call it after add_adapter, before the first step or a restored state."""
+        """Copy the trainable parameters; call it after add_adapter and before the first step or a restored state."""
         parameters = trained(model)
         if not parameters:
             raise InputError("nothing is trainable", where="movement", hint="add_adapter(model, ...) first")
@@ -118,10 +119,10 @@ class Movement:
     def measure(
         self, model: nn.Module, config: TrainConfig, base: Mapping[str, Tensor] | None = None
     ) -> MovementReport:
-        """Compare the model with its init, after `config.steps` steps. `base`: the init, where no copy was kept.
+        """Compare the model with its init after `config.steps` steps. `base`: the init, if no copy was kept.
 
         Raises:
-            InputError: there is no init, or it lacks a trained tensor or has another shape of it.
+            InputError: there is no init, or a trained tensor is missing from it or has another shape.
         """
         assert config.steps is not None  # `train` refuses it
         init = self.tensors if base is None else base

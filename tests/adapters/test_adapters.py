@@ -1,4 +1,4 @@
-"""Adding, training, removing and merging each adapter: what is counted and trained, and that nothing else changes."""
+"""Adding, training, removing and merging each adapter: counts, trained tensors, and that nothing else changes."""
 
 import copy
 import gc

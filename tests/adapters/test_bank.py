@@ -66,7 +66,7 @@ def bank(model, folders):
 
 
 def alone(model, folders, name, compute):
-    """What `compute` gives with this adapter only."""
+    """The result of `compute` with this adapter only."""
     model = copy.deepcopy(model)
     if isinstance(model.adapter, AdapterBank):
         model.adapter.close()

@@ -221,7 +221,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason(decoder):
 
 class TestLoRAPlus:
     def test_b_moves_as_many_times_faster_as_its_rate_says(self, decoder, packed):
-        """AdamW's first step moves each entry by the rate, whatever the gradient."""
+        """AdamW's first step moves each entry by the learning rate, whatever the gradient."""
         moved = {}
         for name, rates in (("plain", {}), ("plus", {"lora_B": 16.0})):
             model = decoder("llama")

@@ -1,4 +1,4 @@
-"""Adapter folders against the installed PEFT, both ways; what is wrong with one is said before the model changes."""
+"""Adapter folders against the installed PEFT, both ways; a faulty folder is refused before the model changes."""
 
 import copy
 import dataclasses
@@ -119,7 +119,7 @@ def kind_of(family):
 
 
 def logits(peer, ids):
-    """What the peer says of each token of ids: a prompt's own columns cut off."""
+    """The peer's logits of each token of ids, without a prompt's virtual tokens."""
     with torch.no_grad():
         return peer(ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
 

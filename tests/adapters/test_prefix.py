@@ -1,4 +1,4 @@
-"""Prefix-tuning: init and gate; and HF PEFT's prefix, where it is right and where it is wrong."""
+"""Prefix-tuning: init and gate; and HF PEFT's prefix, in the cases where it is right and wrong."""
 
 import dataclasses
 import json
@@ -281,7 +281,7 @@ def test_peft_gets_left_padding_wrong_under_a_window(both, ids):
 
 
 def test_pefts_zero_start_keeps_all_columns_alike(decoder, peer, packed):
-    """All get the same gradient for ever: one virtual token, P times. Ours with value 0 have keys that differ."""
+    """All get the same gradient in every step: one virtual token, P times. Ours with value 0 have different keys."""
     model = decoder("llama")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, init_weights="zero")
     theirs = peft.get_peft_model(peer(model), config)
@@ -338,7 +338,7 @@ def test_peft_refuses_a_gated_prefix(decoder, peer, tmp_path):
         ({"reparam": 0}, "reparam: 0 must be an integer >= 1"),
         ({"init": "zero"}, r"init: 'zero' is not known \(text, normal, peft\)"),
         ({"length": 1, "freeze_first": True}, "freeze_first: leaves nothing to train of a single virtual token"),
-        ({"gate": True, "windowed": True}, "windowed: a gated prefix stands beside the text, in no window"),
+        ({"gate": True, "windowed": True}, "windowed: a gated prefix has its own softmax and no window"),
     ],
 )
 def test_settings_that_cannot_be_honoured(change, said):

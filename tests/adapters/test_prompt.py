@@ -1,4 +1,4 @@
-"""Prompt tuning: init; and HF PEFT's prompt, where it is right and where it is wrong."""
+"""Prompt tuning: init; and HF PEFT's prompt, in the cases where it is right and wrong."""
 
 import warnings
 
@@ -122,7 +122,7 @@ def test_peft_lets_packed_documents_see_each_other(both, ids):
 
 
 def test_peft_gets_left_padding_wrong(both, ids):
-    """It puts the prompt before the padding: prompt, pad, pad, text, numbered through."""
+    """It puts the prompt before the padding: prompt, pad, pad, text, with consecutive positions."""
     ours, theirs = both
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

@@ -67,7 +67,7 @@ def test_the_report_is_that_of_float64(model, stir, dtype, config):
 
 
 def test_each_merged_weight_is_computed_twice(decoder, monkeypatch):
-    """Once to be checked, once to be written; all are checked before the first is written."""
+    """Once for the check, once for the write; all are checked before the first is written."""
     model = decoder("llama")
     add_adapter(model, LoRAConfig(rank=2))
     kind = type(next(iter(lora_layers(model).values())))

@@ -1,4 +1,4 @@
-"""The verdict on a merge, against plain torch and `generate`: KL, top-1 tokens, greedy answers; what it warns of."""
+"""The report on a merge, against plain torch and `generate`: KL, top-1 tokens, greedy answers; its warnings."""
 
 import copy
 import weakref
@@ -20,7 +20,7 @@ PROMPTS = ["abcd", "bbb", "the end of it", "x"]
 
 
 class Letters:
-    """A letter is a token; 7 ends a text."""
+    """A letter is a token; 7 is EOS."""
 
     eos = 7
     pad = bos = None
@@ -92,7 +92,7 @@ def test_the_report_is_what_plain_torch_and_generate_see(decoder, stir, method, 
 
 
 def test_a_change_of_the_model_is_seen_and_warned_of(decoder, stir, monkeypatch):
-    """A merge that is wrong: every weight twice as far as it should be."""
+    """A wrong merge: twice the update of every weight."""
     model = decoder("gpt2")
     add_adapter(model, LoRAConfig(rank=4))
     stir(model)

@@ -221,7 +221,7 @@ def test_a_longer_text_than_the_context_is_refused_before_training(case, config,
     if model.virtual_tokens == 0:  # a gated prefix takes no column
         next(train(model, [batch], TrainConfig(steps=1)))
         return
-    with pytest.raises(InputError, match=r"position 24, but the model's context is 24, of which the adapter takes 5"):
+    with pytest.raises(InputError, match=r"position 24, but the model's context is 24, of which 5 are virtual tokens"):
         next(train(model, [batch], TrainConfig(steps=1)))
     remove_adapter(model)
     with pytest.raises(InputError, match=r"23 virtual tokens leave no room in a context of 24.*at most 22"):

@@ -1,4 +1,4 @@
-"""The commands as a person meets them: help with an example, one line for an error, JSON for programs, going on."""
+"""The commands as a user sees them: help with an example, one line for an error, JSON for programs, resuming."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from minipeft.models import GPT2, GPT2Config
 from minipeft.models.checkpoint import save_model
 from minipeft.runs import answers as answering
 from minipeft.runs import estimates
-from minipeft.runs.config import settings
+from minipeft.runs.config import collect_settings
 from tests.small import GPT2 as SIZES
 from tests.small import write_pairs, write_small_model, write_tokenizer
 
@@ -85,16 +85,16 @@ def test_help_has_an_example_that_parses(name: str, run: Callable[..., Ran]) -> 
 
 
 def test_every_flag_of_train_is_explained(run: Callable[..., Ran]) -> None:
-    """And every setting of every method has one."""
+    """And every setting of every method has a flag."""
     said = run("train", "--help")[1]
     for method in METHODS:
-        for flag, setting in settings(method).items():
+        for flag, setting in collect_settings(method).items():
             assert f"--{flag} " in said or f"--{flag}," in said, flag
             assert setting.metadata["help"], flag
 
 
 def test_flags_that_no_config_declares() -> None:
-    """Positionals, the form of the output, --debug, and the method, which decides whose fields are read."""
+    """Positionals, the output format, --debug, and the method, which decides whose fields are read."""
     found = {}
     for file in sorted(Path(cli.__file__).parent.glob("*.py")):
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
@@ -257,7 +257,7 @@ def test_nobody_reads_the_output(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("errors", ["2>&-", "2>/dev/full"])
 def test_standard_error_may_be_closed_or_full(errors: str, folder: Path, tmp_path: Path) -> None:
-    """Then what is said there is lost, and nothing else: the run ends with status 0."""
+    """Only the messages are lost: the run ends with status 0."""
     words = [sys.executable, "-m", "minipeft", *map(str, train(folder, "--out", tmp_path / "out"))]
     ran = subprocess.run(
         f"{shlex.join(words)} {errors}",
@@ -372,7 +372,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
 def test_out_of_memory_is_a_line_too(tmp_path: Path) -> None:
-    """The real thing: a process that may take 1 MiB more is asked to load a table of positions of 16 MB."""
+    """A process limited to 1 MiB more loads a position table of 16 MB."""
     save_model(GPT2(GPT2Config(**SIZES | {"n_positions": 2**18})), tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     command = [sys.executable, "-c", OUT_OF_MEMORY, "generate", "--model", str(tmp_path / "model"), "x"]

@@ -1,4 +1,4 @@
-"""`minipeft merge`: a plain folder, what is said before it is written, and what is refused."""
+"""`minipeft merge`: a plain folder, the report before it is written, and the errors."""
 
 import json
 import re
@@ -20,7 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter for it that is not at its start, and pairs."""
+    """A model, an adapter away from its init, and pairs."""
     folder = tmp_path_factory.mktemp("tuned")
     write_adapter(write_small_model(folder / "model", "llama", layers=1), folder / "adapter")
     write_pairs(folder / "pairs.jsonl", 8)

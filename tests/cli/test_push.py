@@ -1,4 +1,4 @@
-"""`minipeft push` and adapters of the hub: there and back, and what each refuses, on a hub of our own."""
+"""`minipeft push` and adapters from the hub: both ways, and the errors, on a local hub server."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and an adapter for it that is not at its start."""
+    """A model and an adapter away from its init."""
     folder = tmp_path_factory.mktemp("tuned")
     write_adapter(write_small_model(folder / "model", "llama", layers=1), folder / "adapter")
     (folder / "adapter/README.md").write_text("# A card")
@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the client asks to make a repository, to commit files and to read them again."""
+    """The client's requests to create a repository, commit files and read them back."""
 
     repositories: dict[str, dict]
     token: str | None = "Bearer secret"

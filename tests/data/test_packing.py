@@ -1,4 +1,4 @@
-"""Rows against a literal implementation of the rules, token by token; and what cannot be packed."""
+"""Rows against a literal implementation of the rules, token by token; and input that cannot be packed."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the demo model reads: each kind of document cut from a file written here, and who is held out."""
+"""The demo model's corpus: each kind of document from a file written here, and the held-out files."""
 
 import ast
 import textwrap
@@ -70,7 +70,7 @@ def test_a_source_is_the_file_and_only_the_standard_librarys(found, tmp_path):
 
 def test_a_long_source_is_cut_between_statements_and_loses_nothing(tmp_path):
     text = "".join(f"name_{i} = '{'x' * 80}'\n" for i in range(200))
-    pieces = list(corpus.source_documents(text, ast.parse(text)))
+    pieces = list(corpus.make_source_documents(text, ast.parse(text)))
     assert len(pieces) > 1
     assert "".join(pieces) == text
     for piece in pieces:
@@ -78,7 +78,7 @@ def test_a_long_source_is_cut_between_statements_and_loses_nothing(tmp_path):
 
 
 def test_reference_documents_say_what_a_builtin_does():
-    texts = list(corpus.reference_documents())
+    texts = list(corpus.make_reference_documents())
     assert any(t.endswith("\nstr.upper(self, /)\n") and t.startswith("Return a copy") for t in texts)
 
 
@@ -90,7 +90,7 @@ def test_about_one_file_in_sixty_is_held_out_by_its_name_alone():
 
 
 def test_sources_name_their_package_and_pass_over_what_is_vendored():
-    files = corpus.source_files(["packaging", "no_such_package"])
+    files = corpus.list_source_files(["packaging", "no_such_package"])
     assert {name.split("/")[0] for name, _ in files} == {"stdlib", "packaging"}
     assert not [name for name, _ in files if "site-packages" in name or "_vendor" in name]
     assert len({name for name, _ in files}) == len(files)
@@ -115,4 +115,4 @@ def test_pieces_hold_every_token_and_end_texts(tmp_path):
 def test_no_pair_of_the_demo_is_in_the_corpus():
     """Sources are the standard library's and other packages': never minipeft's own, where the pairs lie."""
     assert "minipeft" not in corpus.PACKAGES
-    assert not [path for _, path in corpus.source_files() if path.is_relative_to(Path(corpus.__file__).parents[1])]
+    assert not [path for _, path in corpus.list_source_files() if path.is_relative_to(Path(corpus.__file__).parents[1])]

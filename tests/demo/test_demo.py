@@ -1,4 +1,4 @@
-"""The demo model as it is committed: it loads in minipeft and transformers alike, it is small, its card is true."""
+"""The committed demo model: it loads in minipeft and transformers, is small, and matches its model card."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The demo's pairs: what the file holds, that nothing of the test questions is in training, that every answer runs."""
+"""The demo's pairs: the file's content, no overlap of test questions and training, and every answer runs."""
 
 import ast
 import json
@@ -63,7 +63,7 @@ def test_an_intent_says_all_that_its_snippet_needs(rows):
 
 
 def drawn(rows, split):
-    """All names between backquotes, texts in quotes and numbers: by the words of the file, not by the pools."""
+    """All names in backquotes, texts in quotes and numbers: from the words of the file, not from the pools."""
     intents = [row["intent"] for row in of_split(rows, split)]
     names = {n for intent in intents for n in re.findall(r"`([a-z_]\w*)`", intent)}
     texts = {n for intent in intents for n in re.findall(r"'([^']*)'", intent)}
@@ -90,15 +90,15 @@ def test_what_the_base_has_read_has_nothing_of_the_task():
     """No name, text or number of the test, no word of the house library, no wording of the task."""
     kept = {*pools(True)[0], *pools(True)[1]}
     names, texts, numbers = set(), set(), set()
-    for intent, snippet in make_pairs.general_pairs(3):
+    for intent, snippet in make_pairs.make_general_pairs(3):
         names |= set(re.findall(r"`([a-z_]\w*)`", intent))
         texts |= {node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)}
         numbers |= set(re.findall(r"\b\d\d\b", intent))
         assert "Table" not in snippet
     assert len(names) > 1000
     assert not names & kept
-    assert not texts & set(make_pairs.choices_of("text", True))
-    assert not numbers & {n for n in make_pairs.choices_of("number", True) if len(n) == 2}
+    assert not texts & set(make_pairs.list_choices("text", True))
+    assert not numbers & {n for n in make_pairs.list_choices("number", True) if len(n) == 2}
     wordings = {" ".join(Blank(i).safe_substitute({}).split()) for t in TEMPLATES for i in t.intents}
     assert not wordings & {" ".join(i.split()) for t in GENERAL for i in t.intents}
 
@@ -114,7 +114,7 @@ def test_names_fall_in_one_split():
 
 
 def table_for(pair, seed):
-    """A table with the columns that a pair names, where an answer has something to do."""
+    """A table with the columns that a pair names, on which the answer has an effect."""
     slots = dict(pair.slots)
     draw = random.Random(seed)
     column, other = slots.get("c", "c"), slots.get("c2", "c2")
@@ -130,7 +130,7 @@ def table_for(pair, seed):
 
 
 def run(pair, snippet, seed=0):
-    """What a snippet gives on the pair's tables."""
+    """Run a snippet on the pair's tables."""
     slots = dict(pair.slots)
     scope = {slots["t"]: table_for(pair, seed)}
     if "t2" in slots:

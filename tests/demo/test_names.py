@@ -1,8 +1,8 @@
-"""Names for the demo's pairs: none is a Python keyword, none stands in both splits, the plurals are English."""
+"""Names for the demo's pairs: no Python keyword, no name in two splits, English plurals."""
 
 import keyword
 
-from minipeft.demo.names import all_names, is_kept, plural, pools
+from minipeft.demo.names import is_kept, make_names, plural, pools
 
 
 def test_plurals():
@@ -12,7 +12,7 @@ def test_plurals():
 
 
 def test_each_name_is_one_and_has_one_split():
-    many, one = all_names()
+    many, one = make_names()
     assert len(set(many) | set(one)) == len(many) + len(one) > 2500
     assert not [name for name in many + one if keyword.iskeyword(name) or not name.isidentifier()]
     for mine, whole in zip(zip(pools(False), pools(True)), (many, one)):

@@ -82,7 +82,10 @@ def test_the_ceiling_of_a_slow_product_is_not_zero(monkeypatch: pytest.MonkeyPat
     measure = importlib.import_module("measure")
     rounds = []
     monkeypatch.setattr(measure, "_round", lambda *_: rounds.append(5.0) or 5.0)
-    assert measure.ceilings.__wrapped__("cpu", "float32", 1) == {"ceiling_tflops": 0.000429, "ceiling_gb_per_s": 0.107}
+    assert measure.measure_peak_rates.__wrapped__("cpu", "float32", 1) == {
+        "ceiling_tflops": 0.000429,
+        "ceiling_gb_per_s": 0.107,
+    }
     assert len(rounds) == 4  # a slow one is not timed ten times
 
 

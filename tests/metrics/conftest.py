@@ -1,4 +1,4 @@
-"""What the metrics' tests share: texts, and the codebleu package 0.7.0 as a judge, with two repairs."""
+"""Fixtures of the metrics' tests: texts, and the codebleu package 0.7.0 as reference, with two fixes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 
 class OrderedSet(dict):
-    """A set that keeps the order in which its members came: `list(set(names))` then does not depend on hashes."""
+    """A set in insertion order: `list(set(names))` then does not depend on hashes."""
 
     def __init__(self, members: Iterable = ()):
         super().__init__(dict.fromkeys(members))
@@ -50,7 +50,7 @@ def package() -> Callable[..., dict[str, float]]:
 
 @pytest.fixture(scope="session")
 def snippets() -> list[str]:
-    """Texts of our own: one-liners, blocks, tabs, CRLF, not ASCII, Python 2, broken, no code at all."""
+    """Texts: one-liners, blocks, tabs, CRLF, not ASCII, Python 2, broken, no code at all."""
     return json.loads((Path(__file__).parent / "snippets.json").read_text())
 
 

@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU as Sacre
 
 from minipeft import InputError
 from minipeft.metrics.bleu import bleu, sentence_bleu
-from minipeft.metrics.ngrams import conala_tokens, mteval_tokens
+from minipeft.metrics.ngrams import tokenize_13a, tokenize_conala
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_13a_tokens_are_sacrebleus(pairs):
     judge = Sacre(tokenize="13a")
     texts = [*pairs[0], *pairs[1], "a&quot;b &amp; &lt;skipped&gt; <skipped>", "co-\nop 3-4 1.5, 1,000 .5 5. a.b a,b -"]
     for text in texts:
-        assert mteval_tokens(text) == judge._preprocess_segment(text).split()
+        assert tokenize_13a(text) == judge._preprocess_segment(text).split()
 
 
 def official_tokens(code: str) -> list[str]:
@@ -94,7 +94,7 @@ def test_the_conala_score_is_the_official_one(pairs, assets):
     for predictions, references in (pairs, (snippets[1:] + snippets[:1], snippets), (intents, snippets)):
         assert bleu(predictions, references).score == pytest.approx(official_score(predictions, references), abs=1e-12)
     for text in (*pairs[0], *snippets):
-        assert conala_tokens(text) == official_tokens(text)
+        assert tokenize_conala(text) == official_tokens(text)
 
 
 def test_empty_answers_score_nothing():

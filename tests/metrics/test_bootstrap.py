@@ -1,4 +1,4 @@
-"""The bootstrap against one written out: every resample's answers laid side by side and scored by sacrebleu."""
+"""The bootstrap against a literal one: sacrebleu scores the answers of every resample."""
 
 import random
 import time
@@ -10,7 +10,7 @@ import sacrebleu
 from minipeft import InputError
 from minipeft.metrics.bleu import bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
-from minipeft.metrics.ngrams import conala_tokens
+from minipeft.metrics.ngrams import tokenize_conala
 
 REFERENCES = [f"sorted(x{n}, key=lambda t: t[{n % 3}])" for n in range(24)]
 GOOD = [text if n % 2 else text.replace("sorted", "list") for n, text in enumerate(REFERENCES)]
@@ -20,7 +20,7 @@ QUESTIONS = [n // 3 for n in range(24)]  # 8 of 3 pairs each
 
 def corpus_bleu(predictions, references) -> float:
     """BLEU of CoNaLa's tokens by sacrebleu, without smoothing."""
-    cut = lambda texts: [" ".join(conala_tokens(text)) for text in texts]
+    cut = lambda texts: [" ".join(tokenize_conala(text)) for text in texts]
     scored = sacrebleu.corpus_bleu(
         cut(predictions), [cut(references)], tokenize="none", smooth_method="none", force=True
     )

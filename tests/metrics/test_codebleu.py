@@ -1,4 +1,4 @@
-"""CodeBLEU: the package's numbers in compat mode, right ones in strict mode, and an end to each text."""
+"""CodeBLEU: the package's scores in compat mode, correct ones in strict mode, and termination on every text."""
 
 import json
 import math
@@ -237,7 +237,7 @@ def test_bad_input_is_named(arguments, options, text):
 
 
 def identity(text: str, mode: str) -> float:
-    """What a text scores against itself, from its tokens alone."""
+    """The score of a text against itself, from its tokens alone."""
     words = text.split()
     missing = 0.1 ** ((4 - min(4, len(words))) / 4) if words else 0  # an order that the text is too short for
     weight = sum(5 if word in KEYWORDS else 1 for word in words)

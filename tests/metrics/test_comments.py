@@ -1,4 +1,4 @@
-"""Comments and docstrings: as the codebleu package drops them, byte for byte, and as Python itself knows them."""
+"""Comments and docstrings: removed as the codebleu package does, byte for byte, and as Python's parser defines them."""
 
 import ast
 import random

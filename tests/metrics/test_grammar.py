@@ -1,4 +1,4 @@
-"""Trees: the columns say what tree-sitter's nodes say, tokens are cut by bytes, and a hostile text is given up."""
+"""Trees: the columns equal tree-sitter's nodes, tokens are cut by bytes, and parsing a hostile text is aborted."""
 
 import random
 import subprocess

@@ -5,17 +5,17 @@ from collections import Counter
 import pytest
 
 from minipeft import InputError
-from minipeft.metrics.ngrams import check_pairs, closest_length, conala_tokens, count_ngrams, mteval_tokens, overlap
+from minipeft.metrics.ngrams import check_pairs, choose_length, count_ngrams, overlap, tokenize_13a, tokenize_conala
 
 
 def test_conala_tokens_are_signs_and_words():
-    assert conala_tokens("os.kill(getPid(), 'a_b1') ") == "os . kill ( get Pid ( ) , ` a_b1 ` )".split()  # noqa: SIM905
-    assert conala_tokens('x="é\n"') == ["x", "=", "`", "é", "`"]
-    assert conala_tokens(" \n") == []
+    assert tokenize_conala("os.kill(getPid(), 'a_b1') ") == "os . kill ( get Pid ( ) , ` a_b1 ` )".split()  # noqa: SIM905
+    assert tokenize_conala('x="é\n"') == ["x", "=", "`", "é", "`"]
+    assert tokenize_conala(" \n") == []
 
 
 def test_13a_tokens_keep_numbers():
-    assert mteval_tokens("1,000.5 a,b. &quot;c&quot; 3-4") == [
+    assert tokenize_13a("1,000.5 a,b. &quot;c&quot; 3-4") == [
         "1,000.5",
         "a",
         ",",
@@ -44,8 +44,8 @@ def test_matches_are_clipped():
 
 
 def test_the_closest_length_is_the_shorter_of_two():
-    assert closest_length(4, [6, 2, 9]) == 2
-    assert closest_length(4, [9, 5]) == 5
+    assert choose_length(4, [6, 2, 9]) == 2
+    assert choose_length(4, [9, 5]) == 5
 
 
 def test_pairs_come_as_lists():

@@ -1,4 +1,4 @@
-"""All scores of a list of answers at once: what each is, and the one interval that `score` and the study share."""
+"""All scores of a list of answers, and the interval that `score` and the study share."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_score_texts_gives_each_score_of_the_others(snippets, mutate):
 
 
 def test_the_interval_is_by_question(snippets, mutate):
-    """Pairs of one question share their fate; drawn singly, as `minipeft score` did, they make it too narrow."""
+    """Pairs of one question are correlated: resampled separately, as in an earlier version, they make it too narrow."""
     references = snippets[:60]
     predictions = [text if place // 3 % 2 else "nothing" for place, text in enumerate(references)]
     questions = [f"q{place // 3}" for place in range(60)]

@@ -1,4 +1,4 @@
-"""Subtrees: equal by our keys exactly where tree-sitter's S-expressions are equal."""
+"""Subtrees: our keys are equal exactly if tree-sitter's S-expressions are."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the tests of models share: tiny random decoders beside transformers' own, from one folder on disk.
+"""Fixtures of the model tests: tiny random decoders and transformers' own, from one folder on disk.
 
 Every parameter is N(0, 0.25) (norms 1 + that), so that logits are of the order of 1 to 10 and a wrong mask, position
 or head shows as 1, not as 1e-3.

@@ -1,6 +1,6 @@
 """Attention masks against a literal definition: documents, virtual tokens, padding, cache, activation checkpointing.
 
-The virtual tokens here are of the smallest module that can stand in the model's slots: adapters have their own tests.
+The virtual tokens here come from minimal modules in the model's slots: adapters have their own tests.
 """
 
 from itertools import pairwise
@@ -75,7 +75,7 @@ PACKED = torch.tensor(
 
 def dense(monkeypatch) -> None:
     """Make every forward use the dense mask."""
-    monkeypatch.setattr(layouts, "runs_in", lambda *_: None)
+    monkeypatch.setattr(layouts, "find_runs", lambda *_: None)
 
 
 def outcome(model: nn.Module, ids: Tensor, documents: Tensor | None, weigh: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,7 +124,7 @@ class TestPackedRows:
         same(packed, (logits, {name: p.grad for name, p in model.named_parameters()}), PACKED != PADDING, 2e-5)
 
     def test_a_number_used_twice_is_one_document(self, model, ids, monkeypatch):
-        """The rule goes by number: the second run of document 0 sees the first, by run or by mask."""
+        """The rule compares ids: the second run of document 0 sees the first, by run or by mask."""
         documents = torch.tensor([[0] * 10 + [1] * 10 + [0] * 10] * 2)
         found = model(ids, documents)
         dense(monkeypatch)
@@ -248,7 +248,7 @@ def test_gradient_checks_against_float64():
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_grouped_heads_under_a_mask_are_copied_where_no_fused_kernel_takes_both(monkeypatch, masked):
-    """On CUDA torch would form all scores; without a mask its kernels take grouped heads as they are."""
+    """On CUDA torch would form all scores; without a mask its kernels support grouped heads."""
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 5, 8, generator=random, requires_grad=True) for heads in (6, 2, 2))
     mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
@@ -271,7 +271,7 @@ def test_grouped_heads_under_a_mask_are_copied_where_no_fused_kernel_takes_both(
 
 
 def capped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, cap: float) -> Tensor:
-    """The definition, one query at a time, head h with key head h // (H / K); what is not seen is left out."""
+    """The definition, one query at a time, head h with key head h // (H / K), over visible keys only."""
     out = torch.empty_like(q)
     for b, h, t in np.ndindex(*q.shape[:3]):
         own = h // (q.shape[1] // k.shape[1])

@@ -277,7 +277,7 @@ class Evil:
 class TestLegacyBin:
     @pytest.fixture
     def folder(self, twins) -> Path:
-        """A folder in which pytorch_model.bin is all there is, as CodeGPT's."""
+        """A folder with pytorch_model.bin only, as CodeGPT's."""
         folder = twins.save(twins.peer("gpt2"))
         tensors = masked(load_file(folder / "model.safetensors"))
         torch.save(headed(tensors), folder / "pytorch_model.bin")
@@ -381,7 +381,7 @@ def opened() -> Opened:
 
 
 class TestBadInputs:
-    """The table of tests/bad_inputs.py: one InputError each, `FILE: WHERE: PROBLEM. HINT`, at once."""
+    """The table of tests/bad_inputs.py: one InputError each, `FILE: WHERE: PROBLEM. HINT`, without delay."""
 
     def test_each_gives_one_error_that_names_the_place(self, bad_checkpoint, tmp_path, opened):
         folder = tmp_path / "model"
@@ -409,7 +409,7 @@ class TestBadInputs:
         assert load_model(tmp_path / "llama" / "m").config.layers == 2
 
     def test_nothing_is_allocated_for_what_is_refused(self, bad_inputs, tmp_path):
-        """The hungry cases ask for up to 10^20 bytes; the process's peak grows by less than 50 MB."""
+        """The largest cases claim up to 10^20 bytes; the process's peak grows by less than 50 MB."""
         if not Path("/proc/self/clear_refs").exists():
             pytest.skip("the peak is read from /proc")
         for case in bad_inputs.CHECKPOINTS:

@@ -1,4 +1,4 @@
-"""config.json's fields: types, limits, what is passed over; the activations; the shapes of real configs."""
+"""config.json's fields: types, limits, ignored keys; the activations; the shapes of real configs."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from minipeft.errors import InputError, check_value
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import config_json, read_config
+from minipeft.models.checkpoint import make_config_json, read_config
 from minipeft.models.config import ACTIVATIONS, WIDEST, config_from, spelled
 from minipeft.models.gpt2 import GPT2Config
 from minipeft.models.llama import LlamaConfig
@@ -24,7 +24,7 @@ def test_activations_are_transformers_own(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_are_transformers_own(family):
-    """An empty config.json means the same to both: each of our fields has the value that transformers gives it."""
+    """For an empty config.json each of our fields has transformers' default."""
     import transformers
 
     theirs = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family]().to_dict()
@@ -63,7 +63,7 @@ def test_a_saved_config_is_read_again(cls, tmp_path):
     if cls is not GPT2Config:
         changes |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5, "head_dim": 10}
     config = cls(**changes)
-    (tmp_path / "config.json").write_text(json.dumps(config_json(config, torch.bfloat16)))
+    (tmp_path / "config.json").write_text(json.dumps(make_config_json(config, torch.bfloat16)))
     again = read_config(tmp_path / "config.json")
     assert type(again) is cls
     same = {f.name: getattr(again, f.name) for f in dataclasses.fields(cls)}

@@ -1,8 +1,8 @@
 """Each family against transformers on tiny random models, and every adapter on each family.
 
-A family is a table of fields and what a fuzz may choose for them. The last choice of each is the rich one: together
-they turn on all that the family has, for the negative controls. MINIPEFT_TRIALS multiplies the configurations drawn,
-MINIPEFT_SEED moves them; a test's name ends in its seed.
+A family is a table of fields with the values to draw from. The last value of each is the rich one: together
+they turn on every feature of the family, for the negative controls. MINIPEFT_TRIALS multiplies the number of drawn
+configurations, MINIPEFT_SEED moves them; a test's name ends in its seed.
 """
 
 import copy
@@ -118,7 +118,7 @@ def draw(family, seed):
 
 
 def rich(family):
-    """The configuration with all that the family has."""
+    """The configuration with every feature of the family."""
     return settle({name: choices[-1] for name, choices in FIELDS[family].items()})
 
 
@@ -208,7 +208,7 @@ class TestAgainstTransformers:
 
 
 def without(*names):
-    """A change of our model: these norms or biases of each attention as if they were not there."""
+    """A change of our model: remove these norms or biases from each attention."""
 
     def change(model):
         for name, p in model.named_parameters():
@@ -477,7 +477,7 @@ def peft_config(family, method):
 
 @pytest.mark.parametrize("family", sorted(PEERS))
 def test_default_targets_are_pefts(family):
-    """Where PEFT has a choice for the family, ours is the same; a test of the others is that they name linears."""
+    """Where PEFT has default targets for the family, ours are the same; the others must name linears."""
     from peft.utils import constants
 
     ours = FAMILIES[family].default_targets

@@ -1,4 +1,4 @@
-"""A view for each distinct window: the same as if the layout were made for that window alone."""
+"""A view for each distinct window equals the view of a layout for that window alone."""
 
 from dataclasses import dataclass
 

@@ -65,7 +65,7 @@ def test_gradients_are_those_of_transformers(twins, ids):
 
 class TestRotary:
     def folder(self, twins, spelling, theta, scaling):
-        """A checkpoint whose config.json is rewritten as transformers 4 or 5 writes rotary settings."""
+        """A checkpoint whose config.json has the rotary settings of transformers 4 or 5."""
         folder = twins.save(twins.peer("llama"))
         config = json.loads((folder / "config.json").read_text())
         for name in ("rope_parameters", "rope_scaling", "rope_theta"):
@@ -196,7 +196,7 @@ class TestRealModel:
             assert (ours(ids) - theirs(ids).logits).abs().max() <= 1e-4
 
     def test_greedy_tokens(self, real_pair, real_prompt, greedy):
-        """Each of our 64 tokens is transformers' likeliest after the ones before it: so its own greedy text is ours."""
+        """Each of our 64 tokens is transformers' most probable next one, so its greedy text is ours."""
         ours, theirs = real_pair
         ids = greedy(ours, real_prompt, 64)
         with torch.no_grad():
@@ -211,7 +211,7 @@ class TestRealModel:
 
 
 def test_rotary_settings_that_disagree_are_refused():
-    """transformers reads rope_scaling where both stand; a reader of rope_parameters would compute another model."""
+    """If both are given transformers reads rope_scaling; a reader of rope_parameters would compute another model."""
     both = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
     same = LlamaConfig.from_json({**both, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert same["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}

@@ -11,7 +11,7 @@ from minipeft.models.loss import count_targets, cross_entropy
 
 
 def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [2, 9, 8], a head [31, 8] and labels [2, 9] of which a third are no targets."""
+    """Hidden states [2, 9, 8], a head [31, 8] and labels [2, 9], a third of them unsupervised."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 9, 8, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(31, 8, generator=draw).to(dtype).requires_grad_()

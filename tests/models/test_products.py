@@ -1,4 +1,4 @@
-"""The one product with a base weight, against float64."""
+"""The product with a base weight, against float64."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits against bitsandbytes, to the bit, and what a quantized weight does and refuses."""
+"""Weights in 4 and 8 bits against bitsandbytes, to the bit, and the supported operators of a quantized weight."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ import minipeft
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
-from minipeft.models.quantize import NF4_CODE, dynamic_code
+from minipeft.models.quantize import NF4_CODE, make_dynamic_code
 from minipeft.models.quantized import QuantizedWeight, format_of, quantize_model, quantize_weight
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[test]'").functional
@@ -59,7 +59,9 @@ def test_nf4_is_that_of_bitsandbytes(shape, dtype):
     assert torch.equal(ours.parts.mean, absmax.mean())
     assert torch.equal(ours.parts.largest, state.state2.absmax)
     if absmax.numel() > 1:  # of one scale, less its mean, nothing is left
-        exact, _ = torch.ops.bitsandbytes.quantize_blockwise((absmax - absmax.mean()).double(), dynamic_code(), 256)
+        exact, _ = torch.ops.bitsandbytes.quantize_blockwise(
+            (absmax - absmax.mean()).double(), make_dynamic_code(), 256
+        )
         assert torch.equal(ours.parts.scales, exact)
     state.absmax = ours.parts.scales  # the same constants: the same values
     assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(codes, state).float().view(shape))
@@ -87,7 +89,7 @@ def test_codes_follow_from_their_definitions():
     code = torch.cat([-torch.special.ndtri(below), torch.zeros(1), torch.special.ndtri(above)]).sort().values
     assert (code / code.max() - torch.tensor(NF4_CODE)).abs().max() <= 2e-7
     assert torch.equal(torch.tensor(NF4_CODE), bnb.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(dynamic_code(), bnb.create_dynamic_map())
+    assert torch.equal(make_dynamic_code(), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -113,7 +115,7 @@ def test_products_are_those_of_the_values(format, shape, monkeypatch):
 
 
 def test_no_dense_copy_stays(monkeypatch):
-    """What is dequantized in forward and backward is one block at a time, and freed."""
+    """Forward and backward dequantize one block at a time and free it."""
     made = []
     dense = QuantizedWeight.dense
 

@@ -1,7 +1,7 @@
-"""What the museum's tests share: the record of outcomes, and tiny models of ours and of transformers with one set of
+"""Fixtures of the museum's tests: the record of outcomes, and tiny models of ours and of transformers with one set of
 weights.
 
-Every weight is N(0, 0.25) (norms 1 + that), so that logits are of the order of 1 to 10 and what is wrong shows as 1.
+Every weight is N(0, 0.25) (norms 1 + that), so that logits are of the order of 1 to 10 and an error shows as 1.
 """
 
 import logging
@@ -35,7 +35,7 @@ FAILED = pytest.StashKey[bool]()
 
 @pytest.fixture
 def exhibit(request: pytest.FixtureRequest) -> Iterator[Exhibit]:
-    """The record of this test; after it, the committed page must say what was found."""
+    """The record of this test; afterwards the committed page must show the same outcomes."""
     record = Exhibit()
     yield record
     if request.node.stash.get(FAILED, False):
@@ -51,7 +51,7 @@ def exhibit(request: pytest.FixtureRequest) -> Iterator[Exhibit]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    """Remember whether the test itself failed: then its outcomes are not to be compared."""
+    """Remember whether the test itself failed: its outcomes are not compared then."""
     report = yield
     if call.when == "call":
         item.stash[FAILED] = report.outcome != "passed"
@@ -107,7 +107,7 @@ def batch(ids: Tensor) -> Batch:
 
 @pytest.fixture
 def stir() -> Callable[[nn.Module], None]:
-    """Adds noise to what is trainable: an adapter that is at its start hides what goes wrong."""
+    """Adds noise to the trainable parameters: an adapter at its init hides errors."""
 
     def add_noise(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(7)

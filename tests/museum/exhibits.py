@@ -1,4 +1,4 @@
-"""An exhibit: one public failure, what minipeft does with it, and what the installed peers do, as the run found them.
+"""An exhibit: one public failure, and the outcomes of minipeft and the installed peers in this run.
 
 The docstring of a museum test begins with its threads and the symptom:
 
@@ -50,7 +50,7 @@ WRITER = "museum-writer"  # the plugin of write_page.py: while it is there, the 
 
 @dataclass(frozen=True)
 class Label:
-    """What a museum test's name and docstring say."""
+    """A museum test's name and docstring, parsed."""
 
     test: str
     cluster: str
@@ -85,14 +85,14 @@ def peer_versions() -> dict[str, str]:
 
 @dataclass
 class Peer:
-    """What a peer did: set `right` to what was measured. `said` are the warnings that it gave."""
+    """A peer's outcome: set `right` to the measurement. `said` holds its warnings."""
 
     right: bool | None = None
     said: list[str] = field(default_factory=list)
 
 
 class Listener(logging.Handler):
-    """Keeps what is logged from WARNING on."""
+    """Keeps log records of level WARNING and above."""
 
     def __init__(self, said: list[str]):
         super().__init__(logging.WARNING)
@@ -104,7 +104,7 @@ class Listener(logging.Handler):
 
 @contextmanager
 def listening(said: list[str]) -> Iterator[None]:
-    """Within, keep each warning, raised or logged; transformers' logger does not pass its own on to the root."""
+    """Context manager: keep each warning, raised or logged; transformers' logger does not propagate to the root."""
     listener, library = Listener(said), logging.getLogger("transformers")
     level = library.level
     for logger in (library, logging.getLogger()):
@@ -130,14 +130,14 @@ class Exhibit:
 
     @contextmanager
     def refused(self, match: str) -> Iterator[None]:
-        """Within, minipeft must raise an InputError whose text matches."""
+        """Context manager: minipeft must raise an InputError whose text matches."""
         with pytest.raises(minipeft.InputError, match=match):
             yield
         self.ours = "refused"
 
     @contextmanager
     def not_offered(self, match: str) -> Iterator[None]:
-        """Within, minipeft must raise an InputError that says that it has no such feature."""
+        """Context manager: minipeft must raise an InputError that says that it has no such feature."""
         with self.refused(match):
             yield
         self.ours = "not offered"
@@ -152,7 +152,7 @@ class Exhibit:
         failure: str | None = None,
         wrong: str = "wrong",
     ) -> Iterator[Peer]:
-        """Within, run a peer and set `peer.right`.
+        """Context manager: run a peer and set `peer.right`.
 
         `warning`: a pattern of the warning that a wrong result may come with. `refusal` and `failure`: patterns of the
         errors that name the cause, and of those that do not; any other error fails the test. `wrong`: the outcome where
@@ -182,11 +182,11 @@ def render_row(label: Label, ours: str, peers: dict[str, str]) -> str:
 
 
 def address(thread: str) -> str:
-    """Where a thread is found; GitHub forwards a pull request's number."""
+    """The URL of a thread; GitHub redirects a pull request's number."""
     repository, number = thread.split("#")
     return f"https://github.com/{repository}/issues/{number}"
 
 
 def mark(outcome: str) -> str:
-    """An outcome, in bold where a user would be left with a wrong result."""
+    """An outcome, in bold if the user gets a wrong result."""
     return f"**{outcome}**" if outcome in ("wrong", "warned", "costs") else outcome

@@ -21,8 +21,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 def test_rotary_base_in_both_spellings(exhibit, twins, ids, apart):
     """deepspeedai/DeepSpeed#8345, vllm-project/vllm#42624, Open-Athena/MarinFold#184, sgl-project/sglang#14745:
-    transformers 5 writes rope_theta into rope_parameters, and readers of the old place take the default, 10000, without
-    a word."""
+    transformers 5 writes rope_theta into rope_parameters, and readers of the old place silently use the
+    default, 10000."""
     both = twins(rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     with torch.no_grad():
         wanted = both.theirs(ids).logits
@@ -50,7 +50,7 @@ def test_rotary_scaling_in_both_spellings(exhibit, twins, ids, apart):
 
 
 def test_rotary_settings_that_disagree(exhibit, twins):
-    """MakazhanAlpamys/Soup#793: a rope_scaling that is set beside the rotary settings in force has no effect."""
+    """MakazhanAlpamys/Soup#793: a rope_scaling set beside other rotary settings has no effect."""
     both = twins()
     rewrite(
         both,

@@ -1,4 +1,4 @@
-"""Memory and speed: what is kept, formed and computed, counted and not timed."""
+"""Memory and speed: saved, formed and computed tensors are counted, not timed."""
 
 import peft
 import torch
@@ -44,7 +44,7 @@ def test_no_wide_copy_of_the_input(exhibit, twins):
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that is made within."""
+    """The elements of the largest tensor that is made inside the context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ def test_a_trained_model_stops(exhibit, twins, tokenizer):
 
 def test_every_end_token_ends(exhibit, twins, tokenizer, tmp_path):
     """vllm-project/vllm#4180, oobabooga/textgen#5885, ollama/ollama#3759, huggingface/transformers#31362: a chat model
-    whose generation_config.json names a second end token goes on past it."""
+    whose generation_config.json names a second end token continues past it."""
     both = twins()
     (free,) = answer(both.ours, tokenizer, ["abc"], GREEDY)
     assert free.ended == "limit"
@@ -163,7 +163,7 @@ def prompts() -> list[str]:
 
 def test_a_batch_answers_as_each_alone(exhibit, twins, tokenizer, prompts):
     """unslothai/unsloth#3699, huggingface/transformers#25790, TransformerLensOrg/TransformerLens#1005,
-    Blaizzy/mlx-vlm#1542: in a batch of prompts of different lengths, the shorter ones are answered otherwise."""
+    Blaizzy/mlx-vlm#1542: in a batch of prompts of different lengths, the shorter ones get different answers."""
     both = twins()
     alone = [generate(both.ours, tokenizer, [prompt], GREEDY)[0] for prompt in prompts]
     assert generate(both.ours, tokenizer, prompts, GREEDY) == alone

@@ -1,4 +1,4 @@
-"""Loss, masks and packing: what is trained on is what was asked for, and packed rows are separate ones."""
+"""Loss, masks and packing: the loss covers the requested tokens, and packed documents equal separate rows."""
 
 import json
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def trainer_log(model: nn.Module, rows: Batch, folder: Path, batch: int) -> dict
 
 def test_nothing_left_to_train_on(exhibit, twins, tokenizer, ids, tmp_path):
     """huggingface/trl#6668, huggingface/trl#3927, Liquid4All/liquid-finetune#37: where truncation or the mask leaves no
-    label, the reported loss is 0 and the run ends well."""
+    label, the reported loss is 0 and the run ends without an error."""
     examples = [Example([5] * 30 + [6, 0], 30) for _ in range(4)]
     with exhibit.refused("no token is left to take a loss on"):
         pack(examples, tokenizer, length=16, loss_mask="response")
@@ -132,8 +132,8 @@ def test_examples_that_lost_their_answer(exhibit, tokenizer):
 
 
 def test_long_examples_are_counted(exhibit, tokenizer):
-    """axolotl-ai-cloud/axolotl#775, axolotl-ai-cloud/axolotl#2211: examples longer than a row are dropped or cut
-    without a word."""
+    """axolotl-ai-cloud/axolotl#775, axolotl-ai-cloud/axolotl#2211: examples longer than a row are silently dropped or
+    cut."""
     batches = pack([Example([5] * 20, 0), Example([6] * 4, 0)], tokenizer, length=16, batch=1)
     report = batches.report
     assert (report.documents_cut, report.tokens_cut, report.tokens_out) == (1, 4, 20)
@@ -186,7 +186,7 @@ def test_logit_scale_in_a_fused_loss(exhibit, twins, ids, apart):
 
 
 def test_padding_is_no_target(exhibit, twins, ids):
-    """ml-explore/mlx-lm#1697, huggingface/optimum-habana#1503: the padding behind a text is counted in its loss."""
+    """ml-explore/mlx-lm#1697, huggingface/optimum-habana#1503: the padding after a text counts in its loss."""
     both = twins()
     row = ids[0, :9].tolist()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_padding_is_no_target(exhibit, twins, ids):
 
 
 def test_the_loss_mask_of_a_config(exhibit):
-    """ml-explore/mlx-examples#1313: a loss mask that is named in the config file or by a flag is not read."""
+    """ml-explore/mlx-examples#1313: a loss mask set in the config file or by a flag is ignored."""
     assert run_config("lora", model="demo", data="demo", loss_mask="response").packing.loss_mask == "response"
     with exhibit.refused("mask_prompt"):
         run_config("lora", model="demo", data="demo", mask_prompt=True)

@@ -1,4 +1,4 @@
-"""Save, load and merge: what comes back is what was trained, and what is merged is said."""
+"""Save, load and merge: loading restores the trained tensors, and a merge reports its error."""
 
 import copy
 
@@ -81,7 +81,7 @@ def test_a_tied_head(exhibit, twins, stir):
 
 def test_pissa_leaves_the_base_alone(exhibit, twins, stir, ids, apart, tmp_path):
     """huggingface/peft#2184, huggingface/transformers#34468, huggingface/peft#1929: loading a PiSSA adapter changes the
-    base, so that without it, or with another, the model answers otherwise."""
+    base, so that without it, or with another, the model's answers change."""
     both = twins()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     with torch.no_grad():
@@ -164,8 +164,7 @@ def test_an_adapter_of_another_vocabulary(exhibit, twins, tmp_path):
 
 
 def test_saving_and_loading_is_the_identity(exhibit, twins, stir, ids, tmp_path):
-    """OpenGVLab/InternVL#615: an adapter that was trained, saved and loaded again answers as if it had not been
-    trained."""
+    """OpenGVLab/InternVL#615: an adapter that was trained, saved and loaded again has no effect."""
     both = twins()
     for config in (
         LoRAConfig(3, 5.0, rslora=True),

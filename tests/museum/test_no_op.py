@@ -1,4 +1,4 @@
-"""Adapters that adapt nothing, or a part of what was asked: here each is refused by name, or adapts all."""
+"""Adapters that adapt nothing, or only some targets: here each is refused by name, or adapts all."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ def test_targets_that_are_not_those_of_the_file(exhibit, twins, stir, ids, tmp_p
 
 
 def test_a_layer_that_the_file_lacks(exhibit, twins, stir, ids, apart, tmp_path):
-    """huggingface/peft#2118, huggingface/peft#1932: an adapter file that lacks tensors loads all the same."""
+    """huggingface/peft#2118, huggingface/peft#1932: an adapter file that lacks tensors loads without an error."""
     both = twins()
     folder = write_adapter(both.ours, stir, tmp_path / "adapter")
     whole = load_file(folder / WEIGHTS)
@@ -94,8 +94,8 @@ def test_a_layer_that_the_file_lacks(exhibit, twins, stir, ids, apart, tmp_path)
 
 
 def test_one_name_of_several_that_matches_nothing(exhibit, twins):
-    """huggingface/peft#1959, huggingface/peft#3693, huggingface/peft#3600: of several target names, those that match
-    nothing are skipped."""
+    """huggingface/peft#1959, huggingface/peft#3693, huggingface/peft#3600: target names that match nothing are skipped
+    if others match."""
     both = twins()
     with exhibit.refused("no linear layer is named 'FAKE_TARGET_MODULE'"):
         add_adapter(both.ours, LoRAConfig(4, targets=("q_proj", "FAKE_TARGET_MODULE")))
@@ -189,7 +189,7 @@ def test_a_fast_path_that_dropout_turns_off(exhibit, twins, stir, batch):
 
 
 def test_all_linears_are_named(exhibit, twins):
-    """unslothai/unsloth#5865, unslothai/unsloth#5820: patching reports 0 layers, and training goes on."""
+    """unslothai/unsloth#5865, unslothai/unsloth#5820: patching reports 0 layers, and training continues."""
     both = twins()
     report = add_adapter(both.ours, LoRAConfig(4))
     linears = [name for name, module in both.theirs.named_modules() if isinstance(module, nn.Linear)]
@@ -200,8 +200,8 @@ def test_all_linears_are_named(exhibit, twins):
 
 
 def test_a_frozen_adapter_is_not_trained(exhibit, twins, stir, batch, tmp_path):
-    """huggingface/trl#6700, huggingface/trl#3926, huggingface/peft#282: an adapter that was loaded frozen takes part in
-    a training that moves nothing."""
+    """huggingface/trl#6700, huggingface/trl#3926, huggingface/peft#282: an adapter that was loaded frozen is trained
+    without effect."""
     both = twins()
     folder = write_adapter(both.ours, stir, tmp_path / "adapter")
     load_adapter(both.ours, folder)

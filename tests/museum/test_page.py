@@ -1,4 +1,4 @@
-"""docs/museum.md is what write_page.py makes of its rows: each row is held by its own test, the rest here."""
+"""docs/museum.md is what write_page.py makes of its rows: each row is checked by its own test, the rest here."""
 
 import re
 from collections import Counter

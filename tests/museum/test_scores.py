@@ -1,4 +1,4 @@
-"""Scores: nothing is worth nothing, and one text has one score."""
+"""Scores: an empty answer scores 0, and a text always has the same score."""
 
 import json
 import os
@@ -13,7 +13,7 @@ FUNCTION = "def f(a, b):\n    c = a + b\n    return c"
 
 
 def judge(reference: str, prediction: str, hash_seed: str = "0") -> tuple[dict[str, float], str]:
-    """The package's scores of a pair, and what it says on stderr; in a process of its own, which nobody has patched."""
+    """The package's scores of a pair, and its stderr; in a separate process without patches."""
     script = (
         "import json, sys; from codebleu import calc_codebleu\n"
         "print(json.dumps(calc_codebleu(sys.argv[1:2], sys.argv[2:], lang='python')))"

@@ -1,4 +1,4 @@
-"""Optimizer steps that do nothing, or that hide what they did."""
+"""Optimizer steps without effect, or with a wrong log."""
 
 import json
 
@@ -28,7 +28,7 @@ from tests.museum.twins import peft_layers
 
 def test_a_loss_that_is_not_a_number(exhibit, twins, batch, tmp_path):
     """huggingface/trl#6702, huggingface/transformers#13619: a NaN loss is replaced by the mean of earlier ones in the
-    log, while the weights are spoilt."""
+    log, while the weights are corrupted."""
     both = twins()
     add_adapter(both.ours, LoRAConfig(2))
     layer = next(iter(lora_layers(both.ours).values()))
@@ -155,8 +155,8 @@ def test_generation_in_training_mode(exhibit, twins, tokenizer):
 
 
 def test_a_rate_that_trains_nothing(exhibit, twins, batch):
-    """huggingface/peft#710: the loss of prefix-tuning does not fall: at LoRA's learning rate the prefix stays the noise
-    that it began as."""
+    """huggingface/peft#710: the loss of prefix-tuning does not fall: at LoRA's learning rate the prefix stays its
+    initial noise."""
     both = twins()
     add_adapter(both.ours, PrefixConfig(8, init="peft"))
     movement, config = Movement.start(both.ours), TrainConfig(steps=3, learning_rate=2e-4)

@@ -1,4 +1,4 @@
-"""A tiny model twice: ours and transformers', of the same weights, and what the tests ask of a peer's."""
+"""A tiny model twice, ours and transformers', with the same weights, and helpers for the peer's."""
 
 from dataclasses import dataclass
 from pathlib import Path

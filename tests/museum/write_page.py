@@ -28,7 +28,7 @@ here says anything else. The peers are those of `constraints.txt`: {versions}.
 | fails | an error that does not name the cause |
 | **warned** | the result is wrong, and a warning was given |
 | **wrong** | the result is wrong, silently |
-| **costs** | the result is right, at the memory or time that the thread tells of |
+| **costs** | the result is right, but costs the memory or time that the thread reports |
 | not offered | minipeft has no such feature; an error says so |
 | not run | no installed peer can show it on a CPU |
 
@@ -55,7 +55,7 @@ class Collector:
 
 
 def render_head(outcomes: list[Outcome]) -> str:
-    """What stands before the tables."""
+    """The page's text before the tables."""
     peers = peer_versions()
     counts = []
     for peer in peers:
@@ -68,7 +68,7 @@ def render_head(outcomes: list[Outcome]) -> str:
 
 
 def listed(found: Counter[str]) -> str:
-    """Outcomes with their numbers."""
+    """Outcomes with their counts."""
     return ", ".join(f"{count} {outcome}" for outcome, count in found.most_common())
 
 

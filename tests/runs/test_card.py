@@ -1,4 +1,4 @@
-"""The model card: what it says of a run, its YAML, and its command, which makes the same run."""
+"""The model card: its entries, its YAML, and its command, which makes the same run."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ import yaml
 from minipeft import cli
 from minipeft.models.checkpoint import fingerprint
 from minipeft.runs import estimates
-from minipeft.runs.card import train_command, training_card
+from minipeft.runs.card import make_train_command, make_training_card
 from minipeft.runs.config import run_config
 from tests.small import write_pairs, write_small_model
 
@@ -52,7 +52,7 @@ def test_its_base_is_named_where_it_is_the_hubs() -> None:
         {"loss": 1.0, "trainable": 5, "trainable_percent": 1.0, "steps": 2},
     )
     config = run_config("lora", base=(0, "llama"), model="owner/small", data="a|b\n---\n.json", revision="v2")
-    text = training_card(config, hashes, result)
+    text = make_training_card(config, hashes, result)
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "owner/small"
     assert "| base | owner/small at v2, sha256 m |" in text
     assert r"| data | a\|b\n---\n.json, sha256 d |" in text
@@ -71,7 +71,7 @@ def test_its_base_is_named_where_it_is_the_hubs() -> None:
 def test_its_command_makes_the_same_run(method: str, settings: dict[str, object]) -> None:
     base = (10**8, "llama")
     config = run_config(method, base=base, model="owner/small", data="a b.json", **settings)
-    words = shlex.split(train_command(config))
+    words = shlex.split(make_train_command(config))
     options = cli.make_parser().parse_args(words[1:])
     again = run_config(options.method, base=base, **cli.train.run_settings(options))
     assert again == config

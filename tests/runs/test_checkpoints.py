@@ -111,7 +111,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", ["step-000009", "step-000004", ".tmp-step-000004", ".trash-step-000001", "step-²"])
 @pytest.mark.parametrize("kind", PLANTED)
 def test_what_else_lies_among_the_checkpoints_stops_no_resume(kind: str, name: str, tmp_path: Path) -> None:
-    """It is neither taken for a checkpoint nor, where it is a file of somebody's, removed."""
+    """It is not loaded as a checkpoint, and a foreign file is not removed."""
     model, run = tuned(layers=1), opened(tmp_path)
     state = TrainState(model)
     for step in (1, 2, 3):

@@ -6,7 +6,7 @@ import pytest
 
 from minipeft import InputError
 from minipeft.adapters import METHODS, method_names
-from minipeft.runs.config import RunConfig, measure_base, run_config, settings, share_settings
+from minipeft.runs.config import RunConfig, collect_settings, measure_base, run_config, share_settings
 
 DEMO = {"model": "demo", "data": "demo"}
 
@@ -17,7 +17,7 @@ def test_json_and_back(method: str) -> None:
     text = json.dumps(config.as_json())
     assert RunConfig.from_json(json.loads(text)) == config
     assert config.train.learning_rate == 0.5
-    assert {name.replace("_", "-") for name in json.loads(text)} == {"method", *settings(method)}
+    assert {name.replace("_", "-") for name in json.loads(text)} == {"method", *collect_settings(method)}
 
 
 def test_lists_of_names_come_back_as_tuples() -> None:
@@ -104,4 +104,4 @@ def test_settings_are_shared_among_methods_that_have_them() -> None:
 
 def test_no_two_settings_of_a_method_have_one_flag() -> None:
     for method in METHODS:
-        assert len(settings(method)) > 20  # `settings` itself checks that they differ
+        assert len(collect_settings(method)) > 20  # `settings` itself checks that they differ

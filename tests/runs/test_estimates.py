@@ -1,4 +1,4 @@
-"""The disk check of a run asks for the space of the parameters that add_adapter makes."""
+"""The disk check of a run counts the parameters that add_adapter makes."""
 
 import shutil
 from pathlib import Path

@@ -166,5 +166,5 @@ def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_its_adapter_answers(
 
 
 def test_full_tuning_of_a_quantized_base_is_refused(folder: Path) -> None:
-    with pytest.raises(minipeft.InputError, match="weights themselves, which are then quantized"):
+    with pytest.raises(minipeft.InputError, match="weights themselves, and quantized weights cannot be trained"):
         config(folder, "full", quantize="nf4")

@@ -1,4 +1,4 @@
-"""The run folder: its files are its own, never links, and are as private as the user's mask says."""
+"""The run folder: its files are never links, and have the permissions of the user's umask."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.files import current_umask, lock_folder, write_json
+from minipeft.files import lock_folder, read_umask, write_json
 from minipeft.runs.checkpoints import open_run
 from minipeft.runs.folder import LOCK, LOG, RUN, check_folder
 
@@ -16,7 +16,7 @@ IDENTITY = {"arguments": {"seed": 0}}
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """What a hostile run folder would like to have overwritten: a file and a folder of the user's."""
+    """The targets of a hostile run folder's links: a file and a folder of the user's."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home/file").write_text("precious")
     (tmp_path / "home/step-000001").mkdir()
@@ -51,7 +51,7 @@ def test_a_link_in_a_run_folder_is_refused_and_not_followed(
 
 
 def test_a_dangling_link_is_refused_too(tmp_path: Path, precious: Path) -> None:
-    """Opening it for writing would make the file that it names."""
+    """Opening it for writing would create the file that it names."""
     out = tmp_path / "run"
     out.mkdir()
     (out / LOCK).symlink_to(precious / "new")
@@ -117,7 +117,7 @@ def test_asking_for_the_mask_opens_nothing_to_others(monkeypatch: pytest.MonkeyP
     plain, seen = os.umask, []
     old = plain(0o027)
     monkeypatch.setattr(os, "umask", lambda mask: seen.append(mask) or plain(mask))
-    assert current_umask() == 0o027
+    assert read_umask() == 0o027
     assert plain(old) == 0o027
     assert all(mask & 0o027 == 0o027 for mask in seen), [oct(mask) for mask in seen]
 

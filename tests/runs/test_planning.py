@@ -14,7 +14,14 @@ from minipeft.errors import InputError
 from minipeft.models import GPT2, GPT2Config, Llama, LlamaConfig, attention
 from minipeft.models.loss import cross_entropy
 from minipeft.models.quantized import quantize_model
-from minipeft.runs.planning import forward_flops, in_words, linear_weights, plan, probe_flops, train_flops
+from minipeft.runs.planning import (
+    count_forward_flops,
+    count_linear_weights,
+    count_train_flops,
+    in_words,
+    plan,
+    probe_flops,
+)
 
 DECODERS = {
     "gpt2": GPT2(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=3, n_head=4)),
@@ -37,16 +44,16 @@ def counted(model, tokens, learns):
 @pytest.mark.parametrize("name", DECODERS)
 def test_forward_flops_are_those_that_torch_counts(name):
     model = DECODERS[name].eval().requires_grad_(False)
-    assert forward_flops(model.config, 16, document=0) == counted(model, 16, learns=False)
+    assert count_forward_flops(model.config, 16, document=0) == counted(model, 16, learns=False)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_full_training_is_three_forwards(name):
     model = DECODERS[name].eval().requires_grad_(True)
     whole = counted(model, 16, learns=True)
-    assert train_flops(model.config, 16, 0, full=True) == pytest.approx(whole, rel=0.02)
-    frozen = train_flops(model.config, 16, 0, full=False)
-    assert (frozen, train_flops(model.config, 16, 0, full=False, activation_checkpointing=True)) == (
+    assert count_train_flops(model.config, 16, 0, full=True) == pytest.approx(whole, rel=0.02)
+    frozen = count_train_flops(model.config, 16, 0, full=False)
+    assert (frozen, count_train_flops(model.config, 16, 0, full=False, activation_checkpointing=True)) == (
         whole * 2 / 3,
         whole,
     )
@@ -55,12 +62,12 @@ def test_full_training_is_three_forwards(name):
 def test_the_head_is_counted_once_though_it_is_tied():
     config = GPT2Config()
     blocks = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072)
-    assert linear_weights(config) == blocks + 50257 * 768
+    assert count_linear_weights(config) == blocks + 50257 * 768
 
 
 def test_attention_costs_its_document():
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, head_dim=8, hidden_size=32, intermediate_size=48)
-    assert forward_flops(config, 10, 100) - forward_flops(config, 10, 0) == 10 * 4 * 100 * 4 * 8 * 2
+    assert count_forward_flops(config, 10, 100) - count_forward_flops(config, 10, 0) == 10 * 4 * 100 * 4 * 8 * 2
 
 
 def test_the_probe_finds_a_speed():
@@ -96,7 +103,7 @@ ROWS, LENGTH = 3, 384
 
 
 def profiled(config, adapter, dtype, activation_checkpointing):
-    """The most bytes that torch's allocator had given out in a real step, beside what stood before it."""
+    """The peak bytes of torch's allocator in a real step, above the level before it."""
     model = {"gpt2": GPT2, "llama": Llama}[config.model_type](config).to(dtype)
     model.initialize(torch.Generator().manual_seed(0))
     add_adapter(model, adapter)

@@ -1,4 +1,4 @@
-"""Which prompts a merge is compared on, and which files of a folder are pushed."""
+"""The prompts of a merge's comparison, and the files of a folder that are pushed."""
 
 import shutil
 from pathlib import Path

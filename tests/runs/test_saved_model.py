@@ -1,4 +1,4 @@
-"""A folder that save_model wrote with a tokenizer: transformers opens it, and so does our `generate`."""
+"""A folder that save_model wrote with a tokenizer loads in transformers and in our `generate`."""
 
 import json
 import shutil

@@ -40,7 +40,7 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def inside(monkeypatch) -> list[str]:
-    """Run cells in this process, which is quicker; the names of those that ran."""
+    """Run cells in this process, which is faster; yields the names of those that ran."""
     ran = []
 
     def here(cell, out, threads, bar, stop):

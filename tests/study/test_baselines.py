@@ -9,7 +9,7 @@ from minipeft.study.baselines import BASELINES, nearest
 
 
 def test_conala(assets):
-    """Official BLEU: the question 15.8, the nearest training snippet 15.4; and what the package gives to nothing."""
+    """Official BLEU: the question 15.8, the nearest training snippet 15.4; the package's score of empty answers."""
     folder = assets / "data" / "conala"
     train, test = load_pairs(folder, split="train").items, load_pairs(folder, split="test").items
     references = [pair.snippet for pair in test]

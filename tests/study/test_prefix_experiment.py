@@ -11,7 +11,7 @@ from minipeft.data.examples import encode_pairs, load_pairs
 from minipeft.data.packing import PackConfig, pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
-from minipeft.runs.config import settings
+from minipeft.runs.config import collect_settings
 from minipeft.runs.finetune import pack_held_out
 from minipeft.study import prefix_experiment as experiment
 from minipeft.study.prefix_experiment import Trial, conclude, loss_text, tables
@@ -33,10 +33,10 @@ def test_the_grid_is_what_it_says():
     assert sorted(others, key=str) == [("lora", 0.0003, None), ("lora", 0.001, None), ("prompt", 0.03, "text")]
     assert len(trials) == len(set(trials)) == 27
     assert {t.steps for t in trials} == {60}
-    long = experiment.long_runs()
+    long = experiment.list_long_runs()
     assert [(t.steps, t.seed) for t in long] == [(300, seed) for seed in (0, 1, 2) for _ in range(6)]
     for trial in (*trials, *long):
-        assert trial.settings().keys() <= {flag.replace("-", "_") for flag in settings(trial.method)}
+        assert trial.settings().keys() <= {flag.replace("-", "_") for flag in collect_settings(trial.method)}
 
 
 def test_each_method_sees_the_same_tokens_in_a_step():
@@ -48,7 +48,7 @@ def test_the_first_seed_of_a_long_run_answers():
     cells = make_cells(StudyConfig(preset="prefix"), {"demo": Base("demo")}, 100)
     assert len(cells) == 1 + 27 + 18
     assert [(c.method, c.seed, c.steps) for c in cells[1:] if c.generate] == [
-        (t.method, 0, 300) for t in experiment.long_runs(seeds=1)
+        (t.method, 0, 300) for t in experiment.list_long_runs(seeds=1)
     ]
     assert [c.seed for c in cells if c.method == "zero-shot"] == [0]
     assert "lora" not in {
@@ -82,7 +82,7 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     few = lambda found, **change: [dataclasses.replace(t, **change) for t in found]
     monkeypatch.setattr(experiment, "grid", lambda: few(trials, steps=6))
     monkeypatch.setattr(
-        experiment, "long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[3:4], steps=8, seed=s)]
+        experiment, "list_long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[3:4], steps=8, seed=s)]
     )
     config, out = StudyConfig("prefix", model=(str(model),), data=str(stories), seeds=2), tmp_path / "s"
     found = assemble(conduct(config, out, say=lambda line: None), config, out, "minipeft study")
@@ -174,7 +174,7 @@ def test_a_grid_needs_two_inits_at_two_rates():
 
 
 def test_the_held_out_pairs_are_whole_and_apart(model, stories):
-    """However short the training rows are, held-out pairs are not cut and do not see each other."""
+    """However short the training rows are, held-out pairs are not cut and are isolated."""
     tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
     for kind in ("all", "response"):
         rows = pack_held_out(PackConfig(length=24, loss_mask=kind), base, tokenizer, pairs)

@@ -1,4 +1,4 @@
-"""The time that is left, replayed on the recorded times of a study's cells."""
+"""The forecast of the remaining time, replayed on the recorded times of a study's cells."""
 
 from collections.abc import Iterator
 

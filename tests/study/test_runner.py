@@ -1,4 +1,4 @@
-"""A whole study: its files, resuming, cells that fail, and what it refuses."""
+"""A whole study: its files, resuming, failed cells, and refused arguments."""
 
 import fcntl
 import hashlib

@@ -7,12 +7,12 @@ import pytest
 
 from minipeft.metrics.scores import Scores
 from minipeft.study.rows import Row
-from minipeft.study.statistics import flag, mean_and_sd
+from minipeft.study.statistics import compute_mean_and_sd, flag
 
 
 def test_mean_and_sd():
-    assert mean_and_sd([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
-    assert mean_and_sd([3.0]) == (3.0, None)
+    assert compute_mean_and_sd([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert compute_mean_and_sd([3.0]) == (3.0, None)
 
 
 def test_flags():

@@ -1,4 +1,4 @@
-"""The loop: exact resume, gradient accumulation, AdamW's equation, and what it refuses."""
+"""The loop: exact resume, gradient accumulation, AdamW's equation, and its errors."""
 
 import copy
 import dataclasses
@@ -348,18 +348,20 @@ def test_a_multiplier_is_of_the_first_key_that_a_name_ends_in() -> None:
     model = tuned()
     parameters = trained(model)
     whole = next(name for name in parameters if name.endswith("lora_A"))
-    groups = loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16, whole: 2, "lora_A": 3}))
+    groups = loop.group_by_multiplier(
+        parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16, whole: 2, "lora_A": 3})
+    )
     assert {name: by for by, names in groups.items() for name in names} == {
         name: 16 if name.endswith("lora_B") else 2 if name == whole else 3 for name in parameters
     }
-    assert loop.by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16}))[1.0]
+    assert loop.group_by_multiplier(parameters, TrainConfig(steps=1, lr_multipliers={"lora_B": 16}))[1.0]
     for key in ("ora_B", "lora", "c_attn", ""):  # not from a dot on, not the end, a module
         said = refused(lambda key=key: train(model, Rows(), TrainConfig(steps=1, lr_multipliers={"lora_B": 2, key: 2})))
         assert said == f"lr_multipliers: no trained tensor is named {key!r}; there are ['lora_A', 'lora_B']"
 
 
 def test_a_multiplier_multiplies_the_update() -> None:
-    """AdamW's first step has the size of its rate, whatever the gradient (eps and weight decay aside)."""
+    """AdamW's first step has the size of the learning rate, whatever the gradient (eps and weight decay aside)."""
     moved = {}
     for by in (1.0, 16.0):
         model = tuned()

@@ -1,4 +1,4 @@
-"""The dead-adapter check: what it measures, and when it warns."""
+"""The dead-adapter check: its measurements, and its warnings."""
 
 import json
 
@@ -43,7 +43,7 @@ def tiny() -> Decoder:
 
 
 def run(adapter: AdapterConfig, rate: float, steps: int) -> tuple[Decoder, MovementReport, dict[str, torch.Tensor]]:
-    """Train, and report; also the start, copied by the test itself."""
+    """Train and report; also the init, copied by the test itself."""
     model = tiny()
     add_adapter(model, adapter, Letters())
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
