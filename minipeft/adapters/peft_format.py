@@ -9,7 +9,7 @@ finite, or asks for a feature that is not here is an error that names file and e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,16 @@ def shared_json(model: Decoder) -> dict[str, object]:
     }
 
 
-def find_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of an adapter: a local one or, where there is none and it reads OWNER/NAME, the hub's, downloaded.
+def find_adapter(source: str | Path, revision: str | None = None, *, also: Sequence[str] = ()) -> Path:
+    """The folder of an adapter: a local one or, where there is none and it reads OWNER/NAME, the hub's, downloaded,
+    with the files of `also` that it has.
 
     Raises:
         InputError: the hub refuses, lacks adapter_config.json, or cannot be reached; a local folder with a revision.
     """
     if revision is None and (Path(source).exists() or not OWNED.fullmatch(str(source))):
         return Path(source)
-    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE])
+    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE, *also])
 
 
 def load_adapter(

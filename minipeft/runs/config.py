@@ -48,12 +48,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pairs, and how many of them are held out."""
+    """Which data, how a row becomes text, and how many rows are held out."""
 
     source: str = option(
-        help="conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)", flag="data"
+        help="conala, demo, a file (JSON, JSON lines, gzip, Parquet), a folder of them, or a data set on the hub with "
+        "--data-file; of messages, intent and snippet, prompt and completion, or text",
+        flag="data",
     )
-    held_out: int = option(100, "pairs held out for evaluation, whole questions", least=0)
+    template: str | None = option(
+        None,
+        "format string, or a file of one, for other fields: '{question}\\n{answer}'; the last field is the response",
+    )
+    file: str | None = option(None, "file of the data set on the hub", flag="data-file")
+    revision: str | None = option(None, "commit of the data set on the hub", flag="data-revision")
+    held_out: int = option(100, "rows held out for evaluation, whole questions", least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
