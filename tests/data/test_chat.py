@@ -130,7 +130,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(folder, ours) -> None
     assert "<think>" in ours.decode([token for token, kept in zip(one.ids, one.trained) if kept])
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=40)
 @given(parts=st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>system", "</s>", " ", "\n", "a", "é", "<think>"]),
                       min_size=1, max_size=6))  # fmt: skip
 def test_special_tokens_in_data_are_text(parts: list[str], folder, ours) -> None:
