@@ -10,7 +10,7 @@ not depend on its batch. A model with a bank of adapters may use another adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -92,31 +92,83 @@ def generate(
 def answer(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     config: GenerateConfig,
     *,
     only: Sequence[int] | None = None,
     adapters: Sequence[str | None] | None = None,
+    ends: Collection[int] = (),
 ) -> Iterator[Answer]:
     """Generate an answer to each prompt, and yield each when its batch is done (batches are sorted by prompt length).
 
-    `only`: the indices of the prompts to answer, if the others are answered already; the answers do not depend on it.
+    A prompt is text, or ids. `only`: the indices of the prompts to answer, if the others are answered already; the
+    answers do not depend on it. `ends`: ids that end an answer, beside the model's own.
     """
     check_kind(model, Decoder, "model")
     check_kind(config, GenerateConfig, "config")
     check_methods(tokenizer, ("encode_all", "decode", "eos"), "Tokenizer", "tokenizer")
-    prompts = check_items(prompts, str, "prompts")
-    names = check_adapters(model, adapters, len(prompts))
-    for number, prompt in enumerate(prompts):
-        check_prompt(prompt, f"prompt {number + 1}")
-    rows = tokenizer.encode_all(prompts)
+    rows = encode_prompts(tokenizer, prompts)
+    names = check_adapters(model, adapters, len(rows))
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
     for chosen in () if only is None else check_items(only, object, "only", "number"):
         check_value(chosen, int, {"least": 0, "below": len(rows)}, "only")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
-    return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config))
+    ends = find_end_tokens(model, tokenizer).union(ends)
+    return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config, ends))
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+    """The ids of prompts that are texts, checked; of lists of ids, these."""
+    if isinstance(prompts, list) and prompts and all(isinstance(prompt, list) for prompt in prompts):
+        return [check_items(row, int, f"prompt {number}") for number, row in enumerate(prompts, start=1)]
+    texts = check_items(prompts, str, "prompts")
+    for number, text in enumerate(texts, start=1):
+        check_prompt(text, f"prompt {number}")
+    return tokenizer.encode_all(texts)
+
+
+def stream(
+    model: Decoder, tokenizer: Tokenizer, prompt: list[int], config: GenerateConfig, ends: Collection[int] = ()
+) -> Iterator[str]:
+    """The same answer as `answer` gives to this prompt alone, a piece of text with each token.
+
+    Raises:
+        InputError: the prompt does not fit in the context together with `max_new_tokens`.
+    """
+    check_room(model, prompt, config, "prompt")
+    stops = find_end_tokens(model, tokenizer).union(ends)
+    device, shown, made = model.embedding.weight.device, "", list[int]()
+    cache = model.new_cache(1, len(prompt) + config.max_new_tokens)
+    draws = draw_uniforms(config, 0).to(device)  # [max_new_tokens]
+    ids = torch.tensor([prompt])  # [1, T]
+    model.eval()
+    for step in range(config.max_new_tokens):
+        with torch.no_grad():
+            hidden = model.hidden(ids.to(device), cache=cache)  # [1, T, C], then [1, 1, C]
+            ids = choose(model.logits(hidden[:, -1]).float(), draws[None, step], config)[:, None]  # [1, 1]
+        token = int(ids)
+        if token in stops:
+            break
+        made.append(token)
+        text = decode_new(tokenizer, prompt, made)
+        if cuts := [text.index(mark) for mark in config.stop if mark in text]:
+            yield text[len(shown) : min(cuts)]
+            return
+        ready = text[: len(text) - held_back(text, config.stop)]
+        if ready.startswith(shown):
+            yield ready[len(shown) :]
+            shown = ready
+    yield decode_new(tokenizer, prompt, made)[len(shown) :]
+
+
+def held_back(text: str, stop: tuple[str, ...]) -> int:
+    """How many characters at the end of a text may change, or go, with the next token: half a character, and what a
+    stop text begins with."""
+    half = len(text) - len(text.rstrip("\ufffd"))
+    begun = (n for mark in stop for n in range(1, len(mark)) if text.endswith(mark[:n]))
+    return max(half, max(begun, default=0))
 
 
 def check_adapters(model: Decoder, adapters: Sequence[str | None] | None, prompts: int) -> list[str | None] | None:
@@ -162,13 +214,14 @@ def answer_batch(
     rows: list[list[int]],
     names: list[str | None] | None,
     config: GenerateConfig,
+    ends: Collection[int],
 ) -> list[Answer]:
     """Answer the prompts `numbers` together."""
     was_training = model.training
     model.eval()
     try:
         with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]):
-            made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config)
+            made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config, ends)
     finally:
         model.train(was_training)
     return [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
@@ -176,13 +229,17 @@ def answer_batch(
 
 @torch.no_grad()
 def decode(
-    model: Decoder, tokenizer: Tokenizer, numbers: list[int], rows: list[list[int]], config: GenerateConfig
+    model: Decoder,
+    tokenizer: Tokenizer,
+    numbers: list[int],
+    rows: list[list[int]],
+    config: GenerateConfig,
+    ends: Collection[int],
 ) -> tuple[list[list[int]], list[str]]:
     """Prefill the rows, then decode until all have ended; returns the new ids, and why each row ended."""
     device = model.embedding.weight.device
     ids, documents = pad_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
     cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
-    ends = find_end_tokens(model, tokenizer)
     draws = torch.stack([draw_uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
     made: list[list[int]] = [[] for _ in rows]
     ended = ["limit"] * len(rows)

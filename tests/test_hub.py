@@ -9,7 +9,8 @@ from pathlib import Path
 import huggingface_hub.constants as constants
 import pytest
 
-from minipeft.data.examples import CONALA_COMMIT, load_pairs
+from minipeft.data.examples import load_pairs
+from minipeft.data.reading import CONALA_COMMIT
 from minipeft.errors import InputError
 from minipeft.hub import commit_of, fetch
 

@@ -44,13 +44,15 @@ FAMILY_FILES = (
     "layered",
     "rotary",
 )
-CLI = ("flags", "generate", "inspect", "plan", "score", "streams", "study", "train")
+CLI = ("chat", "data", "flags", "generate", "inspect", "plan", "score", "streams", "study", "train")
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys([f"models/{name}" for name in FAMILY_FILES], "tests/models/test_families.py"),
     **dict.fromkeys(
         ("adapters/peft_ia3", "adapters/peft_targets", "adapters/peft_vera"), "tests/adapters/test_peft_format.py"
     ),
     "models/quantized": "tests/models/test_quantize.py",
+    "data/messages": "tests/data/test_forms.py",
+    "data/sandbox": "tests/data/test_chat.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
     **dict.fromkeys(

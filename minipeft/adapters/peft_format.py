@@ -9,7 +9,7 @@ non-finite value or an unsupported feature is an error that names file and entry
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,18 @@ def shared_json(model: Decoder) -> dict[str, object]:
     }
 
 
-def find_adapter(source: str | Path, revision: str | None = None, legacy_bin: bool = False) -> Path:
-    """The folder of an adapter: a local one or, where there is none and it reads OWNER/NAME, the hub's, downloaded.
+def find_adapter(
+    source: str | Path, revision: str | None = None, legacy_bin: bool = False, *, also: Sequence[str] = ()
+) -> Path:
+    """Find the folder of an adapter: a local one, else that of the hub id OWNER/NAME, downloaded with the files of
+    `also` that it has.
 
     Raises:
         InputError: the hub refuses, lacks adapter_config.json, or cannot be reached; a local folder with a revision.
     """
     if revision is None and (Path(source).exists() or not OWNED.fullmatch(str(source))):
         return Path(source)
-    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE, *[LEGACY] * legacy_bin])
+    return fetch(source, [CONFIG], revision=revision, optional=[WEIGHTS, OWN, STATE, *also, *[LEGACY] * legacy_bin])
 
 
 def load_adapter(

@@ -6,36 +6,25 @@ CoNaLa (Yin et al. 2018) holds 2,379 + 500 of them, mined from Stack Overflow. T
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from minipeft.data.encoded import Encoded, Example, as_arrays, take_together
+from minipeft.data.reading import find_source
 from minipeft.data.templates import TEMPLATE, prompt_text
-from minipeft.data.tokens import Tokenizer
-from minipeft.errors import (
-    InputError,
-    check_fields,
-    check_items,
-    check_kind,
-    check_methods,
-    check_path,
-    check_value,
-    matches,
-    shown,
-)
-from minipeft.files import check_plain, kind_of, parse_json
-from minipeft.hub import fetch
+from minipeft.data.tokens import Piece, Tokenizer
+from minipeft.errors import InputError, check_fields, check_items, check_kind, check_methods, check_path, check_value
+from minipeft.files import kind_of
 
-CONALA, CONALA_COMMIT = "neulab/conala", "fbc749f1c537e5c3834e93b15784302e331debe2"
-LARGEST_FILE = 2**31  # bytes; all pairs are held in memory
+TOGETHER = 4096  # texts that are encoded at a time
+NEEDED = "A row holds intent and snippet, or prompt and completion"
 LONGEST_FIELD = 500_000  # characters; a row of 1024 tokens holds about 4,000
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "parquet", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd",
-         b"\xfd7zXZ": "xz"}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A question in words, and the code that answers it. `line` is its place in the file."""
 
@@ -46,6 +35,11 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What makes two pairs the same."""
+        return self.intent, self.snippet
 
 
 @dataclass(frozen=True)
@@ -64,12 +58,7 @@ class Pairs:
         return iter(self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A document to train on: its ids, EOS included, of which the first `prompt_tokens` are the prompt."""
-
-    ids: list[int]
-    prompt_tokens: int
+P = TypeVar("P", bound=Any)  # Pairs, or Data of another form
 
 
 def load_pairs(source: str | Path, *, split: str = "train", longest_field: int = LONGEST_FIELD) -> Pairs:
@@ -83,90 +72,19 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
     Raises:
         InputError: `FILE:LINE: field 'x': ...`: the file or a row cannot be used.
     """
-    folder = check_path(source, "source")
     check_value(longest_field, int, {"least": 1}, "longest_field")
-    if str(source) in NAMED:
-        path = NAMED[str(source)](split)
-    elif folder.is_dir() and (folder / conala_name(split)).exists():
-        path = folder / conala_name(split)
-    else:
-        path = folder
-    raw = read_whole(path)
+    found = find_source(check_path(source, "source"), split)
     items, replaced = [], 0
-    for place, line, row in read_rows(decode(raw, path), path, 20 * longest_field):
+    for place, line, row in found.rows(20 * longest_field):
         if source == "demo" and row["split"] != split:
             continue
         pair, was_null = read_pair(row, line, place, longest_field)
         items.append(pair)
         replaced += was_null
     if not items:
-        raise InputError("holds no examples", file=path)
+        raise InputError("holds no examples", file=found.name)
     notes = (f"{replaced} of {len(items)} rows have no rewritten_intent; their intent was used",) if replaced else ()
-    return Pairs(tuple(items), str(path), hashlib.sha256(raw).hexdigest(), notes)
-
-
-def conala_name(split: str) -> str:
-    """The name of CoNaLa's file of a split."""
-    if split not in ("train", "test"):
-        raise InputError(f"CoNaLa has no split {shown(split)}, only 'train' and 'test'", where="split")
-    return f"conala-paired-{split}.json"
-
-
-def conala_file(split: str) -> Path:
-    """CoNaLa's file of a split, downloaded at the one revision that the published results were measured with."""
-    name = f"data/{conala_name(split)}"
-    return fetch(CONALA, [name], revision=CONALA_COMMIT, repo_type="dataset") / name
-
-
-def demo_file(split: str) -> Path:
-    """The file of the demo pairs, which holds all splits: each row names its own."""
-    if split not in ("train", "test", "hard"):
-        raise InputError(f"the demo has no split {shown(split)}, only 'train', 'test' and 'hard'", where="split")
-    return Path(__file__).parents[1] / "demo" / "pairs.jsonl"
-
-
-# a name in place of a path: split -> file
-NAMED: dict[str, Callable[[str], Path]] = {"conala": conala_file, "demo": demo_file}
-
-
-def read_whole(path: Path) -> bytes:
-    """The bytes of a plain file of reasonable size that nobody is writing to."""
-    check_plain(path)
-    with open(path, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size > LARGEST_FILE:
-            raise InputError(f"has {size:,} bytes, more than {LARGEST_FILE:,}", file=path, hint="Split it")
-        raw = stream.read(size + 1)
-    if len(raw) != size:
-        raise InputError(f"changed while it was read ({size:,} bytes, then {len(raw):,})", file=path)
-    return raw
-
-
-def decode(raw: bytes, path: Path) -> str:
-    """The text of UTF-8 bytes, with or without a byte order mark."""
-    for magic, name in MAGIC.items():
-        if raw.startswith(magic):
-            raise InputError(f"is a {name} file", file=path, hint="Decompress or convert it to JSON lines first")
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:4]:
-        raise InputError("looks like UTF-16", file=path, hint="Save it as UTF-8")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"not UTF-8 at byte {error.start}", file=f"{path}:{line}") from error
-
-
-def read_rows(text: str, path: Path, longest_line: int) -> Iterator[tuple[str, int, Any]]:
-    """Each row of a JSON array or of JSON lines, with its place for errors and its number."""
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(parse_json(text, path), start=1):
-            yield f"{path}: item {number}", number, row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand in a JSON string
-        if len(line) > longest_line:
-            raise InputError(f"has {len(line):,} characters, more than {longest_line:,}", file=f"{path}:{number}")
-        if line.strip():
-            yield f"{path}:{number}", number, parse_json(line, f"{path}:{number}", line=number)
+    return Pairs(tuple(items), found.name, found.sha256, notes)
 
 
 def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair, bool]:
@@ -180,14 +98,20 @@ def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair
     was_null = rewritten in row and row[rewritten] is None
     if rewritten in row and not was_null:
         question = "rewritten_intent"
-    question_id = row.get("question_id")
-    if question_id is not None and not matches(question_id, int):
-        raise InputError(f"must be an integer, is {kind_of(question_id)}", file=place, where="field 'question_id'")
+    question_id = read_question_id(row, place)
     intent, snippet = (read_field(row, name, place, longest_field) for name in (question, answer))
     return Pair(intent, snippet, question_id, line), was_null
 
 
-def read_field(row: dict[str, Any], name: str, place: str, longest: int) -> str:
+def read_question_id(row: dict[str, Any], place: str) -> int | None:
+    """The question that a row belongs to, where it says so."""
+    question_id = row.get("question_id")
+    if question_id is not None and (isinstance(question_id, bool) or not isinstance(question_id, int)):
+        raise InputError(f"must be an integer, is {kind_of(question_id)}", file=place, where="field 'question_id'")
+    return question_id
+
+
+def read_field(row: dict[str, Any], name: str, place: str, longest: int, needed: str = NEEDED) -> str:
     """The text of a field, which must be there, be text, and hold what a tokenizer accepts."""
 
     def refuse(problem: str, hint: str | None = None) -> InputError:
@@ -195,23 +119,30 @@ def read_field(row: dict[str, Any], name: str, place: str, longest: int) -> str:
 
     if name not in row:
         has = ", ".join(list(row)[:8]) or "nothing"
-        raise refuse(f"is missing (the row has: {has})", "A row holds intent and snippet, or prompt and completion")
+        raise refuse(f"is missing (the row has: {has})", needed)
     text = row[name]
     if not isinstance(text, str):
         raise refuse(f"must be text, is {kind_of(text)}")
     if not text.strip():
         raise refuse("is empty" if not text else "is blank")
-    if len(text) > longest:
-        raise refuse(f"has {len(text):,} characters, more than {longest:,}")
-    if "\0" in text:
-        raise refuse(f"holds a NUL character at {text.index(chr(0))}")
-    lone = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)
-    if lone is not None:
-        raise refuse(f"holds a lone surrogate, {lone!r}, which is no character")
+    check_text(text, place, f"field '{name}'", longest)
     return text
 
 
-def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple[Pairs, Pairs]:
+def check_text(text: str, place: str, where: str, longest: int) -> None:
+    """Refuse a text that is too long, or holds what a tokenizer does not accept."""
+    problem = None
+    if len(text) > longest:
+        problem = f"has {len(text):,} characters, more than {longest:,}"
+    elif "\0" in text:
+        problem = f"holds a NUL character at {text.index(chr(0))}"
+    elif (lone := next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)) is not None:
+        problem = f"holds a lone surrogate, {lone!r}, which is no character"
+    if problem is not None:
+        raise InputError(problem, file=place, where=where)
+
+
+def split_by_question(pairs: P, held_out: int = 100, seed: int = 0) -> tuple[P, P]:
     """Split into (train, dev) with exactly `held_out` pairs in dev and no question in both; the order is kept.
 
     Questions are ordered by sha256(seed, question), which no library's random numbers can change, and the first that
@@ -220,7 +151,7 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
     Raises:
         InputError: `held_out` is not below the number of pairs, or no set of whole questions makes it up.
     """
-    check_kind(pairs, Pairs, "pairs")
+    check_methods(pairs, ("items", "file", "sha256"), "Pairs", "pairs")
     check_value(held_out, int, {}, "held_out")
     check_value(seed, int, {}, "seed")
     if not 0 <= held_out < len(pairs):
@@ -245,28 +176,56 @@ def split_by_question(pairs: Pairs, held_out: int = 100, seed: int = 0) -> tuple
     return replace(pairs, items=kept), replace(pairs, items=tuple(pairs.items[number] for number in sorted(dev)))
 
 
-def shared_pairs(pairs: Iterable[Pair], others: Iterable[Pair]) -> int:
-    """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet."""
-    seen = {(pair.intent, pair.snippet) for pair in check_items(pairs, Pair, "pairs")}
-    return sum((pair.intent, pair.snippet) in seen for pair in check_items(others, Pair, "others"))
+def shared_pairs(pairs: Iterable[Any], others: Iterable[Any]) -> int:
+    """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet; of other
+    forms the same content. Rows are remembered by their hashes."""
+    seen = hash_each(pairs, "pairs")
+    return sum(many for number, many in hash_each(others, "others").items() if number in seen)
 
 
-def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> list[Example]:
+def hash_each(rows: Iterable[Any], where: str) -> dict[int, int]:
+    """A number for each row by which those that say the same are found, and how many have it."""
+    for number, row in enumerate(rows := check_items(rows, object, where, "Pair")):
+        if not hasattr(row, "content"):
+            check_kind(row, Pair, f"{where}[{number}]")
+    return Counter(hash(row.content) for row in rows)
+
+
+def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> Encoded:
     """Each pair's ids: prompt, snippet, EOS. The prompt's ids are those that generation starts from, always.
 
-    The text is encoded as a whole, as in pretraining: Llama's tokenizer would put a space before a snippet encoded by
-    itself. A whole text need not begin with its prompt's ids, though: a snippet that begins with a space may merge with
-    the newline before it. Only there is the snippet encoded by itself.
+    A special token that the template names is that token; in an intent or a snippet it is text.
     """
     check_methods(tokenizer, ("require_eos", "encode", "encode_all"), "Tokenizer", "tokenizer")
-    eos = tokenizer.require_eos()
     pairs = check_items(pairs, Pair, "pairs")
-    texts = [prompt_text(pair.intent, template) for pair in pairs]
-    prompts = tokenizer.encode_all(texts)
-    wholes = tokenizer.encode_all([text + pair.snippet for text, pair in zip(texts, pairs)])
+    prompt_text("x", template)  # checks it
+    before, after = template.split("{intent}")
+
+    def encode() -> Iterator[Example]:
+        for some in take_together(pairs, TOGETHER):
+            prompts = [[(before, True), (pair.intent, False), (after, True)] for pair in some]
+            yield from encode_texts(prompts, [[(pair.snippet, False)] for pair in some], tokenizer)
+
+    return as_arrays(encode())
+
+
+def encode_texts(
+    prompts: Sequence[Sequence[Piece]], responses: Sequence[Sequence[Piece]], tokenizer: Tokenizer
+) -> list[Example]:
+    """Each prompt and response as an example that ends with EOS.
+
+    The text is encoded as a whole, as in pretraining: Llama's tokenizer would put a space before a response encoded by
+    itself. A whole text need not begin with its prompt's ids, though: a response that begins with a space may merge
+    with the newline before it. Only there is the response encoded by itself.
+    """
+    eos = tokenizer.require_eos()
+    starts = tokenizer.encode_pieces(prompts)
+    wholes = tokenizer.encode_pieces([[*prompt, *response] for prompt, response in zip(prompts, responses)])
     examples = []
-    for pair, prompt, whole in zip(pairs, prompts, wholes):
+    for prompt, response, whole in zip(starts, responses, wholes):
         if whole[: len(prompt)] != prompt:
-            whole = prompt + tokenizer.encode(pair.snippet, bos=False)
-        examples.append(Example([*whole, eos], len(prompt)))
+            whole = prompt + tokenizer.encode_pieces([response], bos=False)[0]
+        last, of_template = response[-1]
+        ended = of_template and last and whole[-1:] == [eos]  # the template names EOS itself
+        examples.append(Example(whole if ended else [*whole, eos], len(prompt)))
     return examples

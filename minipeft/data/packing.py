@@ -14,12 +14,14 @@ itself puts an adapter's virtual tokens before each row. The report counts what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minipeft.data.examples import Example
+from minipeft.data.encoded import Array, Encoded, Example, as_arrays
 from minipeft.data.tokens import Tokenizer
 from minipeft.documents import IGNORED, PADDING, derived_seed
 from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, option, shown
@@ -27,8 +29,7 @@ from minipeft.errors import InputError, check_fields, check_items, check_methods
 LENGTH = 1024  # tokens of a row, as in the paper
 LOSS_MASKS = ("all", "response")
 MOST = 2**20  # rows of a batch, and tokens of a row
-
-Document = tuple[list[int], list[int]]  # ids and labels, of one length
+BLOCK = 8192  # documents whose targets are counted together
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Batches:
 
     def __init__(
         self,
-        documents: list[Document],
-        rows: list[list[int]],
+        documents: Documents,
+        rows: Rows,
         *,
         batch: int,
         width: int,
@@ -131,16 +132,18 @@ class Batches:
         order = draw_order(len(self.rows), self.seed, epoch)[place * self.batch : (place + 1) * self.batch]
         return self.batch_of([self.rows[row] for row in order.tolist()])
 
-    def batch_of(self, rows: list[list[int]]) -> Batch:
+    def batch_of(self, rows: list[Array]) -> Batch:
         """Put each row's documents side by side and pad on the right."""
-        ids = [[token for d in row for token in self.documents[d][0]] for row in rows]
-        labels = [[label for d in row for label in self.documents[d][1]] for row in rows]
-        owners = [[place for place, d in enumerate(row) for _ in self.documents[d][0]] for row in rows]
-
-        def pad(lists: list[list[int]], filling: int) -> Tensor:
-            return torch.tensor([row + [filling] * (self.width - len(row)) for row in lists])  # [B, T]
-
-        return Batch(pad(ids, self.pad), pad(labels, IGNORED), pad(owners, PADDING))
+        shape = (len(rows), self.width)
+        ids, labels, owners = (np.full(shape, filling) for filling in (self.pad, IGNORED, PADDING))  # [B, T] int64
+        for row, numbers in enumerate(rows):
+            column = 0
+            for place, number in enumerate(numbers.tolist()):
+                tokens, targets = self.documents[number]
+                end = column + len(tokens)
+                ids[row, column:end], labels[row, column:end], owners[row, column:end] = tokens, targets, place
+                column = end
+        return Batch(*map(torch.from_numpy, (ids, labels, owners)))
 
 
 def pack(
@@ -173,13 +176,14 @@ def pack(
     width = row_width(length, virtual_tokens)
     check_methods(tokenizer, ("size", "require_eos", "eos", "pad"), "Tokenizer", "tokenizer")
     check_examples(examples, tokenizer.size)
-    if isolate:
-        documents = [document_of(example, config.loss_mask, width) for example in examples]
-    else:
-        documents = join(examples, tokenizer, config.loss_mask, width)
-    kept = [document for document in documents if has_target(document)]
-    rows = first_fit([len(ids) for ids, _ in kept], width) if isolate else [[number] for number in range(len(kept))]
-    report = count(examples, documents, kept, len(rows), width, batch, virtual_tokens)
+    encoded = as_arrays(examples)
+    responses = config.loss_mask == "response" or encoded.trained is not None
+    documents = cut_each(encoded, responses, width) if isolate else join(encoded, tokenizer, responses, width)
+    targets = documents.count_targets()
+    kept = documents.select(targets > 0)
+    check_kept(encoded, kept)
+    rows = first_fit(kept.lengths, width) if isolate else Rows(np.arange(len(kept)), np.arange(len(kept) + 1))
+    report = count(encoded, documents, kept, int(targets.sum()), len(rows), width, batch, virtual_tokens)
     order = seed if shuffle else None
     return Batches(kept, rows, batch=batch, width=width, pad=padding_of(tokenizer), seed=order, report=report)
 
@@ -190,6 +194,11 @@ def check_examples(examples: Sequence[Example], size: int) -> None:
     Raises:
         InputError: names the first that is not.
     """
+    if isinstance(examples, Encoded):
+        if len(examples.ids) and not (examples.ids.min() >= 0 and examples.ids.max() < size):
+            strange = examples.ids[(examples.ids < 0) | (examples.ids >= size)][0]
+            raise InputError(f"id {strange} is not one of the tokenizer's {size:,}", where="examples")
+        return
     for number, example in enumerate(check_items(examples, Example, "examples")):
         where, ids, prompt = f"example {number}", example.ids, example.prompt_tokens
         if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
@@ -214,88 +223,146 @@ def row_width(length: int, virtual_tokens: int) -> int:
     return length - virtual_tokens
 
 
-def document_of(example: Example, loss_mask: str, width: int) -> Document:
-    """An example's ids and labels, cut to `width`."""
-    ids = example.ids[:width]
-    silent = max(1, example.prompt_tokens if loss_mask == "response" else 0)  # the first token is never a label
-    return ids, [IGNORED] * min(silent, len(ids)) + ids[silent:]
+@dataclass(frozen=True)
+class Documents:
+    """Documents as stretches of the flat ids; nothing is copied before a batch is made.
+
+    `responses`: the loss is taken on what `Encoded.supervised` says; without it on all tokens but a document's first.
+    """
+
+    encoded: Encoded
+    starts: Array  # [documents] int64
+    lengths: Array  # [documents] int64
+    responses: bool
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> tuple[Array, Array]:
+        """A document's ids and labels, two of [tokens]."""
+        start, size = int(self.starts[number]), int(self.lengths[number])
+        ids = self.encoded.ids[start : start + size]
+        return ids, np.where(self.find_targets(start, start + size), ids, IGNORED)
+
+    def find_targets(self, start: int, stop: int) -> Array:
+        """Whether each token of a document has a loss; the first never has. -> [tokens] bool"""
+        if self.responses:
+            bounds = self.encoded.starts
+            first, last = int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop, "left"))
+            offset = int(bounds[first])
+            found = self.encoded.supervised(first, last)[start - offset : stop - offset].copy()
+        else:
+            found = np.ones(stop - start, np.bool_)
+        found[0] = False
+        return found
+
+    def count_targets(self) -> Array:
+        """The supervised tokens of each document. -> [documents] int64"""
+        if not self.responses:
+            return self.lengths - 1
+        counts = np.empty(len(self), np.int64)
+        for begin in range(0, len(self), BLOCK):
+            starts = self.starts[begin : begin + BLOCK]
+            stops = starts + self.lengths[begin : begin + BLOCK]
+            found = self.find_targets(int(starts[0]), int(stops[-1]))
+            found[starts - starts[0]] = False
+            edges = np.stack([starts, stops], axis=1).ravel() - starts[0]  # start, stop, start, stop, ...
+            sums = np.add.reduceat(np.append(found, False), edges, dtype=np.int64)
+            counts[begin : begin + BLOCK] = sums[::2]
+        return counts
+
+    def select(self, kept: Array) -> Documents:
+        """The documents where `kept` is true."""
+        return replace(self, starts=self.starts[kept], lengths=self.lengths[kept])
 
 
-def join(examples: Sequence[Example], tokenizer: Tokenizer, loss_mask: str, width: int) -> list[Document]:
+@dataclass(frozen=True)
+class Rows:
+    """The documents of each row, by number: row i holds members[starts[i] : starts[i + 1]]."""
+
+    members: Array  # [documents] int64
+    starts: Array  # [rows + 1] int64
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> Array:
+        return self.members[self.starts[number] : self.starts[number + 1]]
+
+
+def cut_each(encoded: Encoded, responses: bool, width: int) -> Documents:
+    """Each example as a document, cut to `width`."""
+    return Documents(encoded, encoded.starts[:-1], np.minimum(encoded.lengths, width), responses)
+
+
+def join(encoded: Encoded, tokenizer: Tokenizer, responses: bool, width: int) -> Documents:
     """All examples, each ended by EOS, as one text cut every `width` tokens; the tail is a shorter row."""
     eos = tokenizer.require_eos()
-    for number, example in enumerate(examples):
-        if example.ids[-1:] != [eos]:
-            raise InputError("must end with EOS, which separates joined documents", where=f"example {number}")
-    ids = [token for example in examples for token in example.ids]
-    labels = list(ids)
-    start = 0
-    for example in examples:
-        if loss_mask == "response":
-            labels[start : start + example.prompt_tokens] = [IGNORED] * example.prompt_tokens
-        start += len(example.ids)
-    cuts = range(0, len(ids), width)
-    return [(ids[cut : cut + width], [IGNORED, *labels[cut + 1 : cut + width]]) for cut in cuts]
+    unended = np.flatnonzero((encoded.ids[encoded.starts[1:] - 1] != eos) | (encoded.lengths == 0))
+    if len(unended):
+        raise InputError("must end with EOS, which separates joined documents", where=f"example {unended[0]}")
+    cuts = np.arange(0, len(encoded.ids), width)
+    return Documents(encoded, cuts, np.minimum(len(encoded.ids) - cuts, width), responses)
 
 
-def has_target(document: Document) -> bool:
-    """Whether a document has a supervised token."""
-    return any(label != IGNORED for label in document[1])
+def first_fit(sizes: Array, width: int) -> Rows:
+    """Rows of documents: the longest document first, each into the first row that has room for it.
 
-
-def first_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Rows of documents, by number: the longest document first, each into the first row that has room for it.
-
-    `free` is a binary tree over the rows, written level by level: a node holds the most room that any row below it
-    has. One walk down it finds the first row that fits: 100,000 documents take a second, not an hour.
+    Documents of one size go in together: row after row takes as many of them as it has room for, as it would one by
+    one, for a row that has been passed never gets room again. A million documents take seconds.
     """
-    leaves = 1 << (len(sizes) - 1).bit_length()  # as many rows as documents suffice
-    free = [width] * (2 * leaves)  # node n has the children 2n and 2n + 1; the rows are the last `leaves` nodes
-    rows: list[list[int]] = []
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        node = 1
-        while node < leaves:
-            node = 2 * node if free[2 * node] >= sizes[number] else 2 * node + 1
-        if node - leaves == len(rows):
-            rows.append([])
-        rows[node - leaves].append(number)
-        free[node] -= sizes[number]
-        while node > 1:
-            node //= 2
-            free[node] = max(free[2 * node], free[2 * node + 1])
-    return rows
+    order = np.argsort(-np.asarray(sizes), kind="stable")
+    ordered = np.asarray(sizes)[order]
+    row_of = np.empty(len(order), np.int64)  # of the documents in that order
+    free, used = np.full(len(order), width, np.int64), 0  # the room of each row; rows in use
+    ends = np.flatnonzero(np.append(np.diff(ordered) != 0, True)) + 1
+    for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist()):
+        size, many = int(ordered[begin]), end - begin
+        more = -(-many // (width // size))  # new rows that suffice, were no other row to take any
+        takes = free[: used + more] // size
+        takes = np.diff(np.minimum(np.cumsum(takes), many), prepend=0)
+        row_of[begin:end] = np.repeat(np.arange(used + more), takes)
+        free[: used + more] -= takes * size
+        used = max(used, int(row_of[end - 1]) + 1)
+    grouped = np.argsort(row_of, kind="stable")
+    return Rows(order[grouped], np.searchsorted(row_of[grouped], np.arange(used + 1)))
+
+
+def check_kept(encoded: Encoded, kept: Documents) -> None:
+    """Refuse documents that all have nothing to take a loss on.
+
+    Raises:
+        InputError: with the length of the longest.
+    """
+    if not len(kept):
+        longest = int(encoded.lengths.max())
+        raise InputError(
+            f"no token is left to take a loss on (the longest of {len(encoded)} documents has {longest} tokens)",
+            where="examples",
+            hint="Raise length, or take the loss on all tokens",
+        )
 
 
 def count(
-    examples: Sequence[Example],
-    documents: list[Document],
-    kept: list[Document],
+    encoded: Encoded,
+    documents: Documents,
+    kept: Documents,
+    targets: int,
     rows: int,
     width: int,
     batch: int,
     virtual_tokens: int,
 ) -> PackReport:
-    """Count what went into the rows, and what did not.
-
-    Raises:
-        InputError: nothing went into them.
-    """
-    if not kept:
-        longest = max(len(example.ids) for example in examples)
-        raise InputError(
-            f"no token is left to take a loss on (the longest of {len(examples)} documents has {longest} tokens)",
-            where="examples",
-            hint="Raise length, or take the loss on all tokens",
-        )
-    tokens_in = sum(len(example.ids) for example in examples)
-    tokens_cut = tokens_in - sum(len(ids) for ids, _ in documents)
-    tokens_out = sum(len(ids) for ids, _ in kept)
+    """Count what went into the rows, and what did not."""
+    tokens_in = len(encoded.ids)
+    tokens_cut = tokens_in - int(documents.lengths.sum())
+    tokens_out = int(kept.lengths.sum())
     return PackReport(
-        documents=len(examples),
+        documents=len(encoded),
         tokens_in=tokens_in,
         tokens_out=tokens_out,
-        targets=sum(label != IGNORED for _, labels in kept for label in labels),
-        documents_cut=sum(len(e.ids) > len(ids) for e, (ids, _) in zip(examples, documents)) if tokens_cut else 0,
+        targets=targets,
+        documents_cut=int((encoded.lengths > width).sum()) if tokens_cut else 0,
         tokens_cut=tokens_cut,
         left_out=len(documents) - len(kept),
         tokens_left_out=tokens_in - tokens_cut - tokens_out,
@@ -312,6 +379,7 @@ def padding_of(tokenizer: Tokenizer) -> int:
     return next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
 
 
+@lru_cache(maxsize=2)
 def draw_order(count: int, seed: int | None, epoch: int) -> Tensor:
     """The numbers below `count`, shuffled for this epoch, or in order where `seed` is None."""
     if seed is None:

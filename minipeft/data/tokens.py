@@ -7,8 +7,9 @@ The `tokenizers` library splits and merges; this file decides which settings a c
     BOS             where the model's own tokenizer puts it: as the post-processor of tokenizer.json says; without such
                     a file as add_bos_token of tokenizer_config.json says (GPT-2: none), as in transformers 5
     EOS, padding    by name in tokenizer_config.json, else special_tokens_map.json; else by id in config.json
-    `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token
-    padding, truncation, chat templates in the files    have no effect
+    `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token; in a template,
+                    which `encode_pieces` is told apart from data, it does
+    padding, truncation in the files    have no effect
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -43,6 +46,13 @@ FILES = [
 GPT2_SPECIAL = "<|endoftext|>"  # GPT-2's own BOS and EOS, where no file names others
 LARGEST_TEXT = 2**28  # bytes of a text after the normalizer
 PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that GPT-2's alphabet writes as themselves
+
+# noncharacters of Unicode, which no text may hold
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # OPEN 3 CLOSE is the special token 3
+SAID, UNSAID = "\ufdd2", "\ufdd3"  # around what a chat template says the assistant said
+ESCAPE = "\ufdd4"  # inside a special token's name in data, so that it stays text
+
+Piece = tuple[str, bool]  # text, and whether it is of a template: there a special token's name is that token
 
 T = TypeVar("T")
 
@@ -100,13 +110,7 @@ class Tokenizer:
     def encode_all(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """`encode` for each text, in parallel."""
         check_kind(bos, bool, "bos")
-        sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
-        if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
-            problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
-            raise InputError(problem, file=self.file, where="normalizer")
-        if self.absent:
-            for number, text in enumerate(texts):
-                self.check_bytes(text, f"text {number + 1}")
+        sizes = self.check_texts(texts)
         run = self.backend.encode_batch_fast
         try:
             encodings = call_library(partial(run, list(texts), add_special_tokens=False), self.file)
@@ -124,12 +128,75 @@ class Tokenizer:
                 )
         return [self.before + ids for ids in lists] if bos else lists
 
+    def check_texts(self, texts: Sequence[str]) -> list[int]:
+        """The UTF-8 bytes of each text, which the tokenizer must be able to encode."""
+        sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
+        if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
+            problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
+            raise InputError(problem, file=self.file, where="normalizer")
+        if self.absent:
+            for number, text in enumerate(texts):
+                self.check_bytes(text, f"text {number + 1}")
+        return sizes
+
     def check_bytes(self, text: str, where: str) -> None:
         """Refuse a text with a byte that the vocabulary has no token for."""
         for sign in text:
             if not self.absent.isdisjoint(sign.encode()):
                 problem = f"holds {sign!r}, for which the vocabulary has no token: it would be left out"
                 raise InputError(problem, file=self.file, where=where)
+
+    def encode_pieces(self, texts: Sequence[Sequence[Piece]], *, bos: bool = True) -> list[list[int]]:
+        """`encode` for texts of template and data: the special tokens that a template names become those tokens."""
+        if not any(self.special.search(text) for pieces in texts for text, of_template in pieces if of_template):
+            return self.encode_all(["".join(text for text, _ in pieces) for pieces in texts], bos=bos)
+        for number, pieces in enumerate(texts):
+            if any(OPEN in text for text, _ in pieces):
+                raise InputError(f"holds U+{ord(OPEN):04X}, which is no character", where=f"text {number + 1}")
+        marked = ["".join(self.mark(text) if of_template else text for text, of_template in merge(pieces))
+                  for pieces in texts]  # fmt: skip
+        lists = [ids for ids, _ in self.encode_marked(marked)]
+        return [self.before + ids if ids[: len(self.before)] != self.before else ids for ids in lists] if bos else lists
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches the name of a special token."""
+        names = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+    def mark(self, text: str) -> str:
+        """A template's text with OPEN number CLOSE for each special token."""
+        return self.special.sub(lambda found: f"{OPEN}{self.backend.token_to_id(found[0])}{CLOSE}", text)
+
+    def encode_marked(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of texts with marks, and the characters that each stands for; without BOS.
+
+        The whole text goes through the library at once, so that what it does at a text's start, and beside a special
+        token, is what it does in the model's own tokenizer.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        backend, ids = self.marked
+        self.check_texts([re.sub(f"{OPEN}[0-9]+{CLOSE}", "", text) for text in texts])
+        found = call_library(partial(backend.encode_batch, list(texts), add_special_tokens=False), self.file)
+        return [([ids.get(token, token) for token in encoding.ids], encoding.offsets) for encoding in found]
+
+    @cached_property
+    def marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The library's tokenizer with special tokens named by their marks, and the ids of added tokens, for the
+        library numbers them anew."""
+        spec = json.loads(self.backend.to_str())
+        spec["post_processor"], named = None, {}
+        for token in spec["added_tokens"]:
+            if token["special"]:
+                token["content"] = f"{OPEN}{token['id']}{CLOSE}"
+            named[token["content"]] = token["id"]
+        backend = call_library(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), self.file)
+        ids = {int(backend.token_to_id(name) or 0): number for name, number in named.items()}
+        if taken := ids.keys() & (set(backend.get_vocab(with_added_tokens=False).values()) - set(ids.values())):
+            raise InputError(f"id {min(taken)} would be given twice: the vocabulary has gaps", file=self.file)
+        return backend, ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids are left out.
@@ -146,6 +213,8 @@ class Tokenizer:
     def with_eos(self, token: str) -> Tokenizer:
         """The same tokenizer with another token, which its vocabulary holds, as end of sequence."""
         changed = copy.copy(self)
+        for made in ("special", "marked"):  # of the other backend
+            changed.__dict__.pop(made, None)
         changed.backend = copy.deepcopy(self.backend)
         changed.backend.encode_special_tokens = True
         changed.eos = named_id(changed.backend, token, self.file, "eos token")
@@ -188,6 +257,11 @@ class Tokenizer:
                 file=self.file,
                 hint="This tokenizer belongs to another model",
             )
+
+
+def merge(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with neighbours of one kind joined: a template may spell a special token in two pieces."""
+    return [("".join(text for text, _ in group), kind) for kind, group in groupby(pieces, key=lambda piece: piece[1])]
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokenizer:

@@ -16,13 +16,28 @@ from typing import IO, Any, NamedTuple
 from tqdm import tqdm
 
 from minipeft.adapters import merge_adapter
-from minipeft.adapters.peft_format import load_adapter
-from minipeft.data.examples import Pair, load_pairs
-from minipeft.data.templates import prompt_text
+from minipeft.adapters.peft_format import find_adapter, load_adapter
+from minipeft.data.chat import ChatTemplate, load_chat_template
+from minipeft.data.forms import (
+    CHAT,
+    FORM_FILE,
+    FORMS,
+    PAIRS,
+    Data,
+    DataFormat,
+    Item,
+    encode_questions,
+    item_of_prompt,
+    load_data,
+    read_format,
+    reference_of,
+)
+from minipeft.data.templates import read_template
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_fields, check_path, option
 from minipeft.files import kind_of, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
+from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, load_model
 from minipeft.runs.config import DTYPES, ModelConfig
@@ -38,6 +53,7 @@ class AnswersConfig:
     adapter_revision: str | None = option(None, "commit, tag or branch of the adapter on the hub")
     merge: bool = option(False, "merge the adapter into the weights first")
     raw: bool = option(False, "continue PROMPT as it is, without the training template")
+    template: str | None = option(None, "format string, or a file of one; default the adapter's own, else the paper's")
     data: str | None = option(None, "answer the questions of this data set instead of PROMPT")
     split: str = option("test", "split of the data set, where it has several")
     limit: int | None = option(None, "answer the first N questions only", least=1)
@@ -49,9 +65,48 @@ class AnswersConfig:
             raise InputError("must be given with data: the answers are written there", where="out")
         if self.data is not None and self.raw:
             raise InputError("has no effect with data: questions take the training template", where="raw")
+        if self.raw and self.template is not None:
+            raise InputError("has no effect with raw", where="template")
         for name, plain in (("split", "test"), ("limit", None), ("out", None)):
             if self.data is None and getattr(self, name) != plain:
                 raise InputError("has no effect without data", where=name)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a question becomes the ids that its answer is generated after: form, template, and a chat's own template."""
+
+    format: DataFormat
+    chat: ChatTemplate | None
+
+    def encode(self, items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]:
+        """The ids of each row's prompt."""
+        return encode_questions(items, self.format, tokenizer, self.chat)
+
+
+def choose_template(config: AnswersConfig) -> Asking:
+    """Form and template of the prompts: as the caller says, else as the adapter (or the tuned model) was trained.
+
+    Raises:
+        InputError: what the folder says is not ours, or a chat's model has no template.
+    """
+    if config.template is not None:
+        return Asking(DataFormat("template", read_template(config.template).text), None)
+    found = find_format(config) or PAIRS
+    return Asking(found, load_chat(config.model, found.template) if found.form == CHAT else None)
+
+
+def find_format(config: AnswersConfig) -> DataFormat | None:
+    """Form and template that the adapter, or the model itself, was trained with; None where neither says."""
+    if config.adapter is None:
+        given = config.model
+        return read_format(fetch(given.source, ["config.json"], revision=given.revision, optional=[FORM_FILE]))
+    return read_format(find_adapter(config.adapter, config.adapter_revision, also=[FORM_FILE]))
+
+
+def load_chat(model: ModelConfig, text: str | None = None) -> ChatTemplate:
+    """The chat template of a model; `text` is the one that an adapter was trained with."""
+    return load_chat_template(model.source, revision=model.revision, text=text)
 
 
 def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tuple[Decoder, Tokenizer]:
@@ -83,37 +138,47 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
 
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, prompts: Sequence[str]) -> list[str]:
-    """Answer each prompt; unless `raw` is set, the prompt is put into the training template."""
-    texts = prompts if config.raw else [prompt_text(prompt) for prompt in prompts]
-    return generate(model, tokenizer, texts, config.generate)
+    """Answer each prompt; unless `raw` is set, the prompt is put into the template of the training."""
+    if config.raw:
+        return generate(model, tokenizer, prompts, config.generate)
+    asking = choose_template(config)
+    rows = asking.encode([item_of_prompt(prompt, asking.format) for prompt in prompts], tokenizer)
+    ends = asking.chat.find_end(tokenizer) if asking.chat else set()
+    found = answer(model, tokenizer, rows, config.generate, ends=ends)
+    return [a.text for a in sorted(found, key=lambda a: a.index)]
 
 
 def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> int:
     """Answer the questions of `config.data` into the file `config.out`, resumably; returns how many there are.
 
     Raises:
-        InputError: the file exists, FILE.part was started with other settings, or the disk refuses.
+        InputError: the file exists, FILE.part was started with other settings, or the data is of another form than the
+            adapter was trained on.
     """
     assert config.data is not None
     out = check_path(config.out, "out")
     if out.exists():
         raise InputError("exists already", file=out, hint="Name another --out, or remove it")
-    pairs = load_pairs(config.data, split=config.split)
-    items = pairs.items[: config.limit]
+    asking = choose_template(config)
+    data = load_questions(config.data, config.split, asking.format)
+    items = data.items[: config.limit]
     about = {"model": config.model.source, "adapter": str(config.adapter), "merge": config.merge}
     if config.adapter_revision is not None:
         about["adapter_revision"] = config.adapter_revision
-    identity = {"settings": asdict(config.generate), **about, "data_sha256": pairs.sha256, "questions": len(items)}
+    identity = {"settings": asdict(config.generate), **about, "data_sha256": data.sha256, "questions": len(items)}
+    if asking.format != PAIRS:
+        identity |= {"form": asking.format.form, "template": asking.format.template}
     part = out.with_name(out.name + ".part")
     done = begin(part, json.loads(json.dumps(identity)))
     left = [number for number in range(len(items)) if number not in done]
-    prompts = [prompt_text(pair.intent) for pair in items]
+    prompts = asking.encode(items, tokenizer)
+    ends = asking.chat.find_end(tokenizer) if asking.chat else set()
     with (
         open(part, "a", encoding="utf-8") as stream,
         tqdm(total=len(items), initial=len(done), unit="answer", disable=None) as bar,
     ):
-        for a in answer(model, tokenizer, prompts, config.generate, only=left):
-            done[a.index] = answer_row(items[a.index], a)
+        for a in answer(model, tokenizer, prompts, config.generate, only=left, ends=ends):
+            done[a.index] = answer_row(items[a.index], a, asking.format)
             add_line(stream, part, {"index": a.index, **done[a.index]})
             bar.update()
     lines = "".join(json.dumps(done[number]) + "\n" for number in range(len(items)))
@@ -122,10 +187,24 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     return len(items)
 
 
-def answer_row(pair: Pair, answer: Answer) -> dict[str, Any]:
+def load_questions(source: str, split: str, form: DataFormat) -> Data:
+    """The rows to be answered, which must be of the form that was trained on.
+
+    Raises:
+        InputError: they are of another form.
+    """
+    known = form.form in {found.form for found in FORMS.values()} and (form.form == CHAT or form in FORMS.values())
+    data = load_data(source, split=split, template=None if known else form.template)
+    if known and data.format.form != form.form:
+        problem = f"holds {data.format.form}, but the adapter was trained on {form.form}"
+        raise InputError(problem, file=data.file, hint="Give data of that form, or --template")
+    return data
+
+
+def answer_row(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:
     """Build a line of the file."""
-    row = {"prediction": answer.text, "reference": pair.snippet, "question_id": pair.question_id}
-    return {**row, "intent": pair.intent, "ended": answer.ended}
+    row = {"prediction": answer.text, "reference": reference_of(item, form), "question_id": item.question_id}
+    return {**row, "intent": item.question, "ended": answer.ended}
 
 
 def add_line(stream: IO[str], part: Path, entry: Mapping[str, Any]) -> None:

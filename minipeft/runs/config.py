@@ -48,12 +48,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data set and the number of held-out pairs."""
+    """The data set, how a row becomes text, and the number of held-out rows."""
 
     source: str = option(
-        help="conala, demo, or a file of pairs (JSON array or JSON lines with intent and snippet)", flag="data"
+        help="conala, demo, a file (JSON, JSON lines, gzip, Parquet), a folder of them, or a data set on the hub with "
+        "--data-file; of messages, intent and snippet, prompt and completion, or text",
+        flag="data",
     )
-    held_out: int = option(100, "pairs held out for evaluation; pairs of one question stay together", least=0)
+    template: str | None = option(
+        None,
+        "format string, or a file of one, for other fields: '{question}\\n{answer}'; the last field is the response",
+    )
+    file: str | None = option(None, "file of the data set on the hub", flag="data-file")
+    revision: str | None = option(None, "commit of the data set on the hub", flag="data-revision")
+    held_out: int = option(100, "rows held out for evaluation; rows of one question stay together", least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)

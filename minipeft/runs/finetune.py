@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from tqdm import tqdm
 
 from minipeft.adapters import add_adapter
 from minipeft.adapters.peft_format import save_adapter
-from minipeft.data.examples import Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
+from minipeft.data.chat import ChatTemplate, load_chat_template
+from minipeft.data.encoded import Encoded
+from minipeft.data.examples import shared_pairs, split_by_question
+from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_path
@@ -34,7 +38,7 @@ from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
-from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
+from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
@@ -69,9 +73,9 @@ def finetune(
         fresh = not out.exists()
         check_folder(out)  # before anything large is read
         try:
-            pairs, tokenizer = load_pairs(config.data.source), load_tokens(config.model)
+            prepared = prepare(config.model, config.data)
             check_room(config, out)
-            identity, about = identify(config, pairs, tokenizer)
+            identity, about = identify(config, prepared)
         except InputError:
             if fresh:
                 with suppress(OSError):  # another process has written there
@@ -82,19 +86,42 @@ def finetune(
             if (result := read_result(run.folder)) is not None:
                 say("the run is complete: 0 steps left, nothing is written")
                 return result
-            return do_run(run, config, pairs, tokenizer, say)
+            return do_run(run, config, prepared, say)
         finally:
             run.close()
 
 
-def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say: Say) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, the model's tokenizer and, for chats, its chat template."""
+
+    data: Data
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+
+    @property
+    def format(self) -> DataFormat:
+        """Form and template, as the adapter's folder keeps them."""
+        return self.data.format if self.chat is None else DataFormat(CHAT, self.chat.text)
+
+
+def prepare(model: ModelConfig, given: DataConfig) -> Prepared:
+    """Read the data, the tokenizer and, for chats, the chat template."""
+    data = load_data(given.source, template=given.template, file=given.file, revision=given.revision)
+    chat = load_chat_template(model.source, revision=model.revision) if data.format.form == CHAT else None
+    return Prepared(data, load_tokens(model), chat)
+
+
+def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say) -> dict[str, Any]:
     """Train in the locked folder."""
+    tokenizer = prepared.tokenizer
     model = load_base(config, tokenizer)
     report = add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)
     say(str(report))
-    for note in pairs.notes:
+    say(f"{len(prepared.data):,} rows of {prepared.data.format}")
+    for note in prepared.data.notes:
         say(f"note: {note}")
-    batches, held_out = pack_pairs(config, model, tokenizer, pairs, say)
+    batches, held_out = pack_data(config, model, prepared, say)
     say(str(batches.report))
     settings = set_steps(config, len(batches))
     movement, state = Movement.start(model), TrainState(model)
@@ -116,7 +143,7 @@ def do_run(run: Run, config: RunConfig, pairs: Pairs, tokenizer: Tokenizer, say:
         "model": config.model.source,
         "learning_rate": settings.learning_rate,
         **result,
-        "files": save_trained(run.folder, model, tokenizer, config),
+        "files": save_trained(run.folder, model, tokenizer, config, prepared.format),
     }
     kind = "model" if config.method.trains_base else "adapter"
     about = read_object(run.folder / RUN)
@@ -260,18 +287,16 @@ def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
     return model
 
 
-def pack_pairs(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, pairs: Pairs, say: Say
-) -> tuple[Batches, list[Batch]]:
+def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -> tuple[Batches, list[Batch]]:
     """The batches to train on, and those held out."""
-    wanted, packing = config.data.held_out, config.packing
-    kept, held_out = split_by_question(pairs, wanted) if wanted else (pairs, None)
+    wanted, packing, data = config.data.held_out, config.packing, prepared.data
+    kept, held_out = split_by_question(data, wanted) if wanted else (data, None)
     if held_out is not None and (shared := shared_pairs(kept, held_out)):
-        found = f"{shared} of the {len(held_out)} pairs held out are also trained on"
+        found = f"{shared} of the {len(held_out)} {data.format.noun} held out are also trained on"
         say(f"warning: {found}: the held-out loss is too low")
     batches = pack(
-        encode_pairs(kept, tokenizer),
-        tokenizer,
+        encode_data(kept, data.format, prepared.tokenizer, prepared.chat),
+        prepared.tokenizer,
         length=choose_row_length(packing, model),
         batch=packing.batch,
         virtual_tokens=model.virtual_tokens,
@@ -279,14 +304,17 @@ def pack_pairs(
         loss_mask=packing.loss_mask,
         isolate=packing.isolate,
     )
-    return batches, [] if held_out is None else pack_held_out(packing, model, tokenizer, held_out)
+    if held_out is None:
+        return batches, []
+    encoded = encode_data(held_out, data.format, prepared.tokenizer, prepared.chat)
+    return batches, pack_held_out(packing, model, prepared.tokenizer, encoded)
 
 
-def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, held_out: Pairs) -> list[Batch]:
-    """Pack the held-out pairs into isolated rows, so that packing does not change the loss; the same for every seed.
-    The row length does not depend on the training rows', so that a pair is cut only if it exceeds HELD_OUT_LENGTH."""
+def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, held_out: Encoded) -> list[Batch]:
+    """Pack the held-out examples into isolated rows, so that packing does not change the loss; the same for every seed.
+    The row length does not depend on the training rows', so that one is cut only if it exceeds HELD_OUT_LENGTH."""
     rows = pack(
-        encode_pairs(held_out, tokenizer),
+        held_out,
         tokenizer,
         length=min(HELD_OUT_LENGTH, model.config.context),
         batch=1,
@@ -304,30 +332,38 @@ def set_steps(config: RunConfig, batches: int) -> TrainConfig:
     return replace(config.train, steps=max(1, round(config.epochs * batches / config.train.accumulate)))
 
 
-def identify(config: RunConfig, pairs: Pairs, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def identify(config: RunConfig, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build run.json: the settings that determine a run's bits and must match at resume, and the others."""
     settings = config.as_json()
     identity = {
         "arguments": {name: value for name, value in settings.items() if name not in MAY_DIFFER},
         "model_sha256": fingerprint(config.model.source, config.model.revision),
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "data_sha256": pairs.sha256,
+        "tokenizer_sha256": prepared.tokenizer.fingerprint,
+        "data_sha256": prepared.data.sha256,
         "minipeft": version("minipeft"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+    if (chat := prepared.chat) is not None:
+        identity["chat_template_sha256"] = hashlib.sha256(chat.text.encode()).hexdigest()
+        if chat.writes_date:  # into each chat: a run that resumes on another day would see another text
+            identity["chat_template_date"] = str(date.today())
     return identity, {name: settings[name] for name in MAY_DIFFER}
 
 
-def save_trained(folder: Path, model: Decoder, tokenizer: Tokenizer, config: RunConfig) -> dict[str, str]:
-    """Save adapter/ with PEFT's two files or, after full tuning, model/ with its tokenizer; returns their sha256."""
+def save_trained(
+    folder: Path, model: Decoder, tokenizer: Tokenizer, config: RunConfig, form: DataFormat
+) -> dict[str, str]:
+    """Save adapter/ with PEFT's two files or, after full tuning, model/ with its tokenizer, and beside them the data's
+    form and template; returns the sha256 of all."""
     full = config.method.trains_base
     place = folder / ("model" if full else "adapter")
     if full:
         save_model(model, place, tokenizer)
     else:
         save_adapter(model, place)
+    form.write(place)
     return {f"{place.name}/{file.name}": hash_file(file) for file in sorted(place.iterdir()) if file.name != CARD}
 
 

@@ -16,13 +16,14 @@ from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.adapters.verdict import MergeReport
 from minipeft.data.examples import load_pairs
+from minipeft.data.forms import FORM_FILE
 from minipeft.data.templates import prompt_text
 from minipeft.data.tokens import FILES
 from minipeft.errors import InputError, check_fields, option
 from minipeft.files import read_text
 from minipeft.hub import push
 from minipeft.models.checkpoint import INDEX, SINGLE, find_tensors, save_model
-from minipeft.runs.answers import AnswersConfig, load_tuned
+from minipeft.runs.answers import AnswersConfig, find_format, load_tuned
 from minipeft.runs.card import CARD, make_merged_card, write_card
 from minipeft.runs.config import DTYPES, ModelConfig
 
@@ -81,6 +82,7 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
         raise InputError("exists already", file=out, hint="Name another --out, or remove it")
     prompts = read_prompts(config)
     tuned = AnswersConfig(config.model, adapter=config.adapter, adapter_revision=config.adapter_revision)
+    form = find_format(tuned)
     base, tokenizer = load_tuned(tuned, say)
     dtype = None if config.dtype is None else DTYPES[config.dtype]
     report = merge_adapter(
@@ -94,6 +96,8 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
     say(str(report))
     write_card(out, make_merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)
+    if form is not None:  # so that generate asks the merged model as it asked the adapter
+        form.write(out)
     return report
 
 
@@ -122,8 +126,8 @@ def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[st
 def own_files(folder: Path, kind: str) -> list[str]:
     """List the existing files that belong to an adapter or a model; no code, no pickle."""
     if kind == "adapter":
-        known = [CONFIG, WEIGHTS, OWN, STATE, *FILES, CARD]
+        known = [CONFIG, WEIGHTS, OWN, STATE, FORM_FILE, *FILES, CARD]
     else:
         shards = sorted({info.file.name for info in find_tensors(folder, folder, None).values()})
-        known = ["config.json", SINGLE, INDEX, *shards, "generation_config.json", *FILES, CARD]
+        known = ["config.json", SINGLE, INDEX, *shards, "generation_config.json", FORM_FILE, *FILES, CARD]
     return [name for name in dict.fromkeys(known) if (folder / name).exists()]

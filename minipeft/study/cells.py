@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from minipeft.adapters.peft_format import WEIGHTS
-from minipeft.data.examples import load_pairs, split_by_question
+from minipeft.data.examples import encode_pairs, load_pairs, split_by_question
 from minipeft.errors import InputError
 from minipeft.files import parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
@@ -174,7 +174,7 @@ def answer(cell: Cell, folder: Path, row: Row) -> Row:
     loss = None
     if run.data.held_out:
         _, held = split_by_question(load_pairs(run.data.source), run.data.held_out)
-        loss = evaluate(model, pack_held_out(run.packing, model, tokenizer, held))
+        loss = evaluate(model, pack_held_out(run.packing, model, tokenizer, encode_pairs(held, tokenizer)))
     return replace(row, training=replace(row.training, dev_loss=loss, peak_memory_bytes=peak_memory(run.model.device)))
 
 

@@ -104,6 +104,7 @@ def test_flags_that_no_config_declares() -> None:
             found[file.stem] = names
     assert found == {
         "__init__": ["--debug"],
+        "data": ["source", "--json"],
         "generate": ["prompts"],
         "inspect": ["folder", "--json"],
         "merge": ["--json"],

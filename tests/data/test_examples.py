@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.data import examples as module
+from minipeft.data import reading as module
 from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
 from minipeft.data.templates import prompt_text
 from minipeft.data.tokens import Tokenizer, load_tokenizer
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "D05 not UTF-8": (GOOD + b'{"intent": "\xe9"}', f"FILE:2: not UTF-8 at byte {len(GOOD) + 12}"),
     "D06 UTF-16": (GOOD.decode().encode("utf-16"), "FILE: looks like UTF-16. Save it as UTF-8"),
     "D06 UTF-16 without mark": (GOOD.decode().encode("utf-16-le"), "FILE: looks like UTF-16"),
-    "D07 gzip": (b"\x1f\x8b\x08\0", "FILE: is a gzip file. Decompress"),
+    "D07 gzip": (b"\x1f\x8b\x08\0", "FILE: is a gzip file that is damaged ("),
     "D07 zip": (b"PK\x03\x04", "FILE: is a zip file"),
     "D07 parquet": (b"PAR1\x15\x04", "FILE: is a parquet file"),
     "D08 cut": (GOOD + GOOD[:-9], "FILE:2: not valid JSON: line 2 column"),
@@ -215,7 +215,7 @@ SNIPPETS = st.text(st.sampled_from(" \n\t#:ax1\u00e9\u65e5"), min_size=1, max_si
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(intent=SNIPPETS, snippet=SNIPPETS)
+@given(intent=SNIPPETS.filter(str.strip), snippet=SNIPPETS)
 def test_generation_starts_from_the_ids_that_training_saw(tokenizer: Tokenizer, intent: str, snippet: str) -> None:
     (example,) = encode_pairs([Pair(intent, snippet)], tokenizer)
     prompt = tokenizer.encode(prompt_text(intent))

@@ -1,15 +1,17 @@
 """Rows against a literal implementation of the rules, token by token; and input that cannot be packed."""
 
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.data.examples import Example
+from minipeft.data.encoded import Encoded, Example
 from minipeft.data.packing import Batches, PackConfig, first_fit, pack
 from minipeft.documents import IGNORED, PADDING, derived_seed
 from minipeft.errors import InputError
@@ -177,7 +179,7 @@ def test_first_fit_is_the_naive_one(sizes: list[int]) -> None:
         if place is None:
             rows.append(place := [])
         place.append(number)
-    assert first_fit(sizes, 20) == rows
+    assert [row.tolist() for row in first_fit(np.array(sizes), 20)] == rows
 
 
 def test_the_drawing_at_the_head_of_the_file() -> None:
@@ -255,3 +257,37 @@ def test_the_config_is_checked() -> None:
         with pytest.raises(InputError) as error:
             PackConfig(**changed)  # type: ignore[arg-type]
         assert str(error.value) == said
+
+
+def test_packing_copies_nothing() -> None:
+    """Of 200,000 examples, 88 MB of ids, packing takes less than half as much again; as lists they took 1.5 GB."""
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(60, 160, 200_000)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    ids = draw.integers(2, 40_000, starts[-1], dtype=np.int32)
+    encoded = Encoded(ids, starts, np.full(len(sizes), 20, np.int32), None)
+    for loss in ("all", "response"):
+        tracemalloc.start()
+        try:
+            batches = pack(encoded, TOKENIZER, length=1024, batch=4, loss_mask=loss)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 200 * len(sizes), f"{peak:,} bytes"
+        assert batches.report.fill > 0.98
+        assert batches[7].ids.shape == (4, 1024)
+
+
+def test_a_chat_is_trained_on_where_it_says() -> None:
+    """Whatever the loss mask; and a document that is cut before the assistant speaks is left out."""
+    chats = [
+        Example([5, 6, 7, 8], 1, [False, True, False, True]),
+        Example([9, 10, 11, 12, 13], 4, [False] * 4 + [True]),
+        Example([14, EOS], 0, [True, True]),
+    ]
+    for loss in ("all", "response"):
+        batches = pack(chats, TOKENIZER, length=4, batch=3, loss_mask=loss, shuffle=False)
+        assert batches[0].labels.tolist() == [[-100, 6, -100, 8], [-100, EOS, -100, -100]]
+        assert (batches.report.targets, batches.report.left_out) == (3, 1)
+    with pytest.raises(InputError, match="example 0: must end with EOS, which separates joined documents"):
+        pack(chats, TOKENIZER, length=4, isolate=False)

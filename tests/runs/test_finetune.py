@@ -129,9 +129,8 @@ def test_the_adapter_on_disk_is_the_one_that_was_trained(method: str, folder: Pa
     result = finetune(config(folder, method=method, **extra), folder / "out", say=lambda _: None)
     model = minipeft.load_model(folder / "model")
     minipeft.load_adapter(model, folder / "out/adapter")
-    tokenizer = minipeft.load_tokenizer(folder / "model")
-    pairs = minipeft.load_pairs(folder / "pairs.jsonl")
-    _, dev = tuning.pack_pairs(config(folder), model, tokenizer, pairs, say=lambda _: None)
+    given = config(folder)
+    _, dev = tuning.pack_data(given, model, tuning.prepare(given.model, given.data), say=lambda _: None)
     assert minipeft.evaluate(model, dev) == pytest.approx(result["dev_loss"], rel=1e-6)
 
 

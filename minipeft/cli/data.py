@@ -1,0 +1,44 @@
+"""`minipeft data`: show what a data set trains a model on, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from minipeft.cli.flags import add_fields, read_typed
+
+HELP = "show what a data set trains a model on: examples, lengths, what is cut, what is held out twice"
+EXAMPLE = "minipeft data chats.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --length 2048"
+SKIP_MODEL = ("dtype", "device", "legacy-bin")  # no weight is read
+SKIP_DATA = ("data",)
+SKIP_ROWS = ("batch", "isolate")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    from minipeft.data.packing import PackConfig
+    from minipeft.runs.config import DataConfig, ModelConfig
+    from minipeft.runs.survey import SurveyConfig
+
+    parser.add_argument("source", metavar="FILE", help="what train takes as --data")
+    add_fields(parser, SurveyConfig)
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    add_fields(parser.add_argument_group("model"), ModelConfig, skip=SKIP_MODEL)
+    add_fields(parser.add_argument_group("data"), DataConfig, skip=SKIP_DATA)
+    add_fields(parser.add_argument_group("packing"), PackConfig, skip=SKIP_ROWS)
+
+
+def main(options: argparse.Namespace) -> int:
+    from minipeft.data.packing import PackConfig
+    from minipeft.runs.config import DataConfig, ModelConfig
+    from minipeft.runs.survey import SurveyConfig, survey
+
+    config = SurveyConfig(
+        ModelConfig(**read_typed(ModelConfig, options, skip=SKIP_MODEL)),
+        DataConfig(options.source, **read_typed(DataConfig, options, skip=SKIP_DATA)),
+        PackConfig(**read_typed(PackConfig, options, skip=SKIP_ROWS)),
+        **read_typed(SurveyConfig, options),
+    )
+    found = survey(config)
+    print(json.dumps(found.as_json(), indent=2) if options.json else found.as_text(colour=sys.stdout.isatty()))
+    return 0
