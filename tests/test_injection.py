@@ -15,7 +15,8 @@ from minipeft.errors import InputError
 from minipeft.metrics.scores import score_texts
 from minipeft.study.browser import Answered
 from minipeft.study.cells import Cell
-from minipeft.study.charts import Curve, escape
+from minipeft.study.charts import escape
+from minipeft.study.curves import Curve
 from minipeft.study.page import draw_page
 from minipeft.study.progress import Bar
 from minipeft.study.report import NOTES, as_terminal, draw_markdown, summarize

@@ -50,6 +50,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     **dict.fromkeys(
         ("adapters/peft_ia3", "adapters/peft_targets", "adapters/peft_vera"), "tests/adapters/test_peft_format.py"
     ),
+    "__init__": "tests/test_imports.py",
     "models/quantized": "tests/models/test_quantize.py",
     "data/messages": "tests/data/test_forms.py",
     "data/sandbox": "tests/data/test_chat.py",

@@ -260,6 +260,8 @@ def item_of_prompt(prompt: str, form: DataFormat) -> Item:
     """
     if form.form == CHAT:
         return Item(messages=({"role": "user", "content": prompt},))
+    if not prompt.strip():
+        raise InputError("is blank" if prompt else "is empty", where="intent")
     asked = form.parsed.asked
     if len(asked) > 1:
         problem = f"the adapter's template asks for {', '.join(asked)}, not one PROMPT"

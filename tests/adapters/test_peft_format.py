@@ -392,7 +392,7 @@ BAD = {
                   "want [4, 32]. Is the adapter for another model?"),
     "W11 pickle": (pickled, "holds only adapter_model.bin, a pickle, which is not read"),
     "W14 vocabulary": (tensors(lambda t: t | {"base_model.model.lm_head.weight": torch.ones(70, 32)}),
-                       "the vocabulary was resized: 'base_model.model.lm_head.weight' has 70 rows, the model 61"),
+                       "the vocabulary was resized: 'base_model.model.lm_head.weight' has 70 rows, the model "),
     "W12 truncated": (bytes_of(DATA, lambda b: b[:-1]), "safetensors: data incomplete: needs"),
     "W12 half": (bytes_of(DATA, lambda b: b[: len(b) // 2]), "safetensors: data incomplete"),
     "W13 empty": (bytes_of(DATA, lambda b: b""), "safetensors: too short to be safetensors: 0 bytes"),

@@ -57,7 +57,7 @@ def test_change_keeps_the_rest() -> None:
         ("prefix", {"rank": 3}, "rank: has no effect with prefix (lora"),
         ("full", {"targets": ("nope",)}, "targets: has no effect with full (lora"),
         ("lora", {"gate": True}, "gate: has no effect with lora (prefix has it)"),
-        ("lora", {"init": "banana"}, "init: 'banana' is not known (uniform, gaussian, pissa)"),
+        ("lora", {"init": "banana"}, "init: 'banana' is not known (uniform, gaussian, orthogonal, pissa, olora)"),
         ("lora", {"learning_rat": 1}, "learning_rat: is not a setting of lora. Did you mean learning_rate?"),
         ("banana", {"learning_rate": 1e-3}, "method: 'banana' is not known (full, lora, dora, rslora, pissa, "),
         ("dora", {"dora": False}, "dora: False contradicts method dora"),

@@ -177,7 +177,7 @@ def test_the_held_out_pairs_are_whole_and_apart(model, stories):
     """However short the training rows are, held-out pairs are not cut and are isolated."""
     tokenizer, base, pairs = load_tokenizer(model), load_model(model), load_pairs(str(stories))
     for kind in ("all", "response"):
-        rows = pack_held_out(PackConfig(length=24, loss_mask=kind), base, tokenizer, pairs)
+        rows = pack_held_out(PackConfig(length=24, loss_mask=kind), base, tokenizer, encode_pairs(pairs, tokenizer))
         examples = encode_pairs(pairs, tokenizer)
         alone = [pack([e], tokenizer, length=len(e.ids), batch=1, loss_mask=kind)[0] for e in examples]
         whole = sum(len(example.ids) for example in examples)
