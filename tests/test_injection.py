@@ -76,7 +76,9 @@ def test_the_page_has_the_tags_of_a_harmless_one(kind: str) -> None:
         page = draw_page(results, summarize(results), NOTES, curves, cells)
         reader = Reader()
         reader.feed(page)
-        found.append(reader.tags)
+        found.append(
+            [tag for tag in reader.tags if tag[0] not in ("ins", "del")]
+        )  # the diff of another text is another
         assert not DANGEROUS & set(page)
     assert found[0] == found[1]
 
