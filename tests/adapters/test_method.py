@@ -69,7 +69,7 @@ def test_each_name_makes_the_config_of_its_method() -> None:
         ("prefix", {"rank": 3}, r"rank: method prefix has no such setting \(it has: length, init, text, reparam, "),
         ("full", {"targets": "nope"}, r"targets: method full has no such setting \(it has: none\)"),
         ("dora", {"dora": False}, "dora: False contradicts method dora"),
-        ("lora", {"init": "banana"}, r"init: 'banana' is not known \(uniform, gaussian, pissa\)"),
+        ("lora", {"init": "banana"}, r"init: 'banana' is not known \(uniform, gaussian, orthogonal, pissa, olora\)"),
     ],
 )
 def test_what_a_method_does_not_have_is_refused(name: str, chosen: dict[str, object], text: str) -> None:
