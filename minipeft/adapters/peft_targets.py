@@ -1,4 +1,4 @@
-"""What the formats of adapted linears share: the start of a tensor's name, and PEFT's keys for targets and layers."""
+"""Shared by the formats that adapt linears: the prefix of tensor names, and PEFT's keys for targets and layers."""
 
 from __future__ import annotations
 

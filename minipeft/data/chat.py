@@ -1,18 +1,18 @@
-"""Chats as a checkpoint's own template writes them, and which of their tokens the assistant said.
+"""Render chats with the checkpoint's own template, and find the tokens of the assistant's turns.
 
 The template is Jinja, in tokenizer_config.json (`chat_template`) or chat_template.jinja. It comes from a hub, so it
 runs in the sandbox that transformers uses, with the same globals and filters, and sees nothing but JSON values.
 
-What the assistant said is found in one of two ways. A template may mark it, {% generation %} ... {% endgeneration %}.
+The assistant's turns are found in one of two ways. A template may mark them, {% generation %} ... {% endgeneration %}.
 Else, for the assistant's turn i,
 
     asked    = render(messages[:i], with the generation prompt)      ...<|im_start|>assistant\\n
     answered = render(messages[:i + 1])                              ...<|im_start|>assistant\\nHi!<|im_end|>\\n
 
-and what `answered` adds to `asked` was said; a line end after the token that ends the turn was not. This needs each
-text to be the beginning of the next, and of the whole chat: a template that rewrites earlier turns is refused.
+and the turn is what `answered` adds to `asked`, without a line end after the end-of-turn token. Each text must be a
+prefix of the next and of the whole chat: a template that rewrites earlier turns is refused.
 
-Which character is whose is carried through the template by noncharacters of Unicode, which no text may hold.
+Noncharacters of Unicode, which no text may hold, mark the boundaries while the template is rendered.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class ChatTemplate:
 
     @property
     def marks_turns(self) -> bool:
-        """Whether the template says itself what the assistant said."""
+        """Whether the template marks the assistant's turns itself."""
         return GENERATION.search(self.text) is not None
 
     @cached_property
     def failures(self) -> tuple[type[Exception], ...]:
-        """What rendering may raise: what the template raises, and what Python raises for what it does."""
+        """The exceptions that rendering may raise: Jinja's, and Python's for the operations of the template."""
         import jinja2
 
         return (
@@ -78,7 +78,7 @@ class ChatTemplate:
         )
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, ask: bool = False) -> str:
-        """The text of a chat, `ask`: with what comes before the assistant's next turn.
+        """Render a chat as text; with `ask`, up to the start of the assistant's next turn.
 
         Raises:
             InputError: the template refuses the messages, or fails on them.
@@ -96,11 +96,11 @@ class ChatTemplate:
     def encode(
         self, messages: Sequence[Message], tools: Any, tokenizer: Tokenizer, place: str | None = None
     ) -> Example:
-        """A chat's ids, and which of them the loss is taken on: what the assistant said, in turns whose `weight` is
-        not 0.
+        """Encode a chat: its ids, and whether each is supervised, which are the assistant's turns with a `weight`
+        other than 0.
 
         Raises:
-            InputError: nothing was said by the assistant, or everything; the template cannot be followed.
+            InputError: no token is the assistant's, or every token is; the turns cannot be found.
         """
         try:
             safe, safe_tools = escape(messages, tokenizer), escape(tools, tokenizer)
@@ -116,13 +116,13 @@ class ChatTemplate:
         return Example(ids, trained.index(True), trained)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any, tokenizer: Tokenizer) -> list[int]:
-        """The ids after which the assistant's next turn begins."""
+        """Encode the prompt of the assistant's next turn."""
         text = self.render(escape(messages, tokenizer), escape(tools, tokenizer), ask=True)
         text, _ = mark_text(text.replace(SAID, "").replace(UNSAID, ""), [], tokenizer)
         return tokenizer.encode_marked([text])[0][0]
 
     def find_end(self, tokenizer: Tokenizer) -> set[int]:
-        """The special tokens that end the assistant's turn, which generation stops at."""
+        """Find the special tokens that end the assistant's turn; generation stops at them."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text, turns = self.find_turns(chat, None, tokenizer)
         said = text[turns[-1].start :]
@@ -130,7 +130,7 @@ class ChatTemplate:
         return set() if first is None else {int(tokenizer.backend.token_to_id(first[0]) or 0)}
 
     def find_turns(self, messages: Sequence[Message], tools: Any, tokenizer: Tokenizer) -> tuple[str, list[Turn]]:
-        """A chat's text, and the turns of the assistant in it that the loss is taken on."""
+        """Render a chat, and find the assistant's turns that are supervised."""
         heard = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         chosen = [messages[i].get("weight", 1) != 0 for i in heard]
         whole = self.render(messages, tools)
@@ -144,7 +144,7 @@ class ChatTemplate:
         return whole, turns
 
     def find_turn(self, messages: Sequence[Message], tools: Any, i: int, whole: str, tokenizer: Tokenizer) -> Turn:
-        """The assistant's turn i, from the texts that end before and after it."""
+        """Find the assistant's turn i from the texts that end before and after it."""
         asked, answered = self.render(messages[:i], tools, ask=True), self.render(messages[: i + 1], tools)
         for first, second, what in ((asked, answered, "answered"), (answered, whole, "followed by more")):
             if not second.startswith(first):
@@ -163,7 +163,7 @@ class ChatTemplate:
 
 
 def take_marks(text: str) -> tuple[str, list[Turn]]:
-    """A text without the marks of {% generation %}, and the turns that stood between them."""
+    """Remove the marks of {% generation %}; returns the text and the turns between them."""
     parts, turns, length, start = re.split(f"([{SAID}{UNSAID}])", text), [], 0, 0
     for part in parts:
         if part == SAID:
@@ -176,7 +176,7 @@ def take_marks(text: str) -> tuple[str, list[Turn]]:
 
 
 def mark_text(text: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, list[Turn]]:
-    """A rendered text with special tokens by their marks and without escapes, and the turns at their new places."""
+    """Replace special tokens by their marks and drop the escapes; the turns move with the text."""
     edges = sorted({edge for turn in turns for edge in turn})
     places: dict[int, int] = {}
     parts, length, last = [], 0, 0
@@ -204,7 +204,7 @@ def mark_text(text: str, turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[s
 
 
 def escape(value: Any, tokenizer: Tokenizer) -> Any:
-    """Data for a template, with an ESCAPE in the name of each special token that it holds; roles are the template's.
+    """Put an ESCAPE into the name of each special token in the data of a chat; roles belong to the template.
 
     Raises:
         InputError: a text holds one of our marks.

@@ -3,7 +3,7 @@
 ids      a a a E b b b b E c E     int32, all examples one after the other
 starts   0       4         9   11  example i holds ids[starts[i] : starts[i + 1]]
 prompts  2       3         1       how many of its first tokens are the prompt
-trained  0 0 1 1 ...               of chats only: 1 where the loss is taken, whatever the prompt
+trained  0 0 1 1 ...               chats only: 1 where a token is supervised; `prompts` has no effect
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Example:
     """A document to train on: its ids, EOS included, of which the first `prompt_tokens` are the prompt.
 
-    `trained`: the tokens that the loss is taken on, where that is not for the loss mask to choose (a chat's).
+    `trained`: the supervised tokens of a chat; elsewhere the loss mask chooses them.
     """
 
     ids: list[int]
@@ -63,7 +63,7 @@ class Encoded(Sequence[Example]):
         return np.diff(self.starts)
 
     def supervised(self, first: int, last: int) -> Array:
-        """Whether the loss is taken on each token of the examples first .. last - 1, where only responses have one.
+        """Whether each token of the examples first .. last - 1 is supervised, where only responses are.
         -> [tokens] bool"""
         starts = self.starts[first : last + 1]
         if self.trained is not None:
@@ -73,7 +73,7 @@ class Encoded(Sequence[Example]):
 
 
 def as_arrays(examples: Iterable[Example]) -> Encoded:
-    """Examples, one after the other, as flat arrays; nothing but the arrays grows."""
+    """Collect examples in flat arrays; memory grows by the arrays alone."""
     if isinstance(examples, Encoded):
         return examples
     ids, sizes, prompts, trained = array("i"), array("i"), array("i"), bytearray()
@@ -90,7 +90,7 @@ def as_arrays(examples: Iterable[Example]) -> Encoded:
 
 
 def take_together(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size`; the last may be shorter."""
+    """Yield the items in lists of `size`; the last may be shorter."""
     held: list[T] = []
     for item in items:
         held.append(item)

@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def content(self) -> tuple[str, str]:
-        """What makes two pairs the same."""
+        """The texts; two pairs with equal content are the same."""
         return self.intent, self.snippet
 
 
@@ -104,7 +104,7 @@ def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair
 
 
 def read_question_id(row: dict[str, Any], place: str) -> int | None:
-    """The question that a row belongs to, where it says so."""
+    """The row's question_id, or None."""
     question_id = row.get("question_id")
     if question_id is not None and (isinstance(question_id, bool) or not isinstance(question_id, int)):
         raise InputError(f"must be an integer, is {kind_of(question_id)}", file=place, where="field 'question_id'")
@@ -112,7 +112,7 @@ def read_question_id(row: dict[str, Any], place: str) -> int | None:
 
 
 def read_field(row: dict[str, Any], name: str, place: str, longest: int, needed: str = NEEDED) -> str:
-    """The text of a field, which must be there, be text, and hold what a tokenizer accepts."""
+    """Read a field: it must exist, be text, and contain only characters that a tokenizer accepts."""
 
     def refuse(problem: str, hint: str | None = None) -> InputError:
         return InputError(problem, file=place, where=f"field '{name}'", hint=hint)
@@ -130,7 +130,7 @@ def read_field(row: dict[str, Any], name: str, place: str, longest: int, needed:
 
 
 def check_text(text: str, place: str, where: str, longest: int) -> None:
-    """Refuse a text that is too long, or holds what a tokenizer does not accept."""
+    """Refuse a text that is too long, or contains a character that no tokenizer accepts."""
     problem = None
     if len(text) > longest:
         problem = f"has {len(text):,} characters, more than {longest:,}"
@@ -145,8 +145,8 @@ def check_text(text: str, place: str, where: str, longest: int) -> None:
 def split_by_question(pairs: P, held_out: int = 100, seed: int = 0) -> tuple[P, P]:
     """Split into (train, dev) with exactly `held_out` pairs in dev and no question in both; the order is kept.
 
-    Questions are ordered by sha256(seed, question), which no library's random numbers can change, and the first that
-    make up the number are taken. Bit n of `sums[k]`: whether some of the first k questions hold n pairs together.
+    Questions are ordered by sha256(seed, question), which does not depend on a random-number library, and the first
+    that add up to `held_out` are taken. Bit n of `sums[k]`: whether some of the first k questions have n pairs in all.
 
     Raises:
         InputError: `held_out` is not below the number of pairs, or no set of whole questions makes it up.
@@ -184,7 +184,7 @@ def shared_pairs(pairs: Iterable[Any], others: Iterable[Any]) -> int:
 
 
 def hash_each(rows: Iterable[Any], where: str) -> dict[int, int]:
-    """A number for each row by which those that say the same are found, and how many have it."""
+    """Hash each row's content and count the rows per hash, to find duplicates."""
     for number, row in enumerate(rows := check_items(rows, object, where, "Pair")):
         if not hasattr(row, "content"):
             check_kind(row, Pair, f"{where}[{number}]")
@@ -192,7 +192,7 @@ def hash_each(rows: Iterable[Any], where: str) -> dict[int, int]:
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> Encoded:
-    """Each pair's ids: prompt, snippet, EOS. The prompt's ids are those that generation starts from, always.
+    """Encode each pair: prompt, snippet, EOS. Generation starts from exactly the prompt's ids.
 
     A special token that the template names is that token; in an intent or a snippet it is text.
     """
@@ -212,11 +212,11 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str =
 def encode_texts(
     prompts: Sequence[Sequence[Piece]], responses: Sequence[Sequence[Piece]], tokenizer: Tokenizer
 ) -> list[Example]:
-    """Each prompt and response as an example that ends with EOS.
+    """Encode each prompt and response as an example that ends with EOS.
 
     The text is encoded as a whole, as in pretraining: Llama's tokenizer would put a space before a response encoded by
-    itself. A whole text need not begin with its prompt's ids, though: a response that begins with a space may merge
-    with the newline before it. Only there is the response encoded by itself.
+    itself. The ids of the whole text may not begin with those of the prompt: a leading space of the response may merge
+    with the newline before it. Only then is the response encoded by itself.
     """
     eos = tokenizer.require_eos()
     starts = tokenizer.encode_pieces(prompts)

@@ -1,4 +1,4 @@
-"""The forms of training data, told by a row's fields, and how each becomes examples to train on.
+"""The forms of training data, recognized by a row's fields, and how each is encoded as examples.
 
     messages             a chat: [{"role": "user", "content": ...}, ...]    the checkpoint's own chat template
     intent, snippet      pairs, as CoNaLa                                   the paper's template
@@ -6,7 +6,7 @@
     text                 plain text, to pretrain further                    "{text}"
     any other            with a template that names the fields              its last field is the response
 
-`minipeft_data.json` in an adapter's folder keeps form and template, so that generation starts from what was trained on.
+`minipeft_data.json` in an adapter's folder stores form and template, so that generation uses the prompts of training.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Item:
 
     @property
     def content(self) -> str:
-        """All that it says, to find the same row again."""
+        """Its texts or messages; two rows with equal content are duplicates."""
         return json.dumps([self.values, self.messages, self.tools], sort_keys=True)
 
     @property
     def question(self) -> str:
-        """What is asked, for a person to read: the last message not of the assistant, or all but the response."""
+        """The question as text: the last message that is not the assistant's, or all fields but the response."""
         asked = [str(message["content"]) for message in question_of(self) if message["role"] != "assistant"]
         return asked[-1] if asked else "\n".join(list(self.values.values())[:-1])
 
@@ -69,7 +69,7 @@ class DataFormat:
 
     @property
     def noun(self) -> str:
-        """What its rows are called."""
+        """The word for its rows in messages."""
         return {"pairs": "pairs", CHAT: "chats"}.get(self.form, "rows")
 
     @property
@@ -111,7 +111,7 @@ FORMS: dict[str, DataFormat] = {
 
 
 def read_format(folder: Path) -> DataFormat | None:
-    """The form and template that an adapter, or a model, was trained with; None where its folder does not say.
+    """Read the form and template that an adapter or model was trained with; None if its folder has no such file.
 
     Raises:
         InputError: minipeft_data.json is not ours.
@@ -169,7 +169,7 @@ def load_data(
 
 
 def find_form(row: Any, place: str) -> DataFormat:
-    """The form of a row, by its fields."""
+    """Recognize the form of a row by its fields."""
     if not isinstance(row, dict):
         raise InputError(f"must be an object, is {kind_of(row)}", file=place)
     for name, form in FORMS.items():
@@ -181,7 +181,7 @@ def find_form(row: Any, place: str) -> DataFormat:
 
 
 def read_item(row: Any, form: DataFormat, place: str, line: int, longest: int) -> tuple[Item, bool]:
-    """A row, checked, and whether its rewritten_intent was null."""
+    """Read and check a row; also returns whether its rewritten_intent was null."""
     if form == PAIRS:
         pair, was_null = read_pair(row, line, place, longest)
         values = {"intent": pair.intent, "snippet": pair.snippet}
@@ -200,7 +200,7 @@ def read_item(row: Any, form: DataFormat, place: str, line: int, longest: int) -
 def encode_data(
     items: Iterable[Item], form: DataFormat, tokenizer: Tokenizer, chat: ChatTemplate | None = None
 ) -> Encoded:
-    """The rows as examples to train on. A text ends with EOS, a chat as its template ends it.
+    """Encode the rows as examples. A text ends with EOS, a chat as its template ends it.
 
     Raises:
         InputError: a chat without `chat`, or one that its template refuses; names the row.
@@ -219,7 +219,7 @@ def encode_data(
 
 
 def require_chat(chat: ChatTemplate | None) -> ChatTemplate:
-    """The chat template, which chats need."""
+    """Return the chat template, or refuse: chats need one."""
     if chat is None:
         raise InputError("chats need the chat template of a model", where="messages")
     return chat
@@ -228,7 +228,7 @@ def require_chat(chat: ChatTemplate | None) -> ChatTemplate:
 def encode_questions(
     items: Sequence[Item], form: DataFormat, tokenizer: Tokenizer, chat: ChatTemplate | None = None
 ) -> list[list[int]]:
-    """The ids that each row's answer is generated after: its prompt, as in training."""
+    """Encode the prompt of each row, as in training."""
     if form.form == CHAT:
         template = require_chat(chat)
         return [template.encode_prompt(question_of(item), item.tools, tokenizer) for item in items]
@@ -243,7 +243,7 @@ def question_of(item: Item) -> tuple[Mapping[str, Any], ...]:
 
 
 def reference_of(item: Item, form: DataFormat) -> str:
-    """What the answer is compared with: the last field, or the assistant's last turn."""
+    """The reference of an answer: the last field, or the assistant's last turn."""
     if form.form != CHAT:
         return item.values[form.parsed.fields[-1]]
     said = [str(message["content"]) for message in item.messages if message["role"] == "assistant"]
@@ -253,10 +253,10 @@ def reference_of(item: Item, form: DataFormat) -> str:
 
 
 def item_of_prompt(prompt: str, form: DataFormat) -> Item:
-    """A prompt that a person typed, as a row.
+    """Make a row of a typed prompt.
 
     Raises:
-        InputError: the template asks for more than one field.
+        InputError: the prompt is empty or blank, or the template has more than one field.
     """
     if form.form == CHAT:
         return Item(messages=({"role": "user", "content": prompt},))

@@ -1,4 +1,4 @@
-"""The messages of a chat as a file holds them, in Hugging Face's form or OpenAI's, checked and in one form.
+"""Read the messages of a chat, in Hugging Face's form or OpenAI's, check them and convert them to one form.
 
 {"role": "user", "content": "..."}                              content may be a list of {"type": "text", "text": "..."}
 {"role": "assistant", "tool_calls": [...], "weight": 0}         weight 0: no loss on this turn
@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_messages(given: Any, place: str, longest: int) -> Iterator[dict[str, Any]]:
-    """The messages of a chat, checked: Hugging Face's form, or OpenAI's."""
+    """Read and check the messages of a chat, in Hugging Face's form or OpenAI's."""
     if not isinstance(given, list) or not given:
         problem = "is empty" if given == [] else f"must be a list, is {kind_of(given)}"
         raise InputError(problem, file=place, where="field 'messages'")
@@ -32,7 +32,7 @@ def read_messages(given: Any, place: str, longest: int) -> Iterator[dict[str, An
 
 
 def read_message(message: dict[str, Any], place: str, where: str, longest: int) -> dict[str, Any]:
-    """A message with its content as one text, and the arguments of its calls as objects."""
+    """Read a message: its content as one text, the arguments of its calls as objects."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         for part in content:
@@ -57,7 +57,7 @@ def read_message(message: dict[str, Any], place: str, where: str, longest: int) 
 
 
 def read_call(call: dict[str, Any], place: str, where: str) -> dict[str, Any]:
-    """A call of a tool; OpenAI writes its arguments as a text of JSON, chat templates want the object."""
+    """Read a tool call; OpenAI writes its arguments as JSON text, chat templates need the object."""
     function = call.get("function")
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         arguments = parse_json(function["arguments"], place, f"{where}: arguments")
@@ -66,7 +66,7 @@ def read_call(call: dict[str, Any], place: str, where: str) -> dict[str, Any]:
 
 
 def read_tools(given: Any, place: str) -> list[dict[str, Any]] | None:
-    """The tools that a chat may call, as JSON schemas; Parquet files hold them as a text of JSON."""
+    """Read the JSON schemas of the tools that a chat may call; Parquet files hold them as JSON text."""
     tools = parse_json(given, place, "field 'tools'") if isinstance(given, str) else given
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise InputError("must be a list of objects", file=place, where="field 'tools'")

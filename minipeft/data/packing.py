@@ -1,7 +1,7 @@
 """Documents -> rows of T tokens: ids, labels, and which document each column belongs to.
 
     isolated (the default)    ids        a a a E b b b b E c E . .     E = EOS, . = padding
-                              documents  0 0 0 0 1 1 1 1 1 2 2 . .     nobody sees another document; positions restart
+                              documents  0 0 0 0 1 1 1 1 1 2 2 . .     no document sees another; positions restart
                               labels     - a a E - b b b E - E - -     - = -100, no loss: the first token is predicted
                                                                        from nothing, padding is nothing
     plain (the paper's)       ids        a a a E b b b b E c E d d     documents joined in order and cut every T;
@@ -212,7 +212,7 @@ def check_examples(examples: Sequence[Example], size: int) -> None:
 
 
 def row_width(length: int, virtual_tokens: int) -> int:
-    """How many tokens of a row are left to documents.
+    """The tokens of a row that are left for documents.
 
     Raises:
         InputError: fewer than two, one to see and one to predict.
@@ -227,7 +227,7 @@ def row_width(length: int, virtual_tokens: int) -> int:
 class Documents:
     """Documents as stretches of the flat ids; nothing is copied before a batch is made.
 
-    `responses`: the loss is taken on what `Encoded.supervised` says; without it on all tokens but a document's first.
+    `responses`: supervise the tokens of `Encoded.supervised`; else all tokens but a document's first.
     """
 
     encoded: Encoded
@@ -245,7 +245,7 @@ class Documents:
         return ids, np.where(self.find_targets(start, start + size), ids, IGNORED)
 
     def find_targets(self, start: int, stop: int) -> Array:
-        """Whether each token of a document has a loss; the first never has. -> [tokens] bool"""
+        """Whether each token of a document is supervised; the first never is. -> [tokens] bool"""
         if self.responses:
             bounds = self.encoded.starts
             first, last = int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop, "left"))
@@ -308,8 +308,8 @@ def join(encoded: Encoded, tokenizer: Tokenizer, responses: bool, width: int) ->
 def first_fit(sizes: Array, width: int) -> Rows:
     """Rows of documents: the longest document first, each into the first row that has room for it.
 
-    Documents of one size go in together: row after row takes as many of them as it has room for, as it would one by
-    one, for a row that has been passed never gets room again. A million documents take seconds.
+    Documents of one size are placed together: each row in turn takes as many as fit, which gives the same rows as one
+    by one, because a row that was too full stays so. A million documents take seconds.
     """
     order = np.argsort(-np.asarray(sizes), kind="stable")
     ordered = np.asarray(sizes)[order]
@@ -329,7 +329,7 @@ def first_fit(sizes: Array, width: int) -> Rows:
 
 
 def check_kept(encoded: Encoded, kept: Documents) -> None:
-    """Refuse documents that all have nothing to take a loss on.
+    """Refuse documents of which none has a supervised token.
 
     Raises:
         InputError: with the length of the longest.
@@ -353,7 +353,7 @@ def count(
     batch: int,
     virtual_tokens: int,
 ) -> PackReport:
-    """Count what went into the rows, and what did not."""
+    """Count the tokens that went into the rows, and those that did not."""
     tokens_in = len(encoded.ids)
     tokens_cut = tokens_in - int(documents.lengths.sum())
     tokens_out = int(kept.lengths.sum())
@@ -375,7 +375,7 @@ def count(
 
 
 def padding_of(tokenizer: Tokenizer) -> int:
-    """The id that padding columns hold. No document sees it, so any id of the vocabulary would do."""
+    """The id in padding columns. No document sees it, so any id of the vocabulary works."""
     return next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
 
 

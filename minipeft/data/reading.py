@@ -1,11 +1,11 @@
-"""From a source of data to its rows: JSON, JSON lines, gzip or Parquet; one file, a folder of them, or the hub.
+"""Read the rows of a data source: JSON, JSON lines, gzip or Parquet; a file, a folder of files, or the hub.
 
     conala, demo               by name: CoNaLa from the hub at one commit, and what comes with the package
     FILE                       a JSON array if it begins with "[", else JSON lines; gzip and Parquet by first bytes
     FOLDER                     all data files in it, by name; of CoNaLa's folder the file of the split
-    OWNER/NAME, file, revision a file of a data set on the hub, at a revision that is named
+    OWNER/NAME, file, revision a file of a data set on the hub, at a given revision
 
-JSON lines are read one by one, so that a file may be larger than memory allows for its text.
+JSON lines are read one by one, so that the text of a file may exceed memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Row = tuple[str, int, Any]  # its place for errors, its number in the file, and 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set; `name` is what errors and the log call it, `sha256` is that of the files."""
+    """The files of a data set; errors and the log use `name`, `sha256` is that of the files."""
 
     name: str
     files: tuple[Path, ...]
@@ -53,7 +53,7 @@ class Source:
 def find_source(
     source: str | Path, split: str = "train", file: str | None = None, revision: str | None = None
 ) -> Source:
-    """The files that a source names: a name, a file, a folder, or a hub id with `file` and `revision`.
+    """Find the files of a source: a known name, a file, a folder, or a hub id with `file` and `revision`.
 
     Raises:
         InputError: no such file, or a hub id without a revision.
@@ -90,13 +90,13 @@ def conala_name(split: str) -> str:
 
 
 def conala_file(split: str) -> Path:
-    """CoNaLa's file of a split, downloaded at the one revision that the published results were measured with."""
+    """Download CoNaLa's file of a split, at the revision of our published results."""
     name = f"data/{conala_name(split)}"
     return fetch(CONALA, [name], revision=CONALA_COMMIT, repo_type="dataset") / name
 
 
 def demo_file(split: str) -> Path:
-    """The file of the demo pairs, which holds all splits: each row names its own."""
+    """The file of the demo pairs; it holds all splits, and each row names its own."""
     if split not in ("train", "test", "hard"):
         raise InputError(f"the demo has no split {split!r}, only 'train', 'test' and 'hard'", where="split")
     return Path(__file__).parents[1] / "demo" / "pairs.jsonl"
@@ -107,7 +107,7 @@ NAMED: dict[str, Callable[[str], Path]] = {"conala": conala_file, "demo": demo_f
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a plain file of reasonable size that nobody is writing to."""
+    """The sha256 of a plain file within the size limit that no process is writing."""
     check_plain(path)
     digest, read = hashlib.sha256(), 0
     with open(path, "rb") as stream:
@@ -174,7 +174,7 @@ def read_array(text: str, path: Path, first: int) -> Iterator[Row]:
 
 
 def decode(raw: bytes, path: Path, line: int, offset: int) -> str:
-    """The text of UTF-8 bytes that begin at `line` and at byte `offset`; a file may begin with a byte order mark."""
+    """Decode UTF-8 bytes that begin at `line` and byte `offset`; a file may begin with a byte order mark."""
     try:
         return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -183,7 +183,7 @@ def decode(raw: bytes, path: Path, line: int, offset: int) -> str:
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Each row of a Parquet file; what is null there is left out, for a column is null where a row lacks the field."""
+    """Each row of a Parquet file without its nulls: a column is null where a row lacks the field."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -203,7 +203,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def drop_nulls(value: Any) -> Any:
-    """A value without the entries of its objects that are null."""
+    """Drop the entries of objects that are null."""
     if isinstance(value, dict):
         return {name: drop_nulls(entry) for name, entry in value.items() if entry is not None}
     return [drop_nulls(entry) for entry in value] if isinstance(value, list) else value

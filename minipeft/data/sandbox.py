@@ -1,7 +1,6 @@
-"""Jinja's sandbox for chat templates: the globals, filters and the tag {% generation %} that transformers gives them.
+"""Jinja's sandbox for chat templates, with transformers' globals, filters and tag {% generation %}.
 
-A template comes from a hub and is not trusted: it cannot reach Python's types or files, and changes nothing that it is
-given.
+A template comes from a hub and is not trusted: it cannot reach Python's types or files, nor change its input.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LARGEST_TEMPLATE = 2**20  # characters
 
 
 def compile_template(text: str, file: str) -> jinja2.Template:
-    """A template of the sandbox.
+    """Compile a template in the sandbox.
 
     Raises:
         InputError: it is no Jinja; names the line.
@@ -38,7 +37,7 @@ def compile_template(text: str, file: str) -> jinja2.Template:
 
 
 def make_sandbox() -> ImmutableSandboxedEnvironment:
-    """The environment that chat templates are written for."""
+    """Make the environment that chat templates expect."""
     sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -53,12 +52,12 @@ def make_sandbox() -> ImmutableSandboxedEnvironment:
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} puts marks around what it holds."""
+    """{% generation %} puts marks around its content."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
-        """The tag as a call of `put_marks` with what stands up to {% endgeneration %}."""
+        """Parse the tag as a call of `put_marks` on the content up to {% endgeneration %}."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("put_marks"), [], [], body).set_lineno(line)
@@ -83,7 +82,7 @@ class Namespace(jinja2.utils.Namespace):
 
 
 class Dict:
-    """`dict` in a template: a call and fromkeys, and no way to the type."""
+    """`dict` in a template: calls and fromkeys work, the type is out of reach."""
 
     def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
         return dict(*given, **named)
@@ -107,5 +106,5 @@ def refuse(message: str) -> None:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """The filter `tojson`: Jinja's own would write <, > and & as escapes of HTML."""
+    """The filter `tojson`; Jinja's own would escape <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

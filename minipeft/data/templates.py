@@ -1,11 +1,11 @@
-"""Templates of text: the paper's, and any format string. What a chat's own template does stands in chat.py.
+"""Text templates: the paper's, and any format string. Chat templates are in chat.py.
 
     ### Instruction:                    the template of Männistö, Attieh and Tiedemann (2025)
     {intent}
     ### Response:
     {snippet}EOS
 
-The last field, and what follows it, is the response, which is trained on; what stands before it is the prompt.
+The last field and the text after it are the response, which is supervised; the text before it is the prompt.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Template:
         return self.fields[:-1]
 
     def prompt(self, values: Mapping[str, str]) -> list[Piece]:
-        """What stands before the last field, with the values of a row. A literal is template, a value is data."""
+        """The pieces before the last field, with the values of a row: literals are template, values are data."""
         before = [((literal, True), (values[field], False)) for literal, field in zip(self.literals, self.asked)]
         return [*(piece for both in before for piece in both), (self.literals[-2], True)]
 
     def response(self, values: Mapping[str, str]) -> list[Piece]:
-        """The last field and what follows it."""
+        """The pieces from the last field on."""
         return [(values[self.fields[-1]], False), (self.literals[-1], True)]
 
 
@@ -86,9 +86,9 @@ def parse_template(text: str) -> Template:
 
 
 def read_template(given: str) -> Template:
-    """A template that a caller names: a format string (\\n and \\t are line end and tab), or a file that holds one.
+    """Read a template: a format string (\\n and \\t are line end and tab), or a file that holds one.
 
-    Of a file the last line end is left out.
+    The last line end of a file is dropped.
     """
     if "{" not in given:
         return parse_template(read_text(Path(given)).removesuffix("\n"))

@@ -1,6 +1,6 @@
 """Text <-> ids, with the checkpoint's own tokenizer: tokenizer.json, or GPT-2's vocab.json + merges.txt.
 
-The `tokenizers` library splits and merges; this file decides which settings a checkpoint's text is encoded with:
+The `tokenizers` library splits and merges; this file chooses the settings of a checkpoint:
 
     file            tokenizer.json as it is; or byte-level BPE (Radford et al. 2019) from vocab.json, merges.txt and
                     added_tokens.json (all that CodeGPT ships)
@@ -8,7 +8,7 @@ The `tokenizers` library splits and merges; this file decides which settings a c
                     a file as add_bos_token of tokenizer_config.json says (GPT-2: none), as in transformers 5
     EOS, padding    by name in tokenizer_config.json, else special_tokens_map.json; else by id in config.json
     `</s>` in text  is text: the name of a special token, written in a snippet, never becomes that token; in a template,
-                    which `encode_pieces` is told apart from data, it does
+                    which `encode_pieces` distinguishes from data, it does
     padding, truncation in the files    have no effect
 """
 
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class Tokenizer:
-    """The ids of a text and the text of ids. Made by `load_tokenizer`.
+    """Encode text to ids and decode ids to text. Made by `load_tokenizer`.
 
     `bos`, `eos` and `pad` are ids or None; `size` is the largest id + 1; `fingerprint` is the sha256 of the files and
     ids that decide what `encode` gives.
@@ -86,7 +86,7 @@ class Tokenizer:
             raise InputError(problem, file=file, where="post_processor")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or one read from a pickle: the library does not keep this setting."""
+        """Restore a setting that the library drops in copies and pickles."""
         self.__dict__.update(state)
         self.backend.encode_special_tokens = True
 
@@ -129,7 +129,7 @@ class Tokenizer:
         return [self.before + ids for ids in lists] if bos else lists
 
     def check_texts(self, texts: Sequence[str]) -> list[int]:
-        """The UTF-8 bytes of each text, which the tokenizer must be able to encode."""
+        """Check that the tokenizer can encode each text; returns their UTF-8 bytes."""
         sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
         if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
             problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
@@ -147,7 +147,7 @@ class Tokenizer:
                 raise InputError(problem, file=self.file, where=where)
 
     def encode_pieces(self, texts: Sequence[Sequence[Piece]], *, bos: bool = True) -> list[list[int]]:
-        """`encode` for texts of template and data: the special tokens that a template names become those tokens."""
+        """`encode` for pieces of template and data: special tokens are recognized in template pieces alone."""
         if not any(self.special.search(text) for pieces in texts for text, of_template in pieces if of_template):
             return self.encode_all(["".join(text for text, _ in pieces) for pieces in texts], bos=bos)
         for number, pieces in enumerate(texts):
@@ -165,14 +165,14 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     def mark(self, text: str) -> str:
-        """A template's text with OPEN number CLOSE for each special token."""
+        """Replace each special token in a template's text by OPEN number CLOSE."""
         return self.special.sub(lambda found: f"{OPEN}{self.backend.token_to_id(found[0])}{CLOSE}", text)
 
     def encode_marked(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of texts with marks, and the characters that each stands for; without BOS.
+        """Encode texts with marks; returns ids and character offsets, without BOS.
 
-        The whole text goes through the library at once, so that what it does at a text's start, and beside a special
-        token, is what it does in the model's own tokenizer.
+        The library encodes the whole text at once, so that the start of the text and the neighbours of a special token
+        are treated as in the model's own tokenizer.
 
         Raises:
             InputError: as `encode`.
@@ -184,8 +184,8 @@ class Tokenizer:
 
     @cached_property
     def marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """The library's tokenizer with special tokens named by their marks, and the ids of added tokens, for the
-        library numbers them anew."""
+        """The library's tokenizer with special tokens named by their marks, and the ids of added tokens, which the
+        library renumbers."""
         spec = json.loads(self.backend.to_str())
         spec["post_processor"], named = None, {}
         for token in spec["added_tokens"]:
@@ -211,7 +211,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def with_eos(self, token: str) -> Tokenizer:
-        """The same tokenizer with another token, which its vocabulary holds, as end of sequence."""
+        """The same tokenizer with another token of its vocabulary as EOS."""
         changed = copy.copy(self)
         for made in ("special", "marked"):  # of the other backend
             changed.__dict__.pop(made, None)
@@ -249,7 +249,7 @@ class Tokenizer:
         return self.eos
 
     def check_fits(self, vocab_size: int, file: str | Path | None = None) -> None:
-        """Refuse a tokenizer with ids for which a model (its `file`) of `vocab_size` rows has no embedding."""
+        """Refuse a tokenizer with ids >= `vocab_size`, for which the model has no embedding; `file` is the model's."""
         if self.size > vocab_size:
             last, model = self.size - 1, "the model" if file is None else f"the model in {file}"
             raise InputError(
@@ -260,7 +260,7 @@ class Tokenizer:
 
 
 def merge(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces with neighbours of one kind joined: a template may spell a special token in two pieces."""
+    """Join neighbouring pieces of one kind: a template may spell a special token in two pieces."""
     return [("".join(text for text, _ in group), kind) for kind, group in groupby(pieces, key=lambda piece: piece[1])]
 
 
@@ -396,10 +396,10 @@ def read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
 def special_id(
     backend: tokenizers.Tokenizer, name: str, folder: Path, named: dict[str, Any], config: dict[str, Any]
 ) -> int | None:
-    """The id of the BOS, EOS or padding token: named in `named`, else numbered in `config`; None where neither is so.
+    """Find the id of the BOS, EOS or padding token: by name in `named`, else by number in `config`, else None.
 
-    A BOS or padding token that the vocabulary lacks is None as well (neither is needed); an EOS that it lacks is an
-    error, because a new id would have no embedding.
+    A BOS or padding token outside the vocabulary is None too, since neither is needed; such an EOS is an error, because
+    a new id would have no embedding.
     """
     token = named.get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
@@ -418,7 +418,7 @@ def special_id(
 
 
 def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
-    """The id of a token, which is made special (left out when decoding); never a new one."""
+    """Make a token of the vocabulary special (skipped when decoding); returns its id."""
     check_kind(token, str, where)
     number = backend.token_to_id(token)
     if number is None:
@@ -429,12 +429,12 @@ def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) 
 
 
 def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
-    """Let the tokenizer put this id before each text, as BOS: the token itself may hold a colon or a space."""
+    """Make the tokenizer put this BOS id before each text; its name may contain a colon or a space."""
     backend.post_processor = processors.TemplateProcessing(single="BOS:0 $A:0", special_tokens=[("BOS", bos)])
 
 
 def growth_of(part: Any) -> int:
-    """How many times as long a normalizer or decoder may make a text, by its rules that replace a text by a longer."""
+    """Bound the factor by which a normalizer or decoder may lengthen a text."""
 
     def longest(rule: Any) -> int:
         if isinstance(rule, list):
@@ -449,7 +449,7 @@ def growth_of(part: Any) -> int:
 
 
 def absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    """The bytes of UTF-8 without a token, in a byte-level BPE that has no unknown token to put in their place."""
+    """Find the bytes that have no token in a byte-level BPE without an unknown token."""
     rules = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
     if b'"ByteLevel"' not in rules or not isinstance(backend.model, models.BPE) or backend.model.unk_token is not None:
         return frozenset()
@@ -471,9 +471,9 @@ def size_of(text: Any, number: int) -> int:
 
 
 def call_library(action: Callable[[], T], file: Path, where: str | None = None) -> T:
-    """Run one call of the Rust library; what it refuses, or panics on, becomes an InputError.
+    """Call the Rust library; its errors and panics become an InputError.
 
-    It raises plain `Exception` for the one, and for the other PanicException, a BaseException that cannot be imported.
+    It raises plain `Exception` for an error, and PanicException, a BaseException that cannot be imported, for a panic.
     """
     try:
         return action()

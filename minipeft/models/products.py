@@ -1,4 +1,4 @@
-"""The product x W^T with a base weight; other weight formats and kernels plug in here."""
+"""The product x W^T with a base weight; a quantized weight brings its own (quantized.py)."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def add_times_weight(dx: Tensor, dy: Tensor, weight: QuantizedWeight) -> Tensor:
 aten = torch.ops.aten
 PRODUCTS: dict[Any, Callable[..., Tensor]] = {F.linear: linear, Tensor.addmm_: add_times_weight}
 KEEPS = {aten.detach, aten.alias, aten.clone, aten._to_copy}
-MAKES = {aten.new_zeros, aten.new_empty, aten.empty_like, aten.zeros_like, aten.ones_like}
+MAKES = {aten.new_zeros}
 
 
 def quantize_weight(weight: Tensor, format: str) -> QuantizedWeight:

@@ -16,7 +16,7 @@ from minipeft.errors import InputError
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
 from minipeft.models.quantize import NF4_CODE, make_dynamic_code
-from minipeft.models.quantized import QuantizedWeight, format_of, quantize_model, quantize_weight
+from minipeft.models.quantized import QuantizedWeight, dequantize_model, format_of, quantize_model, quantize_weight
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[test]'").functional
 
@@ -233,6 +233,30 @@ def test_a_merge_that_fails_leaves_the_quantized_base(model):
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").lora_B.zero_()
     assert torch.equal(model(ids), wanted)
+
+
+def test_a_bank_answers_on_a_quantized_base(model, tmp_path):
+    """Rows with and without an adapter, beside a bank on the plain base of the same values."""
+    minipeft.add_adapter(model, minipeft.LoRAConfig(rank=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    minipeft.save_adapter(model, tmp_path)
+    minipeft.remove_adapter(model)
+    quantize_model(model, "nf4")
+    plain = copy.deepcopy(model)
+    dequantize_model(plain)
+    found = []
+    for base in (model, plain):
+        bank = minipeft.AdapterBank(base)
+        bank.load("a", tmp_path)
+        with torch.no_grad(), bank.use(["a", None]):
+            found.append(base(torch.arange(12).repeat(2, 1)))
+        bank.close()
+    assert (found[0] - found[1]).abs().max() <= 1e-5
+    assert (found[0][0] - found[0][1]).abs().max() > 1e-3
+    assert format_of(model) == "nf4"
 
 
 def test_removing_leaves_the_quantized_base(model):
