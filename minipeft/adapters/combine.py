@@ -4,7 +4,7 @@
     svd       the best approximation of U of the given rank        Eckart & Young 1936
     linear    A = sum_i sign_i sqrt(|w_i s_i|) A_i,  B = sum_i sqrt(|w_i s_i|) B_i      all of one rank
 
-"linear" is what PEFT's add_weighted_adapter calls linear: B A has products of one adapter's B with another's A, and is
+"linear" follows PEFT's add_weighted_adapter: B A contains products of one adapter's B with another's A, so it is
 not U. `relative_error` says how far each is from U.
 """
 
@@ -32,7 +32,7 @@ Pair = tuple[Tensor, Tensor]  # A [r, in], B [out, r], of scale 1
 
 
 def concatenate(terms: Sequence[Term], rank: int | None) -> Pair:
-    """U exactly, of the sum of the ranks."""
+    """U exactly; the rank is the sum of the ranks."""
     A = torch.cat([term.factor * term.A for term in terms])  # [sum r, in]
     return A, torch.cat([term.B for term in terms], dim=1)  # [out, sum r]
 

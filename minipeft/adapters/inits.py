@@ -29,7 +29,7 @@ from minipeft.models.quantized import is_quantized
 
 
 class Rows(Protocol):
-    """What EVA asks of a batch."""
+    """The fields of a batch that EVA reads."""
 
     ids: Tensor  # [B, T]
     documents: Tensor  # [B, T]
@@ -65,7 +65,7 @@ def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
 
 @contextmanager
 def listening(layers: dict[str, LoRALinear], moments: dict[str, Tensor], real: Tensor) -> Iterator[None]:
-    """Within: each linear adds X^T X of what it reads to its moment; X are the rows at `real` [B, T]."""
+    """Context manager: each linear adds X^T X of its inputs to its moment; X are the rows at `real` [B, T]."""
 
     def add(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0][real].float()  # [N, in]
@@ -84,7 +84,7 @@ def listening(layers: dict[str, LoRALinear], moments: dict[str, Tensor], real: T
 
 
 def initialize_loftq(model: Decoder, plain: Decoder) -> float:
-    """Set each A and B to the best approximation of what quantization took from the weight; returns the share of it,
+    """Set each A and B to the best approximation of the quantization error; returns the share of it,
     ||W - Q - s B A|| / ||W - Q|| over all linears, that is still missing. `plain` is the same checkpoint, unquantized.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Taking an adapter out of its model for a while, and several adapters by name of which one is in the model.
+"""Disable an adapter temporarily, and switch between several adapters by name.
 
     with disabled(model):                    the base, to the bit: a DPO reference, a comparison
         reference = model(ids)
@@ -47,7 +47,7 @@ from minipeft.models import Decoder
 
 @dataclass(eq=False)
 class Detached:
-    """An adapter beside its model: the modules that stand in it, by path, and what the model says of its room."""
+    """A detached adapter: its modules by path, and the model attributes that it sets."""
 
     config: Any
     modules: dict[str, nn.Module]
@@ -57,7 +57,7 @@ class Detached:
 
 
 def detach(model: Decoder) -> Detached:
-    """Take the adapter out; the model is plain, and its parameters stay trainable or frozen as they are."""
+    """Take the adapter out of the model; no parameter changes whether it is trainable."""
     config, virtual_tokens, windowed = model.adapter, model.virtual_tokens, model.windowed
     before = dict(model.named_modules(remove_duplicate=False))
     method_of(config).remove(model)
@@ -69,7 +69,7 @@ def detach(model: Decoder) -> Detached:
 
 
 def attach(model: Decoder, held: Detached) -> None:
-    """Put an adapter back, on the weights that the model has now: they may have been cast, moved or loaded again."""
+    """Put an adapter back on the model's current weights, which may have been cast, moved or reloaded."""
     device = model.embedding.weight.device
     for path, module in held.modules.items():
         if getattr(module, "adopts_linear", False):
@@ -108,7 +108,7 @@ def disabled(model: Decoder) -> Iterator[None]:
 
 
 def check_enabled(model: Decoder) -> None:
-    """Check that the adapter is not taken out by `disabled`.
+    """Check that the model is not inside `disabled`.
 
     Raises:
         InputError: it is.
@@ -141,7 +141,7 @@ class AdapterSet:
 
     @property
     def names(self) -> list[str]:
-        """The names, in the order in which they came."""
+        """The names, in the order of adding."""
         return list(self.held)
 
     def add(
@@ -168,7 +168,7 @@ class AdapterSet:
         return self.enter(name, read, trainable)
 
     def enter(self, name: str, put: Any, trainable: bool) -> AdapterReport:
-        """Put an adapter into the empty model under a name; after an error the former one is active again."""
+        """Put an adapter into the empty model under a name; after an error the previous one is active again."""
         check_kind(name, str, "name")
         check_value(trainable, bool, {}, "trainable")
         if name in self.held:
@@ -213,7 +213,7 @@ class AdapterSet:
         return held
 
     def delete(self, name: str) -> None:
-        """Remove an adapter and free its memory; where it was active, none is."""
+        """Remove an adapter and free its memory; if it was active, none is afterwards."""
         self.check(name)
         if name == self.active:
             self.switch(None)
@@ -241,7 +241,7 @@ class AdapterSet:
 
     @torch.no_grad()
     def terms(self, weights: Mapping[str, float]) -> dict[str, list[Term]]:
-        """What each adapter adds to each linear, in the model's order.
+        """List the update of each adapter in each linear, in the model's order.
 
         Raises:
             InputError: there is none; an adapter is not in the set, or not plain LoRA.
@@ -276,7 +276,7 @@ class AdapterSet:
             raise InputError(f"holds no {name!r} (it holds: {self})", where="AdapterSet")
 
     def close(self, keep: str | None = None) -> None:
-        """End the set: the model holds the adapter `keep` alone, or is plain and trainable as before.
+        """Close the set: the model keeps the adapter `keep`, or is plain and trainable as before.
 
         Raises:
             InputError: the set does not hold the name.

@@ -1,4 +1,4 @@
-"""`minipeft data`: show what a data set trains a model on, before anything is trained."""
+"""`minipeft data`: show which tokens of a data set are supervised, before training."""
 
 from __future__ import annotations
 

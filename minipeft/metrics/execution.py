@@ -2,7 +2,7 @@
 
     pass@k = mean over tasks of 1 - C(n - c, k) / C(n, k)         n answers to a task, of which c pass its tests
 
-Nothing is run unless the caller says so. sandbox.py says what a program can reach: PROTECTION, in words.
+Nothing runs unless the caller asks for it. sandbox.py isolates each program; PROTECTION describes how far.
 """
 
 import json
@@ -34,7 +34,7 @@ PROTECTION = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """The resource limits of a program."""
 
     seconds: int = option(10, "seconds that an executed program may run", flag="execute-seconds", least=1)
     memory: int = option(2**30, "bytes of address space of each of its processes", flag="", least=2**26)
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def run_program(program: str, limits: Limits | None = None) -> Outcome:
-    """Run one program in the sandbox; it passes if it comes to its end without an error.
+    """Run one program in the sandbox; it passes if it ends without an error.
 
     Raises:
         InputError: this machine cannot isolate it; it was not run.
@@ -97,7 +97,7 @@ def run_programs(programs: Sequence[str], limits: Limits | None = None) -> list[
 
 
 def count_trials(passed: Sequence[bool], questions: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """Of each question the number of answers, and of those that passed; a question None is one of its own."""
+    """Count answers and passes per question; each answer without a question is its own question."""
     found: dict[Hashable, tuple[int, int]] = {}
     for place, (right, question) in enumerate(zip(passed, questions, strict=True)):
         key = ("answer", place) if question is None else question

@@ -1,4 +1,4 @@
-"""Two systems on the same questions: the paired difference of each score that can be paired, with its interval.
+"""Compare two systems on the same questions: paired differences of scores, with their intervals.
 
 BLEU                 corpus BLEU of both over the same resample of questions
 mean of the answers  exact match, validity, pass@1: the mean difference over the pairs of a resample
@@ -19,7 +19,7 @@ def match_answers(
     theirs: Sequence[tuple[Hashable, Sequence[str]]],
     file: Path | str = "against",
 ) -> list[int]:
-    """For each of my answers, (question, references), the place of the other system's answer to the same.
+    """Find, for each answer given as (question, references), the index of the other system's answer to the same.
 
     Answers to one question with the same references are taken in their order. `file`: theirs, for the error.
 

@@ -1,4 +1,4 @@
-"""From an answer to a program that checks it: tasks in the forms of HumanEval, MBPP, ODEX, and of the demo.
+"""Build the program that checks an answer, for tasks of HumanEval, MBPP, ODEX and the demo.
 
 program = before + answer + after            it ends without an error if and only if the answer passes its tests
 
@@ -84,7 +84,7 @@ assert find_outcome(ANSWER) == find_outcome(REFERENCE)
 
 @dataclass(frozen=True)
 class Task:
-    """What stands before and after an answer in the program that checks it."""
+    """The code before and after an answer in the program that checks it."""
 
     before: str
     after: str
@@ -143,7 +143,7 @@ def read_tasks(file: Path) -> dict[str, Task]:
 
 
 def find_form(row: Mapping[str, Any], file: Path, where: str) -> Form:
-    """The form that a row has all fields of."""
+    """Find the form of which a row has all fields."""
     for form in FORMS:
         if all(matches(row.get(name), kind) for name, kind in form.fields.items()):
             return form

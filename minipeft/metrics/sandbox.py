@@ -1,4 +1,4 @@
-"""Runs one Python program in Linux namespaces of its own; started by execution.py as a script, never imported for that.
+"""Run one Python program in its own Linux namespaces; execution.py starts this file as a script.
 
     python -I -S sandbox.py FOLDER SECONDS MEMORY PROCESSES FILES TOKEN < program
 
@@ -33,7 +33,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
-    """The kernel does not give what isolation needs."""
+    """The kernel lacks what isolation needs."""
 
 
 def call(what: str, result: int) -> None:
@@ -43,7 +43,7 @@ def call(what: str, result: int) -> None:
 
 
 def unshare() -> None:
-    """Enter the namespaces, as a user without a name outside."""
+    """Enter the namespaces, as a user that is unknown outside."""
     uid, gid = os.getuid(), os.getgid()
     call("unshare", libc.unshare(NEWUSER | NEWNS | NEWNET | NEWPID | NEWIPC))
     for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE} {uid} 1"), ("gid_map", f"{INSIDE} {gid} 1")):
@@ -146,14 +146,14 @@ def run(folder: str, limits: "list[int]", token: str) -> "dict[str, str]":
 
 
 def describe(status: int) -> str:
-    """A wait status in words; "" where the program came to its end."""
+    """Describe a wait status; "" if the program ended normally."""
     if os.WIFSIGNALED(status):
         return f"killed by signal {os.WTERMSIG(status)}"
     return f"exit status {os.WEXITSTATUS(status)}" if status else ""
 
 
 def read_end(folder: str, name: str) -> str:
-    """The end of a file that the program wrote; "" where it removed it, or made something else of it."""
+    """Read the end of a file that the program wrote; "" if it is no longer a plain file."""
     try:
         file = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:

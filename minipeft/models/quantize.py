@@ -10,7 +10,8 @@ negative and 8 positive, at equal steps of probability, and 0 is exact:
 
     code = sort(-Phi^-1(linspace(e, 1/2, 8)[:-1]), 0, Phi^-1(linspace(e, 1/2, 9)[:-1])) / Phi^-1(e)
 
-Codes, scales and dequantized values are those of bitsandbytes, to the bit. quantized.py makes such codes a weight.
+Codes, scales and dequantized values are those of bitsandbytes, to the bit (its native CPU kernel alone misses the
+nearest code of some second-level scales). quantized.py makes such codes a weight.
 """
 
 from __future__ import annotations

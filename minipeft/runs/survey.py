@@ -1,6 +1,6 @@
-"""What a data set holds, before anything is trained on it: what `minipeft data` prints.
+"""Survey a data set before training: what `minipeft data` prints.
 
-Examples with what is trained on, token counts, what is cut at a row's length, and what is held out and trained on too.
+Examples with their supervised tokens, token counts, cuts at a row's length, and rows both held out and trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"  # on a terminal; elsewhere what is trained
 
 @dataclass(frozen=True)
 class SurveyConfig:
-    """What is shown."""
+    """Settings of a survey."""
 
     model: ModelConfig
     data: DataConfig
@@ -61,7 +61,7 @@ class Survey:
         return {name: value for name, value in asdict(self).items() if name != "examples"}
 
     def as_text(self, colour: bool) -> str:
-        """The examples and the counts, for a person."""
+        """Format the examples and the counts for a terminal."""
         first, last = (GREEN, PLAIN) if colour else ("[", "]")
         lines = []
         for number, runs in enumerate(self.examples, start=1):
@@ -119,7 +119,7 @@ def measure_split(data: Data, wanted: int) -> tuple[int | None, int | None, Sequ
 
 
 def find_runs(encoded: Encoded, number: int, mask: str, length: int, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """An example's text in runs of tokens that the loss is, or is not, taken on; what is cut off is left out."""
+    """Split an example's text into runs of supervised and other tokens; tokens that are cut off are left out."""
     documents = cut_each(encoded, mask == "response" or encoded.trained is not None, length)
     start = int(documents.starts[number])
     targets = documents.find_targets(start, start + int(documents.lengths[number])).tolist()

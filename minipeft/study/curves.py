@@ -1,6 +1,6 @@
 """The report's plots over two axes: losses over steps, held-out loss over learning rates, and quality over cost.
 
-What belongs to one method has the same colour, line and marker in each of them; a legend names it.
+A method has the same colour, line and marker in every plot; a legend names it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What won, by how much, how sure, and at what cost: paired differences of BLEU, and the verdict in words.
+"""The effect of each method as a paired difference of BLEU, and the verdict on a study in words.
 
     reference   the best answer without training: a baseline, or the model untrained, whichever has the higher BLEU
     effect      BLEU(group) - BLEU(reference)
@@ -20,7 +20,7 @@ Named = tuple[str, Group]
 
 
 def add_effects(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """The groups with their differences to the reference and to the best tuned group."""
+    """Add to each group its differences to the reference and to the best tuned group."""
     best = find_best(groups)
     return tuple(add_effect(group, find_reference(groups, group.model), best) for group in groups)
 
@@ -32,13 +32,13 @@ def find_best(groups: Sequence[Group]) -> Group | None:
 
 
 def find_reference(groups: Sequence[Group], model: str) -> Group | None:
-    """Of the baselines and of this model untrained, the one with the highest BLEU."""
+    """Find the reference: the baseline or untrained model with the highest BLEU."""
     known = [g for g in groups if g.scores is not None and not g.is_tuned and g.model in ("", model)]
     return max(known, key=lambda group: group.bleu or 0.0, default=None)
 
 
 def add_effect(group: Group, reference: Group | None, best: Group | None) -> Group:
-    """One group with its differences; a baseline has none."""
+    """Add its differences to a group; a baseline has none."""
     if not group.model or reference is None or reference.method == group.method:
         return group
     behind = None if best is None or group is best or not group.is_tuned else subtract(group, best)
@@ -53,7 +53,7 @@ def subtract(one: Group, other: Group) -> Interval | None:
 
 
 def decide(groups: Sequence[Group]) -> list[str]:
-    """The verdict, a sentence each: what won and at what cost, what is as good for less, what is no gain, how sure."""
+    """Write the verdict in sentences: the winner and its cost, a cheaper equal, methods without gain, uncertainty."""
     named = list(zip(name_groups(groups), groups))
     best = next(((n, g) for n, g in named if g.is_tuned and g.effect is not None and g.behind is None), None)
     if best is None:
@@ -127,7 +127,7 @@ def say_difference(found: Interval | None) -> str:
 
 
 def say_how_sure(best: Group) -> str:
-    """What the intervals cover."""
+    """State what the intervals cover."""
     seeds, what = len(best.seeds), "In brackets: 95 % intervals over the questions"
     if seeds == 1:
         return f"{what}; one seed, so that the spread over seeds is unknown."

@@ -1,4 +1,4 @@
-"""Runs the answers of a finished cell against the programs of the demo's pairs, and adds what passed to its row.
+"""Run the answers of a finished cell against the demo's programs, and add pass@1 to its row.
 
 cells/NAME/executed.jsonl   a line for each answer: status (passed, failed, timeout) and the end of what it printed
 """
@@ -21,7 +21,7 @@ EXECUTED = "executed.jsonl"
 
 
 def execute_row(row: Row, out: Path) -> Row:
-    """The row with pass@1; a row without answers, or that has it, as it is.
+    """Add pass@1 to a row; a row without answers, or with pass@1, is returned unchanged.
 
     Raises:
         InputError: this machine cannot isolate programs; nothing was run.

@@ -1,8 +1,8 @@
 """report.html: one self-contained file, readable without script, without colour, on a phone, light and dark.
 
-What won and how sure stands first, then the picture of the effects and six columns; every other column is one click
-away, with its meaning. Every text that a model, a file or an error brought passes `escape`. Should anything slip
-through, a policy in the page's head refuses every request, and every script but page.js, by its hash.
+The verdict comes first, then the plot of the effects and six columns; the other columns are one click away, each with
+its meaning. Every text from a model, a file or an error passes `escape`. As a second line of defence, a content
+security policy blocks every request, and every script but page.js, by its hash.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sections(
 
 
 def heading(results: Results) -> str:
-    """What was compared."""
+    """The heading: which models and data were compared."""
     models = list(dict.fromkeys(group.model for group in results.groups if group.model))
     what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
     source = results.data.source
@@ -113,7 +113,7 @@ def section(title: str, body: str, caption: str = "") -> str:
 
 
 def fold(title: str, body: str, caption: str) -> str:
-    """A section that is closed until it is asked for."""
+    """A section that is closed at first."""
     if not body:
         return ""
     return (

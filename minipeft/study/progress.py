@@ -1,4 +1,4 @@
-"""One progress bar for all cells of a study, and the time that is left; a cell's progress is the lines of its files.
+"""One progress bar for all cells of a study, with the time left; a cell's progress is the number of lines in its files.
 
 work      = forward passes over a token x parameters: of training 2 (3 with the gradient of the weights) for each
             token of each step, of answering DECODING for each token of a question and its answer
@@ -88,7 +88,7 @@ class Bar:
 
 
 class Forecast:
-    """How long the cells that are left will take, from those that ran; `work` is each cell's."""
+    """Forecast the time of the remaining cells from those that ran; `work` is that of each cell."""
 
     def __init__(self, work: Mapping[str, float], finished: Collection[str]):
         self.work, self.over = work, set(finished)
@@ -102,7 +102,7 @@ class Forecast:
         self.cell, self.begun, self.share, self.at_begin = cell, now, 0.0, None
 
     def advance(self, cell: str, share: float, now: float) -> float:
-        """The cell has done this share of its work; returns the work of all cells that is done.
+        """Record the share of the cell's work that is done; returns the work done by all cells.
 
         Its time counts from its first progress: what it takes to load a model says nothing about the speed.
         """
@@ -112,7 +112,7 @@ class Forecast:
         return self.done() + share * self.work[cell]
 
     def finish(self, cell: str, now: float) -> float:
-        """The cell is over; returns the work of all cells that is done."""
+        """End the cell; returns the work done by all cells."""
         if cell == self.cell:
             self.measured = FADE * (self.measured + self.new_work())
             self.seconds = FADE * (self.seconds + now - self.begun)
@@ -125,7 +125,7 @@ class Forecast:
         return sum(self.work[name] for name in self.over)
 
     def new_work(self) -> float:
-        """What the cell that runs has done since it was begun or resumed."""
+        """The work of the running cell since it began or resumed."""
         return (self.share - (self.at_begin or 0.0)) * self.work[self.cell] if self.cell else 0.0
 
     def seconds_left(self, now: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What `minipeft score` does: score a file of answers, run them where that is asked for, compare two files."""
+"""`minipeft score`: score a file of answers, execute them on request, and compare two files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minipeft.runs.answers import answers_in, read_answers
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How a file of answers is scored."""
+    """Settings of scoring a file of answers."""
 
     language: str = option(
         "auto",
@@ -69,7 +69,7 @@ def score_file(file: Path, config: ScoreConfig) -> tuple[Answers, Scores]:
 
 
 def reorder(answers: Answers, places: Sequence[int]) -> Answers:
-    """The answers in another order."""
+    """Put the answers into another order."""
     return Answers(
         [answers.predictions[place] for place in places],
         [answers.references[place] for place in places],
