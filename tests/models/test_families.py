@@ -668,7 +668,7 @@ def test_published_configs_are_accepted(name, tmp_path):
         ({"model_type": "phi", "partial_rotary_factor": 2.0}, "partial_rotary_factor: 2.0 must be in (0, 1]"),
         ({"model_type": "gpt_neox", "rotary_pct": 1e308}, "rotary_pct: 1e+308 must be in (0, 1]"),
         ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}},
-         "rope_parameters: holds what is not an object"),
+         "rope_parameters: must hold objects"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(config, says, tmp_path):
