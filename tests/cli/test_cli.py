@@ -34,22 +34,6 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run a command in this process: its status, standard output and standard error."""
-
-    def call(*arguments: object) -> Ran:
-        capsys.readouterr()
-        try:
-            status: Any = cli.main([str(part) for part in arguments])
-        except SystemExit as left:
-            status = left.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, pairs, and a run that trained it for two steps."""

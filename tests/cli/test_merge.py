@@ -27,16 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = cli.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def merging(folder: Path, out: Path, *more: object) -> list[object]:
     return ["merge", "--model", folder / "model", "--adapter", folder / "adapter", "--out", out, *more]
 

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import constants
 
 import minipeft
-from minipeft import cli
 from minipeft.errors import InputError
 from tests.small import write_adapter, write_small_model
 
@@ -26,16 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(write_small_model(folder / "model", "llama", layers=1), folder / "adapter")
     (folder / "adapter/README.md").write_text("# A card")
     return folder
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = cli.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 class Hub(BaseHTTPRequestHandler):
