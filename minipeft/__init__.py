@@ -1,6 +1,7 @@
 """minipeft: parameter-efficient fine-tuning from scratch in plain PyTorch.
 
-The names below are in the order of use: load a model, add an adapter, pack data, train, generate, score.
+The names below are in the order of use: load a model, add an adapter, pack data, train, generate, score. Loading a
+model and adding an adapter are imported at once, the modules of LATER when one of their names is first used.
 """
 
 import importlib
@@ -19,19 +20,19 @@ from minipeft.adapters import (
     remove_adapter,
 )
 from minipeft.adapters.peft_format import load_adapter, save_adapter
-from minipeft.data.examples import Pair, encode_pairs, load_pairs
-from minipeft.data.packing import Batch, pack
-from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
-from minipeft.generation import GenerateConfig, generate
 from minipeft.models.checkpoint import load_model, save_model
-from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 
 if TYPE_CHECKING:
     from minipeft.adapters.bank import AdapterBank
     from minipeft.adapters.switching import AdapterSet, disabled
+    from minipeft.data.examples import Pair, encode_pairs, load_pairs
+    from minipeft.data.packing import Batch, pack
+    from minipeft.data.tokens import load_tokenizer
+    from minipeft.generation import GenerateConfig, generate
     from minipeft.metrics.bleu import bleu
     from minipeft.metrics.codebleu import codebleu
+    from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
 
 __all__ = [  # noqa: RUF022 (the order of the walk)
     "load_model", "save_model", "load_tokenizer",
@@ -46,19 +47,28 @@ __all__ = [  # noqa: RUF022 (the order of the walk)
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-# Imported at first use: they take a tenth of the time that `import minipeft` adds to torch's.
-LATER = {
-    "AdapterBank": "minipeft.adapters.bank",
-    "AdapterSet": "minipeft.adapters.switching",
-    "disabled": "minipeft.adapters.switching",
-    "bleu": "minipeft.metrics.bleu",
-    "codebleu": "minipeft.metrics.codebleu",
+LATER = {  # module -> its public names, so that `import minipeft` takes little more than torch's own time
+    "minipeft.adapters.bank": ("AdapterBank",),
+    "minipeft.adapters.switching": ("AdapterSet", "disabled"),
+    "minipeft.data.examples": ("Pair", "encode_pairs", "load_pairs"),
+    "minipeft.data.packing": ("Batch", "pack"),
+    "minipeft.data.tokens": ("load_tokenizer",),
+    "minipeft.generation": ("GenerateConfig", "generate"),
+    "minipeft.metrics.bleu": ("bleu",),
+    "minipeft.metrics.codebleu": ("codebleu",),
+    "minipeft.training.loop": ("Step", "TrainConfig", "TrainState", "evaluate", "train"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A public name whose module is imported at first use."""
-    if name not in LATER:
-        raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(LATER[name]), name)
-    return value
+    """Import the module of a public name when it is first used."""
+    for module, names in LATER.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

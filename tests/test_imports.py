@@ -195,3 +195,16 @@ def test_import_defines_and_does_nothing_else(first):
     """No thread, no file, no random number, no change of torch's settings."""
     assert first["written"] == []
     assert first["unchanged"]
+
+
+def test_each_public_name_is_there_though_its_module_comes_later():
+    code = (
+        "import minipeft, json\n"
+        "assert set(minipeft.__all__) <= set(dir(minipeft))\n"
+        "from minipeft import *\n"
+        "print(json.dumps([name for name in minipeft.__all__ if name not in globals()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+    with pytest.raises(AttributeError, match="module 'minipeft' has no attribute 'trian'"):
+        minipeft.trian  # noqa: B018
