@@ -85,8 +85,7 @@ def load_model(
     family = FAMILIES[config.model_type]
     found = rename_tensors(found, family)
     check_layers(found, config, folder / "config.json", weights)
-    with torch.device("meta"):
-        model: Decoder = family.decoder(config)
+    model: Decoder = family.build_empty(config)
     check_tensors(found, model, weights)
     files = [{name: legacy[info.name] for name, info in found.items()}] if legacy else read_files(found)
     model.source = str(source)
@@ -292,11 +291,11 @@ def fill(
         for name in list(tensors):
             tensor = read = tensors.pop(name)
             file, where = found[name].file, f"tensor {found[name].name!r}"
-            if not torch.isfinite(read.sum(dtype=torch.float64)):  # the sum is NaN or Inf if any value is
+            if not is_finite(read):
                 bad = int((~torch.isfinite(read)).sum())
                 raise InputError(f"holds NaN or Inf ({bad} of {read.numel()} values)", file=file, where=where)
             tensor = (read.T.contiguous() if is_transposed(name, model) else read).to(device, dtype)
-            if dtype == torch.float16 != read.dtype and not torch.isfinite(tensor).all():
+            if dtype == torch.float16 != read.dtype and not is_finite(tensor):
                 raise InputError("holds values beyond float16's 65504", file=file, where=where)
             ready[name] = quantize_weight(tensor, quantize) if quantize is not None and name in packed else tensor
     if model.config.tie_word_embeddings:
@@ -311,6 +310,11 @@ def fill(
         model.get_parameter(path).requires_grad_(False)
     model.tie()
     return model.eval()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or Inf: the least or the largest value would be."""
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
 
 
 def fingerprint(source: str | Path, revision: str | None = None) -> str:
@@ -359,8 +363,7 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
     if is_quantized(model):
         hint = "dequantize_model(model) first; save_adapter keeps what was trained"
         raise InputError("the model holds quantized weights", where="save_model", hint=hint)
-    with torch.device("meta"):
-        plain = set(model.family.decoder(config).state_dict())
+    plain = set(model.family.build_empty(config).state_dict())
     state = model.state_dict()
     if extra := sorted(set(state) - plain):
         raise InputError(
@@ -371,7 +374,7 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     for name, t in state.items():
-        if not torch.isfinite(t.sum(dtype=torch.float64)):
+        if not is_finite(t):
             raise InputError("holds NaN or Inf, and is not saved", where=name)
     tensors = {name: t.T if is_transposed(name, model) else t for name, t in state.items()}
     if tokenizer is not None:

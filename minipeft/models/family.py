@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 
 @dataclass(frozen=True)
 class Family:
@@ -27,3 +30,17 @@ class Family:
     optional_prefix: str = ""  # prefix of every name but the head's, which some files omit
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # suffixes of tensors in old files that are not parameters
     renamed: Mapping[str, str] = field(default_factory=dict)  # names in some files -> ours
+
+    def build_empty(self, config: Any) -> Any:
+        """The decoder on the meta device: names and shapes, no data."""
+        with torch.device("meta"), SkipInitialization():
+            return self.decoder(config)
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Leave parameters as they are allocated: torch would import its compiler to draw values on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))

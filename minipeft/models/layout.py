@@ -80,7 +80,9 @@ def lay_out(
         runs = None
         if cache is None and documents.device.type == "cpu":
             runs = find_runs(documents, virtual_tokens, window, windowed, prompted, dtype)
-        if runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
+        if runs is not None and all(len(row) == 1 and row[0][1] is None for row in runs):
+            views[window] = View()  # one document a row: plain causal attention, which needs no [T, T] mask
+        elif runs is not None and sum(map(len, runs)) > len(runs) * (2 if prompted and virtual_tokens else 1):
             views[window] = View(runs=runs)
         elif window not in views:
             views[window] = View(make_additive_mask(visible(documents, positions, queries, window, windowed), dtype))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minipeft.documents import IGNORED
 
-CHUNK_LOGITS = 2**24  # logits at a time: 64 MB in float32
+CHUNK_LOGITS = 2**23  # logits at a time: 32 MB in float32
 
 
 def finish(logits: Tensor, divisor: float = 1.0, cap: float | None = None) -> Tensor:
@@ -67,6 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dw += d.T @ part
             if db is not None:
                 db += d.sum(dim=0)
+            del logits, slope, d  # before the next chunk is allocated
         ctx.save_for_backward(dh, dw, db)
         return total
 
