@@ -10,7 +10,7 @@ not depend on its batch. A model with a bank of adapters may use another adapter
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -31,7 +31,10 @@ from minipeft.errors import (
     option,
 )
 from minipeft.models import Decoder
+from minipeft.models.packed import PackedModel
 
+PACKED_FROM = 16  # max_new_tokens from which packing costs less time than it saves
+CANDIDATES = 64  # tokens in which the nucleus is looked for first
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 
 
@@ -47,6 +50,7 @@ class GenerateConfig:
     seed: int = option(0, "seed of sampling", least=0, below=2**63)
     stop: tuple[str, ...] = option((), "stop text that ends an answer; may be given more than once")
     batch: int = option(25, "prompts at a time", least=1)
+    pack: bool = option(True, "on a CPU, decode with packed copies of the weights: 2 more bytes a weight")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -116,7 +120,7 @@ def answer(
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
     batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
     ends = find_end_tokens(model, tokenizer).union(ends)
-    return (a for numbers in batches for a in answer_batch(model, tokenizer, numbers, rows, names, config, ends))
+    return (a for batch in answer_batches(model, tokenizer, batches, rows, names, config, ends) for a in batch)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
@@ -130,9 +134,16 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str] | Sequence[list[
 
 
 def stream(
-    model: Decoder, tokenizer: Tokenizer, prompt: list[int], config: GenerateConfig, ends: Collection[int] = ()
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    config: GenerateConfig,
+    ends: Collection[int] = (),
+    packed: PackedModel | None = None,
 ) -> Iterator[str]:
     """The same answer as `answer` gives to this prompt alone, a piece of text with each token.
+
+    `packed`: the model's weights as `pack_for` packs them, for several calls.
 
     Raises:
         InputError: the prompt does not fit in the context together with `max_new_tokens`.
@@ -143,9 +154,10 @@ def stream(
     cache = model.new_cache(1, len(prompt) + config.max_new_tokens)
     draws = draw_uniforms(config, 0).to(device)  # [max_new_tokens]
     ids = torch.tensor([prompt])  # [1, T]
+    packed = pack_for(model, config) if packed is None else packed
     model.eval()
     for step in range(config.max_new_tokens):
-        with torch.no_grad():
+        with torch.no_grad(), packed.used():
             hidden = model.hidden(ids.to(device), cache=cache)  # [1, T, C], then [1, 1, C]
             ids = choose(model.logits(hidden[:, -1]).float(), draws[None, step], config)[:, None]  # [1, 1]
         token = int(ids)
@@ -207,24 +219,31 @@ def check_room(model: Decoder, row: list[int], config: GenerateConfig, where: st
         )
 
 
-def answer_batch(
+def answer_batches(
     model: Decoder,
     tokenizer: Tokenizer,
-    numbers: list[int],
+    batches: Iterable[list[int]],
     rows: list[list[int]],
     names: list[str | None] | None,
     config: GenerateConfig,
     ends: Collection[int],
-) -> list[Answer]:
-    """Answer the prompts `numbers` together."""
-    was_training = model.training
-    model.eval()
-    try:
-        with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]):
-            made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config, ends)
-    finally:
-        model.train(was_training)
-    return [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
+) -> Iterator[list[Answer]]:
+    """Answer the prompts of each batch together; the weights are packed once, before the first."""
+    packed = pack_for(model, config)
+    for numbers in batches:
+        was_training = model.training
+        model.eval()
+        try:
+            with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]), packed.used():
+                made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config, ends)
+        finally:
+            model.train(was_training)
+        yield [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
+
+
+def pack_for(model: Decoder, config: GenerateConfig) -> PackedModel:
+    """Pack the weights for decoding, if the config wants it and answers may be long enough for it to pay."""
+    return PackedModel(model, empty=not config.pack or config.max_new_tokens < PACKED_FROM)
 
 
 @torch.no_grad()
@@ -295,12 +314,28 @@ def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
     """Choose one token per row: greedily, or by inverting the nucleus' CDF at the uniform `draw`. [B, V], [B] -> [B]"""
     if config.temperature == 0:
         return logits.argmax(dim=1)
-    probabilities, tokens = F.softmax(logits / config.temperature, dim=1).sort(dim=1, descending=True, stable=True)
-    before = probabilities.cumsum(dim=1) - probabilities  # probability before each token
-    kept = torch.where(before < config.top_p, probabilities, 0.0)  # the nucleus; it always holds the first token
-    upto = kept.cumsum(dim=1)  # [B, V]
+    probabilities = F.softmax(logits / config.temperature, dim=1)  # [B, V]
+    ordered, tokens = sort_best(probabilities, config.top_p)  # [B, n]
+    before = ordered.cumsum(dim=1) - ordered  # probability before each token
+    kept = torch.where(before < config.top_p, ordered, 0.0)  # the nucleus; it always holds the first token
+    upto = kept.cumsum(dim=1)  # [B, n]
     place = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True)  # [B, 1]
     return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]
+
+
+def sort_best(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Sort the tokens of each row by probability, then id: the first CANDIDATES, or all if the nucleus needs more.
+
+    [B, V] -> two of [B, n]: probabilities and tokens. Sorting 50,000 takes longer than the rest of the choice.
+    """
+    if probabilities.shape[1] > CANDIDATES:
+        tokens = probabilities.topk(CANDIDATES, dim=1).indices.sort(dim=1).values  # [B, n]
+        ordered, order = probabilities.gather(1, tokens).sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(dim=1) - ordered
+        last = ordered == ordered[:, -1:]  # of tokens that tie with these, topk may have left out any
+        if not (last & (before < top_p)).any():
+            return ordered, tokens.gather(1, order)
+    return probabilities.sort(dim=1, descending=True, stable=True)
 
 
 def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:

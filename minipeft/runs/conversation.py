@@ -10,7 +10,7 @@ from minipeft.data.chat import ChatTemplate
 from minipeft.data.forms import CHAT
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError, check_fields, option
-from minipeft.generation import GenerateConfig, stream
+from minipeft.generation import GenerateConfig, pack_for, stream
 from minipeft.models import Decoder
 from minipeft.runs.answers import AnswersConfig, find_format, load_chat, load_tuned
 
@@ -42,6 +42,7 @@ class Conversation:
         self.begin: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.begin)
         self.ends = chat.find_end(tokenizer)
+        self.packed = pack_for(model, config)
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -57,7 +58,7 @@ class Conversation:
         prompt = self.chat.encode_prompt(said, None, self.tokenizer)
         pieces = []
         try:
-            for piece in stream(self.model, self.tokenizer, prompt, self.config, self.ends):
+            for piece in stream(self.model, self.tokenizer, prompt, self.config, self.ends, self.packed):
                 pieces.append(piece)
                 yield piece
         except InputError as error:

@@ -1,0 +1,121 @@
+"""Weights packed once for decoding: products of few rows read half the bytes, and give float32's results.
+
+At batch 1 a product x W^T reads each weight once: its time is that of reading W. FBGEMM (Khudia et al. 2021, which
+torch ships for x86) keeps a copy of W in float16, in the order in which its kernel reads it, and multiplies and adds
+in float32. Nothing is rounded if every weight is a float16, up to one power of two for the whole tensor:
+
+    y = x (2^k W)^T 2^-k        k: the largest |2^k w| lies in [2^14, 2^15)
+
+Weights that were stored in bfloat16 or float16 are (a bfloat16 down to 2^-32 of the largest). A tensor that is not is
+left as it is. The copy takes two bytes a weight while the context is open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.models.decoder import Decoder
+from minipeft.models.quantized import QuantizedWeight
+
+ROWS = 64  # rows of x up to which the packed product is used; from there on the plain one is as fast
+
+
+class PackedWeight(Tensor):
+    """A weight [N, K] beside its packed copy; only F.linear sees the copy, every other operator the weight."""
+
+    plain: Tensor
+    version: int  # of `plain`, when it was packed
+    copy: Any  # torch's object for 2^k W in float16
+    factor: float  # 2^-k
+
+    @staticmethod
+    def __new__(cls, plain: Tensor, copy: Any, factor: float) -> PackedWeight:
+        made = Tensor._make_subclass(cls, plain.detach())
+        made.plain, made.version, made.copy, made.factor = plain, plain._version, copy, factor
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return multiply(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias: the packed product for few rows without gradients, else the plain one. [..., K] -> [..., N]"""
+    if x.numel() > ROWS * x.shape[-1] or torch.is_grad_enabled():
+        return F.linear(x, weight.plain, bias)
+    wide = x if x.dtype == torch.float32 else x.float()
+    y: Tensor = torch.ops.quantized.linear_dynamic_fp16(wide, weight.copy)  # [..., N]
+    if weight.factor != 1.0:
+        y *= weight.factor
+    if bias is not None:
+        y += bias
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+class PackedModel:
+    """The packed copies of a model's weights, which products read within `with packed.used():`."""
+
+    def __init__(self, model: Decoder, empty: bool = False):
+        found = [] if empty or not can_pack(model) else find_modules(model)
+        made = [(module, pack_weight(module.weight)) for module in found]  # type: ignore[arg-type]
+        self.held = [(module, copy) for module, copy in made if copy is not None]
+        self.weights = len(find_modules(model))
+        self.bytes = sum(2 * copy.numel() for _, copy in self.held)
+
+    def __str__(self) -> str:
+        return f"{len(self.held)} of {self.weights} weights packed for decoding ({self.bytes / 1e6:,.0f} MB)"
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within the context the model's products of up to ROWS rows read the copies. A weight that was replaced or
+        changed since it was packed is used as it is."""
+        current = [
+            (module._parameters, copy)
+            for module, copy in self.held
+            if module._parameters.get("weight") is copy.plain and copy.plain._version == copy.version
+        ]
+        try:
+            for parameters, copy in current:
+                parameters["weight"] = copy  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, copy in current:
+                parameters["weight"] = copy.plain  # type: ignore[assignment]
+
+
+def can_pack(model: Decoder) -> bool:
+    """Whether this build of torch has the product for the model's device, and the memory has room for the copies."""
+    if model.embedding.weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 4 * sum(module.weight.numel() for module in find_modules(model)) < free  # type: ignore[operator, misc]
+
+
+def find_modules(model: Decoder) -> list[nn.Module]:
+    """The modules with a plain weight [N, K] to multiply with: the linears, adapted or not, and the head."""
+    kinds = (QuantizedWeight, PackedWeight)
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear) or getattr(m, "adopts_linear", False))
+    return [m for m in linears if not isinstance(m._parameters["weight"], kinds)]
+
+
+def pack_weight(weight: Tensor) -> PackedWeight | None:
+    """Pack a weight; None if float16 does not hold it exactly, whatever the power of two."""
+    wide = weight.detach().float()
+    exponent = int(torch.frexp(wide.abs().amax()).exponent)
+    for factor in (1.0, 2.0 ** min(max(exponent - 15, -126), 126)):
+        scaled = wide if factor == 1.0 else wide / factor
+        if all(torch.equal(part.half().float(), part) for part in (scaled[:1], scaled)):  # one row tells most
+            return PackedWeight(weight, torch.ops.quantized.linear_prepack_fp16(scaled, None), factor)
+    return None
