@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from minipeft.training.processes import ParallelConfig, Processes, join
+from minipeft.training.launch import join
+from minipeft.training.processes import ParallelConfig, Processes
 from minipeft.training.watch import LOST_STATUS, LostProcess
 
 LIMIT = 60.0  # seconds after which processes that hang are killed, and the test fails

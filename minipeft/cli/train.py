@@ -10,7 +10,8 @@ from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_se
 from minipeft.cli.streams import report, show
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
-EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3"
+EXAMPLE = """minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3
+  torchrun --nproc_per_node=4 -m minipeft train --model gpt2 --data conala --accumulate 4 --out runs/four"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,8 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.finetune import finetune
     from minipeft.runs.folder import FolderConfig
     from minipeft.runs.process import ProcessConfig, Stopped
-    from minipeft.training.processes import ParallelConfig, join
+    from minipeft.training.launch import join
+    from minipeft.training.processes import ParallelConfig
     from minipeft.training.watch import LOST_STATUS, LostProcess
 
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()

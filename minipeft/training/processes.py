@@ -2,16 +2,14 @@
 
 Data parallel training: each of W processes (rank 0 ... W - 1) holds the whole model and computes the gradients of
 every W-th micro-batch of a step; the sums reach all of them, and all take the same optimizer step. Rank 0 alone reads
-and writes the run's folder. Several processes are distributed.py's; `torchrun` starts them.
+and writes the run's folder. Several processes are distributed.py's; torchrun starts them (launch.py).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +17,6 @@ from minipeft.errors import InputError, check_fields, check_methods, option
 
 T = TypeVar("T")
 REDUCES = ("exact", "fast")
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets in each process
 
 
 @dataclass(frozen=True)
@@ -114,36 +111,3 @@ def check_accumulation(accumulate: int, size: int) -> None:
         hint = f"Give --accumulate {size} with a smaller --batch, or start {accumulate} processes"
         problem = f"{accumulate} micro-batches a step leave {size - accumulate} of {size} processes without any"
         raise InputError(problem, where="accumulate", hint=hint)
-
-
-@contextmanager
-def join(config: ParallelConfig | None = None) -> Iterator[Processes]:
-    """Context manager: the processes that torchrun has started, this one among them; without torchrun, this one alone.
-
-    Raises:
-        InputError: torchrun's environment variables are incomplete.
-        LostProcess: another process has ended, or gives no sign of life.
-    """
-    given = [name for name in VARIABLES if name in os.environ]
-    if not {"RANK", "WORLD_SIZE"} & set(given):
-        yield Alone()
-        return
-    if missing := [name for name in VARIABLES if name not in given]:
-        hint = "Start the processes with torchrun --nproc_per_node=N -m minipeft train ..."
-        raise InputError(f"is not set, but {given[0]} is", where=missing[0], hint=hint)
-    from minipeft.training.distributed import Group
-
-    with Group(config or ParallelConfig(), read_number("RANK"), read_number("WORLD_SIZE")) as group:
-        yield group
-
-
-def read_number(name: str) -> int:
-    """The number in an environment variable.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    text: Any = os.environ[name]
-    if not text.isascii() or not text.isdigit():
-        raise InputError(f"{text!r} must be an integer >= 0", where=name)
-    return int(text)

@@ -90,5 +90,5 @@ class Watch(threading.Thread):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first sentence of an error's text; gloo adds advice."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]

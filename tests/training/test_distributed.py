@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,10 +21,11 @@ from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
 from minipeft.runs.config import find_methods, run_config
 from minipeft.runs.finetune import finetune
-from minipeft.training.processes import Alone, ParallelConfig, Processes, join
+from minipeft.training.launch import join
+from minipeft.training.processes import Alone, ParallelConfig, Processes
 from minipeft.training.watch import LOST_STATUS
-from tests.ranks import run_joined, run_ranks, start_all, wait_all
-from tests.small import write_pairs, write_small_model
+from tests.ranks import LIMIT, run_joined, start_all, wait_all
+from tests.small import write_small_model
 
 SETTINGS = {"method": "lora", "targets": ("c_attn",), "rank": 2, "dropout": 0.2, "steps": 4, "accumulate": 4,
             "length": 64, "held_out": 3, "evaluate_every": 2, "save_every": 1}  # fmt: skip
@@ -62,7 +65,9 @@ def train(
     given = {"model": str(place / "model"), "data": str(place / "pairs.jsonl"), **SETTINGS, **changes}
     method = given.pop("method")
     own = {
-        name: value for name, value in given.items() if name in changes or method in find_methods(name.replace("_", "-"))
+        name: value
+        for name, value in given.items()
+        if name in changes or method in find_methods(name.replace("_", "-"))
     }
     return finetune(run_config(method, **own), out, resume=resume, say=say, processes=processes)
 
@@ -209,12 +214,12 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(place: Path, whole: Pat
     same(whole, tmp_path / "run")
 
 
-def refused(place: Path, out: Path, **changes: Any) -> list[str]:
+def refused(place: Path, out: Path, reduce: str = "exact", **changes: Any) -> list[str]:
     """What each of two ranks says of a run that both of them refuse."""
 
     def act() -> object:
         try:
-            joined(lambda processes: train(place, out / "run", processes, **changes))
+            joined(lambda processes: train(place, out / "run", processes, **changes), reduce=reduce)
         except InputError as error:
             print(error)
             return 2
@@ -277,7 +282,10 @@ def test_an_environment_of_half_a_torchrun_is_refused(monkeypatch: pytest.Monkey
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InputError, match="WORLD_SIZE: is not set, but RANK is. Start the processes with torchrun"), join():
+    with (
+        pytest.raises(InputError, match=r"WORLD_SIZE: is not set, but RANK is\. Start the processes with torchrun"),
+        join(),
+    ):
         pass
     monkeypatch.delenv("RANK")
     with join() as processes:
@@ -286,17 +294,49 @@ def test_an_environment_of_half_a_torchrun_is_refused(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_fast_sums_differ_by_rounding_alone(size: int, place: Path, whole: Path, tmp_path: Path) -> None:
-    """Within 1e-6 of the exact run, though not its bits: the control of the exact tests, which would see another order."""
+    """Within 1e-6 of the exact run, but not its bits: so the exact tests would see another order."""
     run_joined(size, tmp_path, lambda p: train(place, tmp_path / "run", p) and None, reduce="fast")
     fast, exact = (torch_tensors(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "run", whole))
     assert set(fast) == set(exact)
     differences = [(fast[name] - exact[name]).abs().max().item() for name in exact]
     assert 0 < max(differences) < 1e-6
-    with pytest.raises(InputError, match="reduce"):
-        train(place, whole, reduce="fast")
+    assert json.loads((tmp_path / "run/run.json").read_text())["reduce"] == "fast"
+
+
+def test_a_run_in_exact_order_does_not_go_on_in_a_fast_one(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "run", steps=1)
+    (tmp_path / "run/result.json").unlink()
+    first, second = refused(place, tmp_path, reduce="fast", steps=1)
+    assert first == second
+    assert "this run was started differently (reduce: None -> 'fast', processes: None -> 2)" in first
 
 
 def torch_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)
+
+
+def test_a_run_of_torchrun_is_killed_and_goes_on(place: Path, tmp_path: Path) -> None:
+    """The command itself: rank 0 is killed, rank 1 names it and ends, and the run goes on to the same bytes."""
+    command = ["-m", "minipeft", "train", "--model", str(place / "model"), "--data", str(place / "pairs.jsonl")]
+    command += ["--targets", "c_attn", "--rank", "2", "--dropout", "0.2", "--steps", "100", "--accumulate", "4"]
+    command += ["--length", "64", "--held-out", "3", "--save-every", "5", "--out", str(tmp_path / "run"), "--resume"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    started = subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log, begun = tmp_path / "run/log.jsonl", time.monotonic()
+    while not (log.exists() and log.read_bytes().count(b"\n") > 10) and time.monotonic() - begun < LIMIT:
+        time.sleep(0.05)
+    first = int((tmp_path / "run/.lock").read_text())
+    os.kill(first, signal.SIGKILL)
+    killed = time.monotonic()
+    said = started.communicate(timeout=LIMIT)[1]
+    assert time.monotonic() - killed < 30
+    assert started.returncode == 1, said
+    assert f"process {first}) has ended or gives no sign of life, so rank 1 stops: continue with --resume" in said
+    assert not (tmp_path / "run/result.json").exists()
+    changes = {"steps": 100, "save_every": 5, "evaluate_every": None}
+    run_joined(2, tmp_path / "logs", lambda p: train(place, tmp_path / "run", p, **changes) and None)
+    train(place, tmp_path / "whole", **changes)
+    same(tmp_path / "whole", tmp_path / "run")
