@@ -3,8 +3,8 @@
     python benchmarks/distributed.py --out benchmarks/results/distributed-cpu.json        # 3 minutes on two idle cores
 
 LoRA r16 on all linears of the demo model, rows of 256 tokens, 4 micro-batches a step. Each variant trains STEPS steps
-after a first one; the variants alternate, so that a change of the machine's speed affects all of them. Processor seconds
-are those of all processes and threads in these steps: on a busy machine they say more than the clock.
+after a first one; the variants alternate, so that a change of the machine's speed affects all of them. Processor
+seconds are those of all processes and threads in these steps: on a busy machine they say more than the clock.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/data_parallel_from_scratch.py        # some seconds on a CPU
 
 A step is 8 micro-batches. (a + b) + c is not a + (b + c) in floating point, so the all-reduce, which adds each
-process's own sum, has other bits than one process. The exact sum adds the gradients of the micro-batches in the order of
-one process. minipeft/training/distributed.py does the same for any adapter, and sends less: a slice to each process.
+process's own sum, has other bits than one process. The exact sum adds the gradients of the micro-batches in the order
+of one process. minipeft/training/distributed.py does the same for any adapter, and sends less: a slice to each process.
 """
 
 import hashlib
