@@ -141,7 +141,7 @@ class Group:
 
     def tell(self, said: dict[str, Any]) -> dict[str, Any]:
         """What rank 0 says; an empty object has no second message."""
-        text = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8) if said else torch.empty(0)
+        text = to_bytes(said) if said else torch.empty(0)
         size = torch.tensor([len(text)])
         with self.watch.naming():
             dist.broadcast(size, 0)
@@ -149,8 +149,15 @@ class Group:
                 return {}
             text = text if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(text, 0)
-        heard: dict[str, Any] = said if self.rank == 0 else json.loads(bytes(text.tolist()))
+        heard: dict[str, Any] = from_bytes(text)
         return heard
+
+    def exchange(self, value: T) -> list[T]:
+        said = to_bytes(value)
+        sizes = self.gather(torch.tensor([len(said)])).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(said)] = said
+        return [from_bytes(row[:size]) for row, size in zip(self.gather(padded), sizes)]
 
     def agree(self, number: int) -> int:
         given = torch.tensor([number])
@@ -162,6 +169,16 @@ class Group:
         with self.watch.naming(), torch.no_grad():
             for name in sorted(tensors):
                 dist.broadcast(tensors[name].detach(), 0)
+
+
+def to_bytes(value: object) -> Tensor:
+    """A value of JSON as a tensor: pickle, which torch's own functions for objects use, would run what it is sent."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_bytes(text: Tensor) -> Any:
+    """The value that `to_bytes` wrote."""
+    return json.loads(text.numpy().tobytes())
 
 
 def flatten(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:

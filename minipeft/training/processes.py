@@ -50,6 +50,9 @@ class Processes(Protocol):
     def lead(self, action: Callable[[], T]) -> T:
         """Do something on rank 0 alone; all get its value (of JSON), or raise its InputError."""
 
+    def exchange(self, value: T) -> list[T]:
+        """The values (of JSON) that all give, in the order of their ranks."""
+
     def agree(self, number: int) -> int:
         """The largest number that any process gives."""
 
@@ -73,6 +76,9 @@ class Alone:
 
     def lead(self, action: Callable[[], T]) -> T:
         return action()
+
+    def exchange(self, value: T) -> list[T]:
+        return [value]
 
     def agree(self, number: int) -> int:
         return number

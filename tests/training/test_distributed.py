@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from minipeft.errors import InputError
+from minipeft.generation import GenerateConfig
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
-from minipeft.runs.config import find_methods, run_config
+from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned
+from minipeft.runs.config import ModelConfig, find_methods, run_config
 from minipeft.runs.finetune import finetune
 from minipeft.training.launch import join
 from minipeft.training.processes import Alone, ParallelConfig, Processes
@@ -309,6 +311,21 @@ def test_a_run_in_exact_order_does_not_go_on_in_a_fast_one(place: Path, tmp_path
     first, second = refused(place, tmp_path, reduce="fast", steps=1)
     assert first == second
     assert "this run was started differently (reduce: None -> 'fast', processes: None -> 2)" in first
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_answers_are_those_of_one_process(size: int, place: Path, tmp_path: Path) -> None:
+    """Sampled, in batches of 3: the last one is not full, and the ranks have unequal numbers of batches."""
+    pairs = str(place / "pairs.jsonl")
+    given = {"data": pairs, "generate": GenerateConfig(max_new_tokens=8, temperature=1.0, seed=1, batch=3)}
+    source = ModelConfig(str(place / "model"))
+    model, tokenizer = load_tuned(AnswersConfig(source))
+    answer_data(model, tokenizer, AnswersConfig(source, out=tmp_path / "one.jsonl", **given))  # type: ignore[arg-type]
+    many = AnswersConfig(source, out=tmp_path / "many.jsonl", **given)  # type: ignore[arg-type]
+    run_joined(size, tmp_path, lambda processes: answer_data(model, tokenizer, many, processes) and None)
+    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert (tmp_path / "one.jsonl").read_bytes().count(b"\n") == 14
+    assert not (tmp_path / "many.jsonl.part").exists()
 
 
 def torch_tensors(file: Path) -> dict[str, torch.Tensor]:
