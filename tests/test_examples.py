@@ -24,16 +24,33 @@ PROMISES = {
 }
 
 
-@pytest.mark.parametrize("name", PROMISES)
-def test_it_runs_and_keeps_its_promises(name):
+DATA_PARALLEL = "data_parallel_from_scratch.py"
+
+
+def run(name):
     command = [sys.executable, str(ROOT / "examples" / name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for promise in PROMISES[name]:
-        assert promise in done.stdout
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", PROMISES)
+def test_it_runs_and_keeps_its_promises(name):
+    said = run(name)
+    for promise in PROMISES[name]:
+        assert promise in said
+
+
+def test_exact_sums_have_the_same_bits_on_any_number_of_processes_and_fast_ones_do_not():
+    rows = [line.rsplit(" ", 1) for line in run(DATA_PARALLEL).splitlines()]
+    kinds = [(f"{size} processes, {add}: weights", add) for add in ("exact_sum", "fast_sum") for size in (1, 2, 4)]
+    assert [row[0] for row in rows] == [text for text, _ in kinds]
+    exact, fast = {row[1] for row in rows[:3]}, [row[1] for row in rows[3:]]
+    assert exact == {fast[0]}
+    assert len(set(fast)) == 3
+
+
+@pytest.mark.parametrize("name", [*PROMISES, DATA_PARALLEL])
 def test_it_is_a_page_long(name):
     assert len((ROOT / "examples" / name).read_text().splitlines()) <= 120

@@ -1,7 +1,7 @@
 """The command line: `minipeft study`, `data`, `train`, `generate`, `chat`, ..., `push`; one file for each command.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
-the run saved. `--debug` shows the traceback instead of the line.
+the run saved, 75 another process of the training is lost. `--debug` shows the traceback instead of the line.
 """
 
 from __future__ import annotations

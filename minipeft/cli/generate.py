@@ -31,6 +31,8 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.answers import AnswersConfig, answer_data, answer_prompts, load_tuned
     from minipeft.runs.config import ModelConfig
     from minipeft.runs.process import ProcessConfig
+    from minipeft.training.launch import join
+    from minipeft.training.watch import LOST_STATUS, LostProcess
 
     if bool(options.prompts) == was_typed("data", options):
         raise InputError("give PROMPTs, or --data", where="generate")
@@ -38,10 +40,19 @@ def main(options: argparse.Namespace) -> int:
     nested = {name: config(**read_typed(config, options)) for name, config in parts.items()}
     config = AnswersConfig(**nested, **read_typed(AnswersConfig, options))
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()
-    model, tokenizer = load_tuned(config, say=report)
-    if config.data is not None:
-        report(f"{config.out}: {answer_data(model, tokenizer, config)} answers")
-        return 0
+    try:
+        with join() as processes:
+            if processes.size > 1 and config.data is None:
+                raise InputError("several processes share the questions of a data set", where="generate", hint="--data")
+            model, tokenizer = load_tuned(config, say=report if processes.rank == 0 else lambda line: None)
+            if config.data is not None:
+                answered = answer_data(model, tokenizer, config, processes)
+                if processes.rank == 0:
+                    report(f"{config.out}: {answered} answers")
+                return 0
+    except LostProcess as lost:
+        report(f"error: {lost}")
+        return LOST_STATUS
     for text in answer_prompts(model, tokenizer, config, options.prompts):
         show(text, as_is=True)
     return 0

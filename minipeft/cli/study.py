@@ -43,10 +43,14 @@ def main(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, SystemExit):
         report("stopped; the same command resumes")
         raise
+    failed = any(outcome.error is not None and not outcome.waiting for outcome in outcomes)
+    if left := sum(outcome.waiting for outcome in outcomes):
+        report(f"{left} cells of other shares are not finished; without --cell the command finishes and reports all")
+        return 2 if failed else 0
     results = assemble(outcomes, config, options.out, format_command(options))
     write_report(results, options.out)
     show(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
-    return 2 if any(outcome.error is not None for outcome in outcomes) else 0
+    return 2 if failed else 0
 
 
 def format_command(options: argparse.Namespace) -> str:

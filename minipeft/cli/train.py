@@ -10,16 +10,19 @@ from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_se
 from minipeft.cli.streams import report, show
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
-EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3"
+EXAMPLE = """minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3
+  torchrun --nproc_per_node=4 -m minipeft train --model gpt2 --data conala --accumulate 4 --out runs/four"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.adapters import method_names
     from minipeft.runs.folder import FolderConfig
     from minipeft.runs.process import ProcessConfig
+    from minipeft.training.processes import ParallelConfig
 
     add_fields(parser, FolderConfig)
     add_fields(parser, ProcessConfig)
+    add_fields(parser.add_argument_group("several processes, which torchrun starts"), ParallelConfig)
     parser.add_argument("--method", default="lora", metavar="NAME", help=f"{', '.join(method_names())} (default lora)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_run_flags(parser)
@@ -54,15 +57,25 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.finetune import finetune
     from minipeft.runs.folder import FolderConfig
     from minipeft.runs.process import ProcessConfig, Stopped
+    from minipeft.training.launch import join
+    from minipeft.training.processes import ParallelConfig
+    from minipeft.training.watch import LOST_STATUS, LostProcess
 
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()
     folder = FolderConfig(**read_typed(FolderConfig, options))
     config = run_config(options.method, **run_settings(options))
+    parallel = ParallelConfig(**read_typed(ParallelConfig, options))
     try:
-        result = finetune(config, **vars(folder), say=report)
+        with join(parallel) as processes:
+            result = finetune(config, **vars(folder), say=report, processes=processes)
     except Stopped as stopped:
         report(f"{stopped}; continue with --resume")
         return 128 + stopped.number
+    except LostProcess as lost:
+        report(f"error: {lost}")
+        return LOST_STATUS
+    if processes.rank:
+        return 0
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -7,9 +7,11 @@ questions are answered the file is FILE.part, which gets a line per answer; the 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,6 +43,7 @@ from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, load_model
 from minipeft.runs.config import DTYPES, ModelConfig
+from minipeft.training.processes import Processes, check_processes
 
 
 @dataclass(frozen=True)
@@ -148,17 +151,18 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, 
     return [a.text for a in sorted(found, key=lambda a: a.index)]
 
 
-def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> int:
+def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, processes: Processes | None = None) -> int:
     """Answer the questions of `config.data` into the file `config.out`, resumably; returns how many there are.
+
+    `processes` (training/processes.py) share the batches, which are those of one process; rank 0 writes the file.
 
     Raises:
         InputError: the file exists, FILE.part was started with other settings, or the data is of another form than the
             adapter was trained on.
     """
     assert config.data is not None
+    processes = check_processes(processes)
     out = check_path(config.out, "out")
-    if out.exists():
-        raise InputError("exists already", file=out, hint="Name another --out, or remove it")
     asking = choose_template(config)
     data = load_questions(config.data, config.split, asking.format)
     items = data.items[: config.limit]
@@ -169,22 +173,61 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
     if asking.format != PAIRS:
         identity |= {"form": asking.format.form, "template": asking.format.template}
     part = out.with_name(out.name + ".part")
-    done = begin(part, json.loads(json.dumps(identity)))
-    left = [number for number in range(len(items)) if number not in done]
+    done: dict[int, dict[str, Any]] = {}
+
+    def find_left() -> list[int]:
+        if out.exists():
+            raise InputError("exists already", file=out, hint="Name another --out, or remove it")
+        done.update(begin(part, json.loads(json.dumps(identity))))
+        return [number for number in range(len(items)) if number not in done]
+
+    left = processes.lead(find_left)
     prompts = asking.encode(items, tokenizer)
     ends = asking.chat.find_end(tokenizer) if asking.chat else set()
-    with (
-        open(part, "a", encoding="utf-8") as stream,
-        tqdm(total=len(items), initial=len(done), unit="answer", disable=None) as bar,
-    ):
-        for a in answer(model, tokenizer, prompts, config.generate, only=left, ends=ends):
-            done[a.index] = answer_row(items[a.index], a, asking.format)
-            add_line(stream, part, {"index": a.index, **done[a.index]})
-            bar.update()
-    lines = "".join(json.dumps(done[number]) + "\n" for number in range(len(items)))
-    write_whole(out, lambda target: target.write(lines.encode()))
-    part.unlink()
+    batches = share_batches(left, prompts, config.generate.batch, processes)
+    answers = answer(model, tokenizer, prompts, config.generate, only=list(chain.from_iterable(batches)), ends=ends)
+    rounds = (asdict(a) for a in answers)
+    with open_part(part, processes) as stream, show_answers(len(items), len(items) - len(left), processes) as bar:
+
+        def write(found: list[dict[str, Any]]) -> None:
+            for a in map(lambda fields: Answer(**fields), found):
+                done[a.index] = answer_row(items[a.index], a, asking.format)
+                add_line(stream, part, {"index": a.index, **done[a.index]})
+                bar.update()
+
+        for _ in range(-(-len(left) // (config.generate.batch * processes.size))):
+            found = processes.exchange(list(islice(rounds, config.generate.batch)))
+            processes.lead(lambda found=found: write(list(chain.from_iterable(found))))  # type: ignore[misc]
+
+    def finish() -> None:
+        lines = "".join(json.dumps(done[number]) + "\n" for number in range(len(items)))
+        write_whole(out, lambda target: target.write(lines.encode()))
+        part.unlink()
+
+    processes.lead(finish)
     return len(items)
+
+
+def share_batches(
+    left: Sequence[int], prompts: Sequence[list[int]], batch: int, processes: Processes
+) -> list[list[int]]:
+    """The batches of this process: each W-th of those that one process would make, by prompt length.
+
+    All but the last of one process are full, so that `answer` makes the same batches of the prompts of one rank.
+    """
+    order = sorted(left, key=lambda number: len(prompts[number]))
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return batches[processes.rank :: processes.size]
+
+
+def open_part(part: Path, processes: Processes) -> IO[str]:
+    """Open FILE.part to append to it; rank 0 alone writes."""
+    return open(part if processes.rank == 0 else os.devnull, "a", encoding="utf-8")
+
+
+def show_answers(total: int, initial: int, processes: Processes) -> tqdm[Any]:
+    """The progress bar of the answers, on rank 0 alone and in a terminal alone."""
+    return tqdm(total=total, initial=initial, unit="answer", disable=None if processes.rank == 0 else True)
 
 
 def load_questions(source: str, split: str, form: DataFormat) -> Data:

@@ -67,23 +67,30 @@ def open_run(
 
 
 class Run:
-    """An open, locked run folder. `notes` are lines for the user: what was skipped, and why."""
+    """An open, locked run folder. `notes` are lines for the user: what was skipped, and why.
 
-    def __init__(self, folder: Path, lock: IO[str], resumed: bool):
+    Without a lock it is opened by another process of the training, and this one neither reads nor writes it.
+    """
+
+    def __init__(self, folder: Path, lock: IO[str] | None = None, resumed: bool = False):
         self.folder, self.lock, self.resumed = folder, lock, resumed
         self.checkpoints = folder / "checkpoints"
         self.log_file = folder / LOG
         self.written: Path | None = None  # the newest checkpoint, restored from or written by this run
+        self.log_bytes, self.log_crc = 0, 0
+        self.notes: list[str] = []
+        if lock is None:
+            return
         if os.path.lexists(self.log_file):
             check_plain(self.log_file)  # opening a named pipe would block
         with writing(folder):
             self.log_stream = open(self.log_file, "ab", opener=open_plain)  # noqa: SIM115 (open as long as the run)
             sync_folder(folder)  # the new log's directory entry must survive a power cut
-        self.log_bytes, self.log_crc = 0, 0
-        self.notes: list[str] = []
 
     def close(self) -> None:
         """Unlock the folder."""
+        if self.lock is None:
+            return
         with suppress(OSError):  # a line that did not fit on the disk is still in the buffer
             self.log_stream.close()
         self.lock.truncate(0)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minipeft.adapters import add_adapter
+from minipeft.adapters import AdapterReport, add_adapter
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.chat import ChatTemplate, load_chat_template
 from minipeft.data.encoded import Encoded
@@ -42,8 +42,9 @@ from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
 from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
-from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
+from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train, trained
 from minipeft.training.movement import Movement
+from minipeft.training.processes import Processes, check_accumulation, check_processes
 
 HELD_OUT_LENGTH = 1024  # tokens of a row of held-out pairs
 MAY_DIFFER = (
@@ -56,37 +57,56 @@ Say = Callable[[str], None]
 
 
 def finetune(
-    config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False, say: Say = print
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says in the folder `out`; returns the content of result.json and timing.json.
 
     `say` gets each line for the user. With `resume` a run continues from its newest checkpoint and ends with the same
     bytes as an uninterrupted one; a complete run writes nothing.
 
+    `processes` (training/processes.py): those that share the work. All of them call `finetune` with the same arguments
+    and get the same result; rank 0 alone reads and writes the folder, and calls `say`.
+
     Raises:
         InputError: invalid input; no folder is left half-written.
-        Stopped: SIGTERM or SIGINT was received; the run is saved.
+        Stopped: SIGTERM or SIGINT was received, by any of the processes; the run is saved.
+        LostProcess: another of the processes has ended, or gives no sign of life.
     """
     out = check_path(out, "out")
+    processes = check_processes(processes)
+    check_accumulation(config.train.accumulate, processes.size)
+    say = say if processes.rank == 0 else lambda line: None
     with make_deterministic(config.deterministic, config.model.device):
         check_device(config.model.device)
         fresh = not out.exists()
-        check_folder(out)  # before anything large is read
+        processes.lead(lambda: check_folder(out))  # before anything large is read
         try:
             prepared = prepare(config.model, config.data)
-            check_room(config, out)
-            identity, about = identify(config, prepared)
+            processes.lead(lambda: check_room(config, out))
+            identity, about = identify(config, prepared, processes)
         except InputError:
-            if fresh:
+            if fresh and processes.rank == 0:
                 with suppress(OSError):  # another process has written there
                     out.rmdir()
             raise
-        run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
+        run = Run(out)
+
+        def claim() -> None:
+            nonlocal run
+            run = open_run(out, identity, resume=resume, overwrite=overwrite, about=about)
+
         try:
-            if (result := read_result(run.folder)) is not None:
+            processes.lead(claim)
+            if (result := processes.lead(lambda: read_result(out))) is not None:
                 say("the run is complete: 0 steps left, nothing is written")
                 return result
-            return do_run(run, config, prepared, say)
+            return do_run(run, config, prepared, say, processes)
         finally:
             run.close()
 
@@ -112,7 +132,7 @@ def prepare(model: ModelConfig, given: DataConfig) -> Prepared:
     return Prepared(data, load_tokens(model), chat)
 
 
-def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say) -> dict[str, Any]:
+def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes: Processes) -> dict[str, Any]:
     """Train in the locked folder."""
     tokenizer = prepared.tokenizer
     model = load_base(config, tokenizer)
@@ -125,14 +145,55 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say) -> dict[st
     say(str(batches.report))
     settings = set_steps(config, len(batches))
     movement, state = Movement.start(model), TrainState(model)
-    run.restore(model, state)
-    clock = Clock.read(run, state.step)
+    clock = restore(run, model, state, processes)
     for note in run.notes:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, held_out))
-    work = Work(config, settings, model, batches, held_out, state, clock)
+    for line in describe_sharing(settings.accumulate, processes):
+        say(line)
+    work = Work(config, settings, model, batches, held_out, state, clock, processes)
     with explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device):
         result = train_and_save(run, work)
+    return processes.lead(lambda: finish(run, work, prepared, movement, report, result, say))
+
+
+def restore(run: Run, model: Decoder, state: TrainState, processes: Processes) -> Clock:
+    """Load the newest checkpoint on rank 0, and from there into all processes; returns the clock."""
+    clock = Clock()
+
+    def load() -> int:
+        nonlocal clock
+        run.restore(model, state)
+        clock = Clock.read(run, state.step)
+        return state.step
+
+    state.step = processes.lead(load)
+    for tensors in (trained(model), state.exp_avg, state.exp_avg_sq):
+        processes.share(tensors)
+    return clock
+
+
+def describe_sharing(accumulate: int, processes: Processes) -> list[str]:
+    """How several processes share a step, in lines for the user."""
+    if processes.size == 1:
+        return []
+    lines = [f"{processes.size} processes share the {accumulate} micro-batches of a step"]
+    if left := accumulate % processes.size:
+        lines.append(f"note: {processes.size - left} of them wait for the others in each step's last round")
+    return lines
+
+
+def finish(
+    run: Run,
+    work: Work,
+    prepared: Prepared,
+    movement: Movement,
+    report: AdapterReport,
+    result: dict[str, Any],
+    say: Say,
+) -> dict[str, Any]:
+    """Measure how far training moved the tensors, save them, and write the result; returns it."""
+    config, settings, model, tokenizer = work.config, work.settings, work.model, prepared.tokenizer
     base = load_base(config, tokenizer).state_dict() if movement.tensors is None else None
     moved = movement.measure(model, settings, base)
     for warning in moved.warnings:
@@ -154,7 +215,7 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say) -> dict[st
 
 @dataclass(frozen=True)
 class Work:
-    """The parts of a run: config, training settings, model, data, state, and the time that it took so far."""
+    """The parts of a run: config, training settings, model, data, state, the time that it took so far, processes."""
 
     config: RunConfig
     settings: TrainConfig
@@ -163,38 +224,44 @@ class Work:
     held_out: list[Batch]
     state: TrainState
     clock: Clock
+    processes: Processes
 
 
 def train_and_save(run: Run, work: Work) -> dict[str, Any]:
     """Train to the end: log each step, evaluate and save at their intervals, stop at a signal."""
-    config, settings, model, state = work.config, work.settings, work.model, work.state
+    config, settings, model, state, processes = work.config, work.settings, work.model, work.state, work.processes
     every = choose_evaluation_interval(config, work.batches)
     resumed_at, clock = state.step, work.clock
     last: dict[str, Any] = {}
-    with (
-        stopping() as signals,
-        tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr, disable=None) as bar,
-    ):
+    steps = train(model, work.batches, settings, state, processes)
+
+    def save() -> None:
+        nonlocal clock
+        run.save(model, state)
+        clock = clock.write(run)
+
+    with stopping() as signals, show_steps(settings, state, processes) as bar:
         if state.step == 0 and work.held_out:
-            run.log({"step": 0, "dev_loss": evaluate(model, work.held_out)})
+            loss = evaluate(model, work.held_out, processes)
+            processes.lead(lambda: run.log({"step": 0, "dev_loss": loss}))
         mark = time.perf_counter()
-        for step in log_error(train(model, work.batches, settings, state), run, state):
+        for step in log_error(steps, run, state, processes):
             clock = clock.add(step, time.perf_counter() - mark)
             entry = make_log_entry(step)
             final = step.number == settings.steps
             if work.held_out and (step.number % every == 0 or final):
-                entry["dev_loss"] = evaluate(model, work.held_out)
-            run.log(entry)
+                entry["dev_loss"] = evaluate(model, work.held_out, processes)
+            processes.lead(lambda entry=entry: run.log(entry))  # type: ignore[misc]
             last = {**last, **entry}
             bar.set_postfix(loss=f"{step.loss:.3f}", dev=f"{last.get('dev_loss', float('nan')):.3f}", refresh=False)
             bar.update()
-            if signals or step.number % config.save_every == 0 or final:
-                run.save(model, state)
-                clock = clock.write(run)
-            if signals:
-                raise Stopped(signals[0], step.number)
+            stop = processes.agree(signals[0] if signals else 0)
+            if stop or step.number % config.save_every == 0 or final:
+                processes.lead(save)
+            if stop:
+                raise Stopped(stop, step.number)
             mark = time.perf_counter()
-    last = last or read_last_entry(run)
+    last = last or processes.lead(lambda: read_last_entry(run))
     return {
         "steps": state.step,
         "resumed_at": resumed_at,
@@ -203,6 +270,12 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
         "loss": last.get("loss"),
         "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
     }
+
+
+def show_steps(settings: TrainConfig, state: TrainState, processes: Processes) -> tqdm[Any]:
+    """The progress bar of the steps, on rank 0 alone and in a terminal alone."""
+    hidden = None if processes.rank == 0 else True
+    return tqdm(total=settings.steps, initial=state.step, unit="step", file=sys.stderr, disable=hidden)
 
 
 @dataclass(frozen=True)
@@ -250,12 +323,16 @@ def make_log_entry(step: Step) -> dict[str, Any]:
     return {name: getattr(step, field) for name, field in names.items()}
 
 
-def log_error(steps: Iterator[Step], run: Run, state: TrainState) -> Iterator[Step]:
-    """Pass the steps on; an error that ends them (a non-finite loss, gradient, weight or moment) is logged."""
+def log_error(steps: Iterator[Step], run: Run, state: TrainState, processes: Processes) -> Iterator[Step]:
+    """Pass the steps on; an error that ends them (a non-finite loss, gradient, weight or moment) is logged.
+
+    All processes get the same sums, and therefore the same error.
+    """
     try:
         yield from steps
     except InputError as error:
-        run.log({"step": state.step, "error": str(error)})
+        if processes.rank == 0:  # without waiting for the others: memory may have run out on this one alone
+            run.log({"step": state.step, "error": str(error)})
         raise
 
 
@@ -332,8 +409,11 @@ def set_steps(config: RunConfig, batches: int) -> TrainConfig:
     return replace(config.train, steps=max(1, round(config.epochs * batches / config.train.accumulate)))
 
 
-def identify(config: RunConfig, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Build run.json: the settings that determine a run's bits and must match at resume, and the others."""
+def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build run.json: the settings that determine a run's bits and must match at resume, and the others.
+
+    The number of processes is not among them, unless they sum gradients in a fast order of their own.
+    """
     settings = config.as_json()
     identity = {
         "arguments": {name: value for name, value in settings.items() if name not in MAY_DIFFER},
@@ -345,6 +425,8 @@ def identify(config: RunConfig, prepared: Prepared) -> tuple[dict[str, Any], dic
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+    if not processes.exact:
+        identity |= {"reduce": "fast", "processes": processes.size}
     if (chat := prepared.chat) is not None:
         identity["chat_template_sha256"] = hashlib.sha256(chat.text.encode()).hexdigest()
         if chat.writes_date:  # into each chat: a run that resumes on another day would see another text

@@ -29,7 +29,7 @@ import torch
 from minipeft.adapters.peft_format import WEIGHTS
 from minipeft.data.examples import encode_pairs, load_pairs, split_by_question
 from minipeft.errors import InputError
-from minipeft.files import parse_json, read_header, read_object, read_text, write_json
+from minipeft.files import lock_folder, parse_json, read_header, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.scores import Scores, score_texts
 from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
@@ -101,16 +101,17 @@ def perform(folder: Path) -> Row:
         InputError: a file or setting that the cell names cannot be used.
         Stopped: a signal came; the same call resumes.
     """
-    cell = Cell.from_json(read_object(folder / CELL))
-    row = Row(folder.name, cell.model, cell.method, cell.seed, describe_untrained(cell))
-    if cell.method != ZERO_SHOT:
-        row = train(cell, folder, row)
-    if cell.generate is not None:
-        row = answer(cell, folder, row)
-        row = replace(row, scores=score_file(folder / ANSWERS))
-    write_json(folder / RESULT, row.as_json(counts=True))
-    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # needed only to resume
-    return row
+    with lock_folder(folder):  # another share, or another study of this folder, may want it too
+        cell = Cell.from_json(read_object(folder / CELL))
+        row = Row(folder.name, cell.model, cell.method, cell.seed, describe_untrained(cell))
+        if cell.method != ZERO_SHOT:
+            row = train(cell, folder, row)
+        if cell.generate is not None:
+            row = answer(cell, folder, row)
+            row = replace(row, scores=score_file(folder / ANSWERS))
+        write_json(folder / RESULT, row.as_json(counts=True))
+        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # needed only to resume
+        return row
 
 
 def describe_untrained(cell: Cell) -> Training:

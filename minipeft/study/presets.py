@@ -8,6 +8,8 @@ prefix    ours                      ours      show why a prefix does or does not
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +67,10 @@ class StudyConfig:
     data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
+    workers: int = option(1, "cells that run at once, each with its share of the cores, or --threads", least=1)
+    cell: str | None = option(
+        None, "I/N: run the I-th of N shares of the cells (a scheduler's array); without it the command reports all"
+    )
     execute: bool = option(False, f"run the answers to the demo's pairs: {PROTECTION}")
     settings: Mapping[str, Any] = option(factory=dict, flag="")  # of every training run, by the names of run_config
     process: ProcessConfig = field(default_factory=ProcessConfig)  # of each cell
@@ -78,6 +84,8 @@ class StudyConfig:
         if self.execute and (self.data or PRESETS[self.preset].data) != "demo":
             hint = "minipeft score FILE --execute TASKS runs answers against the tests of a file"
             raise InputError("only the demo's pairs have programs", where="execute", hint=hint)
+        if self.cell is not None:
+            read_share(self.cell)
         for name in self.settings:
             if name in OWN:
                 raise InputError("is set by the study itself", where=name)
@@ -86,11 +94,25 @@ class StudyConfig:
 
     @property
     def threads(self) -> int | None:
-        return self.process.threads
+        """The threads of each cell; None: as many as torch takes."""
+        shared = max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
+        return self.process.threads or shared
 
     @property
     def device(self) -> str:
         return str(self.settings.get("device", "cpu"))
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """The I and N of I/N.
+
+    Raises:
+        InputError: not two integers with 1 <= I <= N.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"{text!r} must be I/N with 1 <= I <= N, such as 1/4", where="cell")
+    return int(found[1]), int(found[2])
 
 
 def has_setting(method: str, name: str) -> bool:

@@ -3,14 +3,16 @@
 work      = forward passes over a token x parameters: of training 2 (3 with the gradient of the weights) for each
             token of each step, of answering DECODING for each token of a question and its answer
 time left = work left x seconds per unit of work so far, in which a cell counts FADE of the next;
-            for the cell that runs, its own seconds count the more the further it is
+            for a cell that runs, its own seconds count the more the further it is; divided by the number of workers
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,11 +36,12 @@ class Bar:
         out: Path,
         questions: int,
         finished: Collection[str],
+        workers: int = 1,
     ):
-        self.out, self.questions = out, questions
+        self.out, self.questions, self.lock = out, questions, threading.RLock()
         self.parts = {cell.name: estimate_work(cell, bases.get(cell.model), questions) for cell in cells}
         work = {name: sum(parts) for name, parts in self.parts.items()}
-        self.forecast = Forecast(work, finished)
+        self.forecast = Forecast(work, finished, workers)
         self.bar = tqdm(
             total=sum(work.values()),
             initial=sum(work[name] for name in finished),
@@ -54,17 +57,21 @@ class Bar:
         self.bar.close()
 
     def begin(self, cell: Cell) -> None:
-        """Show which cell runs."""
+        """Show which cell runs, the last one begun of several."""
         seed = f" seed {cell.seed}" if cell.seed else ""
-        self.bar.set_description_str(escape(f"{cell.model} {cell.method}{seed}"), refresh=False)
-        self.forecast.begin(cell.name, time.monotonic())
+        with self.lock:
+            self.forecast.begin(cell.name, time.monotonic())
+            others = len(self.forecast.running) - 1
+            also = f" and {others} more" if others else ""
+            self.bar.set_description_str(escape(f"{cell.model} {cell.method}{seed}{also}"), refresh=False)
 
     def show(self, cell: Cell) -> None:
         """Move to the cell's progress."""
         training, answering = self.parts[cell.name]
         trained, answered = self.read_progress(cell)
         share = (training * trained + answering * answered) / max(1.0, training + answering)
-        self.move(self.forecast.advance(cell.name, share, time.monotonic()))
+        with self.lock:
+            self.move(self.forecast.advance(cell.name, share, time.monotonic()))
 
     def read_progress(self, cell: Cell) -> tuple[float, float]:
         """How much of a cell's training and of its answers is done, 0 to 1 each."""
@@ -76,9 +83,10 @@ class Bar:
 
     def finish(self, cell: Cell) -> None:
         """Count the cell as over, done or failed."""
-        if cell.name == self.forecast.cell:
-            self.show(cell)
-        self.move(self.forecast.finish(cell.name, time.monotonic()))
+        with self.lock:
+            if cell.name in self.forecast.running:
+                self.show(cell)
+            self.move(self.forecast.finish(cell.name, time.monotonic()))
 
     def move(self, to: float) -> None:
         """Move forward to an amount of work, never back, and say how long the rest will take."""
@@ -87,59 +95,69 @@ class Bar:
         self.bar.update(max(0.0, to - self.bar.n))
 
 
+@dataclass
+class Running:
+    """A cell that runs: since when, the share of its work that is done, and the share that it was begun with."""
+
+    work: float
+    begun: float
+    share: float = 0.0
+    at_begin: float | None = None
+
+    @property
+    def new(self) -> float:
+        """The work since it began or resumed."""
+        return (self.share - (self.at_begin or 0.0)) * self.work
+
+
 class Forecast:
     """Forecast the time of the remaining cells from those that ran; `work` is that of each cell."""
 
-    def __init__(self, work: Mapping[str, float], finished: Collection[str]):
-        self.work, self.over = work, set(finished)
+    def __init__(self, work: Mapping[str, float], finished: Collection[str], workers: int = 1):
+        self.work, self.over, self.workers = work, set(finished), workers
         self.measured, self.seconds = 0.0, 0.0  # work and time of the cells that ran, each counted FADE of the next
-        self.cell, self.begun = "", 0.0  # the cell that runs, and since when
-        self.share = 0.0  # of its work, done
-        self.at_begin: float | None = None  # the share that it was begun with
+        self.running: dict[str, Running] = {}
 
     def begin(self, cell: str, now: float) -> None:
         """A cell begins. One that is resumed has progress already, which took no time now."""
-        self.cell, self.begun, self.share, self.at_begin = cell, now, 0.0, None
+        self.running[cell] = Running(self.work[cell], now)
 
     def advance(self, cell: str, share: float, now: float) -> float:
         """Record the share of the cell's work that is done; returns the work done by all cells.
 
         Its time counts from its first progress: what it takes to load a model says nothing about the speed.
         """
-        self.at_begin = share if self.at_begin is None else self.at_begin
-        self.begun = now if share <= self.at_begin else self.begun
-        self.share = max(share, self.share)
-        return self.done() + share * self.work[cell]
+        run = self.running[cell]
+        run.at_begin = share if run.at_begin is None else run.at_begin
+        run.begun = now if share <= run.at_begin else run.begun
+        run.share = max(share, run.share)
+        return self.done()
 
     def finish(self, cell: str, now: float) -> float:
         """End the cell; returns the work done by all cells."""
-        if cell == self.cell:
-            self.measured = FADE * (self.measured + self.new_work())
-            self.seconds = FADE * (self.seconds + now - self.begun)
-            self.cell, self.share, self.at_begin = "", 0.0, None
+        if cell in self.running:
+            run = self.running.pop(cell)
+            self.measured = FADE * (self.measured + run.new)
+            self.seconds = FADE * (self.seconds + now - run.begun)
         self.over.add(cell)
         return self.done()
 
     def done(self) -> float:
-        """The work of the cells that are over."""
-        return sum(self.work[name] for name in self.over)
-
-    def new_work(self) -> float:
-        """The work of the running cell since it began or resumed."""
-        return (self.share - (self.at_begin or 0.0)) * self.work[self.cell] if self.cell else 0.0
+        """The work done by all cells."""
+        return sum(self.work[name] for name in self.over) + sum(run.share * run.work for run in self.running.values())
 
     def seconds_left(self, now: float) -> float | None:
         """The seconds until all cells are over; None before any work is measured."""
-        new, running = self.new_work(), now - self.begun if self.cell else 0.0
-        if self.measured + new <= 0:
+        moving = [run for run in self.running.values() if run.new]
+        measured = self.measured + sum(run.new for run in moving)
+        if measured <= 0:
             return None
-        average = (self.seconds + (running if new else 0.0)) / (self.measured + new)  # seconds per unit of work
-        waiting = sum(work for name, work in self.work.items() if name not in self.over and name != self.cell)
-        if not self.cell:
-            return waiting * average
-        own = running / new if new else average
-        rate = self.share * own + (1 - self.share) * average
-        return waiting * average + (1 - self.share) * self.work[self.cell] * rate
+        average = (self.seconds + sum(now - run.begun for run in moving)) / measured  # seconds per unit of work
+        left = average * sum(w for name, w in self.work.items() if name not in self.over and name not in self.running)
+        for run in self.running.values():
+            own = (now - run.begun) / run.new if run.new else average
+            left += (1 - run.share) * run.work * (run.share * own + (1 - run.share) * average)
+        return left / min(self.workers, max(1, len(self.work) - len(self.over)))
 
 
 def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float, float]:

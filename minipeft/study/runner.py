@@ -9,13 +9,16 @@ DIR/study.json    which questions the study answers; a folder without it that ho
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,23 +37,24 @@ from minipeft.runs.process import stopping
 from minipeft.study.baselines import BASELINES, PYTHON_ONLY
 from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, QUESTIONS, RESULT, ZERO_SHOT, Cell, score_file
 from minipeft.study.executed import execute_row
-from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells
-from minipeft.study.progress import Bar
+from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells, read_share
+from minipeft.study.progress import Bar, estimate_work
 from minipeft.study.rows import FORMAT, Row
 
 HELD_OUT = 100  # pairs for the held-out loss, at most a tenth of the training pairs
 TESTED = 500  # questions of a file that has no test split, at most a fifth of its pairs
 POLL_SECONDS = 0.2
-LOCK = "study.lock"
+LOCK, LOCKS = "study.lock", re.compile(r"study(\.[0-9]+-[0-9]+)?\.lock")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: its row, or why there is none."""
+    """How a cell ended: its row, or why there is none. `waiting`: it belongs to another share, and is not finished."""
 
     cell: Cell
     row: Row | None
     error: str | None = None
+    waiting: bool = False
 
 
 def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) -> list[Outcome]:
@@ -67,22 +71,57 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     held_out = config.settings.get("held_out", find_split(train, min(HELD_OUT, len(train) // 10)))
     bases, errors = read_models(label_models(config.model or preset.models), train, held_out)
     cells = make_cells(config, bases, held_out)
-    with open_folder(out, train, test), stopping() as stop:
+    with open_folder(out, train, test, config.cell), stopping() as stop:
         check_settings(out, cells)
         outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines(test)]
         rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
-        with Bar(cells, bases, out, len(test), rows) as bar:
-            for cell in cells:
+        own = cells if config.cell is None else take_share(cells, bases, len(test), *read_share(config.cell))
+        done = {cell.name for cell in own if cell.name in rows}
+        with Bar(own, bases, out, len(test), done, config.workers) as bar:
+
+            def work(cell: Cell) -> list[Outcome]:
                 end_if(stop)
+                if cell not in own and cell.name not in rows:
+                    return [Outcome(cell, None, "not finished by its share", waiting=True)]
                 error = errors.get(cell.model)
                 if error is None and cell.name not in rows:
                     error = run_cell(cell, out, config.threads, bar, stop)
-                bar.finish(cell)
-                outcomes += read_outcomes(cell, out, error, say)
+                if cell in own:
+                    bar.finish(cell)
+                return read_outcomes(cell, out, error, say)
+
+            outcomes += itertools.chain.from_iterable(run_each(work, cells, config.workers))
         end_if(stop)
         if config.execute:
             outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
+
+
+def run_each(work: Callable[[Cell], list[Outcome]], cells: Sequence[Cell], workers: int) -> list[list[Outcome]]:
+    """Do the work of every cell, of so many at once; each worker is a thread that waits for its cell's process."""
+    if workers == 1:
+        return [work(cell) for cell in cells]
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, cell) for cell in cells]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def take_share(
+    cells: Sequence[Cell], bases: Mapping[str, Base | None], questions: int, number: int, shares: int
+) -> list[Cell]:
+    """The cells of share 1, 2, ...: each cell, the largest first, goes to the share with the least work."""
+    work = {cell.name: sum(estimate_work(cell, bases.get(cell.model), questions)) for cell in cells}
+    loads, own = [0.0] * shares, set()
+    for cell in sorted(cells, key=lambda cell: -work[cell.name]):
+        least = loads.index(min(loads))
+        loads[least] += max(work[cell.name], 1.0)
+        if least == number - 1:
+            own.add(cell.name)
+    return [cell for cell in cells if cell.name in own]
 
 
 def end_if(stop: list[int]) -> None:
@@ -147,8 +186,10 @@ def read_base(source: str, train: Pairs, held_out: int) -> Base:
 
 
 @contextmanager
-def open_folder(out: Path, train: Pairs, test: Pairs) -> Iterator[None]:
+def open_folder(out: Path, train: Pairs, test: Pairs, share: str | None) -> Iterator[None]:
     """Lock the study's folder, which is made where it is missing, and check that it is this study's.
+
+    Each share has a lock of its own; the cells of both are locked by their processes.
 
     Raises:
         InputError: it is a file, in use, another study's, or holds something else.
@@ -156,10 +197,10 @@ def open_folder(out: Path, train: Pairs, test: Pairs) -> Iterator[None]:
     marker = out / "study.json"
     if out.exists() and not out.is_dir():
         raise InputError("is a file; a study needs a folder", file=out)
-    if not marker.exists() and out.exists() and any(file.name != LOCK for file in out.iterdir()):
+    if not marker.exists() and out.exists() and any(LOCKS.fullmatch(file.name) is None for file in out.iterdir()):
         raise InputError("is not empty and holds no study", file=out, hint="Name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out, LOCK):
+    with lock_folder(out, LOCK if share is None else f"study.{share.replace('/', '-')}.lock"):
         write_data(out, marker, train, test)
         yield
 

@@ -35,6 +35,7 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, o
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
+from minipeft.training.processes import Processes, check_accumulation, check_processes, sum_in_order
 
 DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
@@ -121,17 +122,27 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainState | None = None) -> Iterator[Step]:
+def train(
+    model: Decoder,
+    batches: Batches,
+    config: TrainConfig,
+    state: TrainState | None = None,
+    processes: Processes | None = None,
+) -> Iterator[Step]:
     """Train the parameters that require gradients, from `state.step` to `config.steps`; yields after each step.
+
+    `processes` (processes.py): those that share each step's micro-batches; None: this one trains alone. All of them
+    call `train` with the same arguments and get the same steps.
 
     If a step raises, the model's mode (train or eval) and activation checkpointing are restored. Trainings of two
     models in two threads alternate at each micro-batch, so that each draws the same dropout as alone.
 
     Raises:
         InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32,
-            gradients are off, or `state` belongs to another model; in a step: a batch does not fit the model, a tensor
-            of the model was cast, moved, frozen or replaced since the last step, a loss, gradient, weight or moment is
-            not finite, a trained tensor gets no gradient, or another thread is in a step of this model.
+            gradients are off, `state` belongs to another model, or there are more processes than micro-batches; in a
+            step: a batch does not fit the model, a tensor of the model was cast, moved, frozen or replaced since the
+            last step, a loss, gradient, weight or moment is not finite, a trained tensor gets no gradient, or another
+            thread is in a step of this model.
     """
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
@@ -152,7 +163,9 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state)
+    processes = check_processes(processes)
+    check_accumulation(config.accumulate, processes.size)
+    return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state, processes)
 
 
 def group_by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:
@@ -179,6 +192,7 @@ def take_steps(
     batches: Batches,
     config: TrainConfig,
     state: TrainState,
+    processes: Processes,
 ) -> Iterator[Step]:
     """The generator behind `train`."""
     assert config.steps is not None
@@ -189,7 +203,7 @@ def take_steps(
         try:
             with claim_step(model, state.step):
                 check_unchanged(before, describe_tensors(model), f"step {state.step + 1}")
-                step = take_step(model, parameters, groups, batches, config, state, silent)
+                step = take_step(model, parameters, groups, batches, config, state, silent, processes)
         except BaseException:
             model.train(was_training)
             model.activation_checkpointing = was_checkpointing
@@ -296,6 +310,7 @@ def take_step(
     config: TrainConfig,
     state: TrainState,
     silent: dict[str, int],
+    processes: Processes,
 ) -> Step:
     """One optimizer step: the gradient of `accumulate` batches, the checks, AdamW."""
     where = f"step {state.step + 1}"
@@ -309,9 +324,11 @@ def take_step(
     targets = sum(count_targets(batch.labels) for batch in micro)
     if not targets:
         raise InputError("no token of this step's batches is supervised", where=where)
-    loss = 0.0
-    for i, batch in enumerate(micro):
-        loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
+
+    def add_gradient(i: int) -> float:
+        return backward(model, micro[i], targets, derived_seed(config.seed, state.step, i))
+
+    loss = processes.sum_gradients(parameters, len(micro), add_gradient)
     norms = compute_gradient_norms(parameters, loss, state.step, silent)
     norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)
@@ -412,23 +429,29 @@ def update(
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Sequence[Batch]) -> float:
+def evaluate(model: Decoder, batches: Sequence[Batch], processes: Processes | None = None) -> float:
     """Compute the mean loss over `batches` in nats per supervised token, in eval mode; the model's mode is restored.
+
+    `processes`: those that share the batches, and all get the loss.
 
     Raises:
         InputError: a batch does not fit the model, no token is supervised, or the loss is not finite.
     """
     check_kind(model, Decoder, "model")
     batches = check_items(batches, Batch, "batches")
+    processes = check_processes(processes)
     was_training, device = model.training, model.embedding.weight.device
-    loss, targets = 0.0, 0
+    for batch in batches:
+        check_batch(model, batch, "evaluate")
+    targets = sum(count_targets(batch.labels) for batch in batches)
+
+    def compute(i: int) -> float:
+        ids, labels, documents = (t.to(device) for t in (batches[i].ids, batches[i].labels, batches[i].documents))
+        return model.loss(ids, labels, documents).item()
+
     model.eval()
     try:
-        for batch in batches:
-            check_batch(model, batch, "evaluate")
-            ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
-            loss += model.loss(ids, labels, documents).item()
-            targets += count_targets(labels)
+        loss = sum_in_order(processes.compute(len(batches), compute))
     finally:
         model.train(was_training)
     if not targets:

@@ -73,3 +73,20 @@ def test_work_is_counted_in_tokens():
     assert estimate_work(lora, DEMO, 10) == (380 * 512 * 2 * 4_339_200, 2.0 * 10 * (30 + 40) * 4_339_200)
     assert estimate_work(full, DEMO, 10)[0] == 1.5 * estimate_work(lora, DEMO, 10)[0]
     assert estimate_work(lora, None, 10) == (0.0, 0.0)
+
+
+def test_two_workers_halve_the_time_left():
+    """Two equal cells that ran at once and two that wait: what is left takes half of what one worker needs."""
+    work = dict.fromkeys("abcd", 10.0)
+    one, two = Forecast(work, (), 1), Forecast(work, (), 2)
+    for forecast in (one, two):
+        for cell in "ab":
+            forecast.begin(cell, 0.0)
+            forecast.advance(cell, 0.0, 0.0)
+        assert forecast.advance("a", 0.5, 4.0) + forecast.advance("b", 0.5, 4.0) == 5.0 + 10.0
+    assert one.seconds_left(4.0) == pytest.approx(30 * 0.8)
+    assert two.seconds_left(4.0) == pytest.approx(15 * 0.8)
+    assert two.finish("a", 8.0) == 15.0
+    for cell in "bc":
+        two.finish(cell, 8.0)
+    assert two.seconds_left(8.0) == pytest.approx(10 * 1.6), "a single cell has one worker"

@@ -16,8 +16,10 @@ import pytest
 from minipeft.cli import main
 from minipeft.data.examples import load_pairs
 from minipeft.errors import InputError
+from minipeft.files import lock_folder
 from minipeft.study import runner
 from minipeft.study.cells import Cell
+from minipeft.study.presets import StudyConfig
 from minipeft.study.progress import Bar
 from minipeft.study.runner import find_split, first_line, load_data
 
@@ -336,3 +338,55 @@ def test_the_answers_of_the_demo_are_run(inside, tmp_path, model, pairs, capsys)
     assert '"pass_at_1": 0.5' in (out / "results.json").read_text()
     assert main(line(tmp_path / "other", model, pairs, "--execute")) == 2
     assert "execute: only the demo's pairs have programs. minipeft score FILE --execute" in capsys.readouterr().err
+
+
+SAME = ("model", "method", "seed", "steps", "bleu", "codebleu", "dev_loss", "loss", "adapter_movement", "error")
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    """What is the same in each row however its cell ran; times are not."""
+    found = json.loads((out / "results.json").read_text())["cells"]
+    return {row["cell"]: {name: row.get(name) for name in SAME} for row in found}
+
+
+def test_workers_run_cells_at_once_with_the_same_numbers(finished, tmp_path, model, pairs):
+    """Both cells are begun before either is finished, and all that does not tell the time is that of one worker."""
+    words = line(tmp_path / "s", model, pairs, "--method", "prompt", "--steps", "2", "--workers", "2")
+    assert main(words) == 0
+    before, after = rows_of(finished[0]), rows_of(tmp_path / "s")
+    assert after == {name: row for name, row in before.items() if not name.startswith("broken")}
+    for name in ("predictions.jsonl", "run/adapter/adapter_model.safetensors", "run/log.jsonl"):
+        files = [out / "cells/stories260K--prompt--seed0" / name for out in (finished[0], tmp_path / "s")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    folders = [tmp_path / "s/cells" / f"stories260K--{method}--seed0" for method in ("zero-shot", "prompt")]
+    begun = [(folder / "cell.json").stat().st_mtime for folder in folders]
+    assert max(begun) < min((folder / "result.json").stat().st_mtime for folder in folders)
+
+
+def test_shares_of_a_study_and_the_report_of_all(inside, tmp_path, model, pairs, capsys):
+    """As the tasks of a scheduler's array; the folder has one report, which the last share writes."""
+    words = line(tmp_path / "s", model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2", "--seeds", "2")
+    assert main([*words, "--cell", "1/3"]) == 0
+    first = list(inside)
+    assert "without --cell the command finishes and reports all" in capsys.readouterr().err
+    assert not (tmp_path / "s/results.json").exists()
+    assert main([*words, "--cell", "3/3"]) == 0
+    assert main([*words, "--cell", "2/3"]) == 0
+    assert len(inside) == len(set(inside)) == 4
+    assert first
+    assert set(rows_of(tmp_path / "s")) > set(inside)
+    assert main(words) == 0
+    assert len(inside) == 4, "nothing is left"
+    with pytest.raises(InputError, match=r"cell: '4/3' must be I/N with 1 <= I <= N, such as 1/4"):
+        StudyConfig(cell="4/3")
+
+
+def test_a_cell_that_another_share_runs_is_refused(inside, tmp_path, model, pairs, capsys):
+    words = line(tmp_path / "s", model, pairs, "--method", "prompt", "--steps", "1", "--limit", "2")
+    folder = tmp_path / "s/cells/stories260K--prompt--seed0"
+    assert main([*words, "--cell", "2/3"]) == 0  # answers untrained
+    folder.mkdir(exist_ok=True)
+    with lock_folder(folder):
+        assert main(words) == 2
+    assert "prompt failed: " in capsys.readouterr().err
+    assert main(words) == 0

@@ -1,0 +1,119 @@
+"""The processes of one training: what the loop asks of them, and the answers of a process that trains alone.
+
+Data parallel training: each of W processes (rank 0 ... W - 1) holds the whole model and computes the gradients of
+every W-th micro-batch of a step; the sums reach all of them, and all take the same optimizer step. Rank 0 alone reads
+and writes the run's folder. Several processes are distributed.py's; torchrun starts them (launch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from minipeft.errors import InputError, check_fields, check_methods, option
+
+T = TypeVar("T")
+REDUCES = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Settings of a training on several processes; a process that trains alone ignores them."""
+
+    reduce: str = option(
+        "exact", "how processes sum gradients: exact (the bits of one process) or fast (within 1e-6)", choices=REDUCES
+    )
+    lost_after: float = option(20.0, "seconds without a sign of life after which a process counts as lost", least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class Processes(Protocol):
+    """What a training asks of the processes that share it."""
+
+    rank: int
+    size: int
+    exact: bool  # whether gradients are summed in the order of one process
+
+    def sum_gradients(
+        self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
+    ) -> float:
+        """Set each `.grad` to the sum over `backward(0)` ... `backward(count - 1)`; returns the sum of their losses."""
+
+    def compute(self, count: int, function: Callable[[int], float]) -> list[float]:
+        """[function(0), ..., function(count - 1)], each computed by one process."""
+
+    def lead(self, action: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; all get its value (of JSON), or raise its InputError."""
+
+    def exchange(self, value: T) -> list[T]:
+        """The values (of JSON) that all give, in the order of their ranks."""
+
+    def agree(self, number: int) -> int:
+        """The largest number that any process gives."""
+
+    def share(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy rank 0's tensors into those of the others."""
+
+
+class Alone:
+    """One process that trains alone."""
+
+    rank, size, exact = 0, 1, True
+
+    def sum_gradients(
+        self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
+    ) -> float:
+        """autograd adds each micro-batch's gradient to `.grad` in their order."""
+        return sum_in_order([backward(number) for number in range(count)])
+
+    def compute(self, count: int, function: Callable[[int], float]) -> list[float]:
+        return [function(number) for number in range(count)]
+
+    def lead(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def exchange(self, value: T) -> list[T]:
+        return [value]
+
+    def agree(self, number: int) -> int:
+        return number
+
+    def share(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+
+def sum_in_order(values: Sequence[float]) -> float:
+    """The sum from the first to the last; Python's `sum` compensates rounding since 3.12, which gives other bits."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def check_processes(processes: Processes | None) -> Processes:
+    """The processes of a training; without any, this one alone.
+
+    Raises:
+        InputError: the argument is something else.
+    """
+    if processes is None:
+        return Alone()
+    check_methods(processes, ("rank", "size", "sum_gradients", "compute"), "Processes", "processes")
+    return processes
+
+
+def check_accumulation(accumulate: int, size: int) -> None:
+    """Check that each process has a micro-batch in every step.
+
+    Raises:
+        InputError: there are more processes than micro-batches.
+    """
+    if accumulate < size:
+        hint = f"Give --accumulate {size} with a smaller --batch, or start {accumulate} processes"
+        problem = f"{accumulate} micro-batches a step leave {size - accumulate} of {size} processes without any"
+        raise InputError(problem, where="accumulate", hint=hint)
