@@ -99,7 +99,7 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
             ratio=statistics.median(a / b for a, b in zip(times[job, "bf16"], t)),
             shape=f"1x{LENGTH}" if job == "step" else "1x1",
             dtype=VARIANTS[v][0],
-            device=measure.device_name("cpu"),
+            device=measure.describe_device("cpu"),
             memory_bytes=about[v]["held"],
             versions=measure.read_versions(),
             commit=measure.read_commit(),

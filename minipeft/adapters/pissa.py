@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part
 
+LARGE = 1024  # the smaller side of a weight up to which its whole SVD is computed
+ITERATIONS = 16  # of the randomized SVD: a flat spectrum, as of these weights, needs many
 
 class ResidualLinear(LoRALinear):
     """y = x W^T + b + s (dropout(x) [A ; A0]^T) [B, -B0]^T, with the frozen initial pair A0, B0 kept beside A and B."""
@@ -57,9 +59,26 @@ class ResidualLinear(LoRALinear):
 @torch.no_grad()
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r] with s B0 A0 the best approximation of W of this rank, in float32."""
-    U, S, Vt = torch.linalg.svd(weight.dequantize(), full_matrices=False)  # [out, k], [k], [k, in]
+    U, S, Vt = decompose(weight.dequantize().float(), rank)  # [out, k], [k], [k, in]
     root = (S[:rank] / scale).sqrt()  # [r]
     return root[:, None] * Vt[:rank], U[:, :rank] * root  # [r, in], [out, r]
+
+
+def decompose(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T of W [out, in], of a large W the first 2 r by randomized SVD (Halko et al. 2011, algorithms 4.4, 5.1).
+
+    Q spans nearly the space of the largest singular vectors, and the SVD of the small Q^T W gives them. In all SVD of a
+    4096 x 11008 weight takes about a minute, this about a second. The approximation of rank r leaves at most 1.0005
+    times the residual of the best one on SmolLM2's weights; the model's output is the same at first in any case.
+    """
+    if min(W.shape) <= LARGE or 2 * rank >= min(W.shape):
+        return torch.linalg.svd(W, full_matrices=False)
+    draw = torch.randn(W.shape[1], 2 * rank, generator=torch.Generator().manual_seed(0)).to(W.device)
+    Q, _ = torch.linalg.qr(W @ draw)  # [out, 2r]
+    for _ in range(ITERATIONS):
+        Q, _ = torch.linalg.qr(W @ torch.linalg.qr(W.t() @ Q).Q)
+    U, S, Vt = torch.linalg.svd(Q.t() @ W, full_matrices=False)
+    return Q @ U, S, Vt
 
 
 @torch.no_grad()

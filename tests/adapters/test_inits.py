@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 import minipeft
-from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
+from minipeft.adapters import LoRAConfig, add_adapter, pissa, remove_adapter
 from minipeft.adapters.inits import initialize_eva, initialize_loftq
 from minipeft.adapters.lora import lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
@@ -193,3 +193,20 @@ def test_loftq_refuses_what_it_cannot_do(base, decoder, tmp_path):
         initialize_loftq(model, decoder("gpt2"))
     with pytest.raises(InputError, match="plain: 5 must be a Decoder"):
         initialize_loftq(model, 5)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (250, 250)])
+def test_pissa_of_a_large_weight_leaves_nearly_the_best_residual(shape, monkeypatch):
+    """The randomized SVD, against the whole one; a spectrum as flat as that of a trained weight."""
+    draw = torch.Generator().manual_seed(1)
+    flat = torch.linspace(1, 0.3, min(shape)) ** 2
+    U, V = (torch.linalg.qr(torch.randn(n, min(shape), generator=draw)).Q for n in shape)
+    W = (U * flat) @ V.t()
+    best = torch.linalg.svdvals(W)[8:].norm()
+    whole = pissa.principal(W, 8, 2.0)
+    monkeypatch.setattr(pissa, "LARGE", 64)
+    A, B = pissa.principal(W, 8, 2.0)
+    assert not torch.equal(A, whole[0])
+    assert best <= (W - 2.0 * B @ A).norm() * 1.00001 <= 1.002 * best
+    assert torch.equal(A, pissa.principal(W, 8, 2.0)[0])  # the same draw each time
+    assert (A @ A.t() - torch.diag((A @ A.t()).diag())).abs().max() < 1e-4  # rows along singular vectors

@@ -87,3 +87,15 @@ def test_rows_are_cut_where_any_holds_two_documents(virtual_tokens, prompted):
     head = [virtual_tokens] if prompted else []
     assert [[n for n, _ in row] for row in runs] == [[*head, 6], [*head, 3, 3]]
     assert lay_out(single, ids, None, **given).views[None].runs is None
+
+
+@pytest.mark.parametrize("row", [[0] * 9, [3] * 9])
+def test_a_row_of_one_document_has_no_mask(row):
+    """As every row of a text that is longer than a row: plain causal attention."""
+    ids = torch.zeros(2, 9, dtype=torch.long)
+    views = lay_out(torch.tensor([row, row]), ids, None, windows=(None, 4, 9)).views
+    assert views[None] == views[9] == View()
+    assert views[4].mask is not None
+    padded = torch.tensor([[0] * 9, [0] * 8 + [-1]])
+    assert lay_out(padded, ids, None).views[None].runs is not None
+    assert lay_out(torch.tensor([row, row]), ids, None, virtual_tokens=2).views[None].mask is not None
