@@ -97,7 +97,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read the JSON object in a file; duplicate keys, NaN and trailing text are errors."""
     value = parse_json(read_text(file), file)
     if not isinstance(value, dict):
-        raise InputError(f"must hold a JSON object, but holds {kind_of(value)}", file=file)
+        raise InputError(f"must hold a JSON object, but holds {name_type(value)}", file=file)
     return value
 
 
@@ -165,7 +165,7 @@ def find_non_finite(value: object) -> str | None:
     return next(filter(None, map(find_non_finite, value)), None) if isinstance(value, list) else None
 
 
-def kind_of(value: object) -> str:
+def name_type(value: object) -> str:
     """Name the type of a JSON value for an error."""
     names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
@@ -193,7 +193,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     check_tensors(text.count('"data_offsets"'), file)  # before any entry is parsed
     header = parse_json(text, file, "header")
     if not isinstance(header, dict):
-        raise InputError(f"header must be an object, but is {kind_of(header)}", file=file)
+        raise InputError(f"header must be an object, but is {name_type(header)}", file=file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise InputError("must map text to text", file=file, where="header: __metadata__")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft.adapters.peft_format import config_from as adapter_config
+from minipeft.adapters.peft_format import parse_adapter_config as adapter_config
 from minipeft.data.examples import Example, load_pairs
 from minipeft.data.packing import Batches, pack
 from minipeft.data.tokens import load_tokenizer

@@ -32,16 +32,16 @@ from minipeft.adapters.prefix import PrefixConfig, add_prefix, prefix_recipe, re
 from minipeft.adapters.prompt import PromptConfig, add_prompt, prompt_recipe, remove_prompt
 from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera, vera_recipe
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
-from minipeft.errors import InputError, check_kind, check_value, shown
+from minipeft.errors import InputError, check_kind, check_value, format_value
 from minipeft.models import Decoder
 from minipeft.models.quantized import (
     QuantizedWeight,
     dequantize_model,
-    format_of,
+    find_quantization,
+    find_quantized_weights,
     is_quantized,
     put_weights,
     quantize_weight,
-    quantized_weights,
 )
 
 FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (FULL, LORA, IA3
 AdapterConfig = Any  # the config of one of METHODS
 
 
-def method_of(config: AdapterConfig) -> Method:
+def find_method(config: AdapterConfig) -> Method:
     """Find the method that a config belongs to.
 
     Raises:
@@ -71,12 +71,12 @@ def method_of(config: AdapterConfig) -> Method:
     raise InputError(f"{type(config).__name__} is not an adapter's config ({known})")
 
 
-def method_names() -> list[str]:
+def list_method_names() -> list[str]:
     """List the names of all methods, each followed by its presets."""
     return [name for method in METHODS.values() for name in (method.name, *method.presets)]
 
 
-def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
+def get_method(name: str) -> tuple[Method, Mapping[str, Any]]:
     """Find a method by name, with the fields that the name sets: "dora" is LoRA with {"dora": True}.
 
     Raises:
@@ -87,7 +87,7 @@ def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
             return method, {}
         if name in method.presets:
             return method, method.presets[name]
-    raise InputError(f"{shown(name)} is not known ({', '.join(method_names())})", where="method")
+    raise InputError(f"{format_value(name)} is not known ({', '.join(list_method_names())})", where="method")
 
 
 def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
@@ -96,14 +96,14 @@ def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
     Raises:
         InputError: the name is not known; the method has no such field; a field contradicts the name.
     """
-    method, preset = method_named(name)
+    method, preset = get_method(name)
     fields = [field.name for field in dataclasses.fields(method.config)]
     for key, value in chosen.items():
         if key not in fields:
             has = ", ".join(fields) or "none"
             raise InputError(f"method {name} has no such setting (it has: {has})", where=key)
         if key in preset and value != preset[key]:
-            raise InputError(f"{shown(value)} contradicts method {name}", where=key)
+            raise InputError(f"{format_value(value)} contradicts method {name}", where=key)
     return method.config(**{**preset, **chosen})
 
 
@@ -153,7 +153,7 @@ def add_adapter(
         InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer; the
             adapter would not fit in this machine's memory.
     """
-    method = method_of(config)
+    method = find_method(config)
     check_kind(model, Decoder, "model")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_empty(model)
@@ -163,7 +163,7 @@ def add_adapter(
     backend = None if method.backend is None else method.backend(model, config)
     modules = method.add(model, config, tokenizer, torch.Generator().manual_seed(seed))
     model.adapter = config
-    added = {id(p) for name in modules for p in added_parameters(model, name)}
+    added = {id(p) for name in modules for p in find_added_parameters(model, name)}
     for p in model.parameters():
         p.requires_grad_(method.trains_base or id(p) in added)
     return report_on(model, modules, backend)
@@ -205,7 +205,7 @@ def describe_held(model: Decoder) -> str:
     return next(names, "a bank of adapters")
 
 
-def added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
+def find_added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
     """The parameters that the adapter added to the module at this path; a LoRALinear's W and b belong to the base."""
     module = model.get_submodule(path)
     base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
@@ -216,7 +216,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
     """Count the parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
-        method=method_of(model.adapter).name,
+        method=find_method(model.adapter).name,
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in model.parameters()),
         base_dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -224,7 +224,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
         virtual_tokens=model.virtual_tokens,
         modules=modules,
         backend=backend,
-        quantized=format_of(model),
+        quantized=find_quantization(model),
     )
 
 
@@ -239,7 +239,7 @@ def remove_adapter(model: Decoder) -> None:
         hint = None if model.adapter is None else "bank.close() removes it"
         raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
     check_single(model, "remove_adapter")
-    method_of(model.adapter).remove(model)
+    find_method(model.adapter).remove(model)
     clear_adapter(model)
 
 
@@ -271,14 +271,14 @@ def merge_adapter(
         problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
         raise InputError(problem, where="merge_adapter")
     check_single(model, "merge_adapter")
-    packed = quantized_weights(model)
+    packed = find_quantized_weights(model)
     if packed and not dequantize:
         problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
         raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
-    own, format = model.embedding.weight.dtype, format_of(model)
+    own, format = model.embedding.weight.dtype, find_quantization(model)
     dequantize_model(model)
     model.to(torch.promote_types(own, dtype or own))  # the wider dtype: the sum is rounded to the narrower one
     try:

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from minipeft.adapters import LORA, check_empty, method_of
-from minipeft.adapters.lora import RowGroups, group_rows, lora_rows, plan, scale_of
+from minipeft.adapters import LORA, check_empty, find_method
+from minipeft.adapters.lora import RowGroups, compute_scale, group_rows, lora_rows, plan
 from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
-from minipeft.adapters.targets import linear_paths
+from minipeft.adapters.targets import list_linears
 from minipeft.errors import InputError, check_items, check_kind, check_path
 from minipeft.models import Decoder
 from minipeft.models.products import linear as base_product
@@ -71,7 +71,7 @@ class AdapterBank:
         check_empty(model)
         self.model = model
         self.adapters: dict[str, dict[str, Pair]] = {}
-        self.layers = {path: BankLinear(model.get_submodule(path)) for path in linear_paths(model)}  # type: ignore[arg-type]
+        self.layers = {path: BankLinear(model.get_submodule(path)) for path in list_linears(model)}  # type: ignore[arg-type]
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.owner: list[int] = []  # of the batch in use
         for path, layer in self.layers.items():
@@ -91,7 +91,7 @@ class AdapterBank:
         if name in self.adapters:
             raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
         config, tensors, _ = read_adapter(self.model, folder)
-        method = method_of(config)
+        method = find_method(config)
         if method is not LORA:
             raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
         if config.dora or config.lora_bias:
@@ -101,7 +101,7 @@ class AdapterBank:
             raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)
         pairs = {}
         for path, (rank, alpha) in plan(self.model, config).items():
-            weight, scale = self.layers[path].weight, scale_of(config, rank, alpha)
+            weight, scale = self.layers[path].weight, compute_scale(config, rank, alpha)
             A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
             pairs[path] = tuple(t.to(weight.device, weight.dtype, copy=True) for t in (A, scale * B))
         self.adapters[name] = pairs  # type: ignore[assignment]

@@ -70,7 +70,7 @@ def average(terms: Sequence[Term], rank: int | None) -> Pair:
 WAYS: dict[str, Callable[[Sequence[Term], int | None], Pair]] = {"cat": concatenate, "svd": truncate, "linear": average}
 
 
-def squared_errors(terms: Sequence[Term], pair: Pair) -> tuple[float, float]:
+def compute_squared_errors(terms: Sequence[Term], pair: Pair) -> tuple[float, float]:
     """||B A - U||^2 and ||U||^2, of the factors alone: <B A, D C> = <B^T D, A C^T>, in float64."""
     A, B = (t.double() for t in concatenate(terms, None))
     own_A, own_B = (t.double() for t in pair)

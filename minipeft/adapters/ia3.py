@@ -91,19 +91,19 @@ def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, genera
     return list(planned)
 
 
-def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
+def find_ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
     """The model's IA3Linears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
 
 
 def remove_ia3(model: nn.Module) -> None:
     """Put the plain linears back."""
-    restore(model, ia3_layers(model))
+    restore(model, find_ia3_layers(model))
 
 
 def merge_ia3(model: nn.Module) -> MergeReport:
     """Fold the scales into the weights; the model is plain afterwards."""
-    return merge(model, ia3_layers(model))
+    return merge(model, find_ia3_layers(model))
 
 
 def ia3_recipe(config: IA3Config, parameters: int, family: str) -> Recipe:

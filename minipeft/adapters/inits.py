@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.lora import LoRALinear, lora_layers
-from minipeft.adapters.pissa import RESIDUAL, ResidualLinear, principal
+from minipeft.adapters.lora import LoRALinear, find_lora_layers
+from minipeft.adapters.pissa import RESIDUAL, ResidualLinear, compute_principal
 from minipeft.adapters.verdict import evaluating
 from minipeft.documents import PADDING
 from minipeft.errors import InputError, check_kind, check_memory
@@ -43,7 +43,7 @@ def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
     Raises:
         InputError: the model holds no plain LoRA; no batches; fewer tokens than a rank; no memory for the moments.
     """
-    layers = plain_layers(model, "initialize_eva")
+    layers = find_plain_layers(model, "initialize_eva")
     check_memory(sum(4 * layer.weight.shape[1] ** 2 for layer in layers.values()), "initialize_eva")
     moments = {path: layer.zeros(*layer.weight.shape[1:] * 2) for path, layer in layers.items()}  # [in, in]
     tokens = 0
@@ -91,7 +91,7 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
         InputError: the base is not quantized, or `plain` is; the model holds no plain LoRA; another model.
     """
     check_kind(plain, Decoder, "plain")
-    layers = plain_layers(model, "initialize_loftq")
+    layers = find_plain_layers(model, "initialize_loftq")
     if not is_quantized(model) or is_quantized(plain):
         raise InputError("needs a quantized model and the plain weights beside it", where="initialize_loftq")
     left = whole = 0.0
@@ -101,7 +101,7 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
             if weight is None or weight.shape != layer.weight.shape:
                 raise InputError(f"has no weight like that of {path!r}", where="plain")
             error = weight.float().to(layer.weight.device) - layer.weight.dequantize()  # W - Q [out, in]
-            A, B = principal(error, layer.rank, layer.scale)
+            A, B = compute_principal(error, layer.rank, layer.scale)
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
             left += float((error - layer.scale * B @ A).square().sum())
@@ -109,14 +109,14 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
     return (left / whole) ** 0.5 if whole else 0.0
 
 
-def plain_layers(model: Decoder, where: str) -> dict[str, LoRALinear]:
+def find_plain_layers(model: Decoder, where: str) -> dict[str, LoRALinear]:
     """The model's LoRALinears by path.
 
     Raises:
         InputError: there are none, or they start from a part of the weight.
     """
     check_kind(model, Decoder, "model")
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     if not layers or any(isinstance(layer, ResidualLinear) for layer in layers.values()):
         hint = f"add_adapter(model, LoRAConfig(...)) first, without init {' or '.join(RESIDUAL)}"
         raise InputError("the model holds no plain LoRA", where=where, hint=hint)

@@ -46,7 +46,7 @@ def describe_adapter(folder: Path) -> dict[str, object]:
         found["method"] = f"{kind} (not supported here)" if isinstance(kind, str) else repr(kind)
     if (folder / STATE).exists():
         found["training state"] = True
-    return found | sizes(header.values(), [folder / CONFIG, folder / WEIGHTS])
+    return found | measure_tensors(header.values(), [folder / CONFIG, folder / WEIGHTS])
 
 
 def describe_model(folder: Path) -> dict[str, object]:
@@ -65,12 +65,12 @@ def describe_model(folder: Path) -> dict[str, object]:
     }
     if any(folder.glob("*.safetensors")):
         tensors = rename_tensors(find_tensors(folder, folder, None), FAMILIES[config.model_type])
-        return found | sizes(tensors.values(), sorted({info.file for info in tensors.values()}))
+        return found | measure_tensors(tensors.values(), sorted({info.file for info in tensors.values()}))
     check_plain(folder / "pytorch_model.bin")
     return found | {"bytes": (folder / "pytorch_model.bin").stat().st_size, "files": ["pytorch_model.bin"]}
 
 
-def sizes(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
+def measure_tensors(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
     """Number, parameters and bytes of the tensors, and their files."""
     infos = list(infos)
     return {

@@ -42,7 +42,7 @@ class LoRABiasLinear(LoRALinear):
         return f"{super().extra_repr()}, lora_bias"
 
 
-def layer_class(config: LoRAConfig) -> type[LoRALinear]:
+def choose_layer_class(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this config makes."""
     if config.dora:
         return DoRALinear
@@ -64,7 +64,7 @@ def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, gene
             raise InputError(
                 f"{rank} is odd, and half of an orthogonal matrix's rows go to A and half to B", where="rank"
             )
-        layers[path] = layer_class(config)(linear, rank, alpha, config)
+        layers[path] = choose_layer_class(config)(linear, rank, alpha, config)
         if not linear.weight.is_meta:
             layers[path].initialize(config.init, generator)
     for path, layer in layers.items():

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
+from minipeft.adapters.lora import LoRAConfig, find_lora_layers, plan
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
 from minipeft.errors import InputError
 from minipeft.files import TensorInfo
@@ -43,7 +43,9 @@ def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
         "r": config.rank,
         "lora_alpha": as_integer(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": targets_json(config.targets, model.family.default_targets["lora"], list(lora_layers(model))),
+        "target_modules": make_targets_json(
+            config.targets, model.family.default_targets["lora"], list(find_lora_layers(model))
+        ),
         "bias": "none",
         "fan_in_fan_out": bool(model.family.transposed),
         "init_lora_weights": True,
@@ -78,7 +80,7 @@ def as_integer(number: float) -> float:
 def lora_tensors(model: Decoder) -> dict[str, Tensor]:
     """What is trained, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
         held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
         tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
@@ -98,7 +100,7 @@ def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) 
     plain = dataclasses.replace(config, rslora=False, alpha_pattern={})
     alpha = lora_json(plain, model)["lora_alpha"]
     baked = dict(tensors)
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         name = f"{ROOT}{path}.lora_B.weight"
         rank = tensors[name].shape[1]  # of PiSSA and OLoRA twice the layer's
         baked[name] = tensors[name] * (layer.scale * rank / alpha)  # type: ignore[operator]
@@ -115,8 +117,8 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
         rank=given.get("r", 8),
         alpha=given.get("lora_alpha", 8),
         dropout=given.get("lora_dropout", 0.0),
-        targets=targets_from(given.get("target_modules"), "target_modules"),
-        layers=layers_from(given),
+        targets=read_targets(given.get("target_modules"), "target_modules"),
+        layers=read_layers(given),
         rslora=given.get("use_rslora", False),
         dora=given.get("use_dora", False),
         lora_bias=given.get("lora_bias", False),
@@ -154,7 +156,7 @@ def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]
 def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy loaded tensors into the LoRALinears."""
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             own = layer.own_tensors()
             for key, name in LORA_TENSORS.items():
                 if name in own:

@@ -14,7 +14,7 @@ from minipeft.models import Decoder
 ROOT = "base_model.model."  # of a tensor's name, before the path of the linear
 
 
-def targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
+def make_targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
     """target_modules: names, sorted; "all-linear" as the names that it found."""
     if targets == "all-linear":
         return sorted({path.rsplit(".", 1)[-1] for path in paths})
@@ -23,7 +23,7 @@ def targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -
     return sorted(default if targets == "default" else targets)
 
 
-def targets_from(targets: Any, where: str) -> Targets:
+def read_targets(targets: Any, where: str) -> Targets:
     """target_modules or feedforward_modules; null is PEFT's choice for the family."""
     if targets is None:
         return "default"
@@ -34,7 +34,7 @@ def targets_from(targets: Any, where: str) -> Targets:
     return tuple(targets)
 
 
-def layers_from(given: Mapping[str, Any]) -> Any:
+def read_layers(given: Mapping[str, Any]) -> Any:
     """layers_to_transform: a list of blocks, one block, or null for all.
 
     Raises:
@@ -62,7 +62,7 @@ def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: s
             notes.append(f"target_modules: {', '.join(map(repr, unmatched))} matches nothing in this model")
     if excluded := given.get("exclude_modules"):
         paths = find_targets(model, targets, model.family.default_targets[method])
-        out = excluded_from(paths, excluded)
+        out = read_excluded(paths, excluded)
         targets = tuple(path for path in paths if path not in out)
         if not targets:
             raise InputError(f"{excluded!r} leaves no linear layer", where="exclude_modules")
@@ -74,7 +74,7 @@ def is_named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def excluded_from(paths: list[str], excluded: Any) -> set[str]:
+def read_excluded(paths: list[str], excluded: Any) -> set[str]:
     """The paths that exclude_modules names: a list of names, or a regular expression over the whole path.
 
     Raises:

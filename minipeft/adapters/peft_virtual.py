@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, attentions, prefixes
+from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, list_attentions, list_prefixes
 from minipeft.adapters.prompt import Prompt, PromptConfig
 from minipeft.errors import InputError
 from minipeft.files import check_header, read_header, read_object, write_json, write_tensors
@@ -42,7 +42,7 @@ def collect_table(model: Decoder) -> Tensor:
     """All virtual tokens as PEFT's one table, an MLP folded in: a prompt's [P, C], a prefix's [P, L * 2 * K * D]"""
     if model.prompt is not None:
         return model.prompt.vectors().detach()
-    layers = [torch.stack(prefix.key_value()) for prefix in prefixes(model)]  # each [2, K, P, D]
+    layers = [torch.stack(prefix.key_value()) for prefix in list_prefixes(model)]  # each [2, K, P, D]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).detach()
 
 
@@ -105,15 +105,15 @@ def check_shape(given: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
 
 def prefix_config(given: Mapping[str, Any]) -> PrefixConfig:
     """PEFT's keys -> ours."""
-    return PrefixConfig(virtual_tokens_in(given), init="peft", gate=given["peft_type"] == GATED)
+    return PrefixConfig(read_virtual_tokens(given), init="peft", gate=given["peft_type"] == GATED)
 
 
 def prompt_config(given: Mapping[str, Any]) -> PromptConfig:
     """PEFT's keys -> ours."""
-    return PromptConfig(virtual_tokens_in(given), init="normal")
+    return PromptConfig(read_virtual_tokens(given), init="normal")
 
 
-def virtual_tokens_in(given: Mapping[str, Any]) -> Any:
+def read_virtual_tokens(given: Mapping[str, Any]) -> Any:
     """num_virtual_tokens, which must be there."""
     if given.get("num_virtual_tokens") is None:
         raise InputError("is missing", where="num_virtual_tokens")
@@ -134,7 +134,7 @@ def prompt_shapes(model: Decoder, config: PromptConfig) -> dict[str, tuple[int, 
 
 def prefix_tensors(model: Decoder) -> dict[str, Tensor]:
     """The table, and the gates of a gated prefix."""
-    gates = [a.beside.gate for a in attentions(model) if a.beside is not None]
+    gates = [a.beside.gate for a in list_attentions(model) if a.beside is not None]
     return {"prompt_embeddings": collect_table(model)} | ({"gates": torch.stack(gates)} if gates else {})
 
 
@@ -148,9 +148,9 @@ def fill_prefix(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> Non
     """Copy the table and the gates into the prefixes; with an MLP, its state."""
     if model.adapter.reparam is not None:
         return fill_state(model, folder, tensors["prompt_embeddings"])
-    for prefix, key, value in zip(prefixes(model), *split_table(tensors["prompt_embeddings"], model)):
+    for prefix, key, value in zip(list_prefixes(model), *split_table(tensors["prompt_embeddings"], model)):
         prefix.assign(key, value)
-    for attention, gate in zip(attentions(model), tensors.get("gates", ())):
+    for attention, gate in zip(list_attentions(model), tensors.get("gates", ())):
         attention.beside.gate.copy_(gate)
 
 
@@ -168,13 +168,13 @@ def fill_prompt(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> Non
 def write_extra(model: Decoder, config: PrefixConfig | PromptConfig, folder: Path) -> None:
     """Write our config, and the MLP's state where there is one."""
     if config.reparam is not None:
-        write_tensors(folder / STATE, state_of(model))
+        write_tensors(folder / STATE, collect_state(model))
     else:
         (folder / STATE).unlink(missing_ok=True)  # an older adapter's, in the same folder
     write_json(folder / OWN, dataclasses.asdict(config))
 
 
-def state_of(model: Decoder) -> dict[str, Tensor]:
+def collect_state(model: Decoder) -> dict[str, Tensor]:
     """Every tensor of the model's prefix or prompt, trained or fixed, by its path in the model; a shared one once."""
     kinds = GatedPrefix | Prefix | Prompt
     sites = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -224,7 +224,7 @@ def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
     """
     from safetensors import safe_open
 
-    file, wanted = folder / STATE, state_of(model)
+    file, wanted = folder / STATE, collect_state(model)
     header = read_header(file)
     check_header(header, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, file, dtypes=("F32",))
     with safe_open(file, framework="pt") as stored:

@@ -55,7 +55,7 @@ class ResidualLinear(LoRALinear):
 
 
 @torch.no_grad()
-def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def compute_principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r] with s B0 A0 the best approximation of W of this rank, in float32."""
     U, S, Vt = torch.linalg.svd(weight.dequantize(), full_matrices=False)  # [out, k], [k], [k, in]
     root = (S[:rank] / scale).sqrt()  # [r]
@@ -63,11 +63,14 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def orthonormal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def compute_orthonormal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r], the first r rows of R and columns of Q, in float32; their product is one, whatever
     the signs of the decomposition."""
     Q, R = torch.linalg.qr(weight.dequantize().float())  # [out, k], [k, in]
     return R[:rank], Q[:, :rank]
 
 
-RESIDUAL: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {"pissa": principal, "olora": orthonormal}
+RESIDUAL: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
+    "pissa": compute_principal,
+    "olora": compute_orthonormal,
+}

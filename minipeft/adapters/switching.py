@@ -34,10 +34,10 @@ from minipeft.adapters import (
     check_empty,
     clear_adapter,
     describe_held,
-    method_of,
+    find_method,
 )
-from minipeft.adapters.combine import WAYS, Pair, Term, squared_errors
-from minipeft.adapters.lora import LoRAConfig, LoRALinear, lora_layers
+from minipeft.adapters.combine import WAYS, Pair, Term, compute_squared_errors
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, find_lora_layers
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.peft_format import load_adapter
 from minipeft.adapters.surgery import replace
@@ -60,7 +60,7 @@ def detach(model: Decoder) -> Detached:
     """Take the adapter out of the model; no parameter changes whether it is trainable."""
     config, virtual_tokens, windowed = model.adapter, model.virtual_tokens, model.windowed
     before = dict(model.named_modules(remove_duplicate=False))
-    method_of(config).remove(model)
+    find_method(config).remove(model)
     model.adapter = None
     after = dict(model.named_modules(remove_duplicate=False))
     changed = {path for path, module in before.items() if after.get(path) is not module}
@@ -152,8 +152,8 @@ class AdapterSet:
         Raises:
             InputError: the name is taken; what `add_adapter` refuses; full tuning, which changes the base of all.
         """
-        if method_of(config).trains_base:
-            raise InputError(f"{method_of(config).label} changes the base of all adapters", where="AdapterSet")
+        if find_method(config).trains_base:
+            raise InputError(f"{find_method(config).label} changes the base of all adapters", where="AdapterSet")
         return self.enter(name, lambda: add_adapter(self.model, config, tokenizer, seed=seed), trainable)
 
     def load(
@@ -236,7 +236,7 @@ class AdapterSet:
         terms = self.terms(weights)
         pairs = {path: WAYS[how](parts, rank) for path, parts in terms.items()}
         self.enter(name, lambda: put_pairs(self.model, pairs), trainable=False)
-        missed, whole = map(sum, zip(*(squared_errors(terms[path], pair) for path, pair in pairs.items())))
+        missed, whole = map(sum, zip(*(compute_squared_errors(terms[path], pair) for path, pair in pairs.items())))
         return math.sqrt(missed / whole) if whole else 0.0
 
     @torch.no_grad()
@@ -251,9 +251,9 @@ class AdapterSet:
         found: dict[str, list[Term]] = {}
         for name, weight in weights.items():
             self.check(name)
-            layers = lora_layers(self.model) if name == self.active else self.get(name).modules
+            layers = find_lora_layers(self.model) if name == self.active else self.get(name).modules
             config = self.model.adapter if name == self.active else self.get(name).config
-            if method_of(config) is not LORA or config.dora or config.lora_bias:
+            if find_method(config) is not LORA or config.dora or config.lora_bias:
                 raise InputError(f"{name!r} is not plain LoRA, and is not combined", where="weights")
             for path, layer in layers.items():
                 assert isinstance(layer, LoRALinear)
@@ -299,7 +299,7 @@ def put_pairs(model: Decoder, pairs: Mapping[str, Pair]) -> AdapterReport:
         model, LoRAConfig(most, float(most), targets=tuple(pairs), rank_pattern=own, alpha_pattern=alphas)
     )
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             layer.lora_A.copy_(pairs[path][0])
             layer.lora_B.copy_(pairs[path][1])
     return report

@@ -121,19 +121,19 @@ def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, gene
     return list(shapes)
 
 
-def vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
+def find_vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
     """The model's VeRALinears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, VeRALinear)}
 
 
 def remove_vera(model: nn.Module) -> None:
     """Put the plain linears back."""
-    restore(model, vera_layers(model))
+    restore(model, find_vera_layers(model))
 
 
 def merge_vera(model: nn.Module) -> MergeReport:
     """W <- W + diag(b) B diag(d) A; the model is plain afterwards."""
-    return merge(model, vera_layers(model))
+    return merge(model, find_vera_layers(model))
 
 
 def vera_recipe(config: VeRAConfig, parameters: int, family: str) -> Recipe:

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 from minipeft.models import Decoder
 
 ROWS = 64  # positions whose logits are formed at a time
@@ -105,7 +105,7 @@ class Comparison:
         self.head = copy.deepcopy(model.lm_head)  # before a cast
         with evaluating(model):
             self.answers = [self.answer(model, prompt) for prompt in self.prompts]  # ids without the EOS
-            self.hidden = [hidden_of(model, p + a) for p, a in zip(self.prompts, self.answers)]  # [T, C] each
+            self.hidden = [compute_hidden(model, p + a) for p, a in zip(self.prompts, self.answers)]  # [T, C] each
 
     def answer(self, model: Decoder, prompt: list[int]) -> list[int]:
         return answer_greedily(model, prompt, self.ends, self.new_tokens)
@@ -115,10 +115,10 @@ class Comparison:
         divergences, changed_tokens, changed_answers = [], 0, 0
         with evaluating(model):
             for prompt, answer, before in zip(self.prompts, self.answers, self.hidden):
-                after = hidden_of(model, prompt + answer)  # [T, C]
+                after = compute_hidden(model, prompt + answer)  # [T, C]
                 for old, new in zip(before.split(ROWS), after.split(ROWS)):
                     p, q = self.unmerged_logits(model, old), model.logits(new)  # [n, V]
-                    divergences.append(divergence(p, q))  # [n]
+                    divergences.append(compute_divergence(p, q))  # [n]
                     changed_tokens += int((p.argmax(dim=-1) != q.argmax(dim=-1)).sum())
                 changed_answers += self.answer(model, prompt) != answer
         kl = torch.cat(divergences)
@@ -161,11 +161,11 @@ def check_prompts(
         InputError: no prompts, no tokenizer, or a prompt that is empty or too long.
     """
     if isinstance(prompts, str) or not prompts:
-        raise InputError(f"{shown(prompts)} must be a list of texts", where="check")
+        raise InputError(f"{format_value(prompts)} must be a list of texts", where="check")
     if tokenizer is None:
         raise InputError("a tokenizer is needed", where="check", hint="merge_adapter(model, check=..., tokenizer=...)")
     if new_tokens < 1:
-        raise InputError(f"{shown(new_tokens)} must be an integer >= 1", where="new_tokens")
+        raise InputError(f"{format_value(new_tokens)} must be an integer >= 1", where="new_tokens")
     rows, room = [tokenizer.encode(text) for text in prompts], model.config.context - new_tokens
     for number, row in enumerate(rows, 1):
         if not row:
@@ -183,13 +183,13 @@ def find_ends(model: Decoder, tokenizer: Prompter | None) -> set[int]:
     return {token for token in (*listed, None if tokenizer is None else tokenizer.eos) if token is not None}
 
 
-def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def compute_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) of each row, at least 0. [n, V], [n, V] -> [n], float64"""
     log_p, log_q = (logits.double().log_softmax(dim=-1) for logits in (p_logits, q_logits))
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
 
 
-def hidden_of(model: Decoder, ids: Sequence[int]) -> Tensor:
+def compute_hidden(model: Decoder, ids: Sequence[int]) -> Tensor:
     """The hidden states of one row. -> [T, C]"""
     return model.hidden(torch.tensor([ids], device=model.embedding.weight.device))[0]
 

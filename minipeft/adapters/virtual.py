@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.method import Encoder
 from minipeft.documents import VIRTUAL
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 from minipeft.models import Decoder
 
 TASK_LINE = "Generate Python code given a natural language instruction."
@@ -27,14 +27,14 @@ def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
         InputError: there is no tokenizer.
     """
     if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
-        raise InputError(f"{shown(tokenizer)} must be a Tokenizer", where="tokenizer")
+        raise InputError(f"{format_value(tokenizer)} must be a Tokenizer", where="tokenizer")
     if tokenizer is None:
         hint = "add_adapter(model, config, tokenizer)"
         raise InputError("initialization from text needs the tokenizer", where=f"{method} init", hint=hint)
     return tokenizer.encode(text)
 
 
-def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
+def encode_to_length(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
     """The ids of `text`, repeated or cut to `length`; a BOS that the tokenizer adds comes first, once.
 
     Raises:

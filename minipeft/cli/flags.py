@@ -168,7 +168,7 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
             add_flag(group, found[flag][methods[0]], text)
 
 
-def method_settings(options: argparse.Namespace) -> dict[str, Any]:
+def read_method_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Read the methods' flags that were given, by name; run_config checks that the method has them."""
     from minipeft.adapters import METHODS
     from minipeft.runs.config import list_settings

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report, show
-from minipeft.cli.train import add_run_flags, run_settings
+from minipeft.cli.train import add_run_flags, read_run_settings
 
 HELP = "compare methods, from nothing to a table and a report; the same command resumes"
 EXAMPLE = """minipeft study --out study
@@ -37,7 +37,9 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.study.runner import conduct
 
     process = ProcessConfig(**read_typed(ProcessConfig, options))
-    config = StudyConfig(**read_typed(StudyConfig, options), settings=run_settings(options, skip=OWN), process=process)
+    config = StudyConfig(
+        **read_typed(StudyConfig, options), settings=read_run_settings(options, skip=OWN), process=process
+    )
     try:
         outcomes = conduct(config, options.out, say=report)
     except (KeyboardInterrupt, SystemExit):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from minipeft.data.encoded import Array, Encoded, Example, as_arrays
 from minipeft.data.tokens import Tokenizer
-from minipeft.documents import IGNORED, PADDING, derived_seed
-from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, option, shown
+from minipeft.documents import IGNORED, PADDING, derive_seed
+from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, format_value, option
 
 LENGTH = 1024  # tokens of a row, as in the paper
 LOSS_MASKS = ("all", "response")
@@ -173,7 +173,7 @@ def pack(
     check_value(virtual_tokens, int, {"least": 0}, "virtual_tokens")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_value(shuffle, bool, {}, "shuffle")
-    width = row_width(length, virtual_tokens)
+    width = measure_row(length, virtual_tokens)
     check_methods(tokenizer, ("size", "require_eos", "eos", "pad"), "Tokenizer", "tokenizer")
     check_examples(examples, tokenizer.size)
     encoded = as_arrays(examples)
@@ -182,10 +182,10 @@ def pack(
     targets = documents.count_targets()
     kept = documents.select(targets > 0)
     check_kept(encoded, kept)
-    rows = first_fit(kept.lengths, width) if isolate else Rows(np.arange(len(kept)), np.arange(len(kept) + 1))
-    report = count(encoded, documents, kept, int(targets.sum()), len(rows), width, batch, virtual_tokens)
+    rows = fill_rows(kept.lengths, width) if isolate else Rows(np.arange(len(kept)), np.arange(len(kept) + 1))
+    report = make_report(encoded, documents, kept, int(targets.sum()), len(rows), width, batch, virtual_tokens)
     order = seed if shuffle else None
-    return Batches(kept, rows, batch=batch, width=width, pad=padding_of(tokenizer), seed=order, report=report)
+    return Batches(kept, rows, batch=batch, width=width, pad=choose_padding(tokenizer), seed=order, report=report)
 
 
 def check_examples(examples: Sequence[Example], size: int) -> None:
@@ -202,16 +202,16 @@ def check_examples(examples: Sequence[Example], size: int) -> None:
     for number, example in enumerate(check_items(examples, Example, "examples")):
         where, ids, prompt = f"example {number}", example.ids, example.prompt_tokens
         if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
-            raise InputError(f"its ids must be a list of integers, not {shown(ids, 60)}", where=where)
+            raise InputError(f"its ids must be a list of integers, not {format_value(ids, 60)}", where=where)
         if ids and not (min(ids) >= 0 and max(ids) < size):
             strange = next(i for i in ids if not 0 <= i < size)
-            raise InputError(f"id {shown(strange)} is not one of the tokenizer's {size:,}", where=where)
+            raise InputError(f"id {format_value(strange)} is not one of the tokenizer's {size:,}", where=where)
         check_value(prompt, int, {"least": 0}, f"{where}: prompt_tokens")
     if not len(examples):
         raise InputError("no examples to pack", where="examples")
 
 
-def row_width(length: int, virtual_tokens: int) -> int:
+def measure_row(length: int, virtual_tokens: int) -> int:
     """The tokens of a row that are left for documents.
 
     Raises:
@@ -305,7 +305,7 @@ def join(encoded: Encoded, tokenizer: Tokenizer, responses: bool, width: int) ->
     return Documents(encoded, cuts, np.minimum(len(encoded.ids) - cuts, width), responses)
 
 
-def first_fit(sizes: Array, width: int) -> Rows:
+def fill_rows(sizes: Array, width: int) -> Rows:
     """Rows of documents: the longest document first, each into the first row that has room for it.
 
     Documents of one size are placed together: each row in turn takes as many as fit, which gives the same rows as one
@@ -343,7 +343,7 @@ def check_kept(encoded: Encoded, kept: Documents) -> None:
         )
 
 
-def count(
+def make_report(
     encoded: Encoded,
     documents: Documents,
     kept: Documents,
@@ -374,7 +374,7 @@ def count(
     )
 
 
-def padding_of(tokenizer: Tokenizer) -> int:
+def choose_padding(tokenizer: Tokenizer) -> int:
     """The id in padding columns. No document sees it, so any id of the vocabulary works."""
     return next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
 
@@ -384,5 +384,5 @@ def draw_order(count: int, seed: int | None, epoch: int) -> Tensor:
     """The numbers below `count`, shuffled for this epoch, or in order where `seed` is None."""
     if seed is None:
         return torch.arange(count)
-    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
     return torch.randperm(count, generator=generator)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import InputError, check_fields, format_value, option
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 PATIENCE = 60  # seconds that the sandbox itself may take beyond a program's
@@ -113,7 +113,7 @@ def pass_at_k(trials: Sequence[tuple[int, int]], k: int) -> float | None:
         InputError: there is no task, or k < 1.
     """
     if not trials or k < 1:
-        raise InputError(f"{shown(k)} must be at least 1, of at least one task", where="k")
+        raise InputError(f"{format_value(k)} must be at least 1, of at least one task", where="k")
     if min(n for n, _ in trials) < k:
         return None
     return math.fsum(1 - math.comb(n - c, k) / math.comb(n, k) for n, c in trials) / len(trials)

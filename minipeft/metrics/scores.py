@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError, check_items, check_value, shown
+from minipeft.errors import InputError, check_items, check_value, format_value
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
@@ -259,7 +259,7 @@ def score_texts(
         raise InputError(f"{len(keys)} for {len(predictions)} predictions", where="questions")
     for key in keys:
         if not isinstance(key, str | int | float | None):
-            raise InputError(f"{shown(key)} must be text or a number", where="questions")
+            raise InputError(f"{format_value(key)} must be text or a number", where="questions")
     answers = Answers(predictions, lists, hit_limit, passed, keys)
     check_value(language, str, {"choices": ("auto", *LANGUAGES)}, "language")
     language = find_language(lists) if language == "auto" else language

@@ -27,15 +27,15 @@ from minipeft.data.forms import (
     DataFormat,
     Item,
     encode_questions,
-    item_of_prompt,
+    get_reference,
     load_data,
+    make_prompt_item,
     read_format,
-    reference_of,
 )
 from minipeft.data.templates import read_template
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_fields, check_path, option
-from minipeft.files import kind_of, parse_json, read_text, write_whole
+from minipeft.files import name_type, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.hub import fetch
 from minipeft.models import Decoder
@@ -142,7 +142,7 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, 
     if config.raw:
         return generate(model, tokenizer, prompts, config.generate)
     asking = choose_template(config)
-    rows = asking.encode([item_of_prompt(prompt, asking.format) for prompt in prompts], tokenizer)
+    rows = asking.encode([make_prompt_item(prompt, asking.format) for prompt in prompts], tokenizer)
     ends = asking.chat.find_end(tokenizer) if asking.chat else set()
     found = answer(model, tokenizer, rows, config.generate, ends=ends)
     return [a.text for a in sorted(found, key=lambda a: a.index)]
@@ -178,7 +178,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig) -> 
         tqdm(total=len(items), initial=len(done), unit="answer", disable=None) as bar,
     ):
         for a in answer(model, tokenizer, prompts, config.generate, only=left, ends=ends):
-            done[a.index] = answer_row(items[a.index], a, asking.format)
+            done[a.index] = make_answer_line(items[a.index], a, asking.format)
             add_line(stream, part, {"index": a.index, **done[a.index]})
             bar.update()
     lines = "".join(json.dumps(done[number]) + "\n" for number in range(len(items)))
@@ -201,9 +201,9 @@ def load_questions(source: str, split: str, form: DataFormat) -> Data:
     return data
 
 
-def answer_row(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:
+def make_answer_line(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:
     """Build a line of the file."""
-    row = {"prediction": answer.text, "reference": reference_of(item, form), "question_id": item.question_id}
+    row = {"prediction": answer.text, "reference": get_reference(item, form), "question_id": item.question_id}
     return {**row, "intent": item.question, "ended": answer.ended}
 
 
@@ -254,7 +254,7 @@ def read_answers(file: Path) -> AnswerColumns:
         InputError: a line is not an object with a text `prediction` and a text, or list of texts, `reference`.
     """
     file = check_path(file, "file")
-    rows = list(answers_in(file))
+    rows = list(read_answer_lines(file))
     if not rows:
         raise InputError("holds no answers", file=file)
     known = all("ended" in row for row in rows)
@@ -264,7 +264,7 @@ def read_answers(file: Path) -> AnswerColumns:
     return AnswerColumns(predictions, references, cut, questions)
 
 
-def answers_in(file: Path) -> Iterator[dict[str, Any]]:
+def read_answer_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The checked lines of a file of answers."""
     for number, line in enumerate(
         read_text(file).split("\n"), 1
@@ -273,17 +273,17 @@ def answers_in(file: Path) -> Iterator[dict[str, Any]]:
             continue
         row = parse_json(line, file, f"line {number}")
         if not isinstance(row, dict):
-            raise InputError(f"must be an object, is {kind_of(row)}", file=file, where=f"line {number}")
+            raise InputError(f"must be an object, is {name_type(row)}", file=file, where=f"line {number}")
         for name in ("prediction", "reference"):
             if name not in row:
                 raise InputError(f"field {name!r} is missing", file=file, where=f"line {number}")
             texts = row[name] if name == "reference" and isinstance(row[name], list) else [row[name]]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise InputError(
-                    f"field {name!r} must be text, is {kind_of(row[name])}", file=file, where=f"line {number}"
+                    f"field {name!r} must be text, is {name_type(row[name])}", file=file, where=f"line {number}"
                 )
         if not isinstance(row.get("question_id"), int | str | None):
-            found = kind_of(row["question_id"])
+            found = name_type(row["question_id"])
             raise InputError(
                 f"field 'question_id' must be text or an integer, is {found}", file=file, where=f"line {number}"
             )

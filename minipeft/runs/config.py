@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minipeft.adapters import METHODS, make_adapter_config, method_named, method_of
+from minipeft.adapters import METHODS, find_method, get_method, make_adapter_config
 from minipeft.adapters.method import Method
 from minipeft.data.packing import PackConfig
 from minipeft.errors import InputError, check_fields, check_value, option
@@ -93,7 +93,7 @@ class RunConfig:
     @property
     def method(self) -> Method:
         """The record of the adapter's method."""
-        return method_of(self.adapter)
+        return find_method(self.adapter)
 
     def as_json(self) -> dict[str, Any]:
         """The method and every setting under its flag's name, as JSON values; a tuple becomes a list."""
@@ -140,7 +140,7 @@ class Setting:
 
 def collect_settings(method: str = "lora") -> dict[str, Setting]:
     """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
-    kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
+    kinds = {"model": ModelConfig, "data": DataConfig, "adapter": get_method(method)[0].config,
              "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
     found = [setting for section, kind in kinds.items() for setting in list_settings(kind, section)]
     table = {setting.name: setting for setting in found}
@@ -236,8 +236,8 @@ def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[st
     return {method: {n: value for n, value in chosen.items() if n in index_settings(method)} for method in methods}
 
 
-def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
-    """Build a method's config from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
+def make_method_config(method: str, chosen: Mapping[str, Any]) -> Any:
+    """Build a method's config from settings by flag name: make_method_config("prefix", {"virtual_tokens": 5})"""
     table = index_settings(method)
     return make_adapter_config(method, **{table[name].field: value for name, value in chosen.items()})
 

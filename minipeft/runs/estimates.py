@@ -23,7 +23,7 @@ from minipeft.runs.planning import (
     adapt_on_meta,
     count_forward_flops,
     count_train_flops,
-    in_words,
+    format_seconds,
     plan,
     probe_flops,
 )
@@ -102,4 +102,4 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
     shape["quantize"] = config.model.quantize
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
-    return f"{work}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
+    return f"{work}: about {format_seconds(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

@@ -28,7 +28,7 @@ from minipeft.adapters import add_adapter
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.chat import ChatTemplate, load_chat_template
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import shared_pairs, split_by_question
+from minipeft.data.examples import count_shared, split_by_question
 from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
@@ -291,7 +291,7 @@ def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -
     """The batches to train on, and those held out."""
     wanted, packing, data = config.data.held_out, config.packing, prepared.data
     kept, held_out = split_by_question(data, wanted) if wanted else (data, None)
-    if held_out is not None and (shared := shared_pairs(kept, held_out)):
+    if held_out is not None and (shared := count_shared(kept, held_out)):
         found = f"{shared} of the {len(held_out)} {data.format.noun} held out are also trained on"
         say(f"warning: {found}: the held-out loss is too low")
     batches = pack(

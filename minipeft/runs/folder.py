@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import InputError, check_fields, format_value, option
 from minipeft.files import lock_folder, make_folder, read_object, refuse_link, remove, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
@@ -141,7 +141,7 @@ def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Pa
     """Refuse to resume a run with arguments that change it; objects are compared key by key."""
     changed = list(find_differences(before, now))
     if changed:
-        listed = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, old, new in changed)
+        listed = ", ".join(f"{name}: {format_value(old)} -> {format_value(new)}" for name, old, new in changed)
         hint = "Give the run's own arguments, or another --out"
         raise InputError(f"this run was started differently ({listed})", file=file, hint=hint)
 

@@ -17,7 +17,7 @@ from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.adapters.verdict import MergeReport
 from minipeft.data.examples import load_pairs
 from minipeft.data.forms import FORM_FILE
-from minipeft.data.templates import prompt_text
+from minipeft.data.templates import format_prompt
 from minipeft.data.tokens import FILES
 from minipeft.errors import InputError, check_fields, option
 from minipeft.files import read_text
@@ -60,12 +60,13 @@ def read_prompts(config: MergeConfig) -> list[str]:
     """
     if config.prompts is None:
         return [
-            prompt_text(pair.intent) for pair in load_pairs(str(config.data), split=config.split).items[: config.limit]
+            format_prompt(pair.intent)
+            for pair in load_pairs(str(config.data), split=config.split).items[: config.limit]
         ]
     lines = [line for line in read_text(Path(config.prompts)).splitlines() if line.strip()][: config.limit]
     if not lines:
         raise InputError("holds no prompts", file=config.prompts)
-    return lines if config.raw else [prompt_text(line) for line in lines]
+    return lines if config.raw else [format_prompt(line) for line in lines]
 
 
 def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -> MergeReport:
@@ -118,12 +119,12 @@ def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[st
     Raises:
         InputError: the folder holds neither, or is damaged; the hub refuses.
     """
-    names = own_files(folder, str(describe(folder)["kind"]))
+    names = list_own_files(folder, str(describe(folder)["kind"]))
     left = sorted(path.name for path in folder.iterdir() if path.name not in names)
     return push(folder, names, hub_id, private=not config.public, revision=config.revision), left
 
 
-def own_files(folder: Path, kind: str) -> list[str]:
+def list_own_files(folder: Path, kind: str) -> list[str]:
     """List the existing files that belong to an adapter or a model; no code, no pickle."""
     if kind == "adapter":
         known = [CONFIG, WEIGHTS, OWN, STATE, FORM_FILE, *FILES, CARD]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import shared_pairs, split_by_question
+from minipeft.data.examples import count_shared, split_by_question
 from minipeft.data.forms import Data, encode_data
 from minipeft.data.packing import LENGTH, PackConfig, PackReport, cut_each, pack
 from minipeft.data.tokens import Tokenizer
@@ -115,7 +115,7 @@ def measure_split(data: Data, wanted: int) -> tuple[int | None, int | None, Sequ
         kept, held_out = split_by_question(data, wanted)
     except InputError as error:
         return None, None, (f"training would refuse --held-out {wanted}: {error}",)
-    return len(held_out), shared_pairs(kept, held_out), ()
+    return len(held_out), count_shared(kept, held_out), ()
 
 
 def find_runs(encoded: Encoded, number: int, mask: str, length: int, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

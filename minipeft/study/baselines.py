@@ -12,22 +12,22 @@ from collections.abc import Callable, Sequence
 from minipeft.data.examples import Pair
 
 
-def empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """An empty answer to every question."""
     return ["" for _ in questions]
 
 
-def constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """`print(x)` to every question."""
     return ["print(x)" for _ in questions]
 
 
-def echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """The question itself."""
     return [pair.intent for pair in questions]
 
 
-def nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """The snippet of the training question with the largest |A & B| / |A | B| in words; the first on a tie."""
     known = [split_words(pair.intent) for pair in train]
     answers = []
@@ -44,10 +44,10 @@ def split_words(text: str) -> set[str]:
 
 
 BASELINES: dict[str, Callable[[Sequence[Pair], Sequence[Pair]], list[str]]] = {
-    "empty answer": empty,
-    "print(x)": constant,
-    "echo the question": echo,
-    "nearest training pair": nearest,
+    "empty answer": answer_empty,
+    "print(x)": answer_constant,
+    "echo the question": answer_echo,
+    "nearest training pair": answer_nearest,
 }
 PYTHON_ONLY = "print(x)"  # it says nothing of other text
 SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # whose answers are known without reading them

@@ -62,7 +62,7 @@ def draw_bars(rows: Sequence[Bar], title: str, mark: float | None = None, unit: 
         )
         body += "".join(f'<line x1="{x}" x2="{x}" y1="8" y2="18" class="whisker"/>' for x in (low, high))
         found.append((row, body))
-    marks = ticks(0.0, scale * most)
+    marks = choose_ticks(0.0, scale * most)
     return draw_rows(found, title, [(tick / scale, f"{tick:g}") for tick in marks], place, mark, unit)
 
 
@@ -78,7 +78,7 @@ def draw_intervals(rows: Sequence[Bar], title: str, unit: str, scale: float = 1.
         body += "".join(f'<line x1="{x}" x2="{x}" y1="7" y2="19" class="interval"/>' for x in (left, right))
         body += put("square", "filled" if row.kind == "tuned" else "open", at, 13)
         found.append((row, body))
-    marks = ticks(scale * low, scale * high)
+    marks = choose_ticks(scale * low, scale * high)
     labels = [(tick / scale, f"{tick:+g}" if tick else "0") for tick in marks]
     return draw_rows(found, title, labels, place, 0.0, unit, "zero")
 
@@ -124,7 +124,7 @@ def draw_pairs(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple
         body = f'<line x1="{a}" x2="{b}" y1="13" y2="13" class="whisker"/>'
         body += put("square", "open", b, 13) + put("circle", "filled", a, 13)
         found.append((Bar(name, strict, strict, compat, f"{strict:.3f} / {compat:.3f}", "pair"), body))
-    labels = [(tick, f"{tick:g}") for tick in ticks(0.0, most)]
+    labels = [(tick, f"{tick:g}") for tick in choose_ticks(0.0, most)]
     return draw_rows(found, title, labels, place, mark[0], f"CodeBLEU; dashed: {mark[1]}")
 
 
@@ -137,7 +137,7 @@ def draw_marker(shape: str, kind: str) -> str:
     return SHAPES[shape].format(f' class="{kind}"')
 
 
-def ticks(low: float, high: float) -> list[float]:
+def choose_ticks(low: float, high: float) -> list[float]:
     """Two to five round numbers between low and high."""
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
         if (high - low) / step <= 5:
@@ -145,7 +145,7 @@ def ticks(low: float, high: float) -> list[float]:
     return []
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+def choose_log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     """Up to `most` round numbers between low and high, which are positive, for a logarithmic axis.
 
     Where the powers of ten and their 2, 5 give fewer than two, evenly spaced ones.
@@ -156,11 +156,11 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
         if len(found) <= most:
             break
     if len(found) < 2:
-        return [tick for tick in ticks(low, high) if tick > 0]
+        return [tick for tick in choose_ticks(low, high) if tick > 0]
     return found[:: max(1, -(-len(found) // most))]
 
 
-def short(number: float) -> str:
+def shorten_number(number: float) -> str:
     """A number of an axis: 20k, 4M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:

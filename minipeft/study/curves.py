@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minipeft.study.charts import SHAPES, draw_marker, escape, log_ticks, put, short, ticks, wrap
+from minipeft.study.charts import SHAPES, choose_log_ticks, choose_ticks, draw_marker, escape, put, shorten_number, wrap
 
 MOST_TOGETHER = len(SHAPES)  # curves in one plot; more are drawn in a panel each
 Place = Callable[[float], float]
@@ -72,13 +72,13 @@ def draw_panel(curves: Sequence[tuple[int, Curve]], low: float, high: float, hei
     last = max((step for _, curve in curves for step, _ in (*curve.train, *curve.held_out)), default=1) or 1
     down = lambda loss: height * math.log(high / max(loss, low)) / math.log(high / low)
     across = lambda step: 100 * step / last
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in log_ticks(low, high)])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_log_ticks(low, high)])
     for style, curve in curves:
         body += draw_line(smooth(curve.train), across, down, height, f"faint s{style}")
         body += draw_line(curve.held_out, across, down, height, f"curve s{style}")
         for step, loss in curve.held_out:
             body += put(list(SHAPES)[style], f"m{style}", f"{across(step):.2f}%", down(loss))
-    body += draw_base([(across(tick), f"{tick:g}") for tick in ticks(0, last)], height)
+    body += draw_base([(across(tick), f"{tick:g}") for tick in choose_ticks(0, last)], height)
     said = title or "Loss by step: " + "; ".join(f"{curve.name}{last_loss(curve)}" for _, curve in curves)
     head = f"<h3>{escape(title)}</h3>" if title else ""
     label = '<p class="soft">nats per supervised token (logarithmic), by step</p>'
@@ -135,16 +135,16 @@ def draw_cost(points: Sequence[Point], title: str, unit: str, mark: float | None
     across = lambda cost: 100 * (change(cost) - left) / (right - left)
     most = max([point.high for point in points] + [mark or 0.0, 1.0])
     down = lambda value: height * (1 - max(0.0, value) / (1.05 * most))
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in ticks(0, most)])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_ticks(0, most)])
     if mark is not None:
         body += f'<line x1="0" x2="100%" y1="{down(mark):.1f}" y2="{down(mark):.1f}" class="mark"/>'
     for point in points:
         x = f"{across(point.cost):.2f}%"
         body += f'<line x1="{x}" x2="{x}" y1="{down(point.low):.1f}" y2="{down(point.high):.1f}" class="whisker"/>'
         body += put(list(SHAPES)[point.style], f"m{point.style}", x, down(point.value))
-    found = log_ticks(math.exp(left), math.exp(right), 5) if logarithmic else ticks(left, right)
+    found = choose_log_ticks(math.exp(left), math.exp(right), 5) if logarithmic else choose_ticks(left, right)
     found = [tick for tick in found if across(tick) >= 0]
-    body += draw_base([(across(tick), short(tick)) for tick in found], height)
+    body += draw_base([(across(tick), shorten_number(tick)) for tick in found], height)
     said = f"{title}: " + "; ".join(f"{point.name} {point.value:.1f} at {point.cost:.3g}" for point in points)
     label = f"{unit}, logarithmic" if logarithmic else unit
     plot = wrap(body, height + 20, said)
@@ -159,7 +159,7 @@ def draw_by_rate(
     low, high = math.log(min(values)) - 0.08, math.log(max(values)) + 0.08
     left = lambda place: 3 + 94 * place / max(1, len(rates) - 1)  # percent of the width
     down = lambda loss: height * (high - math.log(loss)) / (high - low)
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in log_ticks(math.exp(low), math.exp(high))])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_log_ticks(math.exp(low), math.exp(high))])
     body += "".join(f'<line x1="0" x2="100%" y1="{down(m):.1f}" y2="{down(m):.1f}" class="mark"/>' for m, _ in marks)
     for line in lines:
         points = [(float(place), loss) for place, loss in enumerate(line.losses) if loss is not None]

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.study.rows import Group
-from minipeft.study.table import name_groups, say_seconds
+from minipeft.study.table import format_duration, name_groups
 
 Named = tuple[str, Group]
 
@@ -66,12 +66,12 @@ def decide(groups: Sequence[Group]) -> list[str]:
         text.append(describe_level(min(level, key=lambda row: row[1].training.trainable or 0), best))
     elif others:
         name, second = max(others, key=lambda row: row[1].bleu or 0.0)
-        text.append(f"The next, {name}, is {say_difference(second.behind)} BLEU behind it.")
+        text.append(f"The next, {name}, is {format_difference(second.behind)} BLEU behind it.")
     lost = [(name, group.reference) for name, group in tuned if group.effect is not None and group.effect.low <= 0]
     if lost and len(tuned) > 1:
         references = " or ".join(dict.fromkeys(repr(reference) for _, reference in lost))
         text.append(f"Not better than {references}: {', '.join(name for name, _ in lost)}.")
-    return [*text, say_how_sure(best[1])]
+    return [*text, state_intervals(best[1])]
 
 
 def describe_best(name: str, best: Group) -> str:
@@ -82,15 +82,17 @@ def describe_best(name: str, best: Group) -> str:
     score = f"BLEU {100 * (best.bleu or 0.0):.1f} [{low:.1f}, {high:.1f}]"
     cost = f", for {describe_cost(best)}" if describe_cost(best) else ""
     if best.effect.low <= 0:
-        return f"No method is better than {best.reference!r}; the best is {name}, {score}, {effect_text(best)}{cost}."
-    return f"Best: {name}, {score}, {effect_text(best)}{cost}."
+        return (
+            f"No method is better than {best.reference!r}; the best is {name}, {score}, {describe_effect(best)}{cost}."
+        )
+    return f"Best: {name}, {score}, {describe_effect(best)}{cost}."
 
 
-def effect_text(group: Group) -> str:
+def describe_effect(group: Group) -> str:
     """The effect in words."""
     assert group.effect is not None
     where = "above" if group.effect.value >= 0 else "below"
-    return f"{say_difference(group.effect)} {where} {group.reference!r}"
+    return f"{format_difference(group.effect)} {where} {group.reference!r}"
 
 
 def describe_level(level: Named, best: Named) -> str:
@@ -112,12 +114,12 @@ def describe_cost(group: Group) -> str:
     """Trained parameters, time and memory, as far as they are known."""
     done = group.training
     parts = [f"{done.trainable:,} trained parameters"] if done.trainable else []
-    parts += [say_seconds(done.train_seconds)] if done.train_seconds else []
+    parts += [format_duration(done.train_seconds)] if done.train_seconds else []
     parts += [f"{done.peak_memory_bytes / 1e9:.2f} GB"] if done.peak_memory_bytes else []
     return ", ".join(parts)
 
 
-def say_difference(found: Interval | None) -> str:
+def format_difference(found: Interval | None) -> str:
     """The size of a difference, of 100, with its interval."""
     assert found is not None
     low, high = sorted((100 * abs(found.low), 100 * abs(found.high)))
@@ -126,7 +128,7 @@ def say_difference(found: Interval | None) -> str:
     return f"{100 * abs(found.value):.1f} [{low:.1f}, {high:.1f}]"
 
 
-def say_how_sure(best: Group) -> str:
+def state_intervals(best: Group) -> str:
     """State what the intervals cover."""
     seeds, what = len(best.seeds), "In brackets: 95 % intervals over the questions"
     if seeds == 1:

@@ -17,18 +17,18 @@ from minipeft.study.browser import Answered, browse
 from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
 from minipeft.study.charts import PATTERNS, Bar, draw_bars, draw_intervals, draw_pairs, escape
 from minipeft.study.curves import MOST_TOGETHER, Curve, Line, Point, draw_by_rate, draw_cost, draw_legend, draw_losses
-from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, find_several_seeds, make_grids
 from minipeft.study.rows import Group, Results
 from minipeft.study.table import (
     Column,
-    bleu_with_interval,
     choose_columns,
+    choose_main_columns,
     group_by_flag,
     join_names,
-    label_of,
-    main_columns,
     name_groups,
-    reference_of,
+    name_method,
+    name_reference,
+    show_bleu_with_interval,
     show_difference,
 )
 
@@ -54,12 +54,12 @@ def draw_page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>minipeft study: {escape(results.preset)}</title><style>{style}</style></head>\n<body>{PATTERNS}<main>"
-        + "\n".join(part for part in sections(results, summary, notes, curves, cells) if part)
+        + "\n".join(part for part in make_sections(results, summary, notes, curves, cells) if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )
 
 
-def sections(
+def make_sections(
     results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
 ) -> list[str]:
     """The parts of the page, in order; "" for one with nothing to show."""
@@ -72,19 +72,19 @@ def sections(
         else "Markers: held-out loss. Thin: training loss, averaged over neighbouring steps. One scale in all panels."
     )
     return [
-        f"<h1>{escape(heading(results))}</h1>",
+        f"<h1>{escape(make_heading(results))}</h1>",
         f'<p class="verdict">{escape(summary[0])}</p><p>{escape(" ".join(summary[1:]))}</p>',
         draw_effects(groups),
-        draw_table(groups, main_columns(groups), "main"),
+        draw_table(groups, choose_main_columns(groups), "main"),
         draw_all_columns(groups),
-        section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
-        section("Loss", draw_losses(curves), losses),
-        *(section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in tables(groups)),
+        make_section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
+        make_section("Loss", draw_losses(curves), losses),
+        *(make_section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in make_grids(groups)),
         *(
-            section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
-            for steps, rows in several_seeds(results).items()
+            make_section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
+            for steps, rows in find_several_seeds(results).items()
         ),
-        section("Before you use a number", draw_flags(groups)),
+        make_section("Before you use a number", draw_flags(groups)),
         fold("BLEU of every row", draw_scores(groups), "Solid: tuned. Striped: untrained. Outlined: without a model."),
         fold(
             "CodeBLEU, strict and as the package counts",
@@ -98,7 +98,7 @@ def sections(
     ]
 
 
-def heading(results: Results) -> str:
+def make_heading(results: Results) -> str:
     """The heading: which models and data were compared."""
     models = list(dict.fromkeys(group.model for group in results.groups if group.model))
     what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
@@ -107,7 +107,7 @@ def heading(results: Results) -> str:
     return f"Fine-tuning methods compared: {what} on {data}"
 
 
-def section(title: str, body: str, caption: str = "") -> str:
+def make_section(title: str, body: str, caption: str = "") -> str:
     """A heading, its caption and its body; nothing where the body is empty."""
     return f'<h2>{escape(title)}</h2><p class="soft note">{escape(caption)}</p>{body}' if body else ""
 
@@ -122,7 +122,7 @@ def fold(title: str, body: str, caption: str) -> str:
     )
 
 
-def kind_of_group(group: Group) -> str:
+def classify_group(group: Group) -> str:
     """What a group is, of KINDS."""
     return "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
 
@@ -131,12 +131,12 @@ def draw_effects(groups: Sequence[Group]) -> str:
     """The difference of each group to the best answer without training, tuned ones first."""
     rows = [
         Bar(name, group.effect.value, group.effect.low, group.effect.high, show_difference(group.effect),
-            kind_of_group(group))
+            classify_group(group))
         for name, group in zip(name_groups(groups), groups)
         if group.effect is not None and group.method != FIRST_LINE
     ]  # fmt: skip
     rows.sort(key=lambda row: (row.kind != "tuned", -row.value))
-    unit = f"BLEU above or below {reference_of(groups)!r}, with 95 % interval"
+    unit = f"BLEU above or below {name_reference(groups)!r}, with 95 % interval"
     return draw_intervals(rows, "Effect of each method on BLEU", unit, 100) if rows else ""
 
 
@@ -154,11 +154,11 @@ def draw_costs(groups: Sequence[Group]) -> str:
             for name, g in named
             if g.scores is not None and (cost := getattr(g.training, field))
         ]  # fmt: skip
-        panels += [draw_cost(points, title, unit, best_baseline(groups))] if points else []
-    return f'{draw_legend([label_of(name) for name in methods])}<div class="panels">{"".join(panels)}</div>'
+        panels += [draw_cost(points, title, unit, find_best_baseline(groups))] if points else []
+    return f'{draw_legend([name_method(name) for name in methods])}<div class="panels">{"".join(panels)}</div>'
 
 
-def best_baseline(groups: Sequence[Group]) -> float | None:
+def find_best_baseline(groups: Sequence[Group]) -> float | None:
     """The best BLEU, of 100, without a model."""
     return max((100 * (g.bleu or 0.0) for g in groups if not g.model and g.scores is not None), default=None)
 
@@ -168,7 +168,7 @@ def draw_table(groups: Sequence[Group], columns: Sequence[Column], kind: str = "
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
     bodies = []
     for key, title in KINDS.items():
-        mine = [(name, g) for name, g in zip(name_groups(groups), groups) if kind_of_group(g) == key]
+        mine = [(name, g) for name, g in zip(name_groups(groups), groups) if classify_group(g) == key]
         rows = [draw_row(name, group, columns) for name, group in mine]
         shown = [row for row in rows if row]
         if shown:
@@ -249,8 +249,8 @@ def draw_scores(groups: Sequence[Group]) -> str:
     for name, group in zip(name_groups(groups), groups):
         if group.scores is not None and group.bleu is not None:
             low, high = group.scores.bleu_interval
-            rows.append(Bar(name, group.bleu, low, high, bleu_with_interval(group), kind_of_group(group)))
-    best = best_baseline(groups)
+            rows.append(Bar(name, group.bleu, low, high, show_bleu_with_interval(group), classify_group(group)))
+    best = find_best_baseline(groups)
     if best is None:
         return ""
     unit = f"BLEU, with 95 % interval; dashed: the best baseline, {best:.1f}"

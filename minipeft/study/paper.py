@@ -59,7 +59,7 @@ REPORTED: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def reported(model: str, method: str) -> dict[str, float]:
+def find_reported(model: str, method: str) -> dict[str, float]:
     """What the paper reports of a model, named by its hub id, and a method; {} where nothing is known."""
     names = {hub_id: name for name, hub_id in MODELS.items()}
     return REPORTED.get(names.get(model, ""), {}).get(method, {})

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minipeft.adapters import method_named, method_names
+from minipeft.adapters import get_method, list_method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.execution import PROTECTION
@@ -61,7 +61,7 @@ class StudyConfig:
 
     preset: str = option("demo", "what to compare", choices=PRESETS)
     model: tuple[str, ...] = option((), "folders, hub ids or demo")
-    method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=method_names())
+    method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=list_method_names())
     data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
@@ -103,13 +103,13 @@ class PlanConfig:
     """What `minipeft plan` plans: each method on each model."""
 
     preset: str | None = option(None, "plan the models of a study", choices=PRESETS)
-    method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(method_names())}")
+    method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(list_method_names())}")
     named: tuple[str, ...] = option((), "models beside the preset's", flag="")
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in self.method:
-            method_named(name)  # refuses one that is not known
+            get_method(name)  # refuses one that is not known
         if not self.models:
             raise InputError("give models, or --preset paper", where="plan")
 
@@ -166,7 +166,7 @@ class Draft:
 def draft_untrained(config: StudyConfig, model: str, seed: int) -> Draft:
     """The baseline of its model's other cells; its held-out loss is taken on the same tokens as theirs."""
     mask = {name: value for name, value in PRESETS[config.preset].settings.items() if name == "loss_mask"}
-    return Draft(Cell(model, ZERO_SHOT, seed, generate=generate_config(config, seed)), mask)
+    return Draft(Cell(model, ZERO_SHOT, seed, generate=make_generate_config(config, seed)), mask)
 
 
 def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draft:
@@ -175,18 +175,18 @@ def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draf
     chosen = {**preset.settings, **preset.each.get(method, {})}
     if model == "demo":
         chosen |= DEMO_SETTINGS.get(method, {})
-    return Draft(Cell(model, method, seed, generate=generate_config(config, seed)), chosen)
+    return Draft(Cell(model, method, seed, generate=make_generate_config(config, seed)), chosen)
 
 
 def draft_experiment(config: StudyConfig, model: str, seeds: int) -> list[Draft]:
     """The two parts of the prefix experiment: the grid, for its held-out loss alone; then longer runs, of which the
     first seed also answers."""
-    trials = [*prefix_experiment.grid(), *prefix_experiment.list_long_runs(seeds=seeds)]
+    trials = [*prefix_experiment.list_grid(), *prefix_experiment.list_long_runs(seeds=seeds)]
     answering = set(prefix_experiment.list_long_runs(seeds=1))
     found = []
     for trial in trials:
         if trial.method in config.method:
-            generate = generate_config(config, trial.seed) if trial in answering else None
+            generate = make_generate_config(config, trial.seed) if trial in answering else None
             trial = replace(trial, steps=config.settings.get("steps", trial.steps))
             cell = Cell(model, trial.method, trial.seed, generate=generate, variant=trial.variant)
             found.append(Draft(cell, trial.settings()))
@@ -215,13 +215,13 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
         chosen |= {name: value for name, value in config.settings.items() if has_setting(method, name)}
         if "steps" not in chosen and "epochs" in chosen:
             chosen["steps"] = max(1, round(chosen["epochs"] * base.rows))
-        if method_named(method)[0].trains_base and "dtype" in config.settings:
+        if get_method(method)[0].trains_base and "dtype" in config.settings:
             chosen["dtype"] = "fp32"  # --dtype is that of the frozen base; here its weights are trained
     size = (base.parameters, base.family)
     run = run_config(method, base=size, model=base.source, data="data/train.jsonl", seed=cell.seed, **chosen)
     return replace(cell, run=run)
 
 
-def generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
+def make_generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
     """How a cell answers."""
     return GenerateConfig(max_new_tokens=PRESETS[config.preset].new_tokens, seed=seed)

@@ -9,7 +9,7 @@ from typing import Any
 from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.metrics.scores import TEXT_ONLY
-from minipeft.runs.answers import answers_in
+from minipeft.runs.answers import read_answer_lines
 from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
@@ -17,18 +17,18 @@ from minipeft.study.curves import Curve
 from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
-from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
 from minipeft.study.rows import Results
 from minipeft.study.table import (
     as_line,
     as_markdown,
     as_text,
     choose_columns,
+    choose_main_columns,
     group_by_flag,
     join_names,
-    main_columns,
+    measure_terminal,
     name_groups,
-    terminal_width,
 )
 
 NOTES = (
@@ -77,15 +77,15 @@ def as_terminal(results: Results, out: Path) -> str:
         for flag, who in group_by_flag(results.groups).items()
         if not flag.startswith("CodeBLEU artefact")
     ]
-    wrapped = [textwrap.fill(text, terminal_width(), subsequent_indent="  ") for text in flags]
-    verdict = textwrap.fill(" ".join(summarize(results)), terminal_width())
+    wrapped = [textwrap.fill(text, measure_terminal(), subsequent_indent="  ") for text in flags]
+    verdict = textwrap.fill(" ".join(summarize(results)), measure_terminal())
     parts = [as_text(results.groups), verdict, "\n".join(wrapped), f"{out / 'report.html'}"]
     return "\n\n".join(part for part in parts if part)
 
 
 def draw_markdown(results: Results) -> str:
     """report.md"""
-    groups, main = results.groups, main_columns(results.groups)
+    groups, main = results.groups, choose_main_columns(results.groups)
     all_columns = [column for column in choose_columns(groups) if column.title not in [one.title for one in main]]
     flags = (
         "\n".join(as_line(f"- {join_names(who)}: {flag}") for flag, who in group_by_flag(groups).items()) or "- none"
@@ -97,11 +97,11 @@ def draw_markdown(results: Results) -> str:
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups, main),
         f"## All columns\n\n{as_markdown(groups)}",
-        *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in tables(groups)),
+        *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in make_grids(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"
             + "\n".join(as_line(f"- {name}: {label}") for name, label, _ in rows)
-            for steps, rows in several_seeds(results).items()
+            for steps, rows in find_several_seeds(results).items()
         ),
         f"## Before you use a number\n\n{flags}",
         f"## What the columns mean\n\n{meanings}",
@@ -152,7 +152,7 @@ def read_all_answers(results: Results, out: Path) -> list[Answered]:
 
 def read_cell_answers(folder: Path) -> list[dict[str, Any]]:
     """The answers of a cell, each with how its program ended where it was run."""
-    rows, file = list(answers_in(folder / ANSWERS)), folder / EXECUTED
+    rows, file = list(read_answer_lines(folder / ANSWERS)), folder / EXECUTED
     if not file.exists():
         return rows
     ran = [parse_json(line, file)["status"] for line in read_text(file).splitlines()]

@@ -16,7 +16,7 @@ from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.metrics.scores import Scores
 from minipeft.study.cells import ZERO_SHOT, Cell
 from minipeft.study.effects import add_effects
-from minipeft.study.paper import reported
+from minipeft.study.paper import find_reported
 from minipeft.study.presets import PRESETS, StudyConfig
 from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import Outcome
@@ -53,7 +53,7 @@ def make_row(outcome: Outcome) -> Row:
     """A cell's row; of a cell that failed, its name and error."""
     cell: Cell = outcome.cell
     row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
-    return replace(row, cell=cell.name, error=outcome.error, paper=reported(cell.model, cell.method) or None)
+    return replace(row, cell=cell.name, error=outcome.error, paper=find_reported(cell.model, cell.method) or None)
 
 
 def compare(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError, check_value, type_hints
+from minipeft.errors import InputError, check_value, resolve_hints
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import Scores
 
@@ -194,7 +194,7 @@ def read_fields(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> di
     Raises:
         InputError: a field is missing or of another type.
     """
-    hints = type_hints(kind)
+    hints = resolve_hints(kind)
     for name in names:
         if name not in data:
             raise InputError(f"field {name!r} is missing")

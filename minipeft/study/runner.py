@@ -69,23 +69,23 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     cells = make_cells(config, bases, held_out)
     with open_folder(out, train, test), stopping() as stop:
         check_settings(out, cells)
-        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines(test)]
+        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in make_baselines(test)]
         rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
         with Bar(cells, bases, out, len(test), rows) as bar:
             for cell in cells:
-                end_if(stop)
+                exit_if_signalled(stop)
                 error = errors.get(cell.model)
                 if error is None and cell.name not in rows:
                     error = run_cell(cell, out, config.threads, bar, stop)
                 bar.finish(cell)
                 outcomes += read_outcomes(cell, out, error, say)
-        end_if(stop)
+        exit_if_signalled(stop)
         if config.execute:
             outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
 
 
-def end_if(stop: list[int]) -> None:
+def exit_if_signalled(stop: list[int]) -> None:
     """Raise SystemExit where a signal came."""
     if stop:
         raise SystemExit(128 + stop[0])
@@ -223,7 +223,7 @@ def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) 
         return None
 
 
-def baselines(test: Pairs) -> list[Cell]:
+def make_baselines(test: Pairs) -> list[Cell]:
     """The cells that need no model."""
     language = find_language([[pair.snippet] for pair in test])
     return [Cell("", method) for method in BASELINES if language == "python" or method != PYTHON_ONLY]
@@ -243,11 +243,11 @@ def answer_first_line(out: Path, cell: Cell, whole: Row) -> Row:
     """The untrained model's answers, each cut at its first newline: what they would score if it knew where to stop."""
     lines = read_text(out / "cells" / whole.cell / ANSWERS).splitlines()
     rows = [parse_json(line, ANSWERS) for line in lines]
-    rows = [row | {"prediction": first_line(row["prediction"]), "ended": "stop"} for row in rows]
+    rows = [row | {"prediction": take_first_line(row["prediction"]), "ended": "stop"} for row in rows]
     return score_rows(out, replace(whole, cell=cell.name, method=cell.method), rows)
 
 
-def first_line(text: str) -> str:
+def take_first_line(text: str) -> str:
     """The text up to its first newline, after those that it begins with."""
     return text.lstrip("\n").split("\n", 1)[0]
 
@@ -297,8 +297,8 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
                 bar.show(cell)
                 time.sleep(POLL_SECONDS)
         finally:  # Ctrl-C reaches the cell as well; kill PID does not
-            end(process)
-    end_if(stop)
+            terminate(process)
+    exit_if_signalled(stop)
     if process.returncode == 0:
         return None
     if process.returncode < 0:
@@ -307,7 +307,7 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
     return (printed[-1] if printed else f"exit status {process.returncode}").removeprefix("error: ")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def terminate(process: subprocess.Popen[bytes]) -> None:
     """Terminate a process, and wait until it has saved itself."""
     if process.poll() is None:
         process.terminate()

@@ -12,7 +12,7 @@ from minipeft.metrics.execution import PROTECTION, Limits, run_programs
 from minipeft.metrics.paired import compare, match_answers
 from minipeft.metrics.programs import build_programs
 from minipeft.metrics.scores import LANGUAGES, Answers, Score, Scores, score_texts
-from minipeft.runs.answers import answers_in, read_answers
+from minipeft.runs.answers import read_answer_lines, read_answers
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def score_file(file: Path, config: ScoreConfig) -> tuple[Answers, Scores]:
     """The answers of a file, and their scores."""
     read, passed = read_answers(file), None
     if config.execute is not None:
-        outcomes = run_programs(build_programs(list(answers_in(file)), config.execute), config.limits)
+        outcomes = run_programs(build_programs(list(read_answer_lines(file)), config.execute), config.limits)
         passed = [outcome.status == "passed" for outcome in outcomes]
     scores = score_texts(
         read.predictions,

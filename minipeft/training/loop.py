@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from minipeft.data.packing import Batch
-from minipeft.documents import derived_seed
-from minipeft.errors import InputError, check_fields, check_items, check_kind, option, shown
+from minipeft.documents import derive_seed
+from minipeft.errors import InputError, check_fields, check_items, check_kind, format_value, option
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
@@ -136,7 +136,7 @@ def train(model: Decoder, batches: Batches, config: TrainConfig, state: TrainSta
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
     if not hasattr(batches, "__getitem__") or isinstance(batches, str | bytes | Mapping):
-        raise InputError(f"{shown(batches)} must be what pack returns, or a list of Batch", where="batches")
+        raise InputError(f"{format_value(batches)} must be what pack returns, or a list of Batch", where="batches")
     check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
@@ -311,7 +311,7 @@ def take_step(
         raise InputError("no token of this step's batches is supervised", where=where)
     loss = 0.0
     for i, batch in enumerate(micro):
-        loss += backward(model, batch, targets, derived_seed(config.seed, state.step, i))
+        loss += backward(model, batch, targets, derive_seed(config.seed, state.step, i))
     norms = compute_gradient_norms(parameters, loss, state.step, silent)
     norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)

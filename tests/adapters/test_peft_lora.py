@@ -3,7 +3,7 @@
 import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers, plan
+from minipeft.adapters.lora import find_lora_layers, plan
 from minipeft.adapters.peft_lora import double_rank, lora_config, lora_json, lora_shapes, lora_tensors
 
 CONFIG = LoRAConfig(3, 1.5, dropout=0.25, targets=["up_proj", "q_proj"], layers=(1, 2), rank_pattern={"q_proj": 5},
@@ -36,5 +36,5 @@ def test_double_rank_keeps_every_scale(decoder, rslora):
     for given in (config, double_rank(config)):
         model = decoder("llama")
         add_adapter(model, given)
-        scales.append({path: layer.scale for path, layer in lora_layers(model).items()})
+        scales.append({path: layer.scale for path, layer in find_lora_layers(model).items()})
     assert scales[0] == pytest.approx(scales[1], rel=1e-12)
