@@ -91,7 +91,7 @@ def get_method(name: str) -> tuple[Method, Mapping[str, Any]]:
 
 
 def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
-    """The config of the method of that name, with the fields that were chosen.
+    """Make the config of the method of this name, with the given fields.
 
     Raises:
         InputError: the name is not known; the method has no such field; a field contradicts the name.
@@ -109,14 +109,14 @@ def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `add_adapter` did. `total` counts base and adapter, a tied tensor once; `modules` are paths."""
+    """What `add_adapter` did. `total` counts base and adapter, a tied tensor once; `modules` are module paths."""
 
     method: str
     trainable: int
     total: int
     base_dtype: str
     adapter_dtype: str
-    virtual_tokens: int  # that the adapter takes from the context of each row
+    virtual_tokens: int  # positions that the adapter takes from each row's context
     modules: list[str] = field(repr=False)
     backend: str | None = None  # the kernel, if the method has several
     notes: tuple[str, ...] = ()  # remarks on the adapter's file
@@ -185,7 +185,7 @@ def check_empty(model: Decoder) -> None:
 
 
 def check_single(model: Decoder, where: str) -> None:
-    """Check that no other adapter stands beside the model: a set's others, or one that `disabled` took out.
+    """Check that the model has no second adapter: others of a set, or one that `disabled` detached.
 
     Raises:
         InputError: there is a set, or an adapter is disabled.
@@ -206,14 +206,14 @@ def describe_held(model: Decoder) -> str:
 
 
 def find_added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
-    """The parameters that the adapter added to the module at this path; a LoRALinear's W and b belong to the base."""
+    """Find the parameters that the adapter added at this path; a LoRALinear's W and b belong to the base."""
     module = model.get_submodule(path)
     base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
     return [p for name, p in module.named_parameters() if name not in base]
 
 
 def report_on(model: Decoder, modules: list[str], backend: str | None = None) -> AdapterReport:
-    """Count the parameters."""
+    """Count the parameters and make the report."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
         method=find_method(model.adapter).name,
@@ -252,7 +252,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
 ) -> MergeReport:
-    """Fold the adapter into the weights, in float32; the result is a plain model.
+    """Merge the adapter into the weights, in float32; the result is a plain model.
 
     `check`: prompts on which the merged model is compared with the unmerged one; the report gives KL, changed top-1
     tokens and changed greedy answers of at most `new_tokens` tokens. `dtype`, float32 or bfloat16, is the merged
@@ -307,7 +307,7 @@ def measure_again(
 
 
 def clear_adapter(model: Decoder) -> None:
-    """Mark the model as one without adapter, everything trainable."""
+    """Mark the model as one without an adapter, all parameters trainable."""
     model.adapter = None
     for p in model.parameters():
         p.requires_grad_(not isinstance(p, QuantizedWeight))

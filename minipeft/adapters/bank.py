@@ -59,7 +59,7 @@ class BankLinear(nn.Module):
 
 
 class AdapterBank:
-    """Adapters by name on one base; until `close` the bank is the model's adapter, and the model is frozen."""
+    """Adapters by name on one base; until `close` the bank is the model's adapter, and the model stays frozen."""
 
     def __init__(self, model: Decoder):
         """Replace every linear of the blocks by a BankLinear.
@@ -97,7 +97,7 @@ class AdapterBank:
         if config.dora or config.lora_bias:
             raise InputError("holds LoRA with dora or lora_bias; a bank takes plain LoRA", file=folder)
         if config.init != "uniform":
-            hint = "load_adapter and save_adapter write the plain LoRA that it equals"
+            hint = "Convert it to the equal plain LoRA with load_adapter and save_adapter"
             raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)
         pairs = {}
         for path, (rank, alpha) in plan(self.model, config).items():
@@ -153,7 +153,7 @@ class AdapterBank:
             self.owner = []
 
     def keep(self, places: Sequence[int]) -> None:
-        """Keep only these rows of the batch; the others have ended."""
+        """Keep only these rows of the batch; generation of the others has ended."""
         if not self.owner:
             return
         self.owner = [self.owner[place] for place in places]

@@ -63,7 +63,7 @@ class DoRALinear(LoRALinear):
 
 @torch.no_grad()
 def compute_row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """||W + s B A|| of each row, in float32. W [out, in], A [r, in], B [out, r] -> [out]"""
+    """Compute ||W + s B A|| of each row, in float32. W [out, in], A [r, in], B [out, r] -> [out]"""
     A, B = A.float(), B.float()
     gram = A @ A.t()  # [r, r]
     squares = []

@@ -83,7 +83,7 @@ def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
 
 
 def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put an IA3Linear in the place of each targeted linear; returns their paths."""
+    """Replace each targeted linear by an IA3Linear; returns their paths."""
     planned = plan(model, config)
     for path, feedforward in planned.items():
         layer = IA3Linear(model.get_submodule(path), feedforward)  # type: ignore[arg-type]
@@ -92,17 +92,17 @@ def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, genera
 
 
 def find_ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
-    """The model's IA3Linears by path."""
+    """Find the model's IA3Linears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
 
 
 def remove_ia3(model: nn.Module) -> None:
-    """Put the plain linears back."""
+    """Restore the plain linears."""
     restore(model, find_ia3_layers(model))
 
 
 def merge_ia3(model: nn.Module) -> MergeReport:
-    """Fold the scales into the weights; the model is plain afterwards."""
+    """Merge the scales into the weights; the model is plain afterwards."""
     return merge(model, find_ia3_layers(model))
 
 

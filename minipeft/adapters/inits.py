@@ -36,9 +36,9 @@ class Rows(Protocol):
 
 
 def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
-    """Set each A to the principal directions of the linear's inputs over these batches, padding left out; B to 0.
+    """Set each A to the principal directions of the linear's inputs over these batches, without padding; B to 0.
 
-    The second moments X^T X of every adapted linear, in^2 float32 each, stand in memory at once.
+    The second moments X^T X of every adapted linear, in^2 float32 each, are in memory at once.
 
     Raises:
         InputError: the model holds no plain LoRA; no batches; fewer tokens than a rank; no memory for the moments.
@@ -65,7 +65,7 @@ def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
 
 @contextmanager
 def listening(layers: dict[str, LoRALinear], moments: dict[str, Tensor], real: Tensor) -> Iterator[None]:
-    """Context manager: each linear adds X^T X of its inputs to its moment; X are the rows at `real` [B, T]."""
+    """Context manager: accumulate X^T X of the inputs of each linear in its moment; X are the rows at `real` [B, T]."""
 
     def add(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0][real].float()  # [N, in]
@@ -110,7 +110,7 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
 
 
 def find_plain_layers(model: Decoder, where: str) -> dict[str, LoRALinear]:
-    """The model's LoRALinears by path.
+    """Find the model's LoRALinears by path.
 
     Raises:
         InputError: there are none, or they start from a part of the weight.

@@ -35,7 +35,7 @@ def describe(folder: str | Path) -> dict[str, object]:
 
 
 def describe_adapter(folder: Path) -> dict[str, object]:
-    """An adapter: method, size, base, and what its method has (rank and targets, or virtual tokens)."""
+    """Describe an adapter: method, size, base, and the method's own entries (rank and targets, or virtual tokens)."""
     given, header = read_object(folder / CONFIG), read_header(folder / WEIGHTS)
     kind = given.get("peft_type")
     found: dict[str, object] = {"kind": "adapter", "method": None, "base": given.get("base_model_name_or_path")}
@@ -50,7 +50,7 @@ def describe_adapter(folder: Path) -> dict[str, object]:
 
 
 def describe_model(folder: Path) -> dict[str, object]:
-    """A model: family, shape and size. Of an old pytorch_model.bin only the config is read."""
+    """Describe a model: family, shape and size. With a pytorch_model.bin only the config is read."""
     config = read_config(folder / "config.json")
     found: dict[str, object] = {
         "kind": "model",
@@ -71,7 +71,7 @@ def describe_model(folder: Path) -> dict[str, object]:
 
 
 def measure_tensors(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
-    """Number, parameters and bytes of the tensors, and their files."""
+    """Count tensors, parameters, bytes and files."""
     infos = list(infos)
     return {
         "tensors": len(infos),
@@ -83,7 +83,7 @@ def measure_tensors(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str,
 
 
 def as_table(description: Mapping[str, object]) -> str:
-    """One line for each entry that is not empty."""
+    """Format one line for each entry that is not empty."""
     rows = {name: value for name, value in description.items() if value not in (None, [], False)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {as_text(value)}" for name, value in rows.items())

@@ -157,7 +157,7 @@ def compute_scale(config: LoRAConfig, rank: int, alpha: float) -> float:
 
 
 def plan(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
-    """The rank and alpha of each targeted linear, by path. Nothing is touched.
+    """The rank and alpha of each targeted linear, by path; the model is not changed.
 
     Raises:
         InputError: a target, layer or pattern matches nothing.
@@ -185,12 +185,12 @@ def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's LoRALinears by path."""
+    """Find the model's LoRALinears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Put the plain linears back."""
+    """Restore the plain linears."""
     restore(model, find_lora_layers(model))
 
 

@@ -1,4 +1,4 @@
-"""Which layer a LoRAConfig asks for, decided once when it is added; and LoRA with a bias on B.
+"""The choice of the layer class for a LoRAConfig, made once when it is added; and LoRA with a bias on B.
 
 plain, rsLoRA     LoRALinear        lora.py
 lora_bias         LoRABiasLinear    here
@@ -43,7 +43,7 @@ class LoRABiasLinear(LoRALinear):
 
 
 def choose_layer_class(config: LoRAConfig) -> type[LoRALinear]:
-    """The class of the layers that this config makes."""
+    """Choose the class of the layers for this config."""
     if config.dora:
         return DoRALinear
     if config.init in RESIDUAL:
@@ -52,7 +52,7 @@ def choose_layer_class(config: LoRAConfig) -> type[LoRALinear]:
 
 
 def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put a LoRALinear in the place of each targeted linear; returns their paths."""
+    """Replace each targeted linear by a LoRALinear; returns their paths."""
     layers, planned = {}, plan(model, config)
     parameters = sum(rank * sum(model.get_parameter(f"{path}.weight").shape) for path, (rank, _) in planned.items())
     check_trained_memory(parameters, model.embedding.weight.device, "rank")

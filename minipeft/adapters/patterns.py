@@ -1,4 +1,4 @@
-"""Regular expressions from configs and downloaded files, matched so that no pattern can hang the process.
+"""Matching of regular expressions from configs and downloaded files, with a time limit.
 
 Python's matcher backtracks: "(a+)+$" on a long path takes years, and cannot be interrupted from another thread. A
 pattern that could backtrack is therefore matched in a process of its own, which is killed after DEADLINE seconds.
@@ -76,7 +76,7 @@ def try_patterns(patterns: list[str], wholes: list[str], paths: Sequence[str], w
 
 
 def match_values(patterns: Mapping[str, T], paths: Sequence[str], where: str) -> dict[str, T]:
-    """The value for each path that a pattern matches: HF PEFT's rank_pattern and alpha_pattern.
+    """Match each path to its value: HF PEFT's rank_pattern and alpha_pattern.
 
     A key is a regular expression for the end of a path, from a dot on ("q_proj", "0.attn.c_attn", "^model.layers.1.*").
     If several keys match, the first applies.

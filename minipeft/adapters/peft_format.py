@@ -43,7 +43,7 @@ SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_typ
 
 
 def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> None:
-    """Write the model's adapter to `folder` as PEFT would; each file whole or not at all.
+    """Write the model's adapter to `folder` as PEFT would; each file atomically.
 
     `baked`: a LoRA's scales stand in B where they are not alpha / r, for clients that read neither use_rslora nor
     alpha_pattern, such as llama.cpp's converter; PEFT and `load_adapter` read the same updates, to rounding.
@@ -79,7 +79,7 @@ def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> 
 
 
 def make_shared_json(model: Decoder) -> dict[str, object]:
-    """The keys that every PEFT config has."""
+    """Make the keys that every PEFT config has."""
     return {
         "base_model_name_or_path": model.source,
         "inference_mode": True,
@@ -189,7 +189,7 @@ def read_adapter(
 def check_vocabulary(
     header: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]], model: Decoder, file: Path
 ) -> None:
-    """Say of a whole embedding or head in the file, of another length, where it comes from.
+    """Explain an embedding or head of another length in the file: a resized vocabulary.
 
     Raises:
         InputError: there is one.
@@ -204,7 +204,7 @@ def check_vocabulary(
 
 
 def list_notes(given: Mapping[str, Any], peft: PeftFormat) -> list[str]:
-    """A note on each entry of adapter_config.json that is set, and has no effect on a loaded adapter."""
+    """List a note on each entry of adapter_config.json that is set and has no effect on a loaded adapter."""
     return [
         f"{key}: {format_value(value)} has no effect on a loaded adapter"
         for key, value in given.items()
@@ -213,7 +213,7 @@ def list_notes(given: Mapping[str, Any], peft: PeftFormat) -> list[str]:
 
 
 def read_method(given: Mapping[str, Any], file: Path | None = None) -> Method:
-    """The method whose file this adapter_config.json is.
+    """Read the method of an adapter_config.json.
 
     Raises:
         InputError: its peft_type is not one of ours.
@@ -226,13 +226,13 @@ def read_method(given: Mapping[str, Any], file: Path | None = None) -> Method:
 
 
 def get_format(method: Method) -> PeftFormat:
-    """The format of a method that has one."""
+    """Get a method's format, which it must have."""
     assert method.peft is not None
     return method.peft
 
 
 def parse_adapter_config(given: Mapping[str, Any]) -> Any:
-    """adapter_config.json -> our config.
+    """Parse adapter_config.json into our config.
 
     Raises:
         InputError: it has an unsupported setting, or a key that is not PEFT's.

@@ -78,7 +78,7 @@ def as_integer(number: float) -> float:
 
 
 def lora_tensors(model: Decoder) -> dict[str, Tensor]:
-    """What is trained, under PEFT's names."""
+    """The trained tensors, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, layer in find_lora_layers(model).items():
         _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
@@ -92,10 +92,10 @@ def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) 
     alpha_pattern change of the scale goes into B.
 
     Raises:
-        InputError: DoRA or a bias on B, which such a reader does not have.
+        InputError: DoRA or a bias on B, which such a reader does not support.
     """
     if config.dora or config.lora_bias:
-        problem = "DoRA and lora_bias are more than B A, and cannot be baked"
+        problem = "DoRA and lora_bias cannot be baked: their update is not B A alone"
         raise InputError(problem, where="baked", hint="merge_adapter")
     plain = dataclasses.replace(config, rslora=False, alpha_pattern={})
     alpha = lora_json(plain, model)["lora_alpha"]
@@ -164,7 +164,7 @@ def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def describe_lora(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> dict[str, object]:
-    """The ranks that the tensors really have, and the variants that are on."""
+    """Describe the ranks of the tensors, and the variants that are on."""
     ranks = sorted({info.shape[0] for name, info in header.items() if ".lora_A" in name and info.shape})
     names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "lora_bias"}
     return {

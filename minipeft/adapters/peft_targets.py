@@ -15,7 +15,7 @@ ROOT = "base_model.model."  # of a tensor's name, before the path of the linear
 
 
 def make_targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
-    """target_modules: names, sorted; "all-linear" as the names that it found."""
+    """Make target_modules: sorted names; "all-linear" as the names that it matched."""
     if targets == "all-linear":
         return sorted({path.rsplit(".", 1)[-1] for path in paths})
     if isinstance(targets, str) and targets != "default":
@@ -24,7 +24,7 @@ def make_targets_json(targets: Targets, default: tuple[str, ...], paths: list[st
 
 
 def read_targets(targets: Any, where: str) -> Targets:
-    """target_modules or feedforward_modules; null is PEFT's choice for the family."""
+    """Read target_modules or feedforward_modules; null is PEFT's choice for the family."""
     if targets is None:
         return "default"
     if isinstance(targets, str):
@@ -35,7 +35,7 @@ def read_targets(targets: Any, where: str) -> Targets:
 
 
 def read_layers(given: Mapping[str, Any]) -> Any:
-    """layers_to_transform: a list of blocks, one block, or null for all.
+    """Read layers_to_transform: a list of blocks, one block, or null for all.
 
     Raises:
         InputError: layers_pattern is given without it.
@@ -47,8 +47,8 @@ def read_layers(given: Mapping[str, Any]) -> Any:
 
 
 def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: str) -> tuple[Any, list[str]]:
-    """Read target_modules as PEFT does, where the tensors say what is adapted: a name that matches nothing counts for
-    nothing, if another one matches, and the linears of exclude_modules are taken away. Returns notes on the first.
+    """Read target_modules as PEFT does, where the tensors tell what is adapted: a name without a match is ignored if
+    another one matches, and the linears of exclude_modules are excluded. Returns notes on ignored names.
 
     Raises:
         InputError: exclude_modules is malformed, or leaves no target.
@@ -75,7 +75,7 @@ def is_named(path: str, name: str) -> bool:
 
 
 def read_excluded(paths: list[str], excluded: Any) -> set[str]:
-    """The paths that exclude_modules names: a list of names, or a regular expression over the whole path.
+    """Read the paths that exclude_modules names: a list of names, or a regular expression over the whole path.
 
     Raises:
         InputError: it is neither.

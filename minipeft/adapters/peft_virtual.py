@@ -28,7 +28,7 @@ from minipeft.errors import InputError
 from minipeft.files import check_header, read_header, read_object, write_json, write_tensors
 from minipeft.models import Decoder
 
-GATED = "GATED_PREFIX_TUNING"  # adapter_config's peft_type: PEFT must refuse a gated prefix, not apply it ungated
+GATED = "GATED_PREFIX_TUNING"  # peft_type of a gated prefix, so that PEFT refuses it instead of applying it ungated
 OWN, STATE = "minipeft_adapter.json", "minipeft_state.safetensors"
 ROUNDING = 1e-4  # between the stored table and the one that the MLP computes: another machine's products differ
 
@@ -66,7 +66,7 @@ def prefix_json(config: PrefixConfig, model: Decoder) -> dict[str, object]:
 
 
 def prefix_shape(model: Decoder) -> dict[str, object]:
-    """The keys of adapter_config.json that say how to read a prefix's table."""
+    """The keys of adapter_config.json that define the layout of a prefix's table."""
     c = model.config
     return {"num_attention_heads": c.kv_heads, "num_layers": c.layers, "token_dim": c.kv_heads * c.head_width}
 
@@ -87,15 +87,15 @@ def prompt_json(config: PromptConfig, model: Decoder) -> dict[str, object]:
 
 
 def prompt_shape(model: Decoder) -> dict[str, object]:
-    """The keys of adapter_config.json that say for which model a prompt's table is."""
+    """The keys of adapter_config.json that a prompt's table depends on."""
     return {"num_layers": model.config.layers, "token_dim": model.config.width}
 
 
 def check_shape(given: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
-    """Check the keys that say how to read the table: one of equal width, for another shape, would be misread.
+    """Check the keys that define the table's layout: a table of equal width and another layout would be misread.
 
     Raises:
-        InputError: a key is there and says another number.
+        InputError: a key has another value.
     """
     for name, value in wanted.items():
         if given.get(name) is not None and (given[name] != value or isinstance(given[name], bool)):
@@ -114,7 +114,7 @@ def prompt_config(given: Mapping[str, Any]) -> PromptConfig:
 
 
 def read_virtual_tokens(given: Mapping[str, Any]) -> Any:
-    """num_virtual_tokens, which must be there."""
+    """Read num_virtual_tokens, which is required."""
     if given.get("num_virtual_tokens") is None:
         raise InputError("is missing", where="num_virtual_tokens")
     return given["num_virtual_tokens"]
@@ -186,10 +186,10 @@ def collect_state(model: Decoder) -> dict[str, Tensor]:
 
 
 def read_extra(config: C, folder: Path, trainable: bool) -> C:
-    """The config as PEFT's file tells it -> with what ours adds; without `trainable`, a plain table.
+    """Add the fields of our file to the config from PEFT's file; without `trainable`, a plain table.
 
     Raises:
-        InputError: our file is not of this adapter, or asks for an MLP whose state is not there.
+        InputError: our file belongs to another adapter, or the state of its MLP is missing.
     """
     file = folder / OWN
     if not file.exists():
@@ -244,7 +244,7 @@ def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
 
 
 def describe_virtual(given: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, object]:
-    """The number of virtual tokens."""
+    """Describe the number of virtual tokens."""
     return {"virtual tokens": given.get("num_virtual_tokens")}
 
 

@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: LoRA that starts from a part of the weight itself (Meng et al. 2024, eq. 2-4; Büyükakyüz 2024).
+"""PiSSA and OLoRA: LoRA initialized with a part of the weight itself (Meng et al. 2024, eq. 2-4; Büyükakyüz 2024).
 
     pissa   W = U S V^T;    A0 = sqrt(S_r / s) V_r^T,   B0 = U_r sqrt(S_r / s)      r largest of S, s = alpha / r
     olora   W = Q R;        A0 = R_r,  B0 = Q_r         the first r rows of R and columns of Q: B0 is orthonormal

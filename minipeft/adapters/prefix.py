@@ -58,7 +58,7 @@ class PrefixConfig:
 class Prefix(TrainableModule):
     """One attention's trained keys and values.
 
-    With an MLP, `key` and `value` are their fixed init; with `first` they lack the first virtual token, which is fixed.
+    With an MLP, `key` and `value` are their fixed init; with `first` they exclude the first, fixed virtual token.
     """
 
     key: Tensor
@@ -125,7 +125,7 @@ class GatedPrefix(TrainableModule):
 def make_initial_key_value(
     model: Decoder, config: PrefixConfig, tokenizer: Encoder | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The prefix's initial keys and values, two of [L, K, P, D] in float32.
+    """Make the prefix's initial keys and values, two of [L, K, P, D] in float32.
 
     Raises:
         InputError: "text" or "normal" without a tokenizer, or with a text that is too short to measure.
@@ -183,12 +183,12 @@ def add_prefix(
 
 
 def list_attentions(model: Decoder) -> list[Any]:
-    """The attention module of each block: the one that has a prefix slot."""
+    """List the attention of each block: the module with a prefix slot."""
     return [m for block in model.blocks for m in block.children() if hasattr(m, "prefix")]
 
 
 def list_prefixes(model: Decoder) -> list[Prefix]:
-    """The prefix of each block, gated or not."""
+    """List the prefix of each block, gated or not."""
     return [a.prefix if a.beside is None else a.beside.prefix for a in list_attentions(model)]
 
 

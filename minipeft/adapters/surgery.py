@@ -82,7 +82,7 @@ def check_ties(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def compute_merged(path: str, layer: Any) -> list[tuple[Tensor, Tensor]]:
-    """The weight, and the bias where there is one, each with what a plain linear that computes the same would hold.
+    """Compute the merged weight and bias, each paired with the parameter that it replaces.
 
     Raises:
         InputError: the adapter has a bias, and the base has none to put it in.

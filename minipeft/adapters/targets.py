@@ -58,7 +58,7 @@ def check_targets(config: Any) -> None:
 
 
 def list_linears(model: nn.Module) -> list[str]:
-    """The paths of the linears that can be adapted, plain or adapted already, in the model's order."""
+    """List the paths of the linears that can be adapted or are adapted, in the model's order."""
     is_linear = lambda m: isinstance(m, nn.Linear) or getattr(m, "adopts_linear", False)
     return [name for name, m in model.named_modules() if is_linear(m) and name != "lm_head"]
 
@@ -127,5 +127,5 @@ def check_layers(layers: tuple[int, ...], count: int) -> None:
 
 
 def find_block(path: str) -> int:
-    """The number of the block that a path lies in: its first numeric part."""
+    """Find the block number in a path: its first numeric part."""
     return next(int(part) for part in path.split(".") if part.isdigit())

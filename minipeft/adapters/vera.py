@@ -65,7 +65,7 @@ class Projection(TrainableModule):
 
 
 class VeRALinear(TrainableModule):
-    """y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T); W and bias are the very Parameters of the linear."""
+    """y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T); W and bias are the linear's own Parameters."""
 
     adopts_linear = True
 
@@ -110,7 +110,7 @@ def plan(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
 
 
 def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put a VeRALinear in the place of each targeted linear; returns their paths."""
+    """Replace each targeted linear by a VeRALinear; returns their paths."""
     shapes = plan(model, config)
     out, width = (max(sizes) for sizes in zip(*shapes.values()))
     check_trained_memory(config.rank * (out + width), model.embedding.weight.device, "rank")
@@ -122,12 +122,12 @@ def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, gene
 
 
 def find_vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
-    """The model's VeRALinears by path."""
+    """Find the model's VeRALinears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, VeRALinear)}
 
 
 def remove_vera(model: nn.Module) -> None:
-    """Put the plain linears back."""
+    """Restore the plain linears."""
     restore(model, find_vera_layers(model))
 
 

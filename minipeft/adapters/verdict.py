@@ -57,7 +57,7 @@ class MergeReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings: more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
+        """Warn if more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
         found = []
         if self.mean_kl is not None and not math.isfinite(self.mean_kl):
             found.append("the merged model's logits are not finite")
@@ -111,7 +111,7 @@ class Comparison:
         return answer_greedily(model, prompt, self.ends, self.new_tokens)
 
     def measure(self, model: Decoder) -> dict[str, int | float]:
-        """The merged model against the unmerged one: fields of MergeReport."""
+        """Compare the merged model with the unmerged one; returns fields of MergeReport."""
         divergences, changed_tokens, changed_answers = [], 0, 0
         with evaluating(model):
             for prompt, answer, before in zip(self.prompts, self.answers, self.hidden):
@@ -132,7 +132,7 @@ class Comparison:
         }
 
     def unmerged_logits(self, model: Decoder, hidden: Tensor) -> Tensor:
-        """The logits of hidden states of the unmerged model, by its own head. [n, C] -> [n, V]"""
+        """Compute the unmerged model's logits from its hidden states. [n, C] -> [n, V]"""
         merged, model.lm_head = model.lm_head, self.head
         try:
             return model.logits(hidden)
@@ -155,7 +155,7 @@ def evaluating(model: Decoder) -> Iterator[None]:
 def check_prompts(
     model: Decoder, prompts: Sequence[str], tokenizer: Prompter | None, new_tokens: int
 ) -> list[list[int]]:
-    """The ids of each prompt, checked to have room for an answer.
+    """Encode each prompt and check that it leaves room for an answer.
 
     Raises:
         InputError: no prompts, no tokenizer, or a prompt that is empty or too long.
@@ -177,7 +177,7 @@ def check_prompts(
 
 
 def find_ends(model: Decoder, tokenizer: Prompter | None) -> set[int]:
-    """The ids that end an answer: the tokenizer's EOS and those of config.json."""
+    """Find the ids that end an answer: the tokenizer's EOS and those of config.json."""
     given = model.config.eos_token_id
     listed = given if isinstance(given, tuple) else (given,)
     return {token for token in (*listed, None if tokenizer is None else tokenizer.eos) if token is not None}
@@ -190,7 +190,7 @@ def compute_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def compute_hidden(model: Decoder, ids: Sequence[int]) -> Tensor:
-    """The hidden states of one row. -> [T, C]"""
+    """Compute the hidden states of one row. -> [T, C]"""
     return model.hidden(torch.tensor([ids], device=model.embedding.weight.device))[0]
 
 

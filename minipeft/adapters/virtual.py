@@ -21,7 +21,7 @@ TASK_LINE = "Generate Python code given a natural language instruction."
 
 
 def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, with a BOS where the tokenizer adds one.
+    """Encode `text`, with a BOS if the tokenizer adds one.
 
     Raises:
         InputError: there is no tokenizer.
@@ -35,7 +35,7 @@ def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
 
 
 def encode_to_length(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, repeated or cut to `length`; a BOS that the tokenizer adds comes first, once.
+    """Encode `text`, repeated or cut to `length` ids; a BOS that the tokenizer adds comes first, once.
 
     Raises:
         InputError: there is no tokenizer, or no token in the text.
@@ -81,7 +81,7 @@ def check_room(length: int, context: int) -> None:
     """Check that virtual tokens leave room for text in the model's context.
 
     Raises:
-        InputError: gives the largest number that fits.
+        InputError: with the largest number that fits.
     """
     if length + 2 > context:  # one token to see and one to predict
         hint = f"take at most {context - 2} virtual tokens"

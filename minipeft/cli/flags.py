@@ -7,7 +7,7 @@
     targets: str | tuple[str, ...]                       --targets q_proj,v_proj, or a regular expression
     lr_multipliers: Mapping[str, float]                  --lr-multiplier lora_B=16, once for each name
 
-No flag has a default of its own: flags that were not given are absent from the result, and the config's defaults apply.
+Flags have no defaults: a flag that is not given is absent from the result, and the config's default applies.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ import json
 from minipeft.cli.flags import add_fields, add_flag, add_method_flags, read_method_settings, read_typed
 from minipeft.cli.streams import show
 
-HELP = "predict what training takes, from config.json alone: parameters, memory, time"
+HELP = "predict parameters, memory and time of training from config.json alone"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
   minipeft plan --preset paper --activation-checkpointing"""
 SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not use
-ROWS = ("isolate", "loss-mask")  # nor those of packing: each row counts as one document
+ROWS = ("isolate", "loss-mask")  # settings of packing without effect on a plan: each row counts as one document
 AGAIN = "activation-checkpointing"
 
 

@@ -1,4 +1,4 @@
-"""`minipeft study`: compare methods, from nothing to a table and a report; the same command resumes."""
+"""`minipeft study`: train and compare methods, and write a table and a report; the same command resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report, show
 from minipeft.cli.train import add_run_flags, read_run_settings
 
-HELP = "compare methods, from nothing to a table and a report; the same command resumes"
+HELP = "train and compare methods, and write a table and a report; the same command resumes"
 EXAMPLE = """minipeft study --out study
   minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study"""
 
@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def format_command(options: argparse.Namespace) -> str:
-    """Format the given command for a shell, without --debug and --json."""
+    """Format the command as shell words, without --debug and --json."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     words = ["minipeft", "study"]

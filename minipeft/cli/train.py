@@ -1,4 +1,4 @@
-"""`minipeft train`: fine-tune a model on pairs of intent and snippet, resumably."""
+"""`minipeft train`: fine-tune a model on a data set; resumable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from minipeft.cli.flags import add_fields, add_flag, add_method_flags, read_method_settings, read_typed
 from minipeft.cli.streams import report, show
 
-HELP = "fine-tune a model on pairs of intent and snippet, resumably"
+HELP = "fine-tune a model on a data set; resumable"
 EXAMPLE = "minipeft train --model gpt2 --method lora --data conala --out runs/lora --epochs 3"
 
 

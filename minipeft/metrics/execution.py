@@ -24,11 +24,11 @@ from tqdm import tqdm
 from minipeft.errors import InputError, check_fields, format_value, option
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
-PATIENCE = 60  # seconds that the sandbox itself may take beyond a program's
+PATIENCE = 60  # seconds that the sandbox may take in addition to a program's
 PROTECTION = (
     "each program runs in Linux namespaces of its own: no network, no way to signal other processes, every mount "
     "read-only but an empty folder in memory, limits on time, address space, processes and file size. It can still "
-    "read what you can read, use memory times processes, and attack the kernel; one that is made to cheat can pass"
+    "read what you can read, use memory times processes, and attack the kernel; a program written to cheat can pass"
 )
 
 
@@ -39,7 +39,7 @@ class Limits:
     seconds: int = option(10, "seconds that an executed program may run", flag="execute-seconds", least=1)
     memory: int = option(2**30, "bytes of address space of each of its processes", flag="", least=2**26)
     processes: int = option(32, "processes at a time; of root's programs 301", flag="", least=1)
-    files: int = option(2**24, "bytes of all its files", flag="", least=2**12)
+    files: int = option(2**24, "total bytes of its files", flag="", least=2**12)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -23,8 +23,8 @@ from minipeft.metrics.text import bleu_13a, chrf, find_language, is_exact, is_re
 
 LANGUAGES = ("python", "text")
 TEXT_ONLY = "text: most references are not Python, so there is no CodeBLEU and no validity"
-ARTEFACT = 0.005  # between the two CodeBLEU totals, from which the difference is pointed out
-TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer that holds one goes on to a new task
+ARTEFACT = 0.005  # difference of the two CodeBLEU totals above which it is flagged
+TEMPLATE_PARTS = ("### Instruction", "### Response")  # parts of the template: an answer with one began a new task
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Scores:
 
         Raises: InputError if an entry is missing or not a number.
         """
-        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows of before 0.1 lack them
+        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows written before 0.1 lack them
         names = [score.name for score in SCORES]
         for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *names):
             if name not in data and name not in added:
@@ -203,7 +203,7 @@ class Scores:
         values = {name: data.get(name) for name in names}
         for name, value in values.items():
             check_value(value, float | None, {}, name)
-        language = data.get("language", "python")  # a row of before had no other
+        language = data.get("language", "python")  # earlier rows had no other
         check_value(language, str, {"choices": LANGUAGES}, "language")
         kinds = {"pairs": int, "bleu_interval": tuple[float, ...], "signatures": tuple[str, ...]}
         given: dict[str, Any] = {

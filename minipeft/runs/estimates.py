@@ -40,7 +40,7 @@ def check_room(config: RunConfig, out: Path) -> None:
 
 
 def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> dict[str, Any]:
-    """A row of `minipeft plan`, from config.json alone: memory in bytes, and seconds per step on this machine.
+    """Make a row of `minipeft plan` from config.json alone: memory in bytes, and seconds per step on this machine.
 
     Raises:
         InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
@@ -87,7 +87,7 @@ def choose_evaluation_interval(config: RunConfig, batches: Batches) -> int:
 
 
 def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Batches, held_out: Sequence[Batch]) -> str:
-    """Report the work of the run, evaluations included, and estimate its time on this machine and its memory."""
+    """Format the work of the run, evaluations included, and estimates of its time here and its memory."""
     assert train.steps is not None
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents

@@ -30,7 +30,7 @@ OWN = (
     "adapter",
     "model",
 )  # the files and folders of a run
-PROBE_BYTES = 2**16  # written and removed before the run: a folder that accepts it accepts a run's first files
+PROBE_BYTES = 2**16  # written and removed before the run, to test that the folder and disk accept the run's first files
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FolderConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.resume and self.overwrite:
-            problem = "cannot go together: one continues a run, the other removes it"
+            problem = "cannot go together: one continues the run, the other removes it"
             raise InputError(problem, where="resume, overwrite")
 
 
@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> None:
     with writing(folder, PROBE_BYTES):
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
-        probe.unlink(missing_ok=True)  # left by a dead process that had this one's id
+        probe.unlink(missing_ok=True)  # left by a dead process with the same id
         try:
             with open(probe, "xb") as stream:
                 stream.write(bytes(PROBE_BYTES))

@@ -32,7 +32,7 @@ from minipeft.models.quantized import QuantizedWeight, quantize_model
 PROBE = (256, 1024, 1024)  # a product of the size of those in training
 PROBE_SECONDS = 0.15
 MOST_LAYERS = 512  # more than any known model has
-EFFICIENCY = 0.6  # speed of whole steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
+EFFICIENCY = 0.6  # speed of training steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     quantized: str | None  # the format of its linears
     trainable: int  # parameters
     total: int
-    packed: int  # as `total`, were each byte of codes a parameter: a usual miscount of 4-bit models
+    packed: int  # `total` if each byte of codes counts as a parameter, a common miscount of 4-bit models
     weights: int  # bytes of base and adapter
     moments: int  # bytes of AdamW's two moments
     step: int  # bytes of activations, gradients and buffers at the step's peak
@@ -250,6 +250,6 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["packed"] != row["total"]:
             share = f"{100 * row['trainable'] / row['packed']:.3g} %"
             counts.append(
-                f"{row['model']}, {row['method']}: {share} are trained, where a byte of codes counts as a parameter"
+                f"{row['model']}, {row['method']}: {share} are trained, if a byte of codes counts as a parameter"
             )
     return "\n".join([*lines, "", legend, *counts])

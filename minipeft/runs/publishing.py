@@ -36,11 +36,13 @@ class MergeConfig:
     adapter: Path = option(help="folder or hub id of an adapter, ours or PEFT's")
     out: Path = option(help="folder of the merged model")
     adapter_revision: str | None = option(None, "commit, tag or branch of the adapter on the hub")
-    prompts: str | None = option(None, "compare on the lines of this text file, each in the training template")
-    data: str | None = option(None, "compare on the questions of this data set: conala, demo, or a file of pairs")
+    prompts: str | None = option(
+        None, "text file with a prompt to compare on in each line, put into the training template"
+    )
+    data: str | None = option(None, "data set whose questions to compare on: conala, demo, or a file of pairs")
     split: str = option("test", "split of conala or demo")
-    limit: int = option(32, "number of prompts to compare on, from the first", least=1)
-    raw: bool = option(False, "take the lines of --prompts as they are, without the training template")
+    limit: int = option(32, "compare on the first N prompts only", least=1)
+    raw: bool = option(False, "use the lines of --prompts unchanged, without the training template")
     new_tokens: int = option(32, "maximum number of tokens in a compared answer", least=1)
     dtype: str | None = option(None, "dtype of the merged weights; default the model's own", choices=DTYPES)
 
@@ -97,7 +99,7 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
     say(str(report))
     write_card(out, make_merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)
-    if form is not None:  # so that generate asks the merged model as it asked the adapter
+    if form is not None:  # so that generate uses the adapter's template for the merged model
         form.write(out)
     return report
 

@@ -23,12 +23,12 @@ def answer_constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[st
 
 
 def answer_echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The question itself."""
+    """Answer each question with its own text."""
     return [pair.intent for pair in questions]
 
 
 def answer_nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The snippet of the training question with the largest |A & B| / |A | B| in words; the first on a tie."""
+    """Answer with the snippet of the training question of the largest Jaccard similarity in words; ties: the first."""
     known = [split_words(pair.intent) for pair in train]
     answers = []
     for pair in questions:
@@ -49,5 +49,5 @@ BASELINES: dict[str, Callable[[Sequence[Pair], Sequence[Pair]], list[str]]] = {
     "echo the question": answer_echo,
     "nearest training pair": answer_nearest,
 }
-PYTHON_ONLY = "print(x)"  # it says nothing of other text
-SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # whose answers are known without reading them
+PYTHON_ONLY = "print(x)"  # meaningless for other languages
+SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # answers that do not depend on the training pairs

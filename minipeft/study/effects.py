@@ -1,10 +1,10 @@
-"""The effect of each method as a paired difference of BLEU, and the verdict on a study in words.
+"""The effect of each method as a paired difference of BLEU, and the verdict on a study as text.
 
-    reference   the best answer without training: a baseline, or the model untrained, whichever has the higher BLEU
+    reference   the baseline or the untrained model, whichever has the higher BLEU
     effect      BLEU(group) - BLEU(reference)
     behind      BLEU(group) - BLEU(best tuned group)
 
-Both differences are paired by question: a percentile bootstrap draws the same questions for the two sides.
+Both differences are paired by question: each bootstrap resample draws the same questions for both systems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_effects(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def find_best(groups: Sequence[Group]) -> Group | None:
-    """The tuned group with the highest BLEU."""
+    """Find the tuned group with the highest BLEU."""
     tuned = [group for group in groups if group.scores is not None and group.is_tuned]
     return max(tuned, key=lambda group: group.bleu or 0.0, default=None)
 
@@ -46,14 +46,14 @@ def add_effect(group: Group, reference: Group | None, best: Group | None) -> Gro
 
 
 def subtract(one: Group, other: Group) -> Interval | None:
-    """The paired difference of two groups' BLEU; None where one gave no answers."""
+    """Compute the paired difference of two groups' BLEU; None where one gave no answers."""
     if one.scores is None or other.scores is None:
         return None
     return bootstrap_bleu(one.scores.runs, other.scores.runs)
 
 
 def decide(groups: Sequence[Group]) -> list[str]:
-    """Write the verdict in sentences: the winner and its cost, a cheaper equal, methods without gain, uncertainty."""
+    """Write the verdict in sentences: the winner and its cost, a cheaper tie, methods without gain, intervals."""
     named = list(zip(name_groups(groups), groups))
     best = next(((n, g) for n, g in named if g.is_tuned and g.effect is not None and g.behind is None), None)
     if best is None:
@@ -66,7 +66,7 @@ def decide(groups: Sequence[Group]) -> list[str]:
         text.append(describe_level(min(level, key=lambda row: row[1].training.trainable or 0), best))
     elif others:
         name, second = max(others, key=lambda row: row[1].bleu or 0.0)
-        text.append(f"The next, {name}, is {format_difference(second.behind)} BLEU behind it.")
+        text.append(f"Second is {name}, {format_difference(second.behind)} BLEU behind.")
     lost = [(name, group.reference) for name, group in tuned if group.effect is not None and group.effect.low <= 0]
     if lost and len(tuned) > 1:
         references = " or ".join(dict.fromkeys(repr(reference) for _, reference in lost))
@@ -75,7 +75,7 @@ def decide(groups: Sequence[Group]) -> list[str]:
 
 
 def describe_best(name: str, best: Group) -> str:
-    """The group that won, its effect and its cost."""
+    """Describe the best group, its effect and its cost."""
     assert best.scores is not None
     assert best.effect is not None
     low, high = (100 * end for end in best.scores.bleu_interval)
@@ -89,14 +89,14 @@ def describe_best(name: str, best: Group) -> str:
 
 
 def describe_effect(group: Group) -> str:
-    """The effect in words."""
+    """Describe the effect: "2.1 [0.3, 4.0] above 'zero-shot'"."""
     assert group.effect is not None
     where = "above" if group.effect.value >= 0 else "below"
     return f"{format_difference(group.effect)} {where} {group.reference!r}"
 
 
 def describe_level(level: Named, best: Named) -> str:
-    """The cheapest of the groups that these questions do not distinguish from the best."""
+    """Describe the cheapest group whose BLEU is not significantly below the best."""
     name, group = level
     sizes = [one.training.trainable or 1 for one in (group, best[1])]
     behind = group.behind
@@ -111,7 +111,7 @@ def describe_level(level: Named, best: Named) -> str:
 
 
 def describe_cost(group: Group) -> str:
-    """Trained parameters, time and memory, as far as they are known."""
+    """Describe the cost: trained parameters, time and memory, where known."""
     done = group.training
     parts = [f"{done.trainable:,} trained parameters"] if done.trainable else []
     parts += [format_duration(done.train_seconds)] if done.train_seconds else []
@@ -120,10 +120,10 @@ def describe_cost(group: Group) -> str:
 
 
 def format_difference(found: Interval | None) -> str:
-    """The size of a difference, of 100, with its interval."""
+    """Format the absolute value of a difference, times 100, with its interval."""
     assert found is not None
     low, high = sorted((100 * abs(found.low), 100 * abs(found.high)))
-    if found.low <= 0 <= found.high:  # the ends are on both sides
+    if found.low <= 0 <= found.high:  # the interval includes 0
         return f"{100 * abs(found.value):.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"{100 * abs(found.value):.1f} [{low:.1f}, {high:.1f}]"
 
@@ -132,5 +132,5 @@ def state_intervals(best: Group) -> str:
     """State what the intervals cover."""
     seeds, what = len(best.seeds), "In brackets: 95 % intervals over the questions"
     if seeds == 1:
-        return f"{what}; one seed, so that the spread over seeds is unknown."
-    return f"{what}, of the mean of {seeds} seeds."
+        return f"{what}; one seed, so the spread over seeds is unknown."
+    return f"{what}, for the mean of {seeds} seeds."

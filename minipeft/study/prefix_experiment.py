@@ -38,12 +38,12 @@ class Trial:
 
     @property
     def variant(self) -> str:
-        """What distinguishes it from the other trials of its method."""
+        """Name what differs from the other trials of its method."""
         parts = (self.init, "mlp" if self.reparam else None, f"{self.learning_rate:g}", f"{self.steps}")
         return "-".join(part for part in parts if part)
 
     def settings(self) -> dict[str, Any]:
-        """The trial's settings of a training run; warm-up, decay and clipping are those of the method's recipe."""
+        """The settings of its training run; warm-up, decay and clipping are those of the method's recipe."""
         virtual_tokens = PrefixConfig().length if self.init else 0
         fields: dict[str, Any] = {
             "learning_rate": self.learning_rate,
@@ -59,7 +59,7 @@ PAPERS = Trial("prefix", 2e-4, "peft")  # the init of PEFT, at a learning rate t
 
 
 def list_grid(steps: int = 60) -> list[Trial]:
-    """Part 1: the 24 prefixes and three trials to compare them with, the most informative first."""
+    """Part 1: the 24 prefixes and three reference trials, the most informative first."""
     rest = [
         Trial("prefix", rate, init, width)
         for width in (None, WIDTH)
@@ -86,14 +86,14 @@ class Grid:
     others: tuple[tuple[str, float], ...]  # (name, held-out loss): the untrained model, the best LoRA, the best prompt
 
     def texts(self) -> list[list[str]]:
-        """The table, its head first."""
+        """The table as text, header row first."""
         head = ["init", *(f"{rate:g}" for rate in self.rates)]
         return [head, *([name, *(format_loss(g) if g else "" for g in found)] for name, found in self.rows)]
 
 
 MEANING = (
-    "Held-out loss, in nats per token, by init and peak learning rate; in brackets before the first step. "
-    "D: dead adapter, as so few steps at such a learning rate cannot move it away from its init."
+    "Held-out loss, in nats per token, by init and peak learning rate; in brackets the loss before the first step. "
+    "D: dead adapter: this learning rate and number of steps cannot move it away from its init."
 )
 
 
@@ -146,8 +146,8 @@ def conclude(results: Results) -> list[str]:
         gap = best.dev_loss - group.dev_loss
         times = (group.training.stored or 0) / (best.training.stored or 1)
         text.append(
-            f"LoRA ends at {format_mean_loss(group)}: the prefix is {abs(gap):.3f} nats {'above' if gap > 0 else 'below'}"
-            f" it and stores 1/{times:.1f} of the parameters."
+            f"LoRA ends at {format_mean_loss(group)}: the prefix is {abs(gap):.3f} nats "
+            f"{'above' if gap > 0 else 'below'} it and stores {times:.1f} times fewer parameters."
         )
     base = [g.training.dev_loss for g in results.groups if g.method == "zero-shot" and g.error is None]
     if base and base[0] is not None and worst.dev_loss > base[0]:
@@ -159,7 +159,7 @@ def conclude(results: Results) -> list[str]:
 
 
 def compare(groups: Sequence[Group], steps: int) -> tuple[tuple[str, float], ...]:
-    """The held-out loss of the untrained model, and the least of LoRA and of prompt-tuning after as many steps."""
+    """The held-out loss of the untrained model, and the lowest of LoRA and of prompt tuning after as many steps."""
     found = []
     for method, at in (("zero-shot", 0), ("lora", steps), ("prompt", steps)):
         same = [g for g in groups if g.method == method and g.error is None and g.training.steps == at]

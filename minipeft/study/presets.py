@@ -51,7 +51,7 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-OWN = ("model", "data", "seed")  # settings of a training run that the study decides
+OWN = ("model", "data", "seed")  # settings of a training run that the study sets itself
 COMPARED = ("full", "lora", "prefix", "prompt")  # the paper's methods
 
 
@@ -62,7 +62,7 @@ class StudyConfig:
     preset: str = option("demo", "what to compare", choices=PRESETS)
     model: tuple[str, ...] = option((), "folders, hub ids or demo")
     method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=list_method_names())
-    data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
+    data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions becomes the test set")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
     execute: bool = option(False, f"run the answers to the demo's pairs: {PROTECTION}")
@@ -94,13 +94,13 @@ class StudyConfig:
 
 
 def has_setting(method: str, name: str) -> bool:
-    """Whether a training run with this method has a setting of this name."""
+    """Whether this method's training run has a setting of this name."""
     return name.replace("_", "-") in collect_settings(method)
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `minipeft plan` plans: each method on each model."""
+    """The models and methods of `minipeft plan`: each method on each model."""
 
     preset: str | None = option(None, "plan the models of a study", choices=PRESETS)
     method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(list_method_names())}")
@@ -130,18 +130,18 @@ class Base:
 
 
 def label_models(models: Sequence[str]) -> dict[str, str]:
-    """What tables call each model, label -> model: a folder by its last part, where no other has the same."""
+    """Label each model for tables, label -> model: a folder by its last part, unless two share it."""
     short = [Path(model).resolve().name if is_folder(model) else model for model in models]
     return {name if short.count(name) == 1 else model: model for name, model in zip(short, models)}
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model is named by a path; "demo" is not, whatever folders there are."""
+    """Whether a model is named by a path; "demo" never is, even if such a folder exists."""
     return model != "demo" and (Path(model).is_dir() or model.startswith((".", "/", "~")))
 
 
 def make_cells(config: StudyConfig, bases: Mapping[str, Base | None], held_out: int) -> list[Cell]:
-    """The cells of a study, model by model; `bases` maps a model's label to None where it cannot be read."""
+    """Make the cells of a study, model by model; `bases` maps a label to None if its model cannot be read."""
     seeds = config.seeds or PRESETS[config.preset].seeds
     cells: dict[str, Cell] = {}
     for label, base in bases.items():
@@ -164,7 +164,7 @@ class Draft:
 
 
 def draft_untrained(config: StudyConfig, model: str, seed: int) -> Draft:
-    """The baseline of its model's other cells; its held-out loss is taken on the same tokens as theirs."""
+    """The baseline of its model's other cells; its held-out loss is measured on the same tokens as theirs."""
     mask = {name: value for name, value in PRESETS[config.preset].settings.items() if name == "loss_mask"}
     return Draft(Cell(model, ZERO_SHOT, seed, generate=make_generate_config(config, seed)), mask)
 
@@ -223,5 +223,5 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
 
 
 def make_generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
-    """How a cell answers."""
+    """Make the generation settings of a cell."""
     return GenerateConfig(max_new_tokens=PRESETS[config.preset].new_tokens, seed=seed)

@@ -1,4 +1,4 @@
-"""A study on disk and on the terminal: results.json, report.md, report.html, and the summary that is printed."""
+"""Writes a study's results.json, report.md and report.html, and formats the summary for the terminal."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from minipeft.study.table import (
 )
 
 NOTES = (
-    "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
-    "interval excludes 0 holds for questions like these; with one seed it says nothing about other seeds.",
+    "Intervals are percentile bootstraps over questions; pairs of one question are resampled together. A difference "
+    "whose interval excludes 0 generalizes to questions like these; with one seed it says nothing about other seeds.",
     'An answer ends at the end-of-text token or at the token limit. "zero-shot, first line" is the untrained model\'s '
-    "answer up to its first newline: what it would score if it knew where to stop.",
+    "answer up to its first newline: its score if it knew where to stop.",
     "CodeBLEU is strict: a part without a match counts 0. The codebleu package counts a data-flow match of 0 as 1, "
     "which gives 0.25 to an empty answer; its total is shown beside the strict one.",
 )
@@ -51,7 +51,7 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def summarize(results: Results) -> list[str]:
-    """The findings in a few sentences."""
+    """Summarize the findings in a few sentences."""
     named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
@@ -71,7 +71,7 @@ def summarize(results: Results) -> list[str]:
 
 
 def as_terminal(results: Results, out: Path) -> str:
-    """What the command prints at its end."""
+    """Format the summary that the command prints."""
     flags = [
         f"! {join_names(who)}: {flag}"
         for flag, who in group_by_flag(results.groups).items()
@@ -103,8 +103,8 @@ def draw_markdown(results: Results) -> str:
             + "\n".join(as_line(f"- {name}: {label}") for name, label, _ in rows)
             for steps, rows in find_several_seeds(results).items()
         ),
-        f"## Before you use a number\n\n{flags}",
-        f"## What the columns mean\n\n{meanings}",
+        f"## Caveats\n\n{flags}",
+        f"## Columns\n\n{meanings}",
         *(NOTES if any(column.title == "CodeBLEU" for column in all_columns) else NOTES[:-1]),
         f"Made with {as_line(environment)}.\n",
     ]
@@ -112,7 +112,7 @@ def draw_markdown(results: Results) -> str:
 
 
 def draw_grid(grid: Grid) -> str:
-    """A grid in Markdown."""
+    """Format a grid as Markdown."""
     head, *rows = grid.texts()
     lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -120,7 +120,7 @@ def draw_grid(grid: Grid) -> str:
 
 
 def name_cells(results: Results) -> dict[str, str]:
-    """What each cell is called: its group's name, and its seed unless that is 0."""
+    """Name each cell: its group's name, and its seed unless 0."""
     seeds = {row.cell: f" seed {row.seed}" if row.seed else "" for row in results.cells}
     named = zip(name_groups(results.groups), results.groups)
     return {cell: name + seeds[cell] for name, group in named for cell in group.cells}

@@ -98,7 +98,7 @@ def test_olora_files_that_cannot_be_read_right_are_refused(base, decoder, stir, 
     given = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights="olora")
     stir(peft.get_peft_model(peer(), given)).save_pretrained(tmp_path / "theirs")
     bank = minipeft.AdapterBank(model)
-    said = "holds LoRA with init 'olora'; a bank takes plain LoRA. load_adapter and save_adapter write the plain LoRA"
+    said = "holds LoRA with init 'olora'; a bank takes plain LoRA. Convert it to the equal plain LoRA with load_adapter"
     with pytest.raises(InputError, match=re.escape(said)):
         bank.load("x", tmp_path / "theirs")
     with pytest.raises(

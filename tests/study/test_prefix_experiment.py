@@ -153,7 +153,7 @@ def test_the_conclusion():
     assert conclude(results) == [
         f"The best prefix after 9 steps is {name_method('prefix')} (text init, learning rate 0.005, 9 steps): "
         "1.700 ± 0.010 nats per held-out token.",
-        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 above it, with 21.0 times fewer parameters stored.",
+        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 nats above it and stores 21.0 times fewer parameters.",
         "A prefix with 'peft' init at learning rate 0.0002 ends at 9.000, worse than the untrained model's 3.300.",
     ]
     assert conclude(replace(results, preset="demo")) == []
