@@ -23,11 +23,12 @@ from minipeft.data.examples import Example, load_pairs
 from minipeft.data.packing import Batches, pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
-from minipeft.files import read_header, read_object
+from minipeft.files import read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config
 from minipeft.runs.answers import read_answers
 from minipeft.runs.checkpoints import seal, verify
+from minipeft.tensor_files import read_header
 from tests.small import write_tokenizer
 
 SCALE = float(os.environ.get("MINIPEFT_FUZZ", "1"))

@@ -13,7 +13,7 @@ VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -264,25 +264,14 @@ def merge_adapter(
         InputError: a method without merge (virtual tokens cannot be folded into weights), a tied target, a result
             that is not finite, or prompts that cannot be answered; the model is unchanged.
     """
-    check_kind(model, Decoder, "model")
-    held = METHODS.get(describe_held(model))
-    if held is None or held.merge is None:
-        labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
-        problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
-        raise InputError(problem, where="merge_adapter")
-    check_single(model, "merge_adapter")
-    packed = find_quantized_weights(model)
-    if packed and not dequantize:
-        problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
-        raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
+    merge = find_merge(model, dtype, dequantize)
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
-    own, format = model.embedding.weight.dtype, find_quantization(model)
+    packed, format = find_quantized_weights(model), find_quantization(model)
+    own = model.embedding.weight.dtype
     dequantize_model(model)
     model.to(torch.promote_types(own, dtype or own))  # the wider dtype: the sum is rounded to the narrower one
     try:
-        report: MergeReport = held.merge(model)
+        report = merge(model)
     except InputError:
         model.to(own)
         put_weights(model, packed)
@@ -293,6 +282,29 @@ def merge_adapter(
         return report
     report = dataclasses.replace(report, **comparison.measure(model))  # type: ignore[arg-type]
     return report if format is None else dataclasses.replace(report, **measure_again(model, packed, format, comparison))
+
+
+def find_merge(model: Decoder, dtype: torch.dtype | None, dequantize: bool) -> Callable[[Decoder], MergeReport]:
+    """Find the merge function of the model's method, and check that it applies.
+
+    Raises:
+        InputError: a method without merge, another adapter beside it, quantized weights without `dequantize`, or a
+            dtype that is not for merging.
+    """
+    check_kind(model, Decoder, "model")
+    held = METHODS.get(describe_held(model))
+    if held is None or held.merge is None:
+        labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
+        problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
+        raise InputError(problem, where="merge_adapter")
+    check_single(model, "merge_adapter")
+    if find_quantized_weights(model) and not dequantize:
+        problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
+        raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
+    merge: Callable[[Decoder], MergeReport] = held.merge
+    return merge
 
 
 def measure_again(

@@ -10,9 +10,10 @@ from minipeft.adapters import METHODS
 from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
-from minipeft.files import TensorInfo, check_plain, read_header, read_object
+from minipeft.files import check_plain, read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config, rename_tensors
+from minipeft.tensor_files import TensorInfo, read_header
 
 
 def describe(folder: str | Path) -> dict[str, object]:

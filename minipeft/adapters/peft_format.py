@@ -30,10 +30,11 @@ from minipeft.adapters.method import Method, PeftFormat
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.errors import InputError, check_kind, check_path, check_value, format_value
-from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
+from minipeft.files import read_object, write_json
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import info_of, read_legacy
+from minipeft.tensor_files import TensorInfo, check_header, read_header, write_tensors
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")

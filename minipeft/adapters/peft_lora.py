@@ -23,8 +23,8 @@ from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
 from minipeft.errors import InputError
-from minipeft.files import TensorInfo
 from minipeft.models import Decoder
+from minipeft.tensor_files import TensorInfo
 
 LORA_TENSORS = {
     "lora_A.weight": "lora_A",

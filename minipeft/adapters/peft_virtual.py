@@ -25,8 +25,9 @@ from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, list_attentions, list_prefixes
 from minipeft.adapters.prompt import Prompt, PromptConfig
 from minipeft.errors import InputError
-from minipeft.files import check_header, read_header, read_object, write_json, write_tensors
+from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
+from minipeft.tensor_files import check_header, read_header, write_tensors
 
 GATED = "GATED_PREFIX_TUNING"  # peft_type of a gated prefix, so that PEFT refuses it instead of applying it ungated
 OWN, STATE = "minipeft_adapter.json", "minipeft_state.safetensors"

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minipeft.data.encoded import Example
-from minipeft.data.tokens import ESCAPE, SAID, SETTINGS, UNSAID, Tokenizer
+from minipeft.data.tokenizer_files import SETTINGS
+from minipeft.data.tokens import ESCAPE, SAID, UNSAID, Tokenizer
 from minipeft.errors import InputError
 from minipeft.files import check_inside, name_type, read_object, read_text
 from minipeft.hub import fetch

@@ -117,14 +117,8 @@ def _parse(data: bytes) -> tree_sitter.Node | None:
 def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
     """The tree below a root without the texts of its tokens, and the byte range of each token."""
     tree = Tree([], [], [], [], [], [], {}, set(), root.has_error)
-    kinds, named, fields, ends, places, broken = (
-        tree.kinds,
-        tree.named,
-        tree.fields,
-        tree.ends,
-        tree.places,
-        tree.broken,
-    )
+    kinds, named, fields = tree.kinds, tree.named, tree.fields
+    ends, places, broken = tree.ends, tree.places, tree.broken
     cursor, names = root.walk(), _kinds()
     down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
     spans: list[tuple[int, int]] = []

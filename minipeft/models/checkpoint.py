@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError, check_kind, check_path, check_value, format_value, has_type
-from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
+from minipeft.files import check_inside, read_object, write_json
 from minipeft.hub import fetch, list_names, read_commit
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import parse_config
 from minipeft.models.decoder import check_process
 from minipeft.models.quantize import check_format
 from minipeft.models.quantized import find_quantizable, is_quantized, quantize_weight
+from minipeft.tensor_files import TensorInfo, check_header, read_header, write_tensors
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"

@@ -163,8 +163,8 @@ def check_spellings(given: Mapping[str, object]) -> None:
     for where, rope in (("rope_parameters", new), ("rope_scaling", old)):
         named = {name: rope[name] for name in ("rope_type", "type") if name in rope} if isinstance(rope, dict) else {}
         if len(named) == 2 and named["rope_type"] != named["type"]:
-            given = f"rope_type {format_value(named['rope_type'])} and type {format_value(named['type'])}"
-            problem = f"{given} contradict each other"
+            both = f"rope_type {format_value(named['rope_type'])} and type {format_value(named['type'])}"
+            problem = f"{both} contradict each other"
             raise InputError(problem, where=where, hint="Remove the one that is wrong")
     if not (isinstance(new, dict) and new and isinstance(old, dict) and old):
         return

@@ -18,7 +18,7 @@ from minipeft.adapters.verdict import MergeReport
 from minipeft.data.examples import load_pairs
 from minipeft.data.forms import FORM_FILE
 from minipeft.data.templates import format_prompt
-from minipeft.data.tokens import FILES
+from minipeft.data.tokenizer_files import FILES
 from minipeft.errors import InputError, check_fields, option
 from minipeft.files import read_text
 from minipeft.hub import push

@@ -15,7 +15,8 @@ import numpy as np
 from minipeft.data.encoded import Encoded
 from minipeft.data.examples import count_shared, split_by_question
 from minipeft.data.forms import Data, encode_data
-from minipeft.data.packing import LENGTH, PackConfig, PackReport, cut_each, pack
+from minipeft.data.packing import LENGTH, PackConfig, PackReport, pack
+from minipeft.data.rows import cut_each
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError, check_fields, escape, option
 from minipeft.hub import fetch

@@ -29,7 +29,7 @@ import torch
 from minipeft.adapters.peft_format import WEIGHTS
 from minipeft.data.examples import encode_pairs, load_pairs, split_by_question
 from minipeft.errors import InputError
-from minipeft.files import parse_json, read_header, read_object, read_text, write_json
+from minipeft.files import parse_json, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.scores import Scores, score_texts
 from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
@@ -37,6 +37,7 @@ from minipeft.runs.config import RunConfig
 from minipeft.runs.finetune import finetune, pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
 from minipeft.study.rows import Row, Training
+from minipeft.tensor_files import read_header
 from minipeft.training.loop import evaluate
 
 CELL, ANSWERS, RESULT, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"

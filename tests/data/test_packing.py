@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft.data.encoded import Encoded, Example
-from minipeft.data.packing import Batches, PackConfig, fill_rows, pack
+from minipeft.data.packing import Batches, PackConfig, pack
+from minipeft.data.rows import fill_rows
 from minipeft.documents import IGNORED, PADDING, derive_seed
 from minipeft.errors import InputError
 
