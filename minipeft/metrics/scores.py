@@ -100,7 +100,7 @@ class Score:
 
 
 SCORES: list[Score] = [
-    Score("bleu", "BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100", lambda a: a.bleu, "{:.1f}", 100,
+    Score("bleu", "BLEU", "corpus BLEU-4 on CoNaLa tokens, 0 to 100", lambda a: a.bleu, "{:.1f}", 100,
           higher_is_better=True, rank=1, text="{value:.1f} [{low:.1f}, {high:.1f}] of 100 (95 % bootstrap)"),
     Score("codebleu", "CodeBLEU", "strict: a part without a match counts 0", lambda a: a.code.score,
           higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict", language="python"),
@@ -129,10 +129,10 @@ SCORES: list[Score] = [
           lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
           higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}",
           each=lambda a: list(map(is_exact, a.predictions, a.references))),
-    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, of 100, as sacrebleu's default",
+    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, 0 to 100, with sacrebleu's defaults",
           lambda a: bleu_13a(a.predictions, a.references), "{:.1f}", 100, higher_is_better=True, rank=4,
           heading="BLEU 13a", text="{value:.1f} of 100 (sacrebleu)", language="text"),
-    Score("chrf", "chrF", "character n-gram F-score, of 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
+    Score("chrf", "chrF", "character n-gram F-score, 0 to 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
           100, higher_is_better=True, rank=10),
     Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
           "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}",

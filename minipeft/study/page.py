@@ -136,7 +136,7 @@ def draw_effects(groups: Sequence[Group]) -> str:
         if group.effect is not None and group.method != FIRST_LINE
     ]  # fmt: skip
     rows.sort(key=lambda row: (row.kind != "tuned", -row.value))
-    unit = f"BLEU above or below {name_reference(groups)!r}, with 95 % interval"
+    unit = f"BLEU difference to {name_reference(groups)!r}, with 95 % interval"
     return draw_intervals(rows, "Effect of each method on BLEU", unit, 100) if rows else ""
 
 

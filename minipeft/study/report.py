@@ -63,7 +63,7 @@ def summarize(results: Results) -> list[str]:
     if not text:
         name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
         text.append(f"The best baseline without a model, {name!r}, scores BLEU {100 * (best.bleu or 0.0):.1f}.")
-    text.append(f"Answered: {data.pairs} pairs of {data.questions} questions ({data.source}).")
+    text.append(f"Test set: {data.pairs} pairs of {data.questions} questions ({data.source}).")
     if any(group.scores is not None and group.scores.language == "text" for _, group in done):
         text.append(f"The references are {TEXT_ONLY}.")
     failed = [name for name, group in named if group.error is not None]

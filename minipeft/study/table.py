@@ -143,7 +143,8 @@ def show_init(group: Group) -> str:
 
 
 BLEU_COLUMNS = [
-    Column("95 % interval", "of BLEU, bootstrapped over questions", show_interval, 6, "scores", lambda g: g.bleu),
+    Column("95 % interval", "95 % interval of BLEU, bootstrapped over questions", show_interval, 6, "scores",
+           lambda group: group.bleu),
     Column("over zero-shot", "BLEU minus the untrained model's on the same questions, with its 95 % interval",
            show_gain, 2, "scores", lambda group: get_value(group.difference)),
     Column("paper's BLEU", "BLEU that the paper reports", show_reported("bleu", "{:.5g}"), 9, "scores",
@@ -170,7 +171,7 @@ TRAINING_COLUMNS = [
     Column("stored", "parameters on disk; a reparameterization MLP is folded into the prefix or prompt",
            show_field("stored", "{:,}"), value=get_field("stored")),
     Column("paper's %", "trainable parameters that the paper reports", show_reported("percent", "{:g} %")),
-    Column("time", "of training alone", show_seconds, 8, value=get_field("train_seconds")),
+    Column("time", "training time", show_seconds, 8, value=get_field("train_seconds")),
     Column("memory", "peak memory, weights included", show_field("peak_memory_bytes", "{:.2f} GB", 1e-9),
            value=get_field("peak_memory_bytes")),
     Column("paper's GB", "memory that the paper reports; GPT-2's without weights", show_reported("memory", "{:g}")),

@@ -96,8 +96,8 @@ def test_it_can_be_read_without_script_and_holds_all_parts(page):
         "echo the question",
         "95 % interval",
         "held-out loss",
-        "the codebleu package's score of an empty answer, 0.25",
-        "BLEU of every row",
+        "the codebleu package&#x27;s score of an empty answer, 0.25",
+        "BLEU of all rows",
         "prefers-color-scheme",
     ):
         assert part in page
