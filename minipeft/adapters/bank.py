@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minipeft.adapters import LORA, check_empty, find_method
-from minipeft.adapters.lora import RowGroups, compute_scale, group_rows, lora_rows, plan
+from minipeft.adapters.lora import RowGroups, choose_ranks, compute_scale, group_rows, lora_rows
 from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
@@ -100,7 +100,7 @@ class AdapterBank:
             hint = "Convert it to the equal plain LoRA with load_adapter and save_adapter"
             raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)
         pairs = {}
-        for path, (rank, alpha) in plan(self.model, config).items():
+        for path, (rank, alpha) in choose_ranks(self.model, config).items():
             weight, scale = self.layers[path].weight, compute_scale(config, rank, alpha)
             A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
             pairs[path] = tuple(t.to(weight.device, weight.dtype, copy=True) for t in (A, scale * B))

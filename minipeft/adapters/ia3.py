@@ -67,7 +67,7 @@ class IA3Linear(TrainableModule):
         return f"in={width}, out={out}, bias={self.bias is not None}, feedforward={self.feedforward}"
 
 
-def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
+def find_scaled(model: Decoder, config: IA3Config) -> dict[str, bool]:
     """Each targeted linear by path, and whether it is scaled at its input.
 
     Raises:
@@ -84,7 +84,7 @@ def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
 
 def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
     """Replace each targeted linear by an IA3Linear; returns their paths."""
-    planned = plan(model, config)
+    planned = find_scaled(model, config)
     for path, feedforward in planned.items():
         layer = IA3Linear(model.get_submodule(path), feedforward)  # type: ignore[arg-type]
         replace(model, path, layer.train(model.training))

@@ -156,7 +156,7 @@ def compute_scale(config: LoRAConfig, rank: int, alpha: float) -> float:
     return alpha / (math.sqrt(rank) if config.rslora else rank)
 
 
-def plan(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
+def choose_ranks(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
     """The rank and alpha of each targeted linear, by path; the model is not changed.
 
     Raises:
@@ -174,7 +174,7 @@ def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
     Raises:
         InputError: the backend that the config names cannot run here; the message gives the reason.
     """
-    path, (rank, _) = next(iter(plan(model, config).items()))
+    path, (rank, _) = next(iter(choose_ranks(model, config).items()))
     weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
     out, width = weight.shape
     call = Call(weight.device, weight.dtype, tokens, width, out, rank, config.dropout > 0, needs_grad=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.dora import DoRALinear
-from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, plan
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, choose_ranks
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.pissa import RESIDUAL, ResidualLinear
 from minipeft.adapters.surgery import replace
@@ -53,7 +53,7 @@ def choose_layer_class(config: LoRAConfig) -> type[LoRALinear]:
 
 def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
     """Replace each targeted linear by a LoRALinear; returns their paths."""
-    layers, planned = {}, plan(model, config)
+    layers, planned = {}, choose_ranks(model, config)
     parameters = sum(rank * sum(model.get_parameter(f"{path}.weight").shape) for path, (rank, _) in planned.items())
     check_trained_memory(parameters, model.embedding.weight.device, "rank")
     for path, (rank, alpha) in planned.items():

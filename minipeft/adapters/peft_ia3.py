@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters.ia3 import IA3Config, find_ia3_layers, plan
+from minipeft.adapters.ia3 import IA3Config, find_ia3_layers, find_scaled
 from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, fit_targets, make_targets_json, read_targets
 from minipeft.adapters.targets import find_targets
@@ -63,7 +63,7 @@ def fit_ia3(config: IA3Config, given: Mapping[str, Any], model: Decoder) -> tupl
 def ia3_shapes(model: Decoder, config: IA3Config) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, feedforward in plan(model, config).items():
+    for path, feedforward in find_scaled(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
         shapes[f"{ROOT}{path}.ia3_l"] = (1, width) if feedforward else (out, 1)
     return shapes

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters.lora import LoRAConfig, find_lora_layers, plan
+from minipeft.adapters.lora import LoRAConfig, choose_ranks, find_lora_layers
 from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
@@ -142,7 +142,7 @@ def check_lora(given: Mapping[str, Any], model: Decoder) -> None:
 def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, (rank, _) in plan(model, config).items():
+    for path, (rank, _) in choose_ranks(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
         shapes[f"{ROOT}{path}.lora_A.weight"] = (rank, width)
         shapes[f"{ROOT}{path}.lora_B.weight"] = (out, rank)

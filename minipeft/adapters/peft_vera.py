@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
-from minipeft.adapters.vera import Projection, VeRAConfig, find_vera_layers, plan
+from minipeft.adapters.vera import Projection, VeRAConfig, find_shapes, find_vera_layers
 from minipeft.models import Decoder
 
 SHARED = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
@@ -56,7 +56,7 @@ def vera_config(given: Mapping[str, Any]) -> VeRAConfig:
 
 def vera_shapes(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
-    linears = plan(model, config)
+    linears = find_shapes(model, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, (out, _) in linears.items():
         shapes |= {f"{ROOT}{path}.vera_lambda_b": (out,), f"{ROOT}{path}.vera_lambda_d": (config.rank,)}

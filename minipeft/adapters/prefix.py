@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.reparam import Reparam, make_hidden
 from minipeft.adapters.trainable import TrainableModule, check_trained_memory
-from minipeft.adapters.virtual import TASK_LINE, check_room, empty_slot, encode_text, encode_to_length, run_text
+from minipeft.adapters.virtual import (
+    TASK_LINE,
+    check_virtual_tokens,
+    empty_slot,
+    encode_text,
+    encode_to_length,
+    run_text,
+)
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
 from minipeft.models.attention import product
@@ -156,7 +163,7 @@ def add_prefix(
     """Fill each attention's slot; returns the paths of the modules."""
     device, c = model.embedding.weight.device, model.config
     if not config.gate:  # a gated prefix takes no positions
-        check_room(config.length, c.context)
+        check_virtual_tokens(config.length, c.context)
     if device.type == "meta":
         keys = values = torch.empty(c.layers, c.kv_heads, config.length, c.head_width, device=device)
     else:

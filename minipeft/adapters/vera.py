@@ -99,7 +99,7 @@ class VeRALinear(TrainableModule):
         return f"in={width}, out={out}, bias={self.bias is not None}, dropout={self.dropout:g}"
 
 
-def plan(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
+def find_shapes(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
     """Each targeted linear by path, with its shape (out, in); PEFT's default targets are LoRA's.
 
     Raises:
@@ -111,7 +111,7 @@ def plan(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
 
 def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
     """Replace each targeted linear by a VeRALinear; returns their paths."""
-    shapes = plan(model, config)
+    shapes = find_shapes(model, config)
     out, width = (max(sizes) for sizes in zip(*shapes.values()))
     check_trained_memory(config.rank * (out + width), model.embedding.weight.device, "rank")
     projection = Projection(width, out, config, model.embedding.weight.device)

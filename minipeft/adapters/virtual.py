@@ -77,7 +77,7 @@ def evaluation(model: Decoder, windowed: bool) -> Iterator[None]:
             module.training = True
 
 
-def check_room(length: int, context: int) -> None:
+def check_virtual_tokens(length: int, context: int) -> None:
     """Check that virtual tokens leave room for text in the model's context.
 
     Raises:

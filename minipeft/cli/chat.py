@@ -54,10 +54,10 @@ def main(options: argparse.Namespace) -> int:
         if line.strip() == "/reset":
             conversation.reset()
         elif line.strip():
-            answer(conversation, line.rstrip("\n"))
+            stream_answer(conversation, line.rstrip("\n"))
 
 
-def answer(conversation: object, text: str) -> None:
+def stream_answer(conversation: object, text: str) -> None:
     """Stream an answer to standard output; an error is printed, and the conversation continues."""
     try:
         for piece in conversation.ask(text):  # type: ignore[attr-defined]

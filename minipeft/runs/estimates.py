@@ -30,7 +30,7 @@ from minipeft.runs.planning import (
 from minipeft.training.loop import TrainConfig
 
 
-def check_room(config: RunConfig, out: Path) -> None:
+def check_disk(config: RunConfig, out: Path) -> None:
     """Check that the disk has room for the run, from config.json, before any weight is read."""
     base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
     if base.layers > MOST_LAYERS:  # loading compares the number of layers with the weights before building any

@@ -39,7 +39,7 @@ from minipeft.models.checkpoint import check_device, fingerprint, load_model, sa
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
-from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
+from minipeft.runs.estimates import check_disk, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train
@@ -74,7 +74,7 @@ def finetune(
         check_folder(out)  # before anything large is read
         try:
             prepared = prepare(config.model, config.data)
-            check_room(config, out)
+            check_disk(config, out)
             identity, about = identify(config, prepared)
         except InputError:
             if fresh:

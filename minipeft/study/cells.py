@@ -107,7 +107,7 @@ def perform(folder: Path) -> Row:
     if cell.method != ZERO_SHOT:
         row = train(cell, folder, row)
     if cell.generate is not None:
-        row = answer(cell, folder, row)
+        row = answer_questions(cell, folder, row)
         row = replace(row, scores=score_file(folder / ANSWERS))
     write_json(folder / RESULT, row.as_json(counts=True))
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # needed only to resume
@@ -151,7 +151,7 @@ def train(cell: Cell, folder: Path, row: Row) -> Row:
     )
 
 
-def answer(cell: Cell, folder: Path, row: Row) -> Row:
+def answer_questions(cell: Cell, folder: Path, row: Row) -> Row:
     """Write an answer to every question to predictions.jsonl, with the trained adapter or model.
 
     The held-out loss and peak memory of the untrained model are measured here; a tuned one has those of its training.

@@ -108,7 +108,7 @@ def make_grids(groups: Sequence[Group]) -> list[Grid]:
         inits = dict.fromkeys(show_init(group) for group in mine)
         rows = tuple((name, tuple(at.get((name, rate)) for rate in rates)) for name in inits)
         if sum(sum(group is not None for group in row) > 1 for _, row in rows) > 1:
-            found.append(Grid(steps, rates, rows, compare(groups, steps)))
+            found.append(Grid(steps, rates, rows, find_references(groups, steps)))
     return found
 
 
@@ -158,7 +158,7 @@ def conclude(results: Results) -> list[str]:
     return text
 
 
-def compare(groups: Sequence[Group], steps: int) -> tuple[tuple[str, float], ...]:
+def find_references(groups: Sequence[Group], steps: int) -> tuple[tuple[str, float], ...]:
     """The held-out loss of the untrained model, and the lowest of LoRA and of prompt tuning after as many steps."""
     found = []
     for method, at in (("zero-shot", 0), ("lora", steps), ("prompt", steps)):

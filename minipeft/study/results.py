@@ -34,7 +34,7 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
             bases.setdefault(row.model, []).append(row.scores)
     for name, row in rows.items():
         if row.error is None:
-            rows[name] = replace(row, difference=compare(row, row.scores, bases), flags=flag(row, floor))
+            rows[name] = replace(row, difference=compute_difference(row, row.scores, bases), flags=flag(row, floor))
     alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
         alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
@@ -56,7 +56,7 @@ def make_row(outcome: Outcome) -> Row:
     return replace(row, cell=cell.name, error=outcome.error, paper=find_reported(cell.model, cell.method) or None)
 
 
-def compare(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
+def compute_difference(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
     """Compute the BLEU difference to the untrained model on the same questions."""
     if scores is None or row.method == ZERO_SHOT or row.model not in bases:
         return None
@@ -86,7 +86,7 @@ def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
         scores=scores,
         bleu_sd=compute_sd([one["bleu"] for one in several]),
         dev_loss_sd=compute_sd([row.training.dev_loss for row in done]),
-        difference=compare(first, scores, bases),
+        difference=compute_difference(first, scores, bases),
         flags=tuple(dict.fromkeys(flags)),
     )
 
