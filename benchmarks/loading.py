@@ -87,7 +87,7 @@ def main() -> None:
             versions=measure.read_versions(("transformers",)),
             commit=measure.read_commit(),
             command=measure.format_command(),
-            note="processor seconds; import and first token from the start of the process; memory_bytes: that load adds",
+            note="processor seconds, but for load from the start of the process; memory_bytes: what load adds",
             extra={"memory over file": statistics.median(growth[v])},
         )
         for (phase, v), t in seconds.items()

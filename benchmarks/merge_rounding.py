@@ -29,8 +29,8 @@ from torch import Tensor
 
 import minipeft
 from minipeft.adapters import IA3Config, LoRAConfig, VeRAConfig, merge_adapter, remove_adapter
-from minipeft.adapters.verdict import divergence
-from minipeft.data.templates import prompt_text
+from minipeft.adapters.verdict import compute_divergence
+from minipeft.data.templates import format_prompt
 from minipeft.models import FAMILIES, Decoder
 
 ADAPTERS = {"LoRA r16": LoRAConfig(16), "LoRA r4": LoRAConfig(4, 8.0), "rsLoRA": LoRAConfig(16, rslora=True),
@@ -91,7 +91,7 @@ def compare(
         merged.get_parameter(path).copy_(weight)
     pairs = [(unmerged(ids[None])[0], merged(ids[None])[0]) for ids in rows]
     changed = torch.cat([p.argmax(-1) != q.argmax(-1) for p, q in pairs])
-    return torch.cat([divergence(p, q) for p, q in pairs]).mean().item(), changed.float().mean().item()
+    return torch.cat([compute_divergence(p, q) for p, q in pairs]).mean().item(), changed.float().mean().item()
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def study(model: Decoder, rows: list[Tensor], dtype: torch.dtype) -> list[str]:
 def trained(source: str, data: str | Path, steps: int, names: tuple[str, ...], dtype: torch.dtype) -> Iterator[Case]:
     """Adapters that a few steps trained, each with texts to measure on."""
     tokenizer, pairs = minipeft.load_tokenizer(source), minipeft.load_pairs(data)
-    texts = [prompt_text(pair.intent) + pair.snippet for pair in pairs.items[-TEXTS:]]
+    texts = [format_prompt(pair.intent) + pair.snippet for pair in pairs.items[-TEXTS:]]
     examples = minipeft.encode_pairs(pairs.items[: 4 * steps], tokenizer)
     batches = minipeft.pack(examples, tokenizer, length=192, batch=1)
     for name in names:

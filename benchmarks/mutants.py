@@ -35,6 +35,7 @@ TESTS = {
     "models/layout.py": ["models/test_layout.py", "models/test_attention.py"],
     "documents.py": ["test_documents.py"],
     "data/packing.py": ["data/test_packing.py"],
+    "data/rows.py": ["data/test_packing.py"],
     "training/loop.py": ["training/test_loop.py"],
     "training/movement.py": ["training/test_movement.py"],
     "adapters/lora.py": ["adapters/test_lora.py", "adapters/test_surgery.py"],

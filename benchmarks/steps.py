@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from minipeft import LoRAConfig, add_adapter, save_adapter
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 from minipeft.models.gpt2 import FAMILY as GPT2
 from minipeft.models.loss import cross_entropy
 
@@ -188,7 +188,7 @@ def draw_weights(config: Config, dtype: torch.dtype, device: str) -> dict[str, T
     """Draw random weights, as a state dict."""
     of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
-        model = module(config_from(of, config)).to(dtype)
+        model = module(parse_config(of, config)).to(dtype)
     model.to_empty(device=device).initialize(torch.Generator(device).manual_seed(0))
     return model.state_dict()
 
@@ -197,7 +197,7 @@ def decoder(config: Config, weights: dict[str, Tensor]) -> Decoder:
     """Return a decoder that uses these weights without a copy."""
     of, module = FAMILIES[config["model_type"]].config, FAMILIES[config["model_type"]].decoder
     with torch.device("meta"):
-        model = module(config_from(of, config))
+        model = module(parse_config(of, config))
     model.load_state_dict(weights, assign=True)
     model.lm_head.weight = model.embedding.weight if model.config.tie_word_embeddings else model.lm_head.weight
     return model.requires_grad_(False).train()

@@ -34,7 +34,7 @@ def prepare(a: argparse.Namespace) -> tuple[Batches, Batches, Tokenizer]:
     folder, kept = a.out / "model", a.out / "corpus.safetensors"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = list(corpus.documents(corpus.list_source_files()[: a.files]))
+        documents = list(corpus.make_documents(corpus.list_source_files()[: a.files]))
         random.Random(a.seed).shuffle(documents)
         if a.start is None:
             backend = corpus.train_tokenizer([d.text for d in documents if not d.held_out], a.vocab)
@@ -45,7 +45,9 @@ def prepare(a: argparse.Namespace) -> tuple[Batches, Batches, Tokenizer]:
         corpus.save_tokenizer(backend, folder, a.length)
         tensors = {}
         for kind in KINDS:
-            pieces = corpus.pieces([d.text for d in documents if d.held_out is (kind != "train")], backend, a.length)
+            pieces = corpus.cut_pieces(
+                [d.text for d in documents if d.held_out is (kind != "train")], backend, a.length
+            )
             tensors[f"{kind}.ids"] = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32)
             tensors[f"{kind}.lengths"] = torch.tensor([len(piece) for piece in pieces])
         save_file(tensors, kept)

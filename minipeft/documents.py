@@ -52,6 +52,6 @@ def visible(documents: Tensor, positions: Tensor, queries: int, window: int | No
     return (causal & (own | virtual))[:, None]  # [B, 1, T, S]
 
 
-def derived_seed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """Derive a seed below 2**63 from the run's seed and the name of its use; the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

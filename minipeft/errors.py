@@ -90,7 +90,7 @@ def check_fields(config: Any) -> None:
         InputError: `FIELD: VALUE must be ...`.
     """
     kind: Any = type(config)
-    hints = type_hints(kind)
+    hints = resolve_hints(kind)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, list):
@@ -100,7 +100,7 @@ def check_fields(config: Any) -> None:
 
 
 @cache
-def type_hints(kind: type) -> dict[str, Any]:
+def resolve_hints(kind: type) -> dict[str, Any]:
     """The annotations of a dataclass, resolved."""
     return typing.get_type_hints(kind)
 
@@ -116,25 +116,25 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
         if value is None and type(None) in parts:
             return
         parts = tuple(part for part in parts if part is not type(None))
-        kind = next((part for part in parts if matches(value, part)), parts[0])
+        kind = next((part for part in parts if has_type(value, part)), parts[0])
         return check_value(value, kind, limits, where)
     origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (int, float):
         return check_number(value, origin, limits, where)
     if origin is bool and not isinstance(value, bool):
-        raise InputError(f"{shown(value)} must be true or false", where=where)
+        raise InputError(f"{format_value(value)} must be true or false", where=where)
     if origin is str:
         return check_text(value, limits.get("choices"), where)
     if origin is Path and not isinstance(value, Path):
-        raise InputError(f"{shown(value)} must be a Path", where=where)
+        raise InputError(f"{format_value(value)} must be a Path", where=where)
     if origin is tuple and parts:
         if not isinstance(value, tuple):
-            raise InputError(f"{shown(value)} must be a list", where=where)
+            raise InputError(f"{format_value(value)} must be a list", where=where)
         for entry in value:
             check_value(entry, parts[0], limits, where)
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise InputError(f"{shown(value)} must be an object", where=where)
+            raise InputError(f"{format_value(value)} must be an object", where=where)
         for key, entry in value.items():
             check_value(key, parts[0] if parts else str, {}, where)
             check_value(entry, parts[1] if parts else Any, limits, f"{where} {key!r}")
@@ -144,7 +144,7 @@ def check_value(value: object, hint: Any, limits: Mapping[str, Any], where: str)
         check_kind(value, origin, where)
 
 
-def matches(value: object, hint: Any) -> bool:
+def has_type(value: object, hint: Any) -> bool:
     """Whether a value has the type of an annotation; an integer matches float, a boolean neither int nor float."""
     plain = typing.get_origin(hint) or hint
     if isinstance(value, bool):
@@ -163,20 +163,20 @@ def check_number(value: object, kind: type, limits: Mapping[str, Any], where: st
     number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     v: Any = value
     if not number or v != v or (kind is int and abs(v) >= 2**63):
-        raise InputError(f"{shown(value)} must be {wanted}", where=where)
+        raise InputError(f"{format_value(value)} must be {wanted}", where=where)
     if (
         (least is not None and v < least)
         or (most is not None and v > most)
         or (above is not None and v <= above)
         or (below is not None and v >= below)
     ):
-        raise InputError(f"{shown(value)} must be {wanted}", where=where)
+        raise InputError(f"{format_value(value)} must be {wanted}", where=where)
     limit = limits.get("limit")
     if limit is not None and v > limit:
-        raise InputError(f"{shown(value)} is beyond the limit of {limit:,}", where=where)
+        raise InputError(f"{format_value(value)} is beyond the limit of {limit:,}", where=where)
     if kind is float and (abs(v) > LARGEST or (above == 0 and v < SMALLEST)):
         finite = isinstance(v, float) and math.isfinite(v)  # in range, but not in float32's
-        raise InputError(f"{shown(value)} must be {wanted}{' in float32' if finite else ''}", where=where)
+        raise InputError(f"{format_value(value)} must be {wanted}{' in float32' if finite else ''}", where=where)
 
 
 def format_range(kind: type, least: float | None, most: float | None, above: float | None, below: float | None) -> str:
@@ -207,9 +207,9 @@ def check_text(value: object, choices: tuple[str, ...] | None, where: str) -> No
     """
     if choices is not None:
         if not isinstance(value, str) or value not in choices:
-            raise InputError(f"{shown(value)} is not known ({', '.join(choices)})", where=where)
+            raise InputError(f"{format_value(value)} is not known ({', '.join(choices)})", where=where)
     elif not isinstance(value, str):
-        raise InputError(f"{shown(value)} must be text", where=where)
+        raise InputError(f"{format_value(value)} must be text", where=where)
     else:
         check_characters(value, where)
 
@@ -240,11 +240,11 @@ def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) 
     loose = isinstance(given, str | bytes | bytearray | Mapping | set | frozenset)
     if loose or not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
         hint = "Put it in a list" if kind is not object and isinstance(given, kind) else None
-        raise InputError(f"{shown(given)} must be a list of {noun}s", where=where, hint=hint)
+        raise InputError(f"{format_value(given)} must be a list of {noun}s", where=where, hint=hint)
     try:
         entries = list(given)
     except TypeError as error:  # a tensor or array of no dimension
-        raise InputError(f"{shown(given)} must be a list of {noun}s", where=where) from error
+        raise InputError(f"{format_value(given)} must be a list of {noun}s", where=where) from error
     for number, entry in enumerate(entries):
         if not isinstance(entry, kind):
             check_kind(entry, kind, f"{where}[{number}]")
@@ -258,7 +258,9 @@ def check_kind(value: object, kind: Any, where: str) -> None:
         InputError: `WHERE: VALUE must be text`, `WHERE: VALUE must be a TrainConfig`.
     """
     if not isinstance(value, kind):
-        raise InputError(f"{shown(value)} must be {'text' if kind is str else article(kind.__name__)}", where=where)
+        raise InputError(
+            f"{format_value(value)} must be {'text' if kind is str else add_article(kind.__name__)}", where=where
+        )
 
 
 def check_methods(value: object, names: Iterable[str], kind: str, where: str) -> None:
@@ -268,7 +270,7 @@ def check_methods(value: object, names: Iterable[str], kind: str, where: str) ->
         InputError: `WHERE: VALUE must be a Tokenizer`.
     """
     if isinstance(value, type) or not all(hasattr(value, name) for name in names):
-        raise InputError(f"{shown(value)} must be {article(kind)}", where=where)
+        raise InputError(f"{format_value(value)} must be {add_article(kind)}", where=where)
 
 
 def check_memory(size: int, where: str) -> None:
@@ -290,23 +292,23 @@ def check_path(value: object, where: str) -> Path:
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        raise InputError(f"{shown(value)} must be a path", where=where)
+        raise InputError(f"{format_value(value)} must be a path", where=where)
     if not text:
         raise InputError("is empty", where=where)
-    check_characters(text, f"{where}: {shown(text, 60)}")
+    check_characters(text, f"{where}: {format_value(text, 60)}")
     path = Path(text)
     if len(text.encode()) >= LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
-        problem = f"{shown(text, 60)} is too long for a path ({LONGEST_PATH} bytes, {LONGEST_NAME} for a name)"
+        problem = f"{format_value(text, 60)} is too long for a path ({LONGEST_PATH} bytes, {LONGEST_NAME} for a name)"
         raise InputError(problem, where=where)
     return path
 
 
-def article(noun: str) -> str:
+def add_article(noun: str) -> str:
     """The noun with its article, "a" or "an"."""
     return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
-def shown(value: object, most: int = 200) -> str:
+def format_value(value: object, most: int = 200) -> str:
     """Format a value for an error, truncated: the caller may have passed megabytes, or an integer of 10,000 digits."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
         return f"an integer of {value.bit_length()} bits"

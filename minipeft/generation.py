@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
-from minipeft.documents import PADDING, derived_seed
+from minipeft.documents import PADDING, derive_seed
 from minipeft.errors import (
     InputError,
     check_characters,
@@ -306,7 +306,7 @@ def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
 
 def draw_uniforms(config: GenerateConfig, number: int) -> Tensor:
     """Draw the uniform random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, number))
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, number))
     return torch.rand(config.max_new_tokens, generator=generator)
 
 

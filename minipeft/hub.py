@@ -4,7 +4,7 @@ The hub's own client does the transfer; it is imported only for a hub id.
 
 A revision is resolved once, to a commit and its list of files. Every file then comes from that commit, so that a push
 between two downloads cannot mix two versions. Only the requested files are downloaded: no code, no pickle. The cache
-folder is named after the commit (`.../snapshots/COMMIT`), which `commit_of` reads back.
+folder is named after the commit (`.../snapshots/COMMIT`), which `read_commit` returns.
 
 With HF_HUB_OFFLINE=1 only the cache is used. Otherwise an unreachable hub is an error: the cache is no silent fallback.
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from minipeft.errors import InputError, check_path, check_value, shown
+from minipeft.errors import InputError, check_path, check_value, format_value
 from minipeft.files import check_inside
 
 SECONDS_TO_ANSWER = 10.0  # for resolving the revision; downloads use the hub client's own timeouts and retries
@@ -65,7 +65,7 @@ def fetch(
     return download(str(source), names, optional, revision, repo_type)
 
 
-def commit_of(folder: Path) -> str | None:
+def read_commit(folder: Path) -> str | None:
     """The commit of a folder returned by `fetch`; None for a folder outside the cache."""
     return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
 
@@ -95,7 +95,7 @@ def download(hub_id: str, names: Sequence[str], optional: Sequence[str], revisio
         raise InputError(f"no {lacks} at commit {commit[:12]} (found: {shorten(sorted(held))})", file=hub_id)
     # The first file is requested by the revision's name, so that the cache can resolve that name offline.
     folder = find_root(present[0], get(hub_id, present[0], revision, repo_type))
-    if commit_of(folder) != commit:
+    if read_commit(folder) != commit:
         raise InputError(f"{revision or 'main'} changed while it was downloaded", file=hub_id, hint="Try again")
     for name in present[1:]:
         get(hub_id, name, commit, repo_type)
@@ -223,7 +223,7 @@ def check_name(name: str, source: str | Path) -> None:
 def check_revision(revision: str | None, source: str | Path) -> None:
     """Refuse a name that is no git revision: the client builds a path from it, and `../x` would leave the cache."""
     if revision is not None and (".." in revision or not REVISION.fullmatch(revision)):
-        raise InputError(f"{shown(revision)} is not a commit, tag or branch", file=source, where="revision")
+        raise InputError(f"{format_value(revision)} is not a commit, tag or branch", file=source, where="revision")
 
 
 def find_root(name: str, path: str | Path) -> Path:

@@ -18,14 +18,14 @@ import torch
 import minipeft
 from minipeft.data.examples import Example
 from minipeft.data.packing import Batches
-from minipeft.data.templates import prompt_text
+from minipeft.data.templates import format_prompt
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
 from minipeft.generation import answer
 from minipeft.metrics.scores import score_texts
 from minipeft.metrics.text import chrf
 from minipeft.models import FAMILIES, Decoder
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 from minipeft.runs.config import run_config
 from minipeft.training.loop import TrainState, evaluate, train
 from tests.small import write_pairs, write_small_model
@@ -148,8 +148,8 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "prompt: blank": (lambda p: p.generate([" \n"]), "prompt 1: is blank"),
     "prompt: NUL": (lambda p: p.generate(["a\0b"]), "prompt 1: holds a NUL character at 1"),
     "prompt: half a character": (lambda p: p.generate(["a\ud800"]), "prompt 1: holds a lone surrogate, '\\ud800', which is no"),
-    "prompt_text: a number": (lambda p: prompt_text(5), "intent: 5 must be text"),  # type: ignore[arg-type]
-    "prompt_text: template": (lambda p: prompt_text("x", None), "template: None must be text"),  # type: ignore[arg-type]
+    "format_prompt: a number": (lambda p: format_prompt(5), "intent: 5 must be text"),  # type: ignore[arg-type]
+    "format_prompt: template": (lambda p: format_prompt("x", None), "template: None must be text"),  # type: ignore[arg-type]
     "stop: letters": (lambda p: p.generate(["x"], stop="abc"), "stop: 'abc' must be a list"),
     "stop: a number": (lambda p: p.generate(["x"], stop=(5,)), "stop: 5 must be text"),
     "tokenizer of another model": (
@@ -199,7 +199,7 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "add_adapter: tokenizer": (lambda p: minipeft.add_adapter(llama(p), minipeft.PrefixConfig(), 5),  # type: ignore[arg-type]
                                "tokenizer: 5 must be a Tokenizer"),
     "rope types that contradict": (
-        lambda p: config_from(FAMILIES["llama"].config, {"model_type": "llama", "rope_scaling": {
+        lambda p: parse_config(FAMILIES["llama"].config, {"model_type": "llama", "rope_scaling": {
             "rope_type": "linear", "type": "yarn", "factor": 2.0}}), "rope_scaling: rope_type 'linear' and type 'yarn' contradict"),
     "seed a fraction": (lambda p: minipeft.TrainConfig(seed=1.5), "seed: 1.5 must be an integer in [0, 2^63)"),  # type: ignore[arg-type]
     "learning rate True": (lambda p: minipeft.TrainConfig(learning_rate=True), "learning_rate: True must be"),

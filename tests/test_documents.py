@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minipeft import documents as essay
-from minipeft.documents import PADDING, VIRTUAL, derived_seed, positions_in, visible
+from minipeft.documents import PADDING, VIRTUAL, derive_seed, positions_in, visible
 from minipeft.models.cache import Cache
 from minipeft.models.layout import lay_out
 
@@ -96,8 +96,8 @@ def test_the_rows_drawn_in_the_essay_are_the_rule():
 
 def test_derived_seeds_differ() -> None:
     parts = [(), (0,), (1,), ("0",), (0, 1), (1, 0), (0, "1"), ("order", 0, 0), ("order", 0, 1)]
-    assert len({derived_seed(*p) for p in parts}) == len(parts)
-    assert all(0 <= derived_seed(i) < 2**63 for i in range(100))
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert all(0 <= derive_seed(i) < 2**63 for i in range(100))
 
 
 def test_the_ignored_label_is_torchs():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import minipeft
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.data.examples import Example
 from tests.small import write_small_model
 
@@ -29,7 +29,7 @@ def adapted(folder):
     minipeft.add_adapter(model, minipeft.LoRAConfig(4))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in find_lora_layers(model).values():
             layer.lora_B.normal_(0, 0.1, generator=draw)
     minipeft.save_adapter(model, folder / "adapter")
     return model
@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_trls(tmp_path, monkeypatch, family):
     loss.backward()
     assert float(margins.abs().min()) > 1e-4
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         twin = trainer.model.get_submodule(f"base_model.model.{path}")
         for name, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             gradient = getattr(twin, name)["default"].weight.grad

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from minipeft.adapters.peft_format import config_from as adapter_config
+from minipeft.adapters.peft_format import parse_adapter_config as adapter_config
 from minipeft.data.examples import Example, load_pairs
 from minipeft.data.packing import Batches, pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
-from minipeft.files import read_header, read_object
+from minipeft.files import read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config
 from minipeft.runs.answers import read_answers
 from minipeft.runs.checkpoints import seal, verify
+from minipeft.tensor_files import read_header
 from tests.small import write_tokenizer
 
 SCALE = float(os.environ.get("MINIPEFT_FUZZ", "1"))

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 
 import minipeft
 from minipeft.adapters import METHODS
-from minipeft.data.examples import Example, Pairs, shared_pairs, split_by_question
+from minipeft.data.examples import Example, Pairs, count_shared, split_by_question
 from minipeft.data.packing import PackConfig
-from minipeft.data.templates import prompt_text
+from minipeft.data.templates import format_prompt
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
 from minipeft.generation import answer
@@ -39,7 +39,7 @@ from minipeft.metrics.bootstrap import bootstrap_bleu
 from minipeft.metrics.scores import score_texts
 from minipeft.metrics.text import chrf, is_exact, is_repeated, is_valid_python
 from minipeft.models import FAMILIES, Decoder
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 from minipeft.runs.answers import read_answers
 from minipeft.runs.config import DataConfig, ModelConfig, run_config
 from minipeft.study.presets import StudyConfig
@@ -211,8 +211,8 @@ FUNCTIONS: dict[str, Sound] = {
     "encode_pairs": lambda p: (minipeft.encode_pairs, {"pairs": p.pairs, "tokenizer": p.tokenizer,
                                                        "template": "{intent}:"}),
     "split_by_question": lambda p: (split_by_question, {"pairs": p.pairs, "held_out": 2, "seed": 0}),
-    "shared_pairs": lambda p: (shared_pairs, {"pairs": p.pairs, "others": list(p.pairs)}),
-    "prompt_text": lambda p: (prompt_text, {"intent": "a", "template": "{intent}"}),
+    "count_shared": lambda p: (count_shared, {"pairs": p.pairs, "others": list(p.pairs)}),
+    "format_prompt": lambda p: (format_prompt, {"intent": "a", "template": "{intent}"}),
     "pack": lambda p: (lambda **given: minipeft.pack(**given)[0], {
         "examples": p.examples, "tokenizer": p.tokenizer, "length": 48, "batch": 2, "virtual_tokens": 0, "seed": 0,
         "loss_mask": "all", "isolate": True, "shuffle": True}),
@@ -350,7 +350,7 @@ def test_a_familys_config_json_is_read_or_refused(family: str, place: Place) -> 
     )
     keys = sorted({*sound, "rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "head_dim", "layer_types",
                    "hidden_act", "partial_rotary_factor", "bos_token_id", "eos_token_id", "quantization_config"})  # fmt: skip
-    read = lambda given_json: config_from(FAMILIES[family].config, given_json)
+    read = lambda given_json: parse_config(FAMILIES[family].config, given_json)
     assert outcome(family, read, {"given_json": sound})
 
     @short(family, CONFIGS_EACH // 2)

@@ -11,7 +11,7 @@ from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
 from minipeft.models.checkpoint import load_model, make_config_json, save_model
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 60, "initializer_range": 0.25}  # fmt: skip
@@ -21,7 +21,7 @@ WINDOWS = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers":
 
 def make(name):
     """A small decoder of the family, with windows where it has them."""
-    config = config_from(FAMILIES[name].config, {**SIZES, **WINDOWS})
+    config = parse_config(FAMILIES[name].config, {**SIZES, **WINDOWS})
     return FAMILIES[name].decoder(config)
 
 

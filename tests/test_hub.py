@@ -12,7 +12,7 @@ import pytest
 from minipeft.data.examples import load_pairs
 from minipeft.data.reading import CONALA_COMMIT
 from minipeft.errors import InputError
-from minipeft.hub import commit_of, fetch
+from minipeft.hub import fetch, read_commit
 
 NEW, OLD = "a" * 40, "b" * 40
 FILES = {  # repository -> commit -> file -> bytes
@@ -99,10 +99,10 @@ def point_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, port: int) -> None
 
 def test_fetches_exact_files_of_one_commit(hub: type[Hub]) -> None:
     folder = fetch("owner/small", ["sub/part.json", "config.json"], optional=["only_old.json"])
-    assert commit_of(folder) == NEW
+    assert read_commit(folder) == NEW
     assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {"config.json", "sub/part.json"}
     old = fetch("owner/small", ["config.json"], revision=OLD, optional=["only_old.json"])
-    assert (commit_of(old), (old / "config.json").read_bytes()) == (OLD, b"old")
+    assert (read_commit(old), (old / "config.json").read_bytes()) == (OLD, b"old")
     assert (old / "only_old.json").read_bytes() == b"1"
     assert not any("model.py" in path for path in hub.asked)
 
@@ -125,7 +125,7 @@ def test_conala_comes_from_its_pinned_commit(hub: type[Hub], assets: Path, monke
     monkeypatch.setitem(FILES, "datasets/neulab/conala", held)
     pairs = load_pairs("conala")
     assert pairs.items == load_pairs(assets / "data/conala" / name).items
-    assert commit_of(Path(pairs.file).parents[1]) == CONALA_COMMIT
+    assert read_commit(Path(pairs.file).parents[1]) == CONALA_COMMIT
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 def test_a_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert fetch(tmp_path, ["config.json"], optional=["absent"]) == tmp_path
-    assert commit_of(tmp_path) is None
+    assert read_commit(tmp_path) is None
 
 
 @pytest.mark.parametrize(

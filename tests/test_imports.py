@@ -20,16 +20,17 @@ KNOWS = {  # package: what of minipeft it may import
     "errors": set(),
     "documents": set(),
     "files": {"errors"},
+    "tensor_files": {"errors", "files"},
     "hub": {"errors", "files"},
     "data": {"data", "documents", "errors", "files", "hub"},
-    "models": {"models", "documents", "errors", "files", "hub"},
+    "models": {"models", "documents", "errors", "files", "tensor_files", "hub"},
     "metrics": {"metrics", "errors", "files"},
-    "adapters": {"adapters", "models", "documents", "errors", "files", "hub"},
+    "adapters": {"adapters", "models", "documents", "errors", "files", "tensor_files", "hub"},
     "training": {"training", "models", "data", "documents", "errors", "files", "hub"},
     "generation": {"models", "data", "documents", "errors", "files"},
-    "runs": {"runs", "training", "adapters", "generation", "models", "data", "documents", "errors", "files", "hub"},
     "demo": {"demo", "errors", "files"},
 }
+KNOWS["runs"] = {"runs", "generation", "training"} | KNOWS["adapters"] | KNOWS["training"]
 KNOWS["study"] = {"study", "metrics"} | KNOWS["runs"]
 KNOWS["cli"] = {"cli"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli the study
 PEERS = {"transformers", "peft", "trl", "datasets", "codebleu", "accelerate", "bitsandbytes"}

@@ -54,6 +54,8 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "models/quantized": "tests/models/test_quantize.py",
     "data/messages": "tests/data/test_forms.py",
     "data/sandbox": "tests/data/test_chat.py",
+    "data/rows": "tests/data/test_packing.py",
+    "data/tokenizer_files": "tests/data/test_tokens.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
     **dict.fromkeys(

@@ -61,41 +61,16 @@ def add_row_updates(
     shrink, expand = tiles.ROWS_SHRINK[block], tiles.ROWS_EXPAND[block]
     tokens = m if owner is None else m // len(owner)
     s = x.new_empty(split, m, r, dtype=torch.float32)  # [4, M, R]
-    owned = owner is not None
-    first = x if owner is None else owner
+    first, scale = x if owner is None else owner, x if scales is None else scales  # x: unread
+    shared = {"OWNED": owner is not None, "SPLIT": split, "BLOCK_R": block}
+    shrinking = {"BLOCK_K": shrink.k, "num_warps": shrink.warps, "num_stages": shrink.stages}
+    expanding = {"BLOCK_N": expand.n, **launch.get_settings(expand)}
     launch.launch_kernel(
-        triton_decode.rows_shrink,
-        (m, split),
-        x,
-        A,
-        first,
-        s,
-        tokens,
-        k,
-        r,
-        OWNED=owned,
-        SPLIT=split,
-        BLOCK_R=block,
-        BLOCK_K=shrink.k,
-        num_warps=shrink.warps,
-        num_stages=shrink.stages,
-    )
+        triton_decode.rows_shrink, (m, split),
+        x, A, first, s, tokens, k, r, **shared, **shrinking,
+    )  # fmt: skip
     launch.launch_kernel(
-        triton_decode.rows_expand,
-        (m, -(-n // expand.n)),
-        y,
-        s,
-        B,
-        first,
-        x if scales is None else scales,
-        tokens,
-        n,
-        r,
-        factor,
-        OWNED=owned,
-        SPLIT=split,
-        BLOCK_R=block,
-        BLOCK_N=expand.n,
-        **launch.get_settings(expand),
-    )
+        triton_decode.rows_expand, (m, -(-n // expand.n)),
+        y, s, B, first, scale, tokens, n, r, factor, **shared, **expanding,
+    )  # fmt: skip
     return y

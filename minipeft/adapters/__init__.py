@@ -13,7 +13,7 @@ VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,16 +32,16 @@ from minipeft.adapters.prefix import PrefixConfig, add_prefix, prefix_recipe, re
 from minipeft.adapters.prompt import PromptConfig, add_prompt, prompt_recipe, remove_prompt
 from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera, vera_recipe
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
-from minipeft.errors import InputError, check_kind, check_value, shown
+from minipeft.errors import InputError, check_kind, check_value, format_value
 from minipeft.models import Decoder
 from minipeft.models.quantized import (
     QuantizedWeight,
     dequantize_model,
-    format_of,
+    find_quantization,
+    find_quantized_weights,
     is_quantized,
     put_weights,
     quantize_weight,
-    quantized_weights,
 )
 
 FULL = Method("full", "full", FullConfig, add_full, remove_full, full_recipe, trains_base=True)
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (FULL, LORA, IA3
 AdapterConfig = Any  # the config of one of METHODS
 
 
-def method_of(config: AdapterConfig) -> Method:
+def find_method(config: AdapterConfig) -> Method:
     """Find the method that a config belongs to.
 
     Raises:
@@ -71,12 +71,12 @@ def method_of(config: AdapterConfig) -> Method:
     raise InputError(f"{type(config).__name__} is not an adapter's config ({known})")
 
 
-def method_names() -> list[str]:
+def list_method_names() -> list[str]:
     """List the names of all methods, each followed by its presets."""
     return [name for method in METHODS.values() for name in (method.name, *method.presets)]
 
 
-def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
+def get_method(name: str) -> tuple[Method, Mapping[str, Any]]:
     """Find a method by name, with the fields that the name sets: "dora" is LoRA with {"dora": True}.
 
     Raises:
@@ -87,36 +87,36 @@ def method_named(name: str) -> tuple[Method, Mapping[str, Any]]:
             return method, {}
         if name in method.presets:
             return method, method.presets[name]
-    raise InputError(f"{shown(name)} is not known ({', '.join(method_names())})", where="method")
+    raise InputError(f"{format_value(name)} is not known ({', '.join(list_method_names())})", where="method")
 
 
 def make_adapter_config(name: str, **chosen: Any) -> AdapterConfig:
-    """The config of the method of that name, with the fields that were chosen.
+    """Make the config of the method of this name, with the given fields.
 
     Raises:
         InputError: the name is not known; the method has no such field; a field contradicts the name.
     """
-    method, preset = method_named(name)
+    method, preset = get_method(name)
     fields = [field.name for field in dataclasses.fields(method.config)]
     for key, value in chosen.items():
         if key not in fields:
             has = ", ".join(fields) or "none"
             raise InputError(f"method {name} has no such setting (it has: {has})", where=key)
         if key in preset and value != preset[key]:
-            raise InputError(f"{shown(value)} contradicts method {name}", where=key)
+            raise InputError(f"{format_value(value)} contradicts method {name}", where=key)
     return method.config(**{**preset, **chosen})
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `add_adapter` did. `total` counts base and adapter, a tied tensor once; `modules` are paths."""
+    """What `add_adapter` did. `total` counts base and adapter, a tied tensor once; `modules` are module paths."""
 
     method: str
     trainable: int
     total: int
     base_dtype: str
     adapter_dtype: str
-    virtual_tokens: int  # that the adapter takes from the context of each row
+    virtual_tokens: int  # positions that the adapter takes from each row's context
     modules: list[str] = field(repr=False)
     backend: str | None = None  # the kernel, if the method has several
     notes: tuple[str, ...] = ()  # remarks on the adapter's file
@@ -153,7 +153,7 @@ def add_adapter(
         InputError: the model holds an adapter already; a target matches nothing; text init without a tokenizer; the
             adapter would not fit in this machine's memory.
     """
-    method = method_of(config)
+    method = find_method(config)
     check_kind(model, Decoder, "model")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_empty(model)
@@ -163,7 +163,7 @@ def add_adapter(
     backend = None if method.backend is None else method.backend(model, config)
     modules = method.add(model, config, tokenizer, torch.Generator().manual_seed(seed))
     model.adapter = config
-    added = {id(p) for name in modules for p in added_parameters(model, name)}
+    added = {id(p) for name in modules for p in find_added_parameters(model, name)}
     for p in model.parameters():
         p.requires_grad_(method.trains_base or id(p) in added)
     return report_on(model, modules, backend)
@@ -185,7 +185,7 @@ def check_empty(model: Decoder) -> None:
 
 
 def check_single(model: Decoder, where: str) -> None:
-    """Check that no other adapter stands beside the model: a set's others, or one that `disabled` took out.
+    """Check that the model has no second adapter: others of a set, or one that `disabled` detached.
 
     Raises:
         InputError: there is a set, or an adapter is disabled.
@@ -205,18 +205,18 @@ def describe_held(model: Decoder) -> str:
     return next(names, "a bank of adapters")
 
 
-def added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
-    """The parameters that the adapter added to the module at this path; a LoRALinear's W and b belong to the base."""
+def find_added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
+    """Find the parameters that the adapter added at this path; a LoRALinear's W and b belong to the base."""
     module = model.get_submodule(path)
     base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
     return [p for name, p in module.named_parameters() if name not in base]
 
 
 def report_on(model: Decoder, modules: list[str], backend: str | None = None) -> AdapterReport:
-    """Count the parameters."""
+    """Count the parameters and make the report."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return AdapterReport(
-        method=method_of(model.adapter).name,
+        method=find_method(model.adapter).name,
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in model.parameters()),
         base_dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -224,7 +224,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
         virtual_tokens=model.virtual_tokens,
         modules=modules,
         backend=backend,
-        quantized=format_of(model),
+        quantized=find_quantization(model),
     )
 
 
@@ -239,7 +239,7 @@ def remove_adapter(model: Decoder) -> None:
         hint = None if model.adapter is None else "bank.close() removes it"
         raise InputError(f"the model holds {describe_held(model)}", where="remove_adapter", hint=hint)
     check_single(model, "remove_adapter")
-    method_of(model.adapter).remove(model)
+    find_method(model.adapter).remove(model)
     clear_adapter(model)
 
 
@@ -252,7 +252,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
 ) -> MergeReport:
-    """Fold the adapter into the weights, in float32; the result is a plain model.
+    """Merge the adapter into the weights, in float32; the result is a plain model.
 
     `check`: prompts on which the merged model is compared with the unmerged one; the report gives KL, changed top-1
     tokens and changed greedy answers of at most `new_tokens` tokens. `dtype`, float32 or bfloat16, is the merged
@@ -264,25 +264,14 @@ def merge_adapter(
         InputError: a method without merge (virtual tokens cannot be folded into weights), a tied target, a result
             that is not finite, or prompts that cannot be answered; the model is unchanged.
     """
-    check_kind(model, Decoder, "model")
-    held = METHODS.get(describe_held(model))
-    if held is None or held.merge is None:
-        labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
-        problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
-        raise InputError(problem, where="merge_adapter")
-    check_single(model, "merge_adapter")
-    packed = quantized_weights(model)
-    if packed and not dequantize:
-        problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
-        raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
+    merge = find_merge(model, dtype, dequantize)
     comparison = None if check is None else Comparison(model, check, tokenizer, new_tokens)
-    own, format = model.embedding.weight.dtype, format_of(model)
+    packed, format = find_quantized_weights(model), find_quantization(model)
+    own = model.embedding.weight.dtype
     dequantize_model(model)
     model.to(torch.promote_types(own, dtype or own))  # the wider dtype: the sum is rounded to the narrower one
     try:
-        report: MergeReport = held.merge(model)
+        report = merge(model)
     except InputError:
         model.to(own)
         put_weights(model, packed)
@@ -293,6 +282,29 @@ def merge_adapter(
         return report
     report = dataclasses.replace(report, **comparison.measure(model))  # type: ignore[arg-type]
     return report if format is None else dataclasses.replace(report, **measure_again(model, packed, format, comparison))
+
+
+def find_merge(model: Decoder, dtype: torch.dtype | None, dequantize: bool) -> Callable[[Decoder], MergeReport]:
+    """Find the merge function of the model's method, and check that it applies.
+
+    Raises:
+        InputError: a method without merge, another adapter beside it, quantized weights without `dequantize`, or a
+            dtype that is not for merging.
+    """
+    check_kind(model, Decoder, "model")
+    held = METHODS.get(describe_held(model))
+    if held is None or held.merge is None:
+        labels = " and ".join(method.label for method in METHODS.values() if method.merge is not None)
+        problem = f"the model holds {describe_held(model)}; only {labels} merge into weights"
+        raise InputError(problem, where="merge_adapter")
+    check_single(model, "merge_adapter")
+    if find_quantized_weights(model) and not dequantize:
+        problem = "the weights are quantized, and a merged weight would be quantized again, with another error"
+        raise InputError(problem, where="merge_adapter", hint="dequantize=True makes the model plain")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise InputError(f"{dtype} is not a dtype to merge into (float32, bfloat16)", where="dtype")
+    merge: Callable[[Decoder], MergeReport] = held.merge
+    return merge
 
 
 def measure_again(
@@ -307,7 +319,7 @@ def measure_again(
 
 
 def clear_adapter(model: Decoder) -> None:
-    """Mark the model as one without adapter, everything trainable."""
+    """Mark the model as one without an adapter, all parameters trainable."""
     model.adapter = None
     for p in model.parameters():
         p.requires_grad_(not isinstance(p, QuantizedWeight))

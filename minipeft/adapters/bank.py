@@ -21,12 +21,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from minipeft.adapters import LORA, check_empty, method_of
-from minipeft.adapters.lora import RowGroups, group_rows, lora_rows, plan, scale_of
+from minipeft.adapters import LORA, check_empty, find_method
+from minipeft.adapters.lora import RowGroups, choose_ranks, compute_scale, group_rows, lora_rows
 from minipeft.adapters.peft_format import read_adapter
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.surgery import replace, restore
-from minipeft.adapters.targets import linear_paths
+from minipeft.adapters.targets import list_linears
 from minipeft.errors import InputError, check_items, check_kind, check_path
 from minipeft.models import Decoder
 from minipeft.models.products import linear as base_product
@@ -59,7 +59,7 @@ class BankLinear(nn.Module):
 
 
 class AdapterBank:
-    """Adapters by name on one base; until `close` the bank is the model's adapter, and the model is frozen."""
+    """Adapters by name on one base; until `close` the bank is the model's adapter, and the model stays frozen."""
 
     def __init__(self, model: Decoder):
         """Replace every linear of the blocks by a BankLinear.
@@ -71,7 +71,7 @@ class AdapterBank:
         check_empty(model)
         self.model = model
         self.adapters: dict[str, dict[str, Pair]] = {}
-        self.layers = {path: BankLinear(model.get_submodule(path)) for path in linear_paths(model)}  # type: ignore[arg-type]
+        self.layers = {path: BankLinear(model.get_submodule(path)) for path in list_linears(model)}  # type: ignore[arg-type]
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.owner: list[int] = []  # of the batch in use
         for path, layer in self.layers.items():
@@ -91,17 +91,17 @@ class AdapterBank:
         if name in self.adapters:
             raise InputError(f"the bank holds {name!r} already", where="bank", hint=f"bank.drop({name!r}) first")
         config, tensors, _ = read_adapter(self.model, folder)
-        method = method_of(config)
+        method = find_method(config)
         if method is not LORA:
             raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
         if config.dora or config.lora_bias:
             raise InputError("holds LoRA with dora or lora_bias; a bank takes plain LoRA", file=folder)
         if config.init != "uniform":
-            hint = "load_adapter and save_adapter write the plain LoRA that it equals"
+            hint = "Convert it to the equal plain LoRA with load_adapter and save_adapter"
             raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)
         pairs = {}
-        for path, (rank, alpha) in plan(self.model, config).items():
-            weight, scale = self.layers[path].weight, scale_of(config, rank, alpha)
+        for path, (rank, alpha) in choose_ranks(self.model, config).items():
+            weight, scale = self.layers[path].weight, compute_scale(config, rank, alpha)
             A, B = (tensors[f"{ROOT}{path}.lora_{letter}.weight"] for letter in "AB")
             pairs[path] = tuple(t.to(weight.device, weight.dtype, copy=True) for t in (A, scale * B))
         self.adapters[name] = pairs  # type: ignore[assignment]
@@ -153,7 +153,7 @@ class AdapterBank:
             self.owner = []
 
     def keep(self, places: Sequence[int]) -> None:
-        """Keep only these rows of the batch; the others have ended."""
+        """Keep only these rows of the batch; generation of the others has ended."""
         if not self.owner:
             return
         self.owner = [self.owner[place] for place in places]

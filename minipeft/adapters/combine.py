@@ -21,7 +21,7 @@ from minipeft.errors import InputError
 
 
 class Term(NamedTuple):
-    """One adapter's part in a linear: the factor w s of B A."""
+    """One adapter's update in a linear, with the factor w s of B A."""
 
     factor: float
     A: Tensor  # [r, in]
@@ -32,13 +32,13 @@ Pair = tuple[Tensor, Tensor]  # A [r, in], B [out, r], of scale 1
 
 
 def concatenate(terms: Sequence[Term], rank: int | None) -> Pair:
-    """U exactly; the rank is the sum of the ranks."""
+    """Represent U exactly; the rank is the sum of the ranks."""
     A = torch.cat([term.factor * term.A for term in terms])  # [sum r, in]
     return A, torch.cat([term.B for term in terms], dim=1)  # [out, sum r]
 
 
 def truncate(terms: Sequence[Term], rank: int | None) -> Pair:
-    """The best approximation of U of this rank, by default the largest of the terms'; U itself is never formed.
+    """Approximate U by the best update of this rank (default the terms' largest), without forming U.
 
     B A = Q_B (R_B R_A^T) Q_A^T, and the singular values are those of the small matrix in the middle.
     """
@@ -52,7 +52,7 @@ def truncate(terms: Sequence[Term], rank: int | None) -> Pair:
 
 
 def average(terms: Sequence[Term], rank: int | None) -> Pair:
-    """The weighted sums of the As and of the Bs.
+    """Sum the As and the Bs, each with its weight.
 
     Raises:
         InputError: the ranks differ.
@@ -70,8 +70,8 @@ def average(terms: Sequence[Term], rank: int | None) -> Pair:
 WAYS: dict[str, Callable[[Sequence[Term], int | None], Pair]] = {"cat": concatenate, "svd": truncate, "linear": average}
 
 
-def squared_errors(terms: Sequence[Term], pair: Pair) -> tuple[float, float]:
-    """||B A - U||^2 and ||U||^2, of the factors alone: <B A, D C> = <B^T D, A C^T>, in float64."""
+def compute_squared_errors(terms: Sequence[Term], pair: Pair) -> tuple[float, float]:
+    """Compute ||B A - U||^2 and ||U||^2 from the factors alone: <B A, D C> = <B^T D, A C^T>, in float64."""
     A, B = (t.double() for t in concatenate(terms, None))
     own_A, own_B = (t.double() for t in pair)
     both_A, both_B = torch.cat([own_A, -A]), torch.cat([own_B, B], dim=1)

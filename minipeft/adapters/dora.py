@@ -39,7 +39,7 @@ class DoRALinear(LoRALinear):
 
     def norms(self) -> Tensor:
         """||W + s B A|| of each row, a constant to the gradient. [out]"""
-        return row_norms(self.weight, self.lora_A, self.lora_B, self.scale)
+        return compute_row_norms(self.weight, self.lora_A, self.lora_B, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)  # g [out]
@@ -62,8 +62,8 @@ class DoRALinear(LoRALinear):
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """||W + s B A|| of each row, in float32. W [out, in], A [r, in], B [out, r] -> [out]"""
+def compute_row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Compute ||W + s B A|| of each row, in float32. W [out, in], A [r, in], B [out, r] -> [out]"""
     A, B = A.float(), B.float()
     gram = A @ A.t()  # [r, r]
     squares = []

@@ -67,7 +67,7 @@ class IA3Linear(TrainableModule):
         return f"in={width}, out={out}, bias={self.bias is not None}, feedforward={self.feedforward}"
 
 
-def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
+def find_scaled(model: Decoder, config: IA3Config) -> dict[str, bool]:
     """Each targeted linear by path, and whether it is scaled at its input.
 
     Raises:
@@ -83,27 +83,27 @@ def plan(model: Decoder, config: IA3Config) -> dict[str, bool]:
 
 
 def add_ia3(model: Decoder, config: IA3Config, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put an IA3Linear in the place of each targeted linear; returns their paths."""
-    planned = plan(model, config)
+    """Replace each targeted linear by an IA3Linear; returns their paths."""
+    planned = find_scaled(model, config)
     for path, feedforward in planned.items():
         layer = IA3Linear(model.get_submodule(path), feedforward)  # type: ignore[arg-type]
         replace(model, path, layer.train(model.training))
     return list(planned)
 
 
-def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
-    """The model's IA3Linears by path."""
+def find_ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
+    """Find the model's IA3Linears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
 
 
 def remove_ia3(model: nn.Module) -> None:
-    """Put the plain linears back."""
-    restore(model, ia3_layers(model))
+    """Restore the plain linears."""
+    restore(model, find_ia3_layers(model))
 
 
 def merge_ia3(model: nn.Module) -> MergeReport:
-    """Fold the scales into the weights; the model is plain afterwards."""
-    return merge(model, ia3_layers(model))
+    """Merge the scales into the weights; the model is plain afterwards."""
+    return merge(model, find_ia3_layers(model))
 
 
 def ia3_recipe(config: IA3Config, parameters: int, family: str) -> Recipe:

@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.lora import LoRALinear, lora_layers
-from minipeft.adapters.pissa import RESIDUAL, ResidualLinear, principal
+from minipeft.adapters.lora import LoRALinear, find_lora_layers
+from minipeft.adapters.pissa import RESIDUAL, ResidualLinear, compute_principal
 from minipeft.adapters.verdict import evaluating
 from minipeft.documents import PADDING
 from minipeft.errors import InputError, check_kind, check_memory
@@ -36,14 +36,14 @@ class Rows(Protocol):
 
 
 def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
-    """Set each A to the principal directions of the linear's inputs over these batches, padding left out; B to 0.
+    """Set each A to the principal directions of the linear's inputs over these batches, without padding; B to 0.
 
-    The second moments X^T X of every adapted linear, in^2 float32 each, stand in memory at once.
+    The second moments X^T X of every adapted linear, in^2 float32 each, are in memory at once.
 
     Raises:
         InputError: the model holds no plain LoRA; no batches; fewer tokens than a rank; no memory for the moments.
     """
-    layers = plain_layers(model, "initialize_eva")
+    layers = find_plain_layers(model, "initialize_eva")
     check_memory(sum(4 * layer.weight.shape[1] ** 2 for layer in layers.values()), "initialize_eva")
     moments = {path: layer.zeros(*layer.weight.shape[1:] * 2) for path, layer in layers.items()}  # [in, in]
     tokens = 0
@@ -65,7 +65,7 @@ def initialize_eva(model: Decoder, batches: Iterable[Rows]) -> None:
 
 @contextmanager
 def listening(layers: dict[str, LoRALinear], moments: dict[str, Tensor], real: Tensor) -> Iterator[None]:
-    """Context manager: each linear adds X^T X of its inputs to its moment; X are the rows at `real` [B, T]."""
+    """Context manager: accumulate X^T X of the inputs of each linear in its moment; X are the rows at `real` [B, T]."""
 
     def add(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0][real].float()  # [N, in]
@@ -91,7 +91,7 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
         InputError: the base is not quantized, or `plain` is; the model holds no plain LoRA; another model.
     """
     check_kind(plain, Decoder, "plain")
-    layers = plain_layers(model, "initialize_loftq")
+    layers = find_plain_layers(model, "initialize_loftq")
     if not is_quantized(model) or is_quantized(plain):
         raise InputError("needs a quantized model and the plain weights beside it", where="initialize_loftq")
     left = whole = 0.0
@@ -101,7 +101,7 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
             if weight is None or weight.shape != layer.weight.shape:
                 raise InputError(f"has no weight like that of {path!r}", where="plain")
             error = weight.float().to(layer.weight.device) - layer.weight.dequantize()  # W - Q [out, in]
-            A, B = principal(error, layer.rank, layer.scale)
+            A, B = compute_principal(error, layer.rank, layer.scale)
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
             left += float((error - layer.scale * B @ A).square().sum())
@@ -109,14 +109,14 @@ def initialize_loftq(model: Decoder, plain: Decoder) -> float:
     return (left / whole) ** 0.5 if whole else 0.0
 
 
-def plain_layers(model: Decoder, where: str) -> dict[str, LoRALinear]:
-    """The model's LoRALinears by path.
+def find_plain_layers(model: Decoder, where: str) -> dict[str, LoRALinear]:
+    """Find the model's LoRALinears by path.
 
     Raises:
         InputError: there are none, or they start from a part of the weight.
     """
     check_kind(model, Decoder, "model")
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     if not layers or any(isinstance(layer, ResidualLinear) for layer in layers.values()):
         hint = f"add_adapter(model, LoRAConfig(...)) first, without init {' or '.join(RESIDUAL)}"
         raise InputError("the model holds no plain LoRA", where=where, hint=hint)

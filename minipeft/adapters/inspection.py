@@ -10,9 +10,10 @@ from minipeft.adapters import METHODS
 from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 from minipeft.adapters.peft_virtual import STATE
 from minipeft.errors import InputError
-from minipeft.files import TensorInfo, check_plain, read_header, read_object
+from minipeft.files import check_plain, read_object
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import find_tensors, read_config, rename_tensors
+from minipeft.tensor_files import TensorInfo, read_header
 
 
 def describe(folder: str | Path) -> dict[str, object]:
@@ -35,7 +36,7 @@ def describe(folder: str | Path) -> dict[str, object]:
 
 
 def describe_adapter(folder: Path) -> dict[str, object]:
-    """An adapter: method, size, base, and what its method has (rank and targets, or virtual tokens)."""
+    """Describe an adapter: method, size, base, and the method's own entries (rank and targets, or virtual tokens)."""
     given, header = read_object(folder / CONFIG), read_header(folder / WEIGHTS)
     kind = given.get("peft_type")
     found: dict[str, object] = {"kind": "adapter", "method": None, "base": given.get("base_model_name_or_path")}
@@ -46,11 +47,11 @@ def describe_adapter(folder: Path) -> dict[str, object]:
         found["method"] = f"{kind} (not supported here)" if isinstance(kind, str) else repr(kind)
     if (folder / STATE).exists():
         found["training state"] = True
-    return found | sizes(header.values(), [folder / CONFIG, folder / WEIGHTS])
+    return found | measure_tensors(header.values(), [folder / CONFIG, folder / WEIGHTS])
 
 
 def describe_model(folder: Path) -> dict[str, object]:
-    """A model: family, shape and size. Of an old pytorch_model.bin only the config is read."""
+    """Describe a model: family, shape and size. With a pytorch_model.bin only the config is read."""
     config = read_config(folder / "config.json")
     found: dict[str, object] = {
         "kind": "model",
@@ -65,13 +66,13 @@ def describe_model(folder: Path) -> dict[str, object]:
     }
     if any(folder.glob("*.safetensors")):
         tensors = rename_tensors(find_tensors(folder, folder, None), FAMILIES[config.model_type])
-        return found | sizes(tensors.values(), sorted({info.file for info in tensors.values()}))
+        return found | measure_tensors(tensors.values(), sorted({info.file for info in tensors.values()}))
     check_plain(folder / "pytorch_model.bin")
     return found | {"bytes": (folder / "pytorch_model.bin").stat().st_size, "files": ["pytorch_model.bin"]}
 
 
-def sizes(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
-    """Number, parameters and bytes of the tensors, and their files."""
+def measure_tensors(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
+    """Count tensors, parameters, bytes and files."""
     infos = list(infos)
     return {
         "tensors": len(infos),
@@ -83,7 +84,7 @@ def sizes(infos: Iterable[TensorInfo], files: list[Path]) -> dict[str, object]:
 
 
 def as_table(description: Mapping[str, object]) -> str:
-    """One line for each entry that is not empty."""
+    """Format one line for each entry that is not empty."""
     rows = {name: value for name, value in description.items() if value not in (None, [], False)}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {as_text(value)}" for name, value in rows.items())

@@ -39,7 +39,7 @@ from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
 from minipeft.adapters.method import Recipe
-from minipeft.adapters.patterns import values_by_path
+from minipeft.adapters.patterns import match_values
 from minipeft.adapters.surgery import merge, restore
 from minipeft.adapters.targets import Targets, check_targets, find_targets
 from minipeft.adapters.trainable import TrainableModule
@@ -61,7 +61,7 @@ class LoRALinear(TrainableModule):
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(self.zeros(rank, width))  # [r, in]
         self.lora_B = nn.Parameter(self.zeros(out, rank))  # [out, r]
-        self.rank, self.alpha, self.scale = rank, alpha, scale_of(config, rank, alpha)
+        self.rank, self.alpha, self.scale = rank, alpha, compute_scale(config, rank, alpha)
         self.dropout, self.backend = config.dropout, config.backend
         self.bind()
 
@@ -151,20 +151,20 @@ class LoRAConfig:
             raise InputError(f"{' and '.join(chosen)} cannot be combined", where="LoRAConfig")
 
 
-def scale_of(config: LoRAConfig, rank: int, alpha: float) -> float:
+def compute_scale(config: LoRAConfig, rank: int, alpha: float) -> float:
     """s: alpha / r, or rsLoRA's alpha / sqrt(r)."""
     return alpha / (math.sqrt(rank) if config.rslora else rank)
 
 
-def plan(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
-    """The rank and alpha of each targeted linear, by path. Nothing is touched.
+def choose_ranks(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
+    """The rank and alpha of each targeted linear, by path; the model is not changed.
 
     Raises:
         InputError: a target, layer or pattern matches nothing.
     """
     paths = find_targets(model, config.targets, model.family.default_targets["lora"], config.layers)
-    ranks = values_by_path(config.rank_pattern, paths, "rank_pattern")
-    alphas = values_by_path(config.alpha_pattern, paths, "alpha_pattern")
+    ranks = match_values(config.rank_pattern, paths, "rank_pattern")
+    alphas = match_values(config.alpha_pattern, paths, "alpha_pattern")
     return {path: (ranks.get(path, config.rank), alphas.get(path, config.alpha)) for path in paths}
 
 
@@ -174,7 +174,7 @@ def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
     Raises:
         InputError: the backend that the config names cannot run here; the message gives the reason.
     """
-    path, (rank, _) = next(iter(plan(model, config).items()))
+    path, (rank, _) = next(iter(choose_ranks(model, config).items()))
     weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
     out, width = weight.shape
     call = Call(weight.device, weight.dtype, tokens, width, out, rank, config.dropout > 0, needs_grad=True)
@@ -184,19 +184,19 @@ def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
         raise InputError(str(error), where="backend") from error
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's LoRALinears by path."""
+def find_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Find the model's LoRALinears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Put the plain linears back."""
-    restore(model, lora_layers(model))
+    """Restore the plain linears."""
+    restore(model, find_lora_layers(model))
 
 
 def merge_lora(model: nn.Module) -> MergeReport:
     """W <- W + s B A (DoRA: times m / ||.||); the model is plain afterwards."""
-    return merge(model, lora_layers(model))
+    return merge(model, find_lora_layers(model))
 
 
 def lora_recipe(config: LoRAConfig, parameters: int, family: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""Which layer a LoRAConfig asks for, decided once when it is added; and LoRA with a bias on B.
+"""The choice of the layer class for a LoRAConfig, made once when it is added; and LoRA with a bias on B.
 
 plain, rsLoRA     LoRALinear        lora.py
 lora_bias         LoRABiasLinear    here
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.dora import DoRALinear
-from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, plan
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, Part, choose_ranks
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.pissa import RESIDUAL, ResidualLinear
 from minipeft.adapters.surgery import replace
@@ -42,8 +42,8 @@ class LoRABiasLinear(LoRALinear):
         return f"{super().extra_repr()}, lora_bias"
 
 
-def layer_class(config: LoRAConfig) -> type[LoRALinear]:
-    """The class of the layers that this config makes."""
+def choose_layer_class(config: LoRAConfig) -> type[LoRALinear]:
+    """Choose the class of the layers for this config."""
     if config.dora:
         return DoRALinear
     if config.init in RESIDUAL:
@@ -52,8 +52,8 @@ def layer_class(config: LoRAConfig) -> type[LoRALinear]:
 
 
 def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put a LoRALinear in the place of each targeted linear; returns their paths."""
-    layers, planned = {}, plan(model, config)
+    """Replace each targeted linear by a LoRALinear; returns their paths."""
+    layers, planned = {}, choose_ranks(model, config)
     parameters = sum(rank * sum(model.get_parameter(f"{path}.weight").shape) for path, (rank, _) in planned.items())
     check_trained_memory(parameters, model.embedding.weight.device, "rank")
     for path, (rank, alpha) in planned.items():
@@ -64,7 +64,7 @@ def add_lora(model: Decoder, config: LoRAConfig, tokenizer: Encoder | None, gene
             raise InputError(
                 f"{rank} is odd, and half of an orthogonal matrix's rows go to A and half to B", where="rank"
             )
-        layers[path] = layer_class(config)(linear, rank, alpha, config)
+        layers[path] = choose_layer_class(config)(linear, rank, alpha, config)
         if not linear.weight.is_meta:
             layers[path].initialize(config.init, generator)
     for path, layer in layers.items():

@@ -57,7 +57,7 @@ class PeftFormat:
     tensors: Callable[[Decoder], dict[str, Tensor]]  # of the model's adapter, under PEFT's names
     fill: Callable[[Decoder, dict[str, Tensor], Path], None]  # copy loaded tensors into the model's adapter
     check: Callable[[Mapping[str, Any], Decoder], None] = lambda given, model: None  # keys that must fit the model
-    bare: Callable[[Any], Any] = lambda config: config  # an init without tokenizer, for tensors that will be loaded
+    bare: Callable[[Any], Any] = lambda config: config  # an init without tokenizer; loading overwrites it
     read_extra: Callable[[Any, Path, bool], Any] | None = None  # (config, folder, trainable) -> config: files of ours
     bake: Callable[[Any, dict[str, Tensor], Decoder], tuple[Any, dict[str, Tensor]]] | None = (
         None  # save_adapter(baked)
@@ -82,7 +82,7 @@ class Method:
     remove: Callable[[Decoder], None]
     recipe: Callable[[Any, int, str], Recipe]  # (config, parameters of the base, family)
     merge: Callable[[Decoder], Any] | None = None  # None: it cannot be merged into weights
-    peft: PeftFormat | None = None  # None: it has no adapter files (full tuning)
+    peft: PeftFormat | None = None  # None: no adapter files (full tuning)
     backend: Callable[[Decoder, Any], str] | None = None  # which kernel computes it here
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other names: {"dora": {"dora": True}}
     trains_base: bool = False  # full tuning: adds nothing, trains and saves the weights

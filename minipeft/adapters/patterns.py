@@ -1,4 +1,4 @@
-"""Regular expressions from configs and downloaded files, matched so that no pattern can hang the process.
+"""Matching of regular expressions from configs and downloaded files, with a time limit.
 
 Python's matcher backtracks: "(a+)+$" on a long path takes years, and cannot be interrupted from another thread. A
 pattern that could backtrack is therefore matched in a process of its own, which is killed after DEADLINE seconds.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 
 T = TypeVar("T")
 HARMLESS = re.compile(r"[\w.\\^$-]*")  # a pattern of these characters alone is matched in linear time
@@ -47,7 +47,7 @@ def match_all(
         try:
             compiled = re.compile(whole)
         except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(f"{shown(pattern)} is not a regular expression: {error}", where=where) from error
+            raise InputError(f"{format_value(pattern)} is not a regular expression: {error}", where=where) from error
         if HARMLESS.fullmatch(pattern):
             found[pattern] = [path for path in paths if compiled.fullmatch(path)]
     others = [pattern for pattern in wholes if pattern not in found]
@@ -64,15 +64,19 @@ def try_patterns(patterns: list[str], wholes: list[str], paths: Sequence[str], w
     except subprocess.TimeoutExpired as error:
         pattern = patterns[min((error.stdout or b"").count(b"\n"), len(patterns) - 1)]  # one line for each that ended
         hint = "Avoid repeated groups that contain repetitions"
-        raise InputError(f"{shown(pattern)} took longer than {DEADLINE} s to match", where=where, hint=hint) from error
+        raise InputError(
+            f"{format_value(pattern)} took longer than {DEADLINE} s to match", where=where, hint=hint
+        ) from error
     except subprocess.CalledProcessError as error:
         pattern = patterns[min(error.stdout.count("\n"), len(patterns) - 1)]
-        raise InputError(f"{shown(pattern)} cannot be matched: {error.stderr.strip()[-200:]}", where=where) from error
+        raise InputError(
+            f"{format_value(pattern)} cannot be matched: {error.stderr.strip()[-200:]}", where=where
+        ) from error
     return [json.loads(line) for line in tried.stdout.splitlines()]
 
 
-def values_by_path(patterns: Mapping[str, T], paths: Sequence[str], where: str) -> dict[str, T]:
-    """The value for each path that a pattern matches: HF PEFT's rank_pattern and alpha_pattern.
+def match_values(patterns: Mapping[str, T], paths: Sequence[str], where: str) -> dict[str, T]:
+    """Match each path to its value: HF PEFT's rank_pattern and alpha_pattern.
 
     A key is a regular expression for the end of a path, from a dot on ("q_proj", "0.attn.c_attn", "^model.layers.1.*").
     If several keys match, the first applies.
@@ -85,6 +89,6 @@ def values_by_path(patterns: Mapping[str, T], paths: Sequence[str], where: str) 
     for key, value in patterns.items():
         found = matched[key]
         if not found:
-            raise InputError(f"{shown(key)} matches none of the targets, such as {paths[0]!r}", where=where)
+            raise InputError(f"{format_value(key)} matches none of the targets, such as {paths[0]!r}", where=where)
         values = {**dict.fromkeys(found, value), **values}
     return values

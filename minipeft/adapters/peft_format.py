@@ -17,15 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters import METHODS, AdapterReport, add_adapter, check_empty, describe_held, method_of, remove_adapter
+from minipeft.adapters import (
+    METHODS,
+    AdapterReport,
+    add_adapter,
+    check_empty,
+    describe_held,
+    find_method,
+    remove_adapter,
+)
 from minipeft.adapters.method import Method, PeftFormat
 from minipeft.adapters.peft_targets import ROOT
 from minipeft.adapters.peft_virtual import OWN, STATE
-from minipeft.errors import InputError, check_kind, check_path, check_value, shown
-from minipeft.files import TensorInfo, check_header, read_header, read_object, write_json, write_tensors
+from minipeft.errors import InputError, check_kind, check_path, check_value, format_value
+from minipeft.files import read_object, write_json
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import info_of, read_legacy
+from minipeft.tensor_files import TensorInfo, check_header, read_header, write_tensors
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -35,7 +44,7 @@ SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_typ
 
 
 def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> None:
-    """Write the model's adapter to `folder` as PEFT would; each file whole or not at all.
+    """Write the model's adapter to `folder` as PEFT would; each file atomically.
 
     `baked`: a LoRA's scales stand in B where they are not alpha / r, for clients that read neither use_rslora nor
     alpha_pattern, such as llama.cpp's converter; PEFT and `load_adapter` read the same updates, to rounding.
@@ -62,7 +71,7 @@ def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> 
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
     write_tensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, dict(sorted({**shared_json(model), **given}.items())))
+    write_json(folder / CONFIG, dict(sorted({**make_shared_json(model), **given}.items())))
     if peft.write_extra is None:  # another adapter's, in the same folder
         for name in (OWN, STATE):
             (folder / name).unlink(missing_ok=True)
@@ -70,8 +79,8 @@ def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> 
         peft.write_extra(model, config, Path(folder))
 
 
-def shared_json(model: Decoder) -> dict[str, object]:
-    """The keys that every PEFT config has."""
+def make_shared_json(model: Decoder) -> dict[str, object]:
+    """Make the keys that every PEFT config has."""
     return {
         "base_model_name_or_path": model.source,
         "inference_mode": True,
@@ -118,7 +127,7 @@ def load_adapter(
     check_empty(model)
     folder = find_adapter(source, revision, legacy_bin)
     config, tensors, notes = read_adapter(model, folder, legacy_bin)
-    peft = format_of(method_of(config))
+    peft = get_format(find_method(config))
     if peft.read_extra is not None:
         config = peft.read_extra(config, folder, trainable)
     report = add_adapter(model, peft.bare(config))  # its init is overwritten at once
@@ -142,9 +151,9 @@ def read_adapter(
     which is not touched."""
     file = folder / WEIGHTS
     given = read_object(folder / CONFIG)
-    peft = format_of(method_in(given, folder / CONFIG))
+    peft = get_format(read_method(given, folder / CONFIG))
     try:
-        config = config_from(given)
+        config = parse_adapter_config(given)
         peft.check(given, model)
         config, notes = peft.fit(config, given, model)
         wanted = peft.shapes(model, config)
@@ -169,7 +178,7 @@ def read_adapter(
         )
     check_vocabulary(header, wanted, model, file)
     check_header(header, wanted, file, dtypes=FLOATS, hint="Is the adapter for another model?")
-    notes += notes_on(given, peft)
+    notes += list_notes(given, peft)
     base = given.get("base_model_name_or_path")
     if base and model.source and Path(str(base)).name != Path(model.source).name:
         notes.append(f"trained on {base}, loaded on {model.source}")
@@ -181,7 +190,7 @@ def read_adapter(
 def check_vocabulary(
     header: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]], model: Decoder, file: Path
 ) -> None:
-    """Say of a whole embedding or head in the file, of another length, where it comes from.
+    """Explain an embedding or head of another length in the file: a resized vocabulary.
 
     Raises:
         InputError: there is one.
@@ -195,17 +204,17 @@ def check_vocabulary(
                 raise InputError(problem, file=file, hint=hint)
 
 
-def notes_on(given: Mapping[str, Any], peft: PeftFormat) -> list[str]:
-    """A note on each entry of adapter_config.json that is set, and has no effect on a loaded adapter."""
+def list_notes(given: Mapping[str, Any], peft: PeftFormat) -> list[str]:
+    """List a note on each entry of adapter_config.json that is set and has no effect on a loaded adapter."""
     return [
-        f"{key}: {shown(value)} has no effect on a loaded adapter"
+        f"{key}: {format_value(value)} has no effect on a loaded adapter"
         for key, value in given.items()
         if key in peft.noted and value not in (None, False, {}, []) and value not in peft.neutral.get(key, ())
     ]
 
 
-def method_in(given: Mapping[str, Any], file: Path | None = None) -> Method:
-    """The method whose file this adapter_config.json is.
+def read_method(given: Mapping[str, Any], file: Path | None = None) -> Method:
+    """Read the method of an adapter_config.json.
 
     Raises:
         InputError: its peft_type is not one of ours.
@@ -217,19 +226,19 @@ def method_in(given: Mapping[str, Any], file: Path | None = None) -> Method:
     return known[kind]
 
 
-def format_of(method: Method) -> PeftFormat:
-    """The format of a method that has one."""
+def get_format(method: Method) -> PeftFormat:
+    """Get a method's format, which it must have."""
     assert method.peft is not None
     return method.peft
 
 
-def config_from(given: Mapping[str, Any]) -> Any:
-    """adapter_config.json -> our config.
+def parse_adapter_config(given: Mapping[str, Any]) -> Any:
+    """Parse adapter_config.json into our config.
 
     Raises:
         InputError: it has an unsupported setting, or a key that is not PEFT's.
     """
-    peft = format_of(method_in(given))
+    peft = get_format(read_method(given))
     for key, value in given.items():
         if key in peft.noted and (peft.noted[key] is None or value in (peft.noted[key] or ())):
             continue

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters.ia3 import IA3Config, ia3_layers, plan
+from minipeft.adapters.ia3 import IA3Config, find_ia3_layers, find_scaled
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, fit_targets, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, fit_targets, make_targets_json, read_targets
 from minipeft.adapters.targets import find_targets
 from minipeft.models import Decoder
 
 
 def ia3_json(config: IA3Config, model: Decoder) -> dict[str, object]:
     """(IA)3's keys of adapter_config.json."""
-    layers, default = ia3_layers(model), model.family.default_targets
+    layers, default = find_ia3_layers(model), model.family.default_targets
     inner = [path for path, layer in layers.items() if layer.feedforward]
     return {
         "peft_type": "IA3",
         "exclude_modules": None,
         "fan_in_fan_out": bool(model.family.transposed),
-        "feedforward_modules": targets_json(config.feedforward, default["ia3_feedforward"], inner),
+        "feedforward_modules": make_targets_json(config.feedforward, default["ia3_feedforward"], inner),
         "init_ia3_weights": True,
-        "target_modules": targets_json(config.targets, default["ia3"], list(layers)),
+        "target_modules": make_targets_json(config.targets, default["ia3"], list(layers)),
     }
 
 
@@ -38,7 +38,7 @@ def ia3_tensors(model: Decoder) -> dict[str, Tensor]:
     """The scales under PEFT's names, as the rows or columns that PEFT makes of them."""
     return {
         f"{ROOT}{path}.ia3_l": layer.ia3_l[None] if layer.feedforward else layer.ia3_l[:, None]
-        for path, layer in ia3_layers(model).items()
+        for path, layer in find_ia3_layers(model).items()
     }
 
 
@@ -46,8 +46,8 @@ def ia3_config(given: Mapping[str, Any]) -> IA3Config:
     """PEFT's keys -> ours."""
     feedforward = given.get("feedforward_modules")
     return IA3Config(
-        targets=targets_from(given.get("target_modules"), "target_modules"),
-        feedforward=() if feedforward == [] else targets_from(feedforward, "feedforward_modules"),
+        targets=read_targets(given.get("target_modules"), "target_modules"),
+        feedforward=() if feedforward == [] else read_targets(feedforward, "feedforward_modules"),
     )
 
 
@@ -63,7 +63,7 @@ def fit_ia3(config: IA3Config, given: Mapping[str, Any], model: Decoder) -> tupl
 def ia3_shapes(model: Decoder, config: IA3Config) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, feedforward in plan(model, config).items():
+    for path, feedforward in find_scaled(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
         shapes[f"{ROOT}{path}.ia3_l"] = (1, width) if feedforward else (out, 1)
     return shapes
@@ -72,7 +72,7 @@ def ia3_shapes(model: Decoder, config: IA3Config) -> dict[str, tuple[int, ...]]:
 def fill_ia3(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy loaded scales into the IA3Linears."""
     with torch.no_grad():
-        for path, layer in ia3_layers(model).items():
+        for path, layer in find_ia3_layers(model).items():
             layer.ia3_l.copy_(tensors[f"{ROOT}{path}.ia3_l"].flatten())
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.adapters.lora import LoRAConfig, lora_layers, plan
+from minipeft.adapters.lora import LoRAConfig, choose_ranks, find_lora_layers
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
 from minipeft.errors import InputError
-from minipeft.files import TensorInfo
 from minipeft.models import Decoder
+from minipeft.tensor_files import TensorInfo
 
 LORA_TENSORS = {
     "lora_A.weight": "lora_A",
@@ -43,7 +43,9 @@ def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
         "r": config.rank,
         "lora_alpha": as_integer(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": targets_json(config.targets, model.family.default_targets["lora"], list(lora_layers(model))),
+        "target_modules": make_targets_json(
+            config.targets, model.family.default_targets["lora"], list(find_lora_layers(model))
+        ),
         "bias": "none",
         "fan_in_fan_out": bool(model.family.transposed),
         "init_lora_weights": True,
@@ -76,9 +78,9 @@ def as_integer(number: float) -> float:
 
 
 def lora_tensors(model: Decoder) -> dict[str, Tensor]:
-    """What is trained, under PEFT's names."""
+    """The trained tensors, under PEFT's names."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
         held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
         tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
@@ -90,15 +92,15 @@ def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) 
     alpha_pattern change of the scale goes into B.
 
     Raises:
-        InputError: DoRA or a bias on B, which such a reader does not have.
+        InputError: DoRA or a bias on B, which such a reader does not support.
     """
     if config.dora or config.lora_bias:
-        problem = "DoRA and lora_bias are more than B A, and cannot be baked"
+        problem = "DoRA and lora_bias cannot be baked: their update is not B A alone"
         raise InputError(problem, where="baked", hint="merge_adapter")
     plain = dataclasses.replace(config, rslora=False, alpha_pattern={})
     alpha = lora_json(plain, model)["lora_alpha"]
     baked = dict(tensors)
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         name = f"{ROOT}{path}.lora_B.weight"
         rank = tensors[name].shape[1]  # of PiSSA and OLoRA twice the layer's
         baked[name] = tensors[name] * (layer.scale * rank / alpha)  # type: ignore[operator]
@@ -115,8 +117,8 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
         rank=given.get("r", 8),
         alpha=given.get("lora_alpha", 8),
         dropout=given.get("lora_dropout", 0.0),
-        targets=targets_from(given.get("target_modules"), "target_modules"),
-        layers=layers_from(given),
+        targets=read_targets(given.get("target_modules"), "target_modules"),
+        layers=read_layers(given),
         rslora=given.get("use_rslora", False),
         dora=given.get("use_dora", False),
         lora_bias=given.get("lora_bias", False),
@@ -140,7 +142,7 @@ def check_lora(given: Mapping[str, Any], model: Decoder) -> None:
 def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, (rank, _) in plan(model, config).items():
+    for path, (rank, _) in choose_ranks(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
         shapes[f"{ROOT}{path}.lora_A.weight"] = (rank, width)
         shapes[f"{ROOT}{path}.lora_B.weight"] = (out, rank)
@@ -154,7 +156,7 @@ def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]
 def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy loaded tensors into the LoRALinears."""
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             own = layer.own_tensors()
             for key, name in LORA_TENSORS.items():
                 if name in own:
@@ -162,7 +164,7 @@ def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def describe_lora(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> dict[str, object]:
-    """The ranks that the tensors really have, and the variants that are on."""
+    """Describe the ranks of the tensors, and the variants that are on."""
     ranks = sorted({info.shape[0] for name, info in header.items() if ".lora_A" in name and info.shape})
     names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "lora_bias": "lora_bias"}
     return {

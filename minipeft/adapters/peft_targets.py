@@ -14,8 +14,8 @@ from minipeft.models import Decoder
 ROOT = "base_model.model."  # of a tensor's name, before the path of the linear
 
 
-def targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
-    """target_modules: names, sorted; "all-linear" as the names that it found."""
+def make_targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -> str | list[str]:
+    """Make target_modules: sorted names; "all-linear" as the names that it matched."""
     if targets == "all-linear":
         return sorted({path.rsplit(".", 1)[-1] for path in paths})
     if isinstance(targets, str) and targets != "default":
@@ -23,8 +23,8 @@ def targets_json(targets: Targets, default: tuple[str, ...], paths: list[str]) -
     return sorted(default if targets == "default" else targets)
 
 
-def targets_from(targets: Any, where: str) -> Targets:
-    """target_modules or feedforward_modules; null is PEFT's choice for the family."""
+def read_targets(targets: Any, where: str) -> Targets:
+    """Read target_modules or feedforward_modules; null is PEFT's choice for the family."""
     if targets is None:
         return "default"
     if isinstance(targets, str):
@@ -34,8 +34,8 @@ def targets_from(targets: Any, where: str) -> Targets:
     return tuple(targets)
 
 
-def layers_from(given: Mapping[str, Any]) -> Any:
-    """layers_to_transform: a list of blocks, one block, or null for all.
+def read_layers(given: Mapping[str, Any]) -> Any:
+    """Read layers_to_transform: a list of blocks, one block, or null for all.
 
     Raises:
         InputError: layers_pattern is given without it.
@@ -47,8 +47,8 @@ def layers_from(given: Mapping[str, Any]) -> Any:
 
 
 def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: str) -> tuple[Any, list[str]]:
-    """Read target_modules as PEFT does, where the tensors say what is adapted: a name that matches nothing counts for
-    nothing, if another one matches, and the linears of exclude_modules are taken away. Returns notes on the first.
+    """Read target_modules as PEFT does, where the tensors tell what is adapted: a name without a match is ignored if
+    another one matches, and the linears of exclude_modules are excluded. Returns notes on ignored names.
 
     Raises:
         InputError: exclude_modules is malformed, or leaves no target.
@@ -62,7 +62,7 @@ def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: s
             notes.append(f"target_modules: {', '.join(map(repr, unmatched))} matches nothing in this model")
     if excluded := given.get("exclude_modules"):
         paths = find_targets(model, targets, model.family.default_targets[method])
-        out = excluded_from(paths, excluded)
+        out = read_excluded(paths, excluded)
         targets = tuple(path for path in paths if path not in out)
         if not targets:
             raise InputError(f"{excluded!r} leaves no linear layer", where="exclude_modules")
@@ -74,8 +74,8 @@ def is_named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def excluded_from(paths: list[str], excluded: Any) -> set[str]:
-    """The paths that exclude_modules names: a list of names, or a regular expression over the whole path.
+def read_excluded(paths: list[str], excluded: Any) -> set[str]:
+    """Read the paths that exclude_modules names: a list of names, or a regular expression over the whole path.
 
     Raises:
         InputError: it is neither.

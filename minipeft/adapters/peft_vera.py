@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, layers_from, targets_from, targets_json
-from minipeft.adapters.vera import Projection, VeRAConfig, plan, vera_layers
+from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
+from minipeft.adapters.vera import Projection, VeRAConfig, find_shapes, find_vera_layers
 from minipeft.models import Decoder
 
 SHARED = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
@@ -27,7 +27,9 @@ def vera_json(config: VeRAConfig, model: Decoder) -> dict[str, object]:
         "peft_type": "VERA",
         "r": config.rank,
         "vera_dropout": config.dropout,
-        "target_modules": targets_json(config.targets, model.family.default_targets["lora"], list(vera_layers(model))),
+        "target_modules": make_targets_json(
+            config.targets, model.family.default_targets["lora"], list(find_vera_layers(model))
+        ),
         "bias": "none",
         "d_initial": config.d_initial,
         "fan_in_fan_out": bool(model.family.transposed),
@@ -44,8 +46,8 @@ def vera_config(given: Mapping[str, Any]) -> VeRAConfig:
     return VeRAConfig(
         rank=given.get("r", 256),
         dropout=given.get("vera_dropout", 0.0),
-        targets=targets_from(given.get("target_modules"), "target_modules"),
-        layers=layers_from(given),
+        targets=read_targets(given.get("target_modules"), "target_modules"),
+        layers=read_layers(given),
         d_initial=given.get("d_initial", 0.1),
         projection_prng_key=given.get("projection_prng_key", 0),
         save_projection=given.get("save_projection", True),
@@ -54,7 +56,7 @@ def vera_config(given: Mapping[str, Any]) -> VeRAConfig:
 
 def vera_shapes(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the file of this adapter must have for this model."""
-    linears = plan(model, config)
+    linears = find_shapes(model, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, (out, _) in linears.items():
         shapes |= {f"{ROOT}{path}.vera_lambda_b": (out,), f"{ROOT}{path}.vera_lambda_d": (config.rank,)}
@@ -66,7 +68,7 @@ def vera_shapes(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, ...]
 
 def own_tensors(model: Decoder) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, the shared pair where it is saved."""
-    layers = vera_layers(model)
+    layers = find_vera_layers(model)
     held = {f"{ROOT}{path}.{name}": t for path, layer in layers.items() for name, t in layer.own_tensors().items()}
     if model.adapter.save_projection:
         projection: Projection = next(iter(layers.values())).projection

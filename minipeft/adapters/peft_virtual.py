@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
-from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, attentions, prefixes
+from minipeft.adapters.prefix import GatedPrefix, Prefix, PrefixConfig, list_attentions, list_prefixes
 from minipeft.adapters.prompt import Prompt, PromptConfig
 from minipeft.errors import InputError
-from minipeft.files import check_header, read_header, read_object, write_json, write_tensors
+from minipeft.files import read_object, write_json
 from minipeft.models import Decoder
+from minipeft.tensor_files import check_header, read_header, write_tensors
 
-GATED = "GATED_PREFIX_TUNING"  # adapter_config's peft_type: PEFT must refuse a gated prefix, not apply it ungated
+GATED = "GATED_PREFIX_TUNING"  # peft_type of a gated prefix, so that PEFT refuses it instead of applying it ungated
 OWN, STATE = "minipeft_adapter.json", "minipeft_state.safetensors"
 ROUNDING = 1e-4  # between the stored table and the one that the MLP computes: another machine's products differ
 
@@ -42,7 +43,7 @@ def collect_table(model: Decoder) -> Tensor:
     """All virtual tokens as PEFT's one table, an MLP folded in: a prompt's [P, C], a prefix's [P, L * 2 * K * D]"""
     if model.prompt is not None:
         return model.prompt.vectors().detach()
-    layers = [torch.stack(prefix.key_value()) for prefix in prefixes(model)]  # each [2, K, P, D]
+    layers = [torch.stack(prefix.key_value()) for prefix in list_prefixes(model)]  # each [2, K, P, D]
     return torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1).detach()
 
 
@@ -66,7 +67,7 @@ def prefix_json(config: PrefixConfig, model: Decoder) -> dict[str, object]:
 
 
 def prefix_shape(model: Decoder) -> dict[str, object]:
-    """The keys of adapter_config.json that say how to read a prefix's table."""
+    """The keys of adapter_config.json that define the layout of a prefix's table."""
     c = model.config
     return {"num_attention_heads": c.kv_heads, "num_layers": c.layers, "token_dim": c.kv_heads * c.head_width}
 
@@ -87,15 +88,15 @@ def prompt_json(config: PromptConfig, model: Decoder) -> dict[str, object]:
 
 
 def prompt_shape(model: Decoder) -> dict[str, object]:
-    """The keys of adapter_config.json that say for which model a prompt's table is."""
+    """The keys of adapter_config.json that a prompt's table depends on."""
     return {"num_layers": model.config.layers, "token_dim": model.config.width}
 
 
 def check_shape(given: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
-    """Check the keys that say how to read the table: one of equal width, for another shape, would be misread.
+    """Check the keys that define the table's layout: a table of equal width and another layout would be misread.
 
     Raises:
-        InputError: a key is there and says another number.
+        InputError: a key has another value.
     """
     for name, value in wanted.items():
         if given.get(name) is not None and (given[name] != value or isinstance(given[name], bool)):
@@ -105,16 +106,16 @@ def check_shape(given: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
 
 def prefix_config(given: Mapping[str, Any]) -> PrefixConfig:
     """PEFT's keys -> ours."""
-    return PrefixConfig(virtual_tokens_in(given), init="peft", gate=given["peft_type"] == GATED)
+    return PrefixConfig(read_virtual_tokens(given), init="peft", gate=given["peft_type"] == GATED)
 
 
 def prompt_config(given: Mapping[str, Any]) -> PromptConfig:
     """PEFT's keys -> ours."""
-    return PromptConfig(virtual_tokens_in(given), init="normal")
+    return PromptConfig(read_virtual_tokens(given), init="normal")
 
 
-def virtual_tokens_in(given: Mapping[str, Any]) -> Any:
-    """num_virtual_tokens, which must be there."""
+def read_virtual_tokens(given: Mapping[str, Any]) -> Any:
+    """Read num_virtual_tokens, which is required."""
     if given.get("num_virtual_tokens") is None:
         raise InputError("is missing", where="num_virtual_tokens")
     return given["num_virtual_tokens"]
@@ -134,7 +135,7 @@ def prompt_shapes(model: Decoder, config: PromptConfig) -> dict[str, tuple[int, 
 
 def prefix_tensors(model: Decoder) -> dict[str, Tensor]:
     """The table, and the gates of a gated prefix."""
-    gates = [a.beside.gate for a in attentions(model) if a.beside is not None]
+    gates = [a.beside.gate for a in list_attentions(model) if a.beside is not None]
     return {"prompt_embeddings": collect_table(model)} | ({"gates": torch.stack(gates)} if gates else {})
 
 
@@ -148,9 +149,9 @@ def fill_prefix(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> Non
     """Copy the table and the gates into the prefixes; with an MLP, its state."""
     if model.adapter.reparam is not None:
         return fill_state(model, folder, tensors["prompt_embeddings"])
-    for prefix, key, value in zip(prefixes(model), *split_table(tensors["prompt_embeddings"], model)):
+    for prefix, key, value in zip(list_prefixes(model), *split_table(tensors["prompt_embeddings"], model)):
         prefix.assign(key, value)
-    for attention, gate in zip(attentions(model), tensors.get("gates", ())):
+    for attention, gate in zip(list_attentions(model), tensors.get("gates", ())):
         attention.beside.gate.copy_(gate)
 
 
@@ -168,13 +169,13 @@ def fill_prompt(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> Non
 def write_extra(model: Decoder, config: PrefixConfig | PromptConfig, folder: Path) -> None:
     """Write our config, and the MLP's state where there is one."""
     if config.reparam is not None:
-        write_tensors(folder / STATE, state_of(model))
+        write_tensors(folder / STATE, collect_state(model))
     else:
         (folder / STATE).unlink(missing_ok=True)  # an older adapter's, in the same folder
     write_json(folder / OWN, dataclasses.asdict(config))
 
 
-def state_of(model: Decoder) -> dict[str, Tensor]:
+def collect_state(model: Decoder) -> dict[str, Tensor]:
     """Every tensor of the model's prefix or prompt, trained or fixed, by its path in the model; a shared one once."""
     kinds = GatedPrefix | Prefix | Prompt
     sites = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -186,10 +187,10 @@ def state_of(model: Decoder) -> dict[str, Tensor]:
 
 
 def read_extra(config: C, folder: Path, trainable: bool) -> C:
-    """The config as PEFT's file tells it -> with what ours adds; without `trainable`, a plain table.
+    """Add the fields of our file to the config from PEFT's file; without `trainable`, a plain table.
 
     Raises:
-        InputError: our file is not of this adapter, or asks for an MLP whose state is not there.
+        InputError: our file belongs to another adapter, or the state of its MLP is missing.
     """
     file = folder / OWN
     if not file.exists():
@@ -224,7 +225,7 @@ def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
     """
     from safetensors import safe_open
 
-    file, wanted = folder / STATE, state_of(model)
+    file, wanted = folder / STATE, collect_state(model)
     header = read_header(file)
     check_header(header, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, file, dtypes=("F32",))
     with safe_open(file, framework="pt") as stored:
@@ -244,7 +245,7 @@ def fill_state(model: Decoder, folder: Path, table: Tensor) -> None:
 
 
 def describe_virtual(given: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, object]:
-    """The number of virtual tokens."""
+    """Describe the number of virtual tokens."""
     return {"virtual tokens": given.get("num_virtual_tokens")}
 
 

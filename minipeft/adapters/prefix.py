@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.reparam import Reparam, make_hidden
 from minipeft.adapters.trainable import TrainableModule, check_trained_memory
-from minipeft.adapters.virtual import TASK_LINE, check_room, empty_slot, encode_text, run_text, text_ids
+from minipeft.adapters.virtual import (
+    TASK_LINE,
+    check_virtual_tokens,
+    empty_slot,
+    encode_text,
+    encode_to_length,
+    run_text,
+)
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models import Decoder
 from minipeft.models.attention import product
@@ -58,7 +65,7 @@ class PrefixConfig:
 class Prefix(TrainableModule):
     """One attention's trained keys and values.
 
-    With an MLP, `key` and `value` are their fixed init; with `first` they lack the first virtual token, which is fixed.
+    With an MLP, `key` and `value` are their fixed init; with `first` they exclude the first, fixed virtual token.
     """
 
     key: Tensor
@@ -122,10 +129,10 @@ class GatedPrefix(TrainableModule):
         return y.transpose(1, 2).flatten(2)  # [B, T, H * D]
 
 
-def initial_key_value(
+def make_initial_key_value(
     model: Decoder, config: PrefixConfig, tokenizer: Encoder | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The prefix's initial keys and values, two of [L, K, P, D] in float32.
+    """Make the prefix's initial keys and values, two of [L, K, P, D] in float32.
 
     Raises:
         InputError: "text" or "normal" without a tokenizer, or with a text that is too short to measure.
@@ -137,7 +144,9 @@ def initial_key_value(
             return torch.zeros(shape), torch.zeros(shape)
         return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     if config.init == "text":
-        keys, values = run_text(model, text_ids(config.text, config.length, tokenizer, "prefix"), config.windowed)
+        keys, values = run_text(
+            model, encode_to_length(config.text, config.length, tokenizer, "prefix"), config.windowed
+        )
         return keys.float(), values.float()
     ids = encode_text(config.text, tokenizer, "prefix")
     if len(set(ids)) < 2:
@@ -154,17 +163,17 @@ def add_prefix(
     """Fill each attention's slot; returns the paths of the modules."""
     device, c = model.embedding.weight.device, model.config
     if not config.gate:  # a gated prefix takes no positions
-        check_room(config.length, c.context)
+        check_virtual_tokens(config.length, c.context)
     if device.type == "meta":
         keys = values = torch.empty(c.layers, c.kv_heads, config.length, c.head_width, device=device)
     else:
-        keys, values = (t.to(device) for t in initial_key_value(model, config, tokenizer, generator))
+        keys, values = (t.to(device) for t in make_initial_key_value(model, config, tokenizer, generator))
     fixed = int(config.freeze_first)
     hidden, outputs = None, 2 * c.layers * c.kv_heads * c.head_width
     check_trained_memory(config.length * outputs, device, "length")
     if config.reparam is not None:
         hidden = make_hidden(config.length - fixed, c.width, config.reparam, outputs, device, generator)
-    for attention, key, value in zip(attentions(model), keys, values):
+    for attention, key, value in zip(list_attentions(model), keys, values):
         mlp = None if hidden is None else Reparam(hidden, 2 * c.kv_heads * c.head_width)
         if mlp is not None and config.init == "peft" and device.type != "meta":
             mlp.initialize(generator)
@@ -180,19 +189,19 @@ def add_prefix(
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def attentions(model: Decoder) -> list[Any]:
-    """The attention module of each block: the one that has a prefix slot."""
+def list_attentions(model: Decoder) -> list[Any]:
+    """List the attention of each block: the module with a prefix slot."""
     return [m for block in model.blocks for m in block.children() if hasattr(m, "prefix")]
 
 
-def prefixes(model: Decoder) -> list[Prefix]:
-    """The prefix of each block, gated or not."""
-    return [a.prefix if a.beside is None else a.beside.prefix for a in attentions(model)]
+def list_prefixes(model: Decoder) -> list[Prefix]:
+    """List the prefix of each block, gated or not."""
+    return [a.prefix if a.beside is None else a.beside.prefix for a in list_attentions(model)]
 
 
 def remove_prefix(model: Decoder) -> None:
     """Empty the slots."""
-    for attention in attentions(model):
+    for attention in list_attentions(model):
         for slot in ("prefix", "beside"):
             empty_slot(attention, slot)
     model.virtual_tokens, model.windowed = 0, False

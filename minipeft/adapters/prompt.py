@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.adapters.method import Encoder, Recipe
 from minipeft.adapters.reparam import Reparam, make_hidden
 from minipeft.adapters.trainable import TrainableModule
-from minipeft.adapters.virtual import TASK_LINE, check_room, empty_slot, text_ids
+from minipeft.adapters.virtual import TASK_LINE, check_virtual_tokens, empty_slot, encode_to_length
 from minipeft.errors import check_fields, option
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
@@ -66,12 +66,12 @@ def add_prompt(
 ) -> list[str]:
     """Fill the model's prompt slot; returns the path of the module."""
     table, c = model.embedding.weight, model.config
-    check_room(config.length, c.context)
+    check_virtual_tokens(config.length, c.context)
     if table.is_meta or config.init == "normal":
         weight = torch.randn(config.length, table.shape[1], generator=generator).to(table.device)  # [P, C]
     else:
         if config.init == "text":
-            ids = torch.tensor(text_ids(config.text, config.length, tokenizer, "prompt"))
+            ids = torch.tensor(encode_to_length(config.text, config.length, tokenizer, "prompt"))
             check_rows(c.vocab_size, ids[None])
         else:
             ids = torch.randint(table.shape[0], (config.length,), generator=generator)

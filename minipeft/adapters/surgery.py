@@ -49,7 +49,7 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
     largest, missed, whole = 0.0, 0.0, 0.0
     with torch.no_grad():
         for path, layer in layers.items():
-            for old, new in merged_tensors(path, layer):
+            for old, new in compute_merged(path, layer):
                 result = new.to(old.dtype)
                 if not torch.isfinite(result).all():
                     raise InputError(f"cannot merge into {path!r}: the merged weight would not be finite")
@@ -59,7 +59,7 @@ def merge(model: nn.Module, layers: Mapping[str, Any]) -> MergeReport:
                 whole += update.square().sum().item()
                 del new, result, change, update
         for path, layer in layers.items():
-            for old, new in merged_tensors(path, layer):
+            for old, new in compute_merged(path, layer):
                 old.copy_(new)
                 del new
     restore(model, layers)
@@ -81,8 +81,8 @@ def check_ties(model: nn.Module, layers: Mapping[str, Any]) -> None:
             raise InputError(f"cannot merge into {path!r}: its weight is also {others}", hint="Untie it first")
 
 
-def merged_tensors(path: str, layer: Any) -> list[tuple[Tensor, Tensor]]:
-    """The weight, and the bias where there is one, each with what a plain linear that computes the same would hold.
+def compute_merged(path: str, layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """Compute the merged weight and bias, each paired with the parameter that it replaces.
 
     Raises:
         InputError: the adapter has a bias, and the base has none to put it in.

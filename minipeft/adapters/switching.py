@@ -34,10 +34,10 @@ from minipeft.adapters import (
     check_empty,
     clear_adapter,
     describe_held,
-    method_of,
+    find_method,
 )
-from minipeft.adapters.combine import WAYS, Pair, Term, squared_errors
-from minipeft.adapters.lora import LoRAConfig, LoRALinear, lora_layers
+from minipeft.adapters.combine import WAYS, Pair, Term, compute_squared_errors
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, find_lora_layers
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.peft_format import load_adapter
 from minipeft.adapters.surgery import replace
@@ -57,10 +57,10 @@ class Detached:
 
 
 def detach(model: Decoder) -> Detached:
-    """Take the adapter out of the model; no parameter changes whether it is trainable."""
+    """Detach the adapter from the model; requires_grad of no parameter changes."""
     config, virtual_tokens, windowed = model.adapter, model.virtual_tokens, model.windowed
     before = dict(model.named_modules(remove_duplicate=False))
-    method_of(config).remove(model)
+    find_method(config).remove(model)
     model.adapter = None
     after = dict(model.named_modules(remove_duplicate=False))
     changed = {path for path, module in before.items() if after.get(path) is not module}
@@ -69,7 +69,7 @@ def detach(model: Decoder) -> Detached:
 
 
 def attach(model: Decoder, held: Detached) -> None:
-    """Put an adapter back on the model's current weights, which may have been cast, moved or reloaded."""
+    """Attach an adapter to the model's current weights, which may have been cast, moved or reloaded."""
     device = model.embedding.weight.device
     for path, module in held.modules.items():
         if getattr(module, "adopts_linear", False):
@@ -84,8 +84,10 @@ def attach(model: Decoder, held: Detached) -> None:
 
 @contextmanager
 def disabled(model: Decoder) -> Iterator[None]:
-    """Within: the base alone, to the bit. Afterwards the same modules and parameters are back, so that a training goes
-    on; a loss of the adapted model must have run its backward pass, if it uses activation checkpointing.
+    """Context manager: within it the model is the base, to the bit.
+
+    Afterwards the same modules and parameters are attached again, and training can continue. With activation
+    checkpointing, a loss of the adapted model must run its backward pass before.
 
     Raises:
         InputError: the model holds no adapter, or a bank, or is disabled already; it was tuned in full.
@@ -130,7 +132,7 @@ class AdapterSet:
         check_empty(model)
         self.model = model
         self.active: str | None = None
-        self.held: dict[str, Detached | None] = {}  # None: the active one, which stands in the model
+        self.held: dict[str, Detached | None] = {}  # None: the active one, which is attached to the model
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         for p in model.parameters():
             p.requires_grad_(False)
@@ -152,8 +154,8 @@ class AdapterSet:
         Raises:
             InputError: the name is taken; what `add_adapter` refuses; full tuning, which changes the base of all.
         """
-        if method_of(config).trains_base:
-            raise InputError(f"{method_of(config).label} changes the base of all adapters", where="AdapterSet")
+        if find_method(config).trains_base:
+            raise InputError(f"{find_method(config).label} changes the base of all adapters", where="AdapterSet")
         return self.enter(name, lambda: add_adapter(self.model, config, tokenizer, seed=seed), trainable)
 
     def load(
@@ -168,7 +170,7 @@ class AdapterSet:
         return self.enter(name, read, trainable)
 
     def enter(self, name: str, put: Any, trainable: bool) -> AdapterReport:
-        """Put an adapter into the empty model under a name; after an error the previous one is active again."""
+        """Add an adapter under a name and make it active; after an error the previous one is active again."""
         check_kind(name, str, "name")
         check_value(trainable, bool, {}, "trainable")
         if name in self.held:
@@ -176,7 +178,7 @@ class AdapterSet:
             raise InputError(f"the set holds {name!r} already", where="AdapterSet", hint=hint)
         former = self.active
         self.switch(None)
-        self.model.adapters = None  # the model is plain to `put`
+        self.model.adapters = None  # `put` needs a plain model
         try:
             report: AdapterReport = put()
         except InputError:
@@ -207,7 +209,7 @@ class AdapterSet:
             self.held[name] = None
 
     def get(self, name: str) -> Detached:
-        """An adapter that is not active."""
+        """Get an adapter that is not active."""
         held = self.held[name]
         assert held is not None
         return held
@@ -236,7 +238,7 @@ class AdapterSet:
         terms = self.terms(weights)
         pairs = {path: WAYS[how](parts, rank) for path, parts in terms.items()}
         self.enter(name, lambda: put_pairs(self.model, pairs), trainable=False)
-        missed, whole = map(sum, zip(*(squared_errors(terms[path], pair) for path, pair in pairs.items())))
+        missed, whole = map(sum, zip(*(compute_squared_errors(terms[path], pair) for path, pair in pairs.items())))
         return math.sqrt(missed / whole) if whole else 0.0
 
     @torch.no_grad()
@@ -251,9 +253,9 @@ class AdapterSet:
         found: dict[str, list[Term]] = {}
         for name, weight in weights.items():
             self.check(name)
-            layers = lora_layers(self.model) if name == self.active else self.get(name).modules
+            layers = find_lora_layers(self.model) if name == self.active else self.get(name).modules
             config = self.model.adapter if name == self.active else self.get(name).config
-            if method_of(config) is not LORA or config.dora or config.lora_bias:
+            if find_method(config) is not LORA or config.dora or config.lora_bias:
                 raise InputError(f"{name!r} is not plain LoRA, and is not combined", where="weights")
             for path, layer in layers.items():
                 assert isinstance(layer, LoRALinear)
@@ -265,7 +267,7 @@ class AdapterSet:
         """Check that the set is open, its active adapter in the model, and the name known.
 
         Raises:
-            InputError: one of them is not so.
+            InputError: one of these does not hold.
         """
         if name is not None:
             check_kind(name, str, "name")
@@ -299,7 +301,7 @@ def put_pairs(model: Decoder, pairs: Mapping[str, Pair]) -> AdapterReport:
         model, LoRAConfig(most, float(most), targets=tuple(pairs), rank_pattern=own, alpha_pattern=alphas)
     )
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             layer.lora_A.copy_(pairs[path][0])
             layer.lora_B.copy_(pairs[path][1])
     return report

@@ -57,8 +57,8 @@ def check_targets(config: Any) -> None:
         raise InputError("cannot be combined with a regular expression, which names the layers itself", where="layers")
 
 
-def linear_paths(model: nn.Module) -> list[str]:
-    """The paths of the linears that can be adapted, plain or adapted already, in the model's order."""
+def list_linears(model: nn.Module) -> list[str]:
+    """List the paths of the linears that can be adapted or are adapted, in the model's order."""
     is_linear = lambda m: isinstance(m, nn.Linear) or getattr(m, "adopts_linear", False)
     return [name for name, m in model.named_modules() if is_linear(m) and name != "lm_head"]
 
@@ -71,7 +71,7 @@ def find_targets(
     Raises:
         InputError: a name, the pattern or a layer matches nothing (with what would), or names an embedding or the head.
     """
-    paths = linear_paths(model)
+    paths = list_linears(model)
     if targets == "default":
         targets = default
     if targets == "all-linear":
@@ -82,7 +82,7 @@ def find_targets(
         chosen = {path for name in targets for path in find_by_name(model, name, paths)}
     if layers is not None:
         check_layers(layers, len(model.blocks))
-        chosen = {path for path in chosen if block_of(path) in layers}
+        chosen = {path for path in chosen if find_block(path) in layers}
     return [path for path in paths if path in chosen]
 
 
@@ -126,6 +126,6 @@ def check_layers(layers: tuple[int, ...], count: int) -> None:
             raise InputError(f"no layer {layer}: this model has 0 to {count - 1}", where="layers")
 
 
-def block_of(path: str) -> int:
-    """The number of the block that a path lies in: its first numeric part."""
+def find_block(path: str) -> int:
+    """Find the block number in a path: its first numeric part."""
     return next(int(part) for part in path.split(".") if part.isdigit())

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from minipeft.errors import check_memory
 
-MOST_PARAMETERS = 2**58  # torch counts bytes in 63 bits
+MOST_PARAMETERS = 2**58  # torch stores byte counts in 63 bits
 PARAMETER_BYTES = 16  # bytes of a float32 parameter, its gradient, and AdamW's two moments
 
 
 def check_trained_memory(parameters: int, device: torch.device, where: str) -> None:
-    """Check that so many parameters can be trained in this machine's memory; on the meta device that they can be named.
+    """Check that the machine's memory suffices to train this many parameters; on the meta device, torch's limit alone.
 
     Raises:
-        InputError: they cannot; torch would end in the middle of making them, or the system would end the process.
+        InputError: it does not; torch would fail during allocation, or the system would kill the process.
     """
     if device.type == "cpu" or parameters >= MOST_PARAMETERS:
         check_memory(PARAMETER_BYTES * parameters, where)

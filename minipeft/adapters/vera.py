@@ -65,7 +65,7 @@ class Projection(TrainableModule):
 
 
 class VeRALinear(TrainableModule):
-    """y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T); W and bias are the very Parameters of the linear."""
+    """y = x W^T + bias + b * ((d * (dropout(x) A^T)) B^T); W and bias are the linear's own Parameters."""
 
     adopts_linear = True
 
@@ -99,7 +99,7 @@ class VeRALinear(TrainableModule):
         return f"in={width}, out={out}, bias={self.bias is not None}, dropout={self.dropout:g}"
 
 
-def plan(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
+def find_shapes(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
     """Each targeted linear by path, with its shape (out, in); PEFT's default targets are LoRA's.
 
     Raises:
@@ -110,8 +110,8 @@ def plan(model: Decoder, config: VeRAConfig) -> dict[str, tuple[int, int]]:
 
 
 def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, generator: torch.Generator) -> list[str]:
-    """Put a VeRALinear in the place of each targeted linear; returns their paths."""
-    shapes = plan(model, config)
+    """Replace each targeted linear by a VeRALinear; returns their paths."""
+    shapes = find_shapes(model, config)
     out, width = (max(sizes) for sizes in zip(*shapes.values()))
     check_trained_memory(config.rank * (out + width), model.embedding.weight.device, "rank")
     projection = Projection(width, out, config, model.embedding.weight.device)
@@ -121,19 +121,19 @@ def add_vera(model: Decoder, config: VeRAConfig, tokenizer: Encoder | None, gene
     return list(shapes)
 
 
-def vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
-    """The model's VeRALinears by path."""
+def find_vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
+    """Find the model's VeRALinears by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, VeRALinear)}
 
 
 def remove_vera(model: nn.Module) -> None:
-    """Put the plain linears back."""
-    restore(model, vera_layers(model))
+    """Restore the plain linears."""
+    restore(model, find_vera_layers(model))
 
 
 def merge_vera(model: nn.Module) -> MergeReport:
     """W <- W + diag(b) B diag(d) A; the model is plain afterwards."""
-    return merge(model, vera_layers(model))
+    return merge(model, find_vera_layers(model))
 
 
 def vera_recipe(config: VeRAConfig, parameters: int, family: str) -> Recipe:

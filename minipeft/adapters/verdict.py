@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 from minipeft.models import Decoder
 
 ROWS = 64  # positions whose logits are formed at a time
@@ -57,7 +57,7 @@ class MergeReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings: more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
+        """Warn if more than 0.1 % of the top-1 tokens, or any greedy answer, changed."""
         found = []
         if self.mean_kl is not None and not math.isfinite(self.mean_kl):
             found.append("the merged model's logits are not finite")
@@ -105,20 +105,20 @@ class Comparison:
         self.head = copy.deepcopy(model.lm_head)  # before a cast
         with evaluating(model):
             self.answers = [self.answer(model, prompt) for prompt in self.prompts]  # ids without the EOS
-            self.hidden = [hidden_of(model, p + a) for p, a in zip(self.prompts, self.answers)]  # [T, C] each
+            self.hidden = [compute_hidden(model, p + a) for p, a in zip(self.prompts, self.answers)]  # [T, C] each
 
     def answer(self, model: Decoder, prompt: list[int]) -> list[int]:
         return answer_greedily(model, prompt, self.ends, self.new_tokens)
 
     def measure(self, model: Decoder) -> dict[str, int | float]:
-        """The merged model against the unmerged one: fields of MergeReport."""
+        """Compare the merged model with the unmerged one; returns fields of MergeReport."""
         divergences, changed_tokens, changed_answers = [], 0, 0
         with evaluating(model):
             for prompt, answer, before in zip(self.prompts, self.answers, self.hidden):
-                after = hidden_of(model, prompt + answer)  # [T, C]
+                after = compute_hidden(model, prompt + answer)  # [T, C]
                 for old, new in zip(before.split(ROWS), after.split(ROWS)):
                     p, q = self.unmerged_logits(model, old), model.logits(new)  # [n, V]
-                    divergences.append(divergence(p, q))  # [n]
+                    divergences.append(compute_divergence(p, q))  # [n]
                     changed_tokens += int((p.argmax(dim=-1) != q.argmax(dim=-1)).sum())
                 changed_answers += self.answer(model, prompt) != answer
         kl = torch.cat(divergences)
@@ -132,7 +132,7 @@ class Comparison:
         }
 
     def unmerged_logits(self, model: Decoder, hidden: Tensor) -> Tensor:
-        """The logits of hidden states of the unmerged model, by its own head. [n, C] -> [n, V]"""
+        """Compute the unmerged model's logits from its hidden states. [n, C] -> [n, V]"""
         merged, model.lm_head = model.lm_head, self.head
         try:
             return model.logits(hidden)
@@ -155,17 +155,17 @@ def evaluating(model: Decoder) -> Iterator[None]:
 def check_prompts(
     model: Decoder, prompts: Sequence[str], tokenizer: Prompter | None, new_tokens: int
 ) -> list[list[int]]:
-    """The ids of each prompt, checked to have room for an answer.
+    """Encode each prompt and check that it leaves room for an answer.
 
     Raises:
         InputError: no prompts, no tokenizer, or a prompt that is empty or too long.
     """
     if isinstance(prompts, str) or not prompts:
-        raise InputError(f"{shown(prompts)} must be a list of texts", where="check")
+        raise InputError(f"{format_value(prompts)} must be a list of texts", where="check")
     if tokenizer is None:
         raise InputError("a tokenizer is needed", where="check", hint="merge_adapter(model, check=..., tokenizer=...)")
     if new_tokens < 1:
-        raise InputError(f"{shown(new_tokens)} must be an integer >= 1", where="new_tokens")
+        raise InputError(f"{format_value(new_tokens)} must be an integer >= 1", where="new_tokens")
     rows, room = [tokenizer.encode(text) for text in prompts], model.config.context - new_tokens
     for number, row in enumerate(rows, 1):
         if not row:
@@ -177,20 +177,20 @@ def check_prompts(
 
 
 def find_ends(model: Decoder, tokenizer: Prompter | None) -> set[int]:
-    """The ids that end an answer: the tokenizer's EOS and those of config.json."""
+    """Find the ids that end an answer: the tokenizer's EOS and those of config.json."""
     given = model.config.eos_token_id
     listed = given if isinstance(given, tuple) else (given,)
     return {token for token in (*listed, None if tokenizer is None else tokenizer.eos) if token is not None}
 
 
-def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def compute_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) of each row, at least 0. [n, V], [n, V] -> [n], float64"""
     log_p, log_q = (logits.double().log_softmax(dim=-1) for logits in (p_logits, q_logits))
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
 
 
-def hidden_of(model: Decoder, ids: Sequence[int]) -> Tensor:
-    """The hidden states of one row. -> [T, C]"""
+def compute_hidden(model: Decoder, ids: Sequence[int]) -> Tensor:
+    """Compute the hidden states of one row. -> [T, C]"""
     return model.hidden(torch.tensor([ids], device=model.embedding.weight.device))[0]
 
 

@@ -14,28 +14,28 @@ from torch import Tensor, nn
 
 from minipeft.adapters.method import Encoder
 from minipeft.documents import VIRTUAL
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 from minipeft.models import Decoder
 
 TASK_LINE = "Generate Python code given a natural language instruction."
 
 
 def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, with a BOS where the tokenizer adds one.
+    """Encode `text`, with a BOS if the tokenizer adds one.
 
     Raises:
         InputError: there is no tokenizer.
     """
     if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
-        raise InputError(f"{shown(tokenizer)} must be a Tokenizer", where="tokenizer")
+        raise InputError(f"{format_value(tokenizer)} must be a Tokenizer", where="tokenizer")
     if tokenizer is None:
         hint = "add_adapter(model, config, tokenizer)"
         raise InputError("initialization from text needs the tokenizer", where=f"{method} init", hint=hint)
     return tokenizer.encode(text)
 
 
-def text_ids(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
-    """The ids of `text`, repeated or cut to `length`; a BOS that the tokenizer adds comes first, once.
+def encode_to_length(text: str, length: int, tokenizer: Encoder | None, method: str) -> list[int]:
+    """Encode `text`, repeated or cut to `length` ids; a BOS that the tokenizer adds comes first, once.
 
     Raises:
         InputError: there is no tokenizer, or no token in the text.
@@ -77,11 +77,11 @@ def evaluation(model: Decoder, windowed: bool) -> Iterator[None]:
             module.training = True
 
 
-def check_room(length: int, context: int) -> None:
+def check_virtual_tokens(length: int, context: int) -> None:
     """Check that virtual tokens leave room for text in the model's context.
 
     Raises:
-        InputError: gives the largest number that fits.
+        InputError: with the largest number that fits.
     """
     if length + 2 > context:  # one token to see and one to predict
         hint = f"take at most {context - 2} virtual tokens"

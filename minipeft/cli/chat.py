@@ -11,7 +11,7 @@ from minipeft.errors import InputError, escape
 
 HELP = "talk with a model; /reset forgets what was said, /quit ends"
 EXAMPLE = "minipeft chat --model Qwen/Qwen2.5-0.5B-Instruct --adapter runs/chat/adapter"
-SKIP = ("raw", "template", "data", "split", "limit", "out")  # a conversation has its own form
+SKIP = ("raw", "template", "data", "split", "limit", "out")  # a conversation sets them itself
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +54,11 @@ def main(options: argparse.Namespace) -> int:
         if line.strip() == "/reset":
             conversation.reset()
         elif line.strip():
-            answer(conversation, line.rstrip("\n"))
+            stream_answer(conversation, line.rstrip("\n"))
 
 
-def answer(conversation: object, text: str) -> None:
-    """Print an answer as it is made; what cannot be answered is said, and the conversation goes on."""
+def stream_answer(conversation: object, text: str) -> None:
+    """Stream an answer to standard output; an error is printed, and the conversation continues."""
     try:
         for piece in conversation.ask(text):  # type: ignore[attr-defined]
             print("\n".join(escape(part) for part in piece.split("\n")), end="", flush=True)

@@ -8,9 +8,9 @@ import sys
 
 from minipeft.cli.flags import add_fields, read_typed
 
-HELP = "show what a data set trains a model on: examples, lengths, what is cut, what is held out twice"
+HELP = "show the supervised tokens of a data set, its lengths, cut examples, and held-out rows that are also trained on"
 EXAMPLE = "minipeft data chats.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --length 2048"
-SKIP_MODEL = ("dtype", "device", "legacy-bin")  # no weight is read
+SKIP_MODEL = ("dtype", "device", "legacy-bin")  # no weights are loaded
 SKIP_DATA = ("data",)
 SKIP_ROWS = ("batch", "isolate")
 
@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.runs.config import DataConfig, ModelConfig
     from minipeft.runs.survey import SurveyConfig
 
-    parser.add_argument("source", metavar="FILE", help="what train takes as --data")
+    parser.add_argument("source", metavar="FILE", help="data set, as for train --data")
     add_fields(parser, SurveyConfig)
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     add_fields(parser.add_argument_group("model"), ModelConfig, skip=SKIP_MODEL)

@@ -7,7 +7,7 @@
     targets: str | tuple[str, ...]                       --targets q_proj,v_proj, or a regular expression
     lr_multipliers: Mapping[str, float]                  --lr-multiplier lora_B=16, once for each name
 
-No flag has a default of its own: flags that were not given are absent from the result, and the config's defaults apply.
+Flags have no defaults: a flag that is not given is absent from the result, and the config's default applies.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def add_method_flags(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) 
             add_flag(group, found[flag][methods[0]], text)
 
 
-def method_settings(options: argparse.Namespace) -> dict[str, Any]:
+def read_method_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Read the methods' flags that were given, by name; run_config checks that the method has them."""
     from minipeft.adapters import METHODS
     from minipeft.runs.config import list_settings

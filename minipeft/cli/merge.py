@@ -1,4 +1,4 @@
-"""`minipeft merge`: fold an adapter into its model's weights, and say what that changes before anything is written."""
+"""`minipeft merge`: merge an adapter into its model's weights, and report the change before anything is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report as say
 
-HELP = "fold an adapter into its model, and say what that changes before anything is written"
+HELP = "merge an adapter into its model, and report the change before anything is written"
 EXAMPLE = "minipeft merge --model gpt2 --adapter runs/lora/adapter --data conala --out merged"
 SKIP = ("dtype",)  # the model is loaded in its own dtype; MergeConfig's is the dtype of the written weights
 

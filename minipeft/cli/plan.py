@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, read_method_settings, read_typed
 from minipeft.cli.streams import show
 
-HELP = "predict what training takes, from config.json alone: parameters, memory, time"
+HELP = "predict parameters, memory and time of training from config.json alone"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
   minipeft plan --preset paper --activation-checkpointing"""
 SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not use
-ROWS = ("isolate", "loss-mask")  # nor those of packing: each row counts as one document
+ROWS = ("isolate", "loss-mask")  # settings of packing without effect on a plan: each row counts as one document
 AGAIN = "activation-checkpointing"
 
 
@@ -32,9 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from minipeft.adapters import method_named
+    from minipeft.adapters import get_method
     from minipeft.data.packing import PackConfig
-    from minipeft.runs.config import ModelConfig, adapter_config, share_settings
+    from minipeft.runs.config import ModelConfig, make_method_config, share_settings
     from minipeft.runs.estimates import plan_row
     from minipeft.runs.planning import as_table
     from minipeft.study.presets import PlanConfig
@@ -44,13 +44,13 @@ def main(options: argparse.Namespace) -> int:
         read_typed(ModelConfig, options, skip=SKIP),
         PackConfig(**read_typed(PackConfig, options, skip=ROWS)),
     )
-    each = share_settings(config.method, method_settings(options))
+    each = share_settings(config.method, read_method_settings(options))
     rows = []
     for source in config.models:
         for name in config.method:
             # --dtype is that of the frozen base; full tuning trains the weights, in float32
-            own = {**shared, "dtype": None} if method_named(name)[0].trains_base else shared
-            adapter = adapter_config(name, each[name])
+            own = {**shared, "dtype": None} if get_method(name)[0].trains_base else shared
+            adapter = make_method_config(name, each[name])
             again = getattr(options, AGAIN.replace("-", "_"), False)
             rows.append(plan_row(ModelConfig(source, **own), adapter, packing, again))
     show(json.dumps(rows, indent=2) if options.json else as_table(rows))

@@ -1,4 +1,4 @@
-"""`minipeft study`: compare methods, from nothing to a table and a report; the same command resumes."""
+"""`minipeft study`: train and compare methods, and write a table and a report; the same command resumes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report, show
-from minipeft.cli.train import add_run_flags, run_settings
+from minipeft.cli.train import add_run_flags, read_run_settings
 
-HELP = "compare methods, from nothing to a table and a report; the same command resumes"
+HELP = "train and compare methods, and write a table and a report; the same command resumes"
 EXAMPLE = """minipeft study --out study
   minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study"""
 
@@ -37,7 +37,9 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.study.runner import conduct
 
     process = ProcessConfig(**read_typed(ProcessConfig, options))
-    config = StudyConfig(**read_typed(StudyConfig, options), settings=run_settings(options, skip=OWN), process=process)
+    config = StudyConfig(
+        **read_typed(StudyConfig, options), settings=read_run_settings(options, skip=OWN), process=process
+    )
     try:
         outcomes = conduct(config, options.out, say=report)
     except (KeyboardInterrupt, SystemExit):
@@ -54,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def format_command(options: argparse.Namespace) -> str:
-    """Format the given command for a shell, without --debug and --json."""
+    """Format the command as shell words, without --debug and --json."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     words = ["minipeft", "study"]

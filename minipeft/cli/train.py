@@ -1,4 +1,4 @@
-"""`minipeft train`: fine-tune a model on pairs of intent and snippet, resumably."""
+"""`minipeft train`: fine-tune a model on a data set; resumable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minipeft.cli.flags import add_fields, add_flag, add_method_flags, method_settings, read_typed
+from minipeft.cli.flags import add_fields, add_flag, add_method_flags, read_method_settings, read_typed
 from minipeft.cli.streams import report, show
 
 HELP = "fine-tune a model on pairs of intent and snippet, resumably"
@@ -15,7 +15,7 @@ EXAMPLE = """minipeft train --model gpt2 --method lora --data conala --out runs/
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    from minipeft.adapters import method_names
+    from minipeft.adapters import list_method_names
     from minipeft.runs.folder import FolderConfig
     from minipeft.runs.process import ProcessConfig
     from minipeft.training.processes import ParallelConfig
@@ -23,7 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, FolderConfig)
     add_fields(parser, ProcessConfig)
     add_fields(parser.add_argument_group("several processes, which torchrun starts"), ParallelConfig)
-    parser.add_argument("--method", default="lora", metavar="NAME", help=f"{', '.join(method_names())} (default lora)")
+    parser.add_argument(
+        "--method", default="lora", metavar="NAME", help=f"{', '.join(list_method_names())} (default lora)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_run_flags(parser)
 
@@ -43,13 +45,16 @@ def add_run_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -
     add_method_flags(parser, skip)
 
 
-def run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_run_settings(options: argparse.Namespace, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read the given flags of `add_run_flags`, under run_config's names."""
     from minipeft.runs.config import SECTIONS, RunConfig, list_settings
 
     names = {setting.name for config in (*SECTIONS.values(), RunConfig) for setting in list_settings(config, "")}
     chosen = {name.replace("-", "_"): None for name in sorted(names) if name not in skip}
-    return {**{name: getattr(options, name) for name in chosen if hasattr(options, name)}, **method_settings(options)}
+    return {
+        **{name: getattr(options, name) for name in chosen if hasattr(options, name)},
+        **read_method_settings(options),
+    }
 
 
 def main(options: argparse.Namespace) -> int:
@@ -63,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
 
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()
     folder = FolderConfig(**read_typed(FolderConfig, options))
-    config = run_config(options.method, **run_settings(options))
+    config = run_config(options.method, **read_run_settings(options))
     parallel = ParallelConfig(**read_typed(ParallelConfig, options))
     try:
         with join(parallel) as processes:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minipeft.data.encoded import Example
-from minipeft.data.tokens import ESCAPE, SAID, SETTINGS, UNSAID, Tokenizer
+from minipeft.data.tokenizer_files import SETTINGS
+from minipeft.data.tokens import ESCAPE, SAID, UNSAID, Tokenizer
 from minipeft.errors import InputError
-from minipeft.files import check_inside, kind_of, read_object, read_text
+from minipeft.files import check_inside, name_type, read_object, read_text
 from minipeft.hub import fetch
 
 FILE = "chat_template.jinja"
@@ -246,5 +247,5 @@ def load_chat_template(source: str | Path, *, revision: str | None = None, text:
             f"the model has no chat template ({FILE}, or chat_template in {file.name})", file=folder, hint=hint
         )
     if not isinstance(found, str):
-        raise InputError(f"must be text, is {kind_of(found)}", file=file, where="chat_template")
+        raise InputError(f"must be text, is {name_type(found)}", file=file, where="chat_template")
     return ChatTemplate(found, f"{file}: chat_template", names)

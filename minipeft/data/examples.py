@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from minipeft.data.encoded import Encoded, Example, as_arrays, take_together
 from minipeft.data.reading import find_source
-from minipeft.data.templates import TEMPLATE, prompt_text
+from minipeft.data.templates import TEMPLATE, format_prompt
 from minipeft.data.tokens import Piece, Tokenizer
 from minipeft.errors import InputError, check_fields, check_items, check_kind, check_methods, check_path, check_value
-from minipeft.files import kind_of
+from minipeft.files import name_type
 
 TOGETHER = 4096  # texts that are encoded at a time
 NEEDED = "A row holds intent and snippet, or prompt and completion"
@@ -90,7 +90,7 @@ def load_pairs(source: str | Path, *, split: str = "train", longest_field: int =
 def read_pair(row: Any, line: int, place: str, longest_field: int) -> tuple[Pair, bool]:
     """A row's pair, and whether its rewritten_intent was null."""
     if not isinstance(row, dict):
-        raise InputError(f"must be an object, is {kind_of(row)}", file=place)
+        raise InputError(f"must be an object, is {name_type(row)}", file=place)
     question, answer = (
         ("prompt", "completion") if "completion" in row and "snippet" not in row else ("intent", "snippet")
     )
@@ -107,7 +107,7 @@ def read_question_id(row: dict[str, Any], place: str) -> int | None:
     """The row's question_id, or None."""
     question_id = row.get("question_id")
     if question_id is not None and (isinstance(question_id, bool) or not isinstance(question_id, int)):
-        raise InputError(f"must be an integer, is {kind_of(question_id)}", file=place, where="field 'question_id'")
+        raise InputError(f"must be an integer, is {name_type(question_id)}", file=place, where="field 'question_id'")
     return question_id
 
 
@@ -122,7 +122,7 @@ def read_field(row: dict[str, Any], name: str, place: str, longest: int, needed:
         raise refuse(f"is missing (the row has: {has})", needed)
     text = row[name]
     if not isinstance(text, str):
-        raise refuse(f"must be text, is {kind_of(text)}")
+        raise refuse(f"must be text, is {name_type(text)}")
     if not text.strip():
         raise refuse("is empty" if not text else "is blank")
     check_text(text, place, f"field '{name}'", longest)
@@ -176,7 +176,7 @@ def split_by_question(pairs: P, held_out: int = 100, seed: int = 0) -> tuple[P, 
     return replace(pairs, items=kept), replace(pairs, items=tuple(pairs.items[number] for number in sorted(dev)))
 
 
-def shared_pairs(pairs: Iterable[Any], others: Iterable[Any]) -> int:
+def count_shared(pairs: Iterable[Any], others: Iterable[Any]) -> int:
     """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet; of other
     forms the same content. Rows are remembered by their hashes."""
     seen = hash_each(pairs, "pairs")
@@ -198,7 +198,7 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str =
     """
     check_methods(tokenizer, ("require_eos", "encode", "encode_all"), "Tokenizer", "tokenizer")
     pairs = check_items(pairs, Pair, "pairs")
-    prompt_text("x", template)  # checks it
+    format_prompt("x", template)  # checks it
     before, after = template.split("{intent}")
 
     def encode() -> Iterator[Example]:

@@ -25,7 +25,7 @@ from minipeft.data.reading import find_source
 from minipeft.data.templates import TEMPLATE, Template, parse_template, read_template
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
-from minipeft.files import kind_of, read_object, write_json
+from minipeft.files import name_type, read_object, write_json
 
 FORM_FILE = "minipeft_data.json"
 CHAT = "messages"
@@ -50,7 +50,7 @@ class Item:
     @property
     def question(self) -> str:
         """The question as text: the last message that is not the assistant's, or all fields but the response."""
-        asked = [str(message["content"]) for message in question_of(self) if message["role"] != "assistant"]
+        asked = [str(message["content"]) for message in get_question(self) if message["role"] != "assistant"]
         return asked[-1] if asked else "\n".join(list(self.values.values())[:-1])
 
 
@@ -171,7 +171,7 @@ def load_data(
 def find_form(row: Any, place: str) -> DataFormat:
     """Recognize the form of a row by its fields."""
     if not isinstance(row, dict):
-        raise InputError(f"must be an object, is {kind_of(row)}", file=place)
+        raise InputError(f"must be an object, is {name_type(row)}", file=place)
     for name, form in FORMS.items():
         if name in row:
             return form
@@ -187,7 +187,7 @@ def read_item(row: Any, form: DataFormat, place: str, line: int, longest: int) -
         values = {"intent": pair.intent, "snippet": pair.snippet}
         return Item(values, question_id=pair.question_id, line=line), was_null
     if not isinstance(row, dict):
-        raise InputError(f"must be an object, is {kind_of(row)}", file=place)
+        raise InputError(f"must be an object, is {name_type(row)}", file=place)
     question = read_question_id(row, place)
     if form.form == CHAT:
         messages = tuple(read_messages(row["messages"], place, longest))
@@ -231,18 +231,18 @@ def encode_questions(
     """Encode the prompt of each row, as in training."""
     if form.form == CHAT:
         template = require_chat(chat)
-        return [template.encode_prompt(question_of(item), item.tools, tokenizer) for item in items]
+        return [template.encode_prompt(get_question(item), item.tools, tokenizer) for item in items]
     parsed = form.parsed
     return tokenizer.encode_pieces([parsed.prompt(item.values) for item in items])
 
 
-def question_of(item: Item) -> tuple[Mapping[str, Any], ...]:
+def get_question(item: Item) -> tuple[Mapping[str, Any], ...]:
     """A chat's messages before the assistant's last turn."""
     last = max((i for i, message in enumerate(item.messages) if message["role"] == "assistant"), default=None)
     return item.messages if last is None else item.messages[:last]
 
 
-def reference_of(item: Item, form: DataFormat) -> str:
+def get_reference(item: Item, form: DataFormat) -> str:
     """The reference of an answer: the last field, or the assistant's last turn."""
     if form.form != CHAT:
         return item.values[form.parsed.fields[-1]]
@@ -252,7 +252,7 @@ def reference_of(item: Item, form: DataFormat) -> str:
     return said[-1]
 
 
-def item_of_prompt(prompt: str, form: DataFormat) -> Item:
+def make_prompt_item(prompt: str, form: DataFormat) -> Item:
     """Make a row of a typed prompt.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 from minipeft.data.examples import check_text
 from minipeft.errors import InputError
-from minipeft.files import kind_of, parse_json
+from minipeft.files import name_type, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -19,12 +19,12 @@ ROLES = ("system", "user", "assistant", "tool")
 def read_messages(given: Any, place: str, longest: int) -> Iterator[dict[str, Any]]:
     """Read and check the messages of a chat, in Hugging Face's form or OpenAI's."""
     if not isinstance(given, list) or not given:
-        problem = "is empty" if given == [] else f"must be a list, is {kind_of(given)}"
+        problem = "is empty" if given == [] else f"must be a list, is {name_type(given)}"
         raise InputError(problem, file=place, where="field 'messages'")
     for number, message in enumerate(given, start=1):
         where = f"message {number}"
         if not isinstance(message, dict):
-            raise InputError(f"must be an object, is {kind_of(message)}", file=place, where=where)
+            raise InputError(f"must be an object, is {name_type(message)}", file=place, where=where)
         role = message.get("role")
         if role not in ROLES:
             raise InputError(f"role {role!r} is not known ({', '.join(ROLES)})", file=place, where=where)
@@ -43,7 +43,7 @@ def read_message(message: dict[str, Any], place: str, where: str, longest: int) 
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
-        problem = "has no content" if "content" not in message else f"content must be text, is {kind_of(content)}"
+        problem = "has no content" if "content" not in message else f"content must be text, is {name_type(content)}"
         raise InputError(problem, file=place, where=where)
     check_text(content, place, where, longest)
     read = {**message, "content": content}

@@ -14,7 +14,7 @@ itself puts an adapter's virtual tokens before each row. The report counts what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from minipeft.data.encoded import Array, Encoded, Example, as_arrays
+from minipeft.data.rows import Documents, Rows, cut_each, fill_rows, join
 from minipeft.data.tokens import Tokenizer
-from minipeft.documents import IGNORED, PADDING, derived_seed
-from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, option, shown
+from minipeft.documents import IGNORED, PADDING, derive_seed
+from minipeft.errors import InputError, check_fields, check_items, check_methods, check_value, format_value, option
 
 LENGTH = 1024  # tokens of a row, as in the paper
 LOSS_MASKS = ("all", "response")
 MOST = 2**20  # rows of a batch, and tokens of a row
-BLOCK = 8192  # documents whose targets are counted together
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def pack(
     check_value(virtual_tokens, int, {"least": 0}, "virtual_tokens")
     check_value(seed, int, {"least": 0, "below": 2**63}, "seed")
     check_value(shuffle, bool, {}, "shuffle")
-    width = row_width(length, virtual_tokens)
+    width = measure_row(length, virtual_tokens)
     check_methods(tokenizer, ("size", "require_eos", "eos", "pad"), "Tokenizer", "tokenizer")
     check_examples(examples, tokenizer.size)
     encoded = as_arrays(examples)
@@ -182,10 +182,10 @@ def pack(
     targets = documents.count_targets()
     kept = documents.select(targets > 0)
     check_kept(encoded, kept)
-    rows = first_fit(kept.lengths, width) if isolate else Rows(np.arange(len(kept)), np.arange(len(kept) + 1))
-    report = count(encoded, documents, kept, int(targets.sum()), len(rows), width, batch, virtual_tokens)
+    rows = fill_rows(kept.lengths, width) if isolate else Rows(np.arange(len(kept)), np.arange(len(kept) + 1))
+    report = make_report(encoded, documents, kept, int(targets.sum()), len(rows), width, batch, virtual_tokens)
     order = seed if shuffle else None
-    return Batches(kept, rows, batch=batch, width=width, pad=padding_of(tokenizer), seed=order, report=report)
+    return Batches(kept, rows, batch=batch, width=width, pad=choose_padding(tokenizer), seed=order, report=report)
 
 
 def check_examples(examples: Sequence[Example], size: int) -> None:
@@ -202,16 +202,16 @@ def check_examples(examples: Sequence[Example], size: int) -> None:
     for number, example in enumerate(check_items(examples, Example, "examples")):
         where, ids, prompt = f"example {number}", example.ids, example.prompt_tokens
         if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
-            raise InputError(f"its ids must be a list of integers, not {shown(ids, 60)}", where=where)
+            raise InputError(f"its ids must be a list of integers, not {format_value(ids, 60)}", where=where)
         if ids and not (min(ids) >= 0 and max(ids) < size):
             strange = next(i for i in ids if not 0 <= i < size)
-            raise InputError(f"id {shown(strange)} is not one of the tokenizer's {size:,}", where=where)
+            raise InputError(f"id {format_value(strange)} is not one of the tokenizer's {size:,}", where=where)
         check_value(prompt, int, {"least": 0}, f"{where}: prompt_tokens")
     if not len(examples):
         raise InputError("no examples to pack", where="examples")
 
 
-def row_width(length: int, virtual_tokens: int) -> int:
+def measure_row(length: int, virtual_tokens: int) -> int:
     """The tokens of a row that are left for documents.
 
     Raises:
@@ -221,111 +221,6 @@ def row_width(length: int, virtual_tokens: int) -> int:
         problem = f"{length} leaves {length - virtual_tokens} tokens beside {virtual_tokens} virtual tokens"
         raise InputError(problem, where="length")
     return length - virtual_tokens
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Documents as stretches of the flat ids; nothing is copied before a batch is made.
-
-    `responses`: supervise the tokens of `Encoded.supervised`; else all tokens but a document's first.
-    """
-
-    encoded: Encoded
-    starts: Array  # [documents] int64
-    lengths: Array  # [documents] int64
-    responses: bool
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, number: int) -> tuple[Array, Array]:
-        """A document's ids and labels, two of [tokens]."""
-        start, size = int(self.starts[number]), int(self.lengths[number])
-        ids = self.encoded.ids[start : start + size]
-        return ids, np.where(self.find_targets(start, start + size), ids, IGNORED)
-
-    def find_targets(self, start: int, stop: int) -> Array:
-        """Whether each token of a document is supervised; the first never is. -> [tokens] bool"""
-        if self.responses:
-            bounds = self.encoded.starts
-            first, last = int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop, "left"))
-            offset = int(bounds[first])
-            found = self.encoded.supervised(first, last)[start - offset : stop - offset].copy()
-        else:
-            found = np.ones(stop - start, np.bool_)
-        found[0] = False
-        return found
-
-    def count_targets(self) -> Array:
-        """The supervised tokens of each document. -> [documents] int64"""
-        if not self.responses:
-            return self.lengths - 1
-        counts = np.empty(len(self), np.int64)
-        for begin in range(0, len(self), BLOCK):
-            starts = self.starts[begin : begin + BLOCK]
-            stops = starts + self.lengths[begin : begin + BLOCK]
-            found = self.find_targets(int(starts[0]), int(stops[-1]))
-            found[starts - starts[0]] = False
-            edges = np.stack([starts, stops], axis=1).ravel() - starts[0]  # start, stop, start, stop, ...
-            sums = np.add.reduceat(np.append(found, False), edges, dtype=np.int64)
-            counts[begin : begin + BLOCK] = sums[::2]
-        return counts
-
-    def select(self, kept: Array) -> Documents:
-        """The documents where `kept` is true."""
-        return replace(self, starts=self.starts[kept], lengths=self.lengths[kept])
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The documents of each row, by number: row i holds members[starts[i] : starts[i + 1]]."""
-
-    members: Array  # [documents] int64
-    starts: Array  # [rows + 1] int64
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, number: int) -> Array:
-        return self.members[self.starts[number] : self.starts[number + 1]]
-
-
-def cut_each(encoded: Encoded, responses: bool, width: int) -> Documents:
-    """Each example as a document, cut to `width`."""
-    return Documents(encoded, encoded.starts[:-1], np.minimum(encoded.lengths, width), responses)
-
-
-def join(encoded: Encoded, tokenizer: Tokenizer, responses: bool, width: int) -> Documents:
-    """All examples, each ended by EOS, as one text cut every `width` tokens; the tail is a shorter row."""
-    eos = tokenizer.require_eos()
-    unended = np.flatnonzero((encoded.ids[encoded.starts[1:] - 1] != eos) | (encoded.lengths == 0))
-    if len(unended):
-        raise InputError("must end with EOS, which separates joined documents", where=f"example {unended[0]}")
-    cuts = np.arange(0, len(encoded.ids), width)
-    return Documents(encoded, cuts, np.minimum(len(encoded.ids) - cuts, width), responses)
-
-
-def first_fit(sizes: Array, width: int) -> Rows:
-    """Rows of documents: the longest document first, each into the first row that has room for it.
-
-    Documents of one size are placed together: each row in turn takes as many as fit, which gives the same rows as one
-    by one, because a row that was too full stays so. A million documents take seconds.
-    """
-    order = np.argsort(-np.asarray(sizes), kind="stable")
-    ordered = np.asarray(sizes)[order]
-    row_of = np.empty(len(order), np.int64)  # of the documents in that order
-    free, used = np.full(len(order), width, np.int64), 0  # the room of each row; rows in use
-    ends = np.flatnonzero(np.append(np.diff(ordered) != 0, True)) + 1
-    for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist()):
-        size, many = int(ordered[begin]), end - begin
-        more = -(-many // (width // size))  # new rows that suffice, were no other row to take any
-        takes = free[: used + more] // size
-        takes = np.diff(np.minimum(np.cumsum(takes), many), prepend=0)
-        row_of[begin:end] = np.repeat(np.arange(used + more), takes)
-        free[: used + more] -= takes * size
-        used = max(used, int(row_of[end - 1]) + 1)
-    grouped = np.argsort(row_of, kind="stable")
-    return Rows(order[grouped], np.searchsorted(row_of[grouped], np.arange(used + 1)))
 
 
 def check_kept(encoded: Encoded, kept: Documents) -> None:
@@ -343,7 +238,7 @@ def check_kept(encoded: Encoded, kept: Documents) -> None:
         )
 
 
-def count(
+def make_report(
     encoded: Encoded,
     documents: Documents,
     kept: Documents,
@@ -374,7 +269,7 @@ def count(
     )
 
 
-def padding_of(tokenizer: Tokenizer) -> int:
+def choose_padding(tokenizer: Tokenizer) -> int:
     """The id in padding columns. No document sees it, so any id of the vocabulary works."""
     return next(token for token in (tokenizer.pad, tokenizer.eos, 0) if token is not None)
 
@@ -384,5 +279,5 @@ def draw_order(count: int, seed: int | None, epoch: int) -> Tensor:
     """The numbers below `count`, shuffled for this epoch, or in order where `seed` is None."""
     if seed is None:
         return torch.arange(count)
-    generator = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
     return torch.randperm(count, generator=generator)

@@ -67,8 +67,8 @@ def find_source(
         paths = [fetch(source, [file], revision=revision, repo_type="dataset") / file]
     elif str(source) in NAMED:
         paths = [NAMED[str(source)](split)]
-    elif (folder := Path(source)).is_dir() and (folder / conala_name(split)).exists():
-        paths = [folder / conala_name(split)]
+    elif (folder := Path(source)).is_dir() and (folder / name_conala_file(split)).exists():
+        paths = [folder / name_conala_file(split)]
     elif folder.is_dir():
         paths = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
         if not paths:
@@ -82,20 +82,20 @@ def find_source(
     return Source(str(source), tuple(paths), hashlib.sha256(named.encode()).hexdigest())
 
 
-def conala_name(split: str) -> str:
+def name_conala_file(split: str) -> str:
     """The name of CoNaLa's file of a split."""
     if split not in ("train", "test"):
         raise InputError(f"CoNaLa has no split {split!r}, only 'train' and 'test'", where="split")
     return f"conala-paired-{split}.json"
 
 
-def conala_file(split: str) -> Path:
+def fetch_conala(split: str) -> Path:
     """Download CoNaLa's file of a split, at the revision of our published results."""
-    name = f"data/{conala_name(split)}"
+    name = f"data/{name_conala_file(split)}"
     return fetch(CONALA, [name], revision=CONALA_COMMIT, repo_type="dataset") / name
 
 
-def demo_file(split: str) -> Path:
+def find_demo_file(split: str) -> Path:
     """The file of the demo pairs; it holds all splits, and each row names its own."""
     if split not in ("train", "test", "hard"):
         raise InputError(f"the demo has no split {split!r}, only 'train', 'test' and 'hard'", where="split")
@@ -103,7 +103,7 @@ def demo_file(split: str) -> Path:
 
 
 # a name in place of a path: split -> file
-NAMED: dict[str, Callable[[str], Path]] = {"conala": conala_file, "demo": demo_file}
+NAMED: dict[str, Callable[[str], Path]] = {"conala": fetch_conala, "demo": find_demo_file}
 
 
 def hash_file(path: Path) -> str:

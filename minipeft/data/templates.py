@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minipeft.data.tokens import Piece
-from minipeft.errors import InputError, check_value, shown
+from minipeft.errors import InputError, check_value, format_value
 from minipeft.files import read_text
 
 TEMPLATE = "### Instruction:\n{intent}\n### Response:\n"
 ESCAPES = {r"\n": "\n", r"\t": "\t"}  # of a format string that a shell passes on as it is
 
 
-def prompt_text(intent: str, template: str = TEMPLATE) -> str:
+def format_prompt(intent: str, template: str = TEMPLATE) -> str:
     """The prompt that asks for a snippet: the start of a training text, and all that generation is given.
 
     Raises:
@@ -34,7 +34,7 @@ def prompt_text(intent: str, template: str = TEMPLATE) -> str:
     if not intent.strip():
         raise InputError("is blank" if intent else "is empty", where="intent")
     if template.count("{intent}") != 1:
-        raise InputError(f"must hold {{intent}} once, is {shown(template)}", where="template")
+        raise InputError(f"must hold {{intent}} once, is {format_value(template)}", where="template")
     return template.replace("{intent}", intent)
 
 

@@ -19,31 +19,34 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import models
 
-from minipeft.errors import InputError, check_items, check_kind, matches, shown
-from minipeft.files import check_inside, check_plain, kind_of, read_object, read_text, write_whole
+from minipeft.data.tokenizer_files import (
+    ADDED,
+    FILES,
+    GPT2_SPECIAL,
+    MERGES,
+    SETTINGS,
+    VOCAB,
+    WHOLE,
+    call_library,
+    find_special_id,
+    make_special,
+    put_bos,
+    read_byte_level,
+    read_whole,
+)
+from minipeft.errors import InputError, check_items, check_kind, format_value
+from minipeft.files import check_inside, check_plain, read_object, write_whole
 from minipeft.hub import fetch, list_names
 
-WHOLE = "tokenizer.json"
-VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
-SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "config.json"]
-FILES = [
-    WHOLE,
-    VOCAB,
-    MERGES,
-    ADDED,
-    *SETTINGS[:2],
-    "chat_template.jinja",
-]  # that belong to a tokenizer and not a model
-GPT2_SPECIAL = "<|endoftext|>"  # GPT-2's own BOS and EOS, where no file names others
 LARGEST_TEXT = 2**28  # bytes of a text after the normalizer
 PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that GPT-2's alphabet writes as themselves
 
@@ -53,8 +56,6 @@ SAID, UNSAID = "\ufdd2", "\ufdd3"  # around what a chat template says the assist
 ESCAPE = "\ufdd4"  # inside a special token's name in data, so that it stays text
 
 Piece = tuple[str, bool]  # text, and whether it is of a template: there a special token's name is that token
-
-T = TypeVar("T")
 
 
 class Tokenizer:
@@ -71,12 +72,12 @@ class Tokenizer:
         self.chosen_eos: str | None = None  # by with_eos; the files name another, or none
         self.bos, self.eos, self.pad = (special[name] for name in ("bos", "eos", "pad"))
         backend.encode_special_tokens = True  # special tokens written in a text are text
-        self.growth = growth_of(backend.normalizer)
-        for name, growth in (("normalizer", self.growth), ("decoder", growth_of(backend.decoder))):
+        self.growth = bound_growth(backend.normalizer)
+        for name, growth in (("normalizer", self.growth), ("decoder", bound_growth(backend.decoder))):
             if growth > LARGEST_TEXT:
                 problem = f"its rules may make a text {growth:.1g} times as long"
                 raise InputError(problem, file=file, where=name)
-        self.absent = absent_bytes(backend)  # bytes that the library would leave out without a word
+        self.absent = find_absent_bytes(backend)  # bytes that the library would leave out without a word
         probe = call_library(lambda: backend.encode("a"), file, "post_processor")
         leading = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else len(probe.ids)
         self.before: list[int] = probe.ids[:leading]  # [BOS], or nothing
@@ -130,7 +131,7 @@ class Tokenizer:
 
     def check_texts(self, texts: Sequence[str]) -> list[int]:
         """Check that the tokenizer can encode each text; returns their UTF-8 bytes."""
-        sizes = [size_of(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
+        sizes = [measure_text(text, number) for number, text in enumerate(check_items(texts, object, "texts", "text"))]
         if self.growth > 1 and sizes and (size := max(sizes)) * self.growth > LARGEST_TEXT:
             problem = f"{size:,} bytes may become {size * self.growth:,}: its rules make the text grow"
             raise InputError(problem, file=self.file, where="normalizer")
@@ -207,7 +208,9 @@ class Tokenizer:
         ids = check_items(ids, int, "ids")
         check_kind(skip_special, bool, "skip_special")
         if ids and not (min(ids) >= 0 and max(ids) < 2**32):
-            raise InputError(f"{shown(next(i for i in ids if not 0 <= i < 2**32))} must be in [0, 2^32)", where="ids")
+            raise InputError(
+                f"{format_value(next(i for i in ids if not 0 <= i < 2**32))} must be in [0, 2^32)", where="ids"
+            )
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def with_eos(self, token: str) -> Tokenizer:
@@ -217,7 +220,7 @@ class Tokenizer:
             changed.__dict__.pop(made, None)
         changed.backend = copy.deepcopy(self.backend)
         changed.backend.encode_special_tokens = True
-        changed.eos = named_id(changed.backend, token, self.file, "eos token")
+        changed.eos = make_special(changed.backend, token, self.file, "eos token")
         changed.chosen_eos = token
         return changed
 
@@ -287,7 +290,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
     else:
         found = f"no {WHOLE}, and no {VOCAB} with {MERGES}, in the folder (found: {list_names(folder)})"
         raise InputError(found, file=folder)
-    special = {name: special_id(backend, name, folder, named, config) for name in ("bos", "eos", "pad")}
+    special = {name: find_special_id(backend, name, folder, named, config) for name in ("bos", "eos", "pad")}
     if file.name == VOCAB and named.get("add_bos_token"):
         if special["bos"] is None:
             raise InputError("is true, but the vocabulary has no BOS token", file=folder, where="add_bos_token")
@@ -297,143 +300,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Tokeni
     return Tokenizer(backend, file, definition, special)
 
 
-def read_whole(file: Path) -> tokenizers.Tokenizer:
-    """Read tokenizer.json, without its padding and truncation, and check its ids."""
-    spec = read_object(file)
-    model, added = spec.get("model"), spec.get("added_tokens") or []
-    if not isinstance(model, dict) or not model.get("vocab"):
-        raise InputError("vocabulary is empty" if isinstance(model, dict) else "is missing", file=file, where="model")
-    ids = ids_of_vocab(model["vocab"], file)
-    check_unique(ids, file)
-    if model.get("dropout"):
-        problem = f"{model['dropout']!r}: merges would be left out at random, and two runs would see other ids"
-        raise InputError(problem, file=file, where="model.dropout", hint="Set it to null")
-    spec["padding"] = spec["truncation"] = None
-    backend = call_library(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), file)
-    for token in added:  # the library numbers added tokens itself, whatever the file says
-        number, name = token["id"], token["content"]
-        if backend.token_to_id(name) != number:
-            owner = next((other for other, taken in ids.items() if taken == number), None)
-            place = f"which is that of {owner!r}" if owner else f"but its place is {backend.token_to_id(name)}"
-            raise InputError(f"token {name!r} has id {number}, {place}", file=file, where="added_tokens")
-    return backend
-
-
-def ids_of_vocab(vocab: Any, file: Path) -> dict[str, int]:
-    """A vocabulary as token -> id: written as an object (BPE, WordLevel) or as a list of [token, score] (Unigram)."""
-    if isinstance(vocab, list) and all(isinstance(entry, list) and entry for entry in vocab):
-        return {str(entry[0]): number for number, entry in enumerate(vocab)}
-    if not isinstance(vocab, dict):
-        raise InputError(f"must be an object of token: id, is {kind_of(vocab)}", file=file, where="vocab")
-    for token, number in vocab.items():
-        if not is_id(number):
-            raise InputError(f"token {token!r} has id {number!r}, not a number from 0", file=file, where="vocab")
-    return vocab
-
-
-def is_id(value: Any) -> TypeGuard[int]:
-    """Whether a JSON value can be a token id."""
-    return matches(value, int) and 0 <= value < 2**32
-
-
-def check_unique(ids: dict[str, int], file: Path) -> None:
-    """Refuse two tokens with one id."""
-    owners: dict[int, str] = {}
-    for token, number in ids.items():
-        if owners.setdefault(number, token) is not token:
-            raise InputError(f"ids not unique: {owners[number]!r} and {token!r} both have {number}", file=file)
-
-
-def read_byte_level(folder: Path, prefix_space: bool) -> tokenizers.Tokenizer:
-    """GPT-2's byte-level BPE from vocab.json and merges.txt, with added_tokens.json where there is one."""
-    vocab = ids_of_vocab(read_object(folder / VOCAB), folder / VOCAB)
-    if not vocab:
-        raise InputError("vocabulary is empty", file=folder / VOCAB)
-    check_unique(vocab, folder / VOCAB)
-    merges = read_merges(folder / MERGES, vocab)
-    model = call_library(lambda: models.BPE(vocab, merges, fuse_unk=False), folder / VOCAB)
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    backend.decoder = decoders.ByteLevel()
-    added = ids_of_vocab(read_object(folder / ADDED), folder / ADDED) if (folder / ADDED).exists() else {}
-    for token, number in sorted(added.items(), key=lambda entry: entry[1]):
-        backend.add_tokens([tokenizers.AddedToken(token, normalized=True)])
-        if backend.token_to_id(token) != number:
-            raise InputError(
-                f"token {token!r} has id {number}, but {VOCAB} leaves it {backend.token_to_id(token)}",
-                file=folder / ADDED,
-            )
-    return backend
-
-
-def read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of merges.txt, in order; line 1 says `#version`, each other line holds two tokens of the vocabulary."""
-    text = read_text(file).replace("\r\n", "\n")
-    if "\r" in text:  # the whole file would be its first line, a comment
-        place = text.count("\n", 0, text.index("\r")) + 1
-        raise InputError(f"line {place} ends in CR alone", file=file, hint="Save it with LF at the line ends")
-    lines = text.split("\n")
-    if not lines[0].startswith("#version"):
-        raise InputError(
-            f"line 1 is {lines[0][:40]!r}, not '#version: ...' (some readers would drop a first merge)",
-            file=file,
-            hint="Put the line `#version: 0.2` before it",
-        )
-    merges = []
-    for number, line in enumerate(lines[1:], start=2):
-        parts = line.split(" ")
-        if not line:
-            continue
-        if len(parts) != 2:
-            raise InputError(f"line {number}: {line[:40]!r} is not two tokens", file=file)
-        unknown = [token for token in (*parts, "".join(parts)) if token not in vocab]
-        if unknown:
-            raise InputError(f"line {number}: {unknown[0]!r} is not in {VOCAB}", file=file)
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def special_id(
-    backend: tokenizers.Tokenizer, name: str, folder: Path, named: dict[str, Any], config: dict[str, Any]
-) -> int | None:
-    """Find the id of the BOS, EOS or padding token: by name in `named`, else by number in `config`, else None.
-
-    A BOS or padding token outside the vocabulary is None too, since neither is needed; such an EOS is an error, because
-    a new id would have no embedding.
-    """
-    token = named.get(f"{name}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None:
-        if not isinstance(token, str):
-            raise InputError(f"must be text, is {kind_of(token)}", file=folder, where=f"{name}_token")
-        if name != "eos" and backend.token_to_id(token) is None:
-            return None
-        return named_id(backend, token, folder, f"{name}_token")
-    number = config.get(f"{name}_token_id")
-    number = number[0] if isinstance(number, list) and number else number  # Llama 3 lists several: EOS comes first
-    if not is_id(number):
-        return None
-    token = backend.id_to_token(number)
-    return None if token is None else named_id(backend, token, folder, f"{name}_token_id")
-
-
-def named_id(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
-    """Make a token of the vocabulary special (skipped when decoding); returns its id."""
-    check_kind(token, str, where)
-    number = backend.token_to_id(token)
-    if number is None:
-        raise InputError(f"{token!r} is not in the vocabulary", file=file, where=where)
-    backend.add_special_tokens([token])
-    assert backend.token_to_id(token) == number
-    return number
-
-
-def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
-    """Make the tokenizer put this BOS id before each text; its name may contain a colon or a space."""
-    backend.post_processor = processors.TemplateProcessing(single="BOS:0 $A:0", special_tokens=[("BOS", bos)])
-
-
-def growth_of(part: Any) -> int:
+def bound_growth(part: Any) -> int:
     """Bound the factor by which a normalizer or decoder may lengthen a text."""
 
     def longest(rule: Any) -> int:
@@ -448,7 +315,7 @@ def growth_of(part: Any) -> int:
     return 1 if part is None else longest(json.loads(part.__getstate__()))
 
 
-def absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
+def find_absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
     """Find the bytes that have no token in a byte-level BPE without an unknown token."""
     rules = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
     if b'"ByteLevel"' not in rules or not isinstance(backend.model, models.BPE) or backend.model.unk_token is not None:
@@ -459,7 +326,7 @@ def absent_bytes(backend: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(byte for byte in possible if backend.token_to_id(signs[byte]) is None)
 
 
-def size_of(text: Any, number: int) -> int:
+def measure_text(text: Any, number: int) -> int:
     """The UTF-8 bytes of a text."""
     check_kind(text, str, f"text {number + 1}")
     try:
@@ -468,17 +335,3 @@ def size_of(text: Any, number: int) -> int:
         raise InputError(
             f"holds a lone surrogate, {text[error.start]!r}, which is no character", where=f"text {number + 1}"
         ) from error
-
-
-def call_library(action: Callable[[], T], file: Path, where: str | None = None) -> T:
-    """Call the Rust library; its errors and panics become an InputError.
-
-    It raises plain `Exception` for an error, and PanicException, a BaseException that cannot be imported, for a panic.
-    """
-    try:
-        return action()
-    except BaseException as failure:
-        if type(failure) is not Exception and type(failure).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(failure).split())[:200]
-        raise InputError(f"the tokenizer fails: {reason}", file=file, where=where) from failure

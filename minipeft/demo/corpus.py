@@ -200,7 +200,7 @@ def parse(code: str) -> ast.Module | None:
         return None
 
 
-def documents(files: list[tuple[str, Path]]) -> Iterator[Document]:
+def make_documents(files: list[tuple[str, Path]]) -> Iterator[Document]:
     """Read each file once and yield its documents of every kind, each text once."""
     seen: set[bytes] = set()
     for name, path in files:
@@ -245,7 +245,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
+def cut_pieces(texts: list[str], tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """The ids of each text followed by END, cut into chunks of at most `length`."""
     end = tokenizer.get_vocab()[END]
     found: list[list[int]] = []

@@ -26,7 +26,7 @@ from pathlib import Path
 from string import Template as Blank
 from typing import TypeVar
 
-from minipeft.demo.names import is_kept, pools
+from minipeft.demo.names import is_kept, split_names
 
 HERE = Path(__file__).parent
 TRAIN_PAIRS = 72  # of an operation, and of each of its wordings a third
@@ -90,7 +90,7 @@ def draw(choices: Sequence[T], *key: object) -> T:
 @cache
 def list_choices(kind: str, test: bool) -> list[str]:
     """The possible values of a slot: names, texts and numbers of the test questions, or of the other splits."""
-    many, one = pools(test)
+    many, one = split_names(test)
     if kind == "table":
         return many
     if kind == "column":
@@ -145,7 +145,7 @@ LITERALS = {  # slots with fixed values, or filled from the texts and names
 
 def make_general_pairs(times: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Fill each wording of each block of templates.txt `times` times -> (intent, snippet), without test names."""
-    many, one = pools(test=False)
+    many, one = split_names(test=False)
     texts, numbers = list_choices("text", False), list_choices("number", False)
     pool = {**dict.fromkeys(MANY, many), **dict.fromkeys(ONE, one), **LITERALS, "n": numbers, "m": numbers}
     for template in read_templates(HERE / "templates.txt"):

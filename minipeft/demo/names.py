@@ -41,7 +41,7 @@ def is_kept(name: str) -> bool:
     return hashlib.sha256(f"name/{name}".encode()).digest()[0] % KEPT_ONE_IN == 0
 
 
-def plural(noun: str) -> str:
+def pluralize(noun: str) -> str:
     """orders, cities, boxes"""
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
@@ -52,7 +52,7 @@ def make_names() -> tuple[list[str], list[str]]:
     """Plural names (orders, open_orders) and singular names (price, best_price)."""
     many, one = [], []
     for noun in NOUNS.split():
-        many += [plural(noun), *(f"{m}_{plural(noun)}" for m in _some(noun, "many"))]
+        many += [pluralize(noun), *(f"{m}_{pluralize(noun)}" for m in _some(noun, "many"))]
         one += [noun, *(f"{m}_{noun}" for m in _some(noun, "one"))]
     return many, one
 
@@ -65,7 +65,7 @@ def _some(noun: str, kind: str) -> list[str]:
 
 
 @cache
-def pools(test: bool) -> tuple[list[str], list[str]]:
+def split_names(test: bool) -> tuple[list[str], list[str]]:
     """The two lists of `make_names`, restricted to the test questions or to the other splits."""
     many, one = make_names()
     return [n for n in many if is_kept(n) is test], [n for n in one if is_kept(n) is test]

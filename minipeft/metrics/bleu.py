@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipeft.errors import InputError, check_value, shown
-from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, choose_length, count_ngrams, overlap
+from minipeft.errors import InputError, check_value, format_value
+from minipeft.metrics.ngrams import ORDERS, TOKENIZERS, check_pairs, choose_length, count_matches, count_ngrams
 
 # The smoothings of Chen & Cherry (2014) under sacrebleu's names, each with its default value. They replace a precision
 # of 0. none: the score is 0; floor: `value` matches; add-k: k added to matches and totals from order 2 on; exp: 1/2,
@@ -78,7 +78,9 @@ def count_pairs(
     With several references "conala" uses the shortest length (as its evaluation does), the others the closest.
     """
     if not isinstance(tokenize, str) or tokenize not in TOKENIZERS:
-        raise InputError(f"no tokenizer is called {shown(tokenize)}; there are {sorted(TOKENIZERS)}", where="tokenize")
+        raise InputError(
+            f"no tokenizer is called {format_value(tokenize)}; there are {sorted(TOKENIZERS)}", where="tokenize"
+        )
     cut, rows = TOKENIZERS[tokenize], []
     for prediction, texts in zip(*check_pairs(predictions, references)):
         tokens, others = cut(prediction), [cut(text) for text in texts]
@@ -87,7 +89,7 @@ def count_pairs(
             allowed = [most | more for most, more in zip(allowed, count_ngrams(other))]
         lengths = [len(other) for other in others]
         shortest = min(lengths) if tokenize == "conala" else choose_length(len(tokens), lengths)
-        matches = [overlap(here, there) for here, there in zip(grams, allowed)]
+        matches = [count_matches(here, there) for here, there in zip(grams, allowed)]
         rows.append([len(tokens), shortest, *matches, *(max(0, len(tokens) - order + 1) for order in ORDERS)])
     return np.array(rows, dtype=np.int64)  # [N, 10]
 
@@ -127,7 +129,9 @@ def _bleu(
     if smooth is None:
         smooth = "none" if tokenize == "conala" else "exp"
     if not isinstance(smooth, str) or smooth not in SMOOTHINGS:
-        raise InputError(f"no smoothing is called {shown(smooth)}; there are {sorted(SMOOTHINGS)}", where="smooth")
+        raise InputError(
+            f"no smoothing is called {format_value(smooth)}; there are {sorted(SMOOTHINGS)}", where="smooth"
+        )
     check_value(smooth_value, float | None, {"above": 0}, "smooth_value")
     check_value(effective_order, bool, {}, "effective_order")
     sums = counts.sum(axis=0, keepdims=True)  # [1, 10]

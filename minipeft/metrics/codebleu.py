@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from minipeft.errors import InputError, check_items, check_value, shown
+from minipeft.errors import InputError, check_items, check_value, format_value
 from minipeft.metrics.comments import drop_as_package, drop_truly
 from minipeft.metrics.dataflow import count_flows
 from minipeft.metrics.grammar import list_grammar_versions, parse
-from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, choose_length, count_ngrams, overlap
+from minipeft.metrics.ngrams import ORDERS, Counts, check_pairs, choose_length, count_matches, count_ngrams
 from minipeft.metrics.syntax import count_subtrees, match_subtrees, shorten
 
 KEYWORDS = frozenset({*keyword.kwlist, "match", "case", "type"})  # the 35 of Python since 3.7 and three soft ones
@@ -78,9 +78,11 @@ def codebleu(
     Raises: InputError for an unknown mode or aggregate, weights that do not sum to 1, pairs that cannot be scored.
     """
     if mode not in MODES:
-        raise InputError(f"no mode is called {shown(mode)}; there are {list(MODES)}", where="mode")
+        raise InputError(f"no mode is called {format_value(mode)}; there are {list(MODES)}", where="mode")
     if aggregate not in AGGREGATES:
-        raise InputError(f"no aggregate is called {shown(aggregate)}; there are {list(AGGREGATES)}", where="aggregate")
+        raise InputError(
+            f"no aggregate is called {format_value(aggregate)}; there are {list(AGGREGATES)}", where="aggregate"
+        )
     weights = _check_weights(weights)
     pairs = list(zip(*check_pairs(predictions, references)))
     words = [_count_words(prediction, texts) for prediction, texts in pairs]
@@ -115,7 +117,9 @@ def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
         if weight == weight:  # NaN is refused below
             check_value(weight, float, {}, "weights")
     if len(weights) != 4 or not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1):
-        raise InputError(f"expected four numbers, none below 0, that sum to 1, got {shown(weights)}", where="weights")
+        raise InputError(
+            f"expected four numbers, none below 0, that sum to 1, got {format_value(weights)}", where="weights"
+        )
     return tuple(weights)
 
 
@@ -178,12 +182,12 @@ def _count_words(prediction: str, references: list[str]) -> Row:
     best = list(there[0].ngrams)
     for other in there[1:]:
         best = [most | more for most, more in zip(best, other.ngrams)]
-    matches = [overlap(counts, allowed) for counts, allowed in zip(here.ngrams, best)]
+    matches = [count_matches(counts, allowed) for counts, allowed in zip(here.ngrams, best)]
     totals = [max(1, here.length - order + 1) for order in ORDERS]
     # Recall: with several references the matches and the totals of all of them are summed.
     found = matches[1:]
     if len(there) > 1:
-        found = [sum(overlap(other.ngrams[place], here.ngrams[place]) for other in there) for place in (1, 2, 3)]
+        found = [sum(count_matches(other.ngrams[place], here.ngrams[place]) for other in there) for place in (1, 2, 3)]
     words = here.ngrams[0]
     weighted = sum(
         min(other.ngrams[0][word], words[word]) * _weight(word)

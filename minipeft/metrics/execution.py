@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import InputError, check_fields, format_value, option
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
-PATIENCE = 60  # seconds that the sandbox itself may take beyond a program's
+PATIENCE = 60  # seconds that the sandbox may take in addition to a program's
 PROTECTION = (
     "each program runs in Linux namespaces of its own: no network, no way to signal other processes, every mount "
     "read-only but an empty folder in memory, limits on time, address space, processes and file size. It can still "
-    "read what you can read, use memory times processes, and attack the kernel; one that is made to cheat can pass"
+    "read what you can read, use memory times processes, and attack the kernel; a program written to cheat can pass"
 )
 
 
@@ -39,7 +39,7 @@ class Limits:
     seconds: int = option(10, "seconds that an executed program may run", flag="execute-seconds", least=1)
     memory: int = option(2**30, "bytes of address space of each of its processes", flag="", least=2**26)
     processes: int = option(32, "processes at a time; of root's programs 301", flag="", least=1)
-    files: int = option(2**24, "bytes of all its files", flag="", least=2**12)
+    files: int = option(2**24, "total bytes of its files", flag="", least=2**12)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -113,7 +113,7 @@ def pass_at_k(trials: Sequence[tuple[int, int]], k: int) -> float | None:
         InputError: there is no task, or k < 1.
     """
     if not trials or k < 1:
-        raise InputError(f"{shown(k)} must be at least 1, of at least one task", where="k")
+        raise InputError(f"{format_value(k)} must be at least 1, of at least one task", where="k")
     if min(n for n, _ in trials) < k:
         return None
     return math.fsum(1 - math.comb(n - c, k) / math.comb(n, k) for n, c in trials) / len(trials)

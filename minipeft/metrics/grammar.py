@@ -54,7 +54,7 @@ class Tree:
 
 
 @cache
-def parser() -> Parser:
+def get_parser() -> Parser:
     """The parser for Python, made once."""
     import tree_sitter_python
 
@@ -94,7 +94,7 @@ def parse(code: str) -> Tree | None:
 def _parse(data: bytes) -> tree_sitter.Node | None:
     """The root of tree-sitter's tree; None where LONGEST or MOST_REPORTS is exceeded (the same on any machine)."""
     if len(data) <= UNWATCHED:
-        return parser().parse(data).root_node
+        return get_parser().parse(data).root_node
     if len(data) > LONGEST:
         return None
     left = MOST_REPORTS + len(data) // 25
@@ -105,11 +105,11 @@ def _parse(data: bytes) -> tree_sitter.Node | None:
         return left < 0
 
     try:
-        tree = parser().parse(lambda place, point: data[place : place + 32_768], progress_callback=is_enough)
+        tree = get_parser().parse(lambda place, point: data[place : place + 32_768], progress_callback=is_enough)
     except ValueError:  # "Parsing failed": it was stopped
         tree = None
     if tree is None or left < 0:
-        parser().reset()  # or the next text would continue here
+        get_parser().reset()  # or the next text would continue here
         return None
     return tree.root_node
 
@@ -117,14 +117,8 @@ def _parse(data: bytes) -> tree_sitter.Node | None:
 def _read_nodes(root: tree_sitter.Node) -> tuple[Tree, list[tuple[int, int]]]:
     """The tree below a root without the texts of its tokens, and the byte range of each token."""
     tree = Tree([], [], [], [], [], [], {}, set(), root.has_error)
-    kinds, named, fields, ends, places, broken = (
-        tree.kinds,
-        tree.named,
-        tree.fields,
-        tree.ends,
-        tree.places,
-        tree.broken,
-    )
+    kinds, named, fields = tree.kinds, tree.named, tree.fields
+    ends, places, broken = tree.ends, tree.places, tree.broken
     cursor, names = root.walk(), _kinds()
     down, on, up = cursor.goto_first_child, cursor.goto_next_sibling, cursor.goto_parent
     spans: list[tuple[int, int]] = []
@@ -176,7 +170,7 @@ def find(query: str, data: bytes) -> dict[str, list[tree_sitter.Node]]:
 
 @cache
 def _query(query: str) -> Query:
-    language = parser().language
+    language = get_parser().language
     assert language is not None
     return Query(language, query)
 
@@ -184,7 +178,7 @@ def _query(query: str) -> Query:
 @cache
 def _kinds() -> dict[int, tuple[str, bool]]:
     """The name of each kind of node by its number, and whether it is named."""
-    language = parser().language
+    language = get_parser().language
     assert language is not None
     kinds = {
         number: (language.node_kind_for_id(number) or "", language.node_kind_is_named(number))

@@ -45,7 +45,7 @@ def count_ngrams(tokens: Tokens) -> Counts:
     return tuple(Counter(zip(*(tokens[start:] for start in range(order)))) for order in ORDERS)
 
 
-def overlap(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) -> int:
+def count_matches(counts: Counter[tuple[str, ...]], others: Counter[tuple[str, ...]]) -> int:
     """The clipped matches: sum over n-grams of min(count here, count there)."""
     common = counts.keys() & others.keys()
     return sum(map(min, map(counts.__getitem__, common), map(others.__getitem__, common)))

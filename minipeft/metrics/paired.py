@@ -19,12 +19,12 @@ def match_answers(
     theirs: Sequence[tuple[Hashable, Sequence[str]]],
     file: Path | str = "against",
 ) -> list[int]:
-    """Find, for each answer given as (question, references), the index of the other system's answer to the same.
+    """Find, for each answer given as (question, references), the index of the other system's answer to it.
 
     Answers to one question with the same references are taken in their order. `file`: theirs, for the error.
 
     Raises:
-        InputError: one side has an answer that the other lacks.
+        InputError: the two sides do not answer the same questions.
     """
     places: dict[tuple[Hashable, tuple[str, ...]], list[int]] = {}
     for place, (question, references) in enumerate(theirs):

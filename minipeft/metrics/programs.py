@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minipeft.errors import InputError, shown
-from minipeft.files import kind_of, parse_json, read_text
+from minipeft.errors import InputError, format_value
+from minipeft.files import name_type, parse_json, read_text
 
 HOUSE = Path(__file__).parents[1] / "demo" / "house.py"
 DEMO = "demo"  # in place of a file of tasks
@@ -132,10 +132,12 @@ def read_tasks(file: Path) -> dict[str, Task]:
             continue
         where, row = f"line {number}", parse_json(line, file, f"line {number}")
         if not isinstance(row, dict):
-            raise InputError(f"must be an object, is {kind_of(row)}", file=file, where=where)
+            raise InputError(f"must be an object, is {name_type(row)}", file=file, where=where)
         name = str(row.get("task_id", ""))
         if not name or name in found:
-            raise InputError(f"task_id {shown(name)} is {'given twice' if name else 'missing'}", file=file, where=where)
+            raise InputError(
+                f"task_id {format_value(name)} is {'given twice' if name else 'missing'}", file=file, where=where
+            )
         found[name] = find_form(row, file, where).make(row)
     if not found:
         raise InputError("holds no tasks", file=file)
@@ -145,13 +147,13 @@ def read_tasks(file: Path) -> dict[str, Task]:
 def find_form(row: Mapping[str, Any], file: Path, where: str) -> Form:
     """Find the form of which a row has all fields."""
     for form in FORMS:
-        if all(matches(row.get(name), kind) for name, kind in form.fields.items()):
+        if all(has_kind(row.get(name), kind) for name, kind in form.fields.items()):
             return form
     known = "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
     raise InputError("is not a task", file=file, where=where, hint=f"Known forms are {known}")
 
 
-def matches(value: object, kind: type) -> bool:
+def has_kind(value: object, kind: type) -> bool:
     """Whether a value is a text, or a list of texts."""
     return isinstance(value, kind) and (kind is str or all(isinstance(text, str) for text in value))  # type: ignore
 
@@ -185,7 +187,7 @@ def build_programs(answers: Sequence[Mapping[str, Any]], source: str) -> list[st
     for number, row in enumerate(answers, 1):
         name = str(row.get("task_id", row.get("question_id")))
         if name not in tasks:
-            raise InputError(f"answer {number} has task_id or question_id {shown(name)}, of which there is no task",
-                             file=source)  # fmt: skip
+            problem = f"answer {number} has task_id or question_id {format_value(name)}, for which there is no task"
+            raise InputError(problem, file=source)
         found.append(make_program(tasks[name], row["prediction"]))
     return found

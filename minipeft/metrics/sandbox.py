@@ -91,9 +91,9 @@ def limit(seconds: int, memory: int, processes: int, files: int) -> None:
 
 
 def start(folder: str, program: bytes, limits: "list[int]", report: int) -> None:
-    """The first process of the namespace: become the program. What fails before goes to `report`."""
+    """Become the program, as the first process of the namespace. Errors before that go to `report`."""
     try:
-        os.setsid()  # kill(0) reaches its own group, which would hold the waiting process as well
+        os.setsid()  # otherwise kill(0) would reach the waiting process, which is in the same group
         libc.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         limit_processes(limits[2])
         os.chdir(folder)
@@ -123,7 +123,7 @@ def wait(child: int, seconds: int) -> "int | None":
 
 
 def run(folder: str, limits: "list[int]", token: str) -> "dict[str, str]":
-    """Run the program that stands on standard input."""
+    """Run the program given on standard input."""
     program = sys.stdin.buffer.read()
     try:
         unshare()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError, check_items, check_value, shown
+from minipeft.errors import InputError, check_items, check_value, format_value
 from minipeft.metrics.bleu import LENGTH, REFERENCE_LENGTH, bleu, count_pairs, score_counts
 from minipeft.metrics.bootstrap import bootstrap_bleu, sum_by_question
 from minipeft.metrics.codebleu import CodeBLEU, codebleu
@@ -23,8 +23,8 @@ from minipeft.metrics.text import bleu_13a, chrf, find_language, is_exact, is_re
 
 LANGUAGES = ("python", "text")
 TEXT_ONLY = "text: most references are not Python, so there is no CodeBLEU and no validity"
-ARTEFACT = 0.005  # between the two CodeBLEU totals, from which the difference is pointed out
-TEMPLATE_PARTS = ("### Instruction", "### Response")  # of the prompt; an answer that holds one goes on to a new task
+ARTEFACT = 0.005  # difference of the two CodeBLEU totals above which it is flagged
+TEMPLATE_PARTS = ("### Instruction", "### Response")  # parts of the template: an answer with one began a new task
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Score:
 
 
 SCORES: list[Score] = [
-    Score("bleu", "BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100", lambda a: a.bleu, "{:.1f}", 100,
+    Score("bleu", "BLEU", "corpus BLEU-4 on CoNaLa tokens, 0 to 100", lambda a: a.bleu, "{:.1f}", 100,
           higher_is_better=True, rank=1, text="{value:.1f} [{low:.1f}, {high:.1f}] of 100 (95 % bootstrap)"),
     Score("codebleu", "CodeBLEU", "strict: a part without a match counts 0", lambda a: a.code.score,
           higher_is_better=True, rank=4, heading="CodeBLEU", text="{value:.4f} strict", language="python"),
@@ -129,10 +129,10 @@ SCORES: list[Score] = [
           lambda a: sum(map(is_exact, a.predictions, a.references)) / len(a.predictions), "{:.1f} %", 100,
           higher_is_better=True, rank=5, heading="exact match", text="{count:.0f} of {pairs}",
           each=lambda a: list(map(is_exact, a.predictions, a.references))),
-    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, of 100, as sacrebleu's default",
+    Score("bleu_13a", "BLEU 13a", "corpus BLEU-4 of text that is not Python, 0 to 100, with sacrebleu's defaults",
           lambda a: bleu_13a(a.predictions, a.references), "{:.1f}", 100, higher_is_better=True, rank=4,
           heading="BLEU 13a", text="{value:.1f} of 100 (sacrebleu)", language="text"),
-    Score("chrf", "chrF", "character n-gram F-score, of 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
+    Score("chrf", "chrF", "character n-gram F-score, 0 to 100", lambda a: chrf(a.predictions, a.references), "{:.1f}",
           100, higher_is_better=True, rank=10),
     Score("valid_python", "valid", "answers that Python's parser accepts", lambda a: a.share(is_valid_python),
           "{:.0f} %", 100, higher_is_better=True, rank=11, heading="valid Python", text="{count:.0f} of {pairs}",
@@ -195,7 +195,7 @@ class Scores:
 
         Raises: InputError if an entry is missing or not a number.
         """
-        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows of before 0.1 lack them
+        added = ("bleu_13a", "pass_at_1", "pass_at_10", "pass_at_100")  # rows written before 0.1 lack them
         names = [score.name for score in SCORES]
         for name in ("pairs", "bleu_interval", "signatures", "bleu_counts", *names):
             if name not in data and name not in added:
@@ -203,7 +203,7 @@ class Scores:
         values = {name: data.get(name) for name in names}
         for name, value in values.items():
             check_value(value, float | None, {}, name)
-        language = data.get("language", "python")  # a row of before had no other
+        language = data.get("language", "python")  # earlier rows had no other
         check_value(language, str, {"choices": LANGUAGES}, "language")
         kinds = {"pairs": int, "bleu_interval": tuple[float, ...], "signatures": tuple[str, ...]}
         given: dict[str, Any] = {
@@ -259,7 +259,7 @@ def score_texts(
         raise InputError(f"{len(keys)} for {len(predictions)} predictions", where="questions")
     for key in keys:
         if not isinstance(key, str | int | float | None):
-            raise InputError(f"{shown(key)} must be text or a number", where="questions")
+            raise InputError(f"{format_value(key)} must be text or a number", where="questions")
     answers = Answers(predictions, lists, hit_limit, passed, keys)
     check_value(language, str, {"choices": ("auto", *LANGUAGES)}, "language")
     language = find_language(lists) if language == "auto" else language

@@ -25,14 +25,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, check_kind, check_path, check_value, matches, shown
-from minipeft.files import TensorInfo, check_header, check_inside, read_header, read_object, write_json, write_tensors
-from minipeft.hub import commit_of, fetch, list_names
+from minipeft.errors import InputError, check_kind, check_path, check_value, format_value, has_type
+from minipeft.files import check_inside, read_object, write_json
+from minipeft.hub import fetch, list_names, read_commit
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 from minipeft.models.decoder import check_process
 from minipeft.models.quantize import check_format
 from minipeft.models.quantized import find_quantizable, is_quantized, quantize_weight
+from minipeft.tensor_files import TensorInfo, check_header, read_header, write_tensors
 
 SINGLE, INDEX, LEGACY = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 GENERATION = "generation_config.json"
@@ -117,7 +118,7 @@ def read_config(file: Path) -> Any:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{kind!r} is not supported ({', '.join(FAMILIES)})", file=file, where="model_type")
     try:
-        return config_from(FAMILIES[kind].config, given)
+        return parse_config(FAMILIES[kind].config, given)
     except InputError as error:
         raise InputError(str(error), file=file) from error
 
@@ -133,8 +134,8 @@ def add_end_tokens(config: Any, file: Path) -> Any:
     if given is None:
         return config
     added = given if isinstance(given, list) else [given]
-    if any(not matches(token, int) or token < 0 for token in added):
-        raise InputError(f"{shown(given)} must be an id or a list of ids", file=file, where="eos_token_id")
+    if any(not has_type(token, int) or token < 0 for token in added):
+        raise InputError(f"{format_value(given)} must be an id or a list of ids", file=file, where="eos_token_id")
     held = config.eos_token_id
     own = held if isinstance(held, tuple) else () if held is None else (held,)
     return config if set(added) <= set(own) else replace(config, eos_token_id=tuple(dict.fromkeys([*own, *added])))
@@ -175,7 +176,7 @@ def find_tensors(folder: Path, source: str | Path, revision: str | None) -> Foun
 
 def pin(source: str | Path, folder: Path, revision: str | None) -> str | None:
     """The revision for fetching further files, so that all come from the commit of `folder`; None if it is local."""
-    return None if Path(source).is_dir() else commit_of(folder) or revision
+    return None if Path(source).is_dir() else read_commit(folder) or revision
 
 
 def rename_tensors(found: Found, family: Family) -> Found:
@@ -325,7 +326,9 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
     folder = fetch(source, ["config.json"], revision=revision)
     check_inside(folder / "config.json", folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if (commit := commit_of(folder)) is not None:  # a commit on the hub never changes; the set of downloaded files may
+    if (
+        commit := read_commit(folder)
+    ) is not None:  # a commit on the hub never changes; the set of downloaded files may
         return hashlib.sha256(digest.digest() + commit.encode()).hexdigest()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
         check_inside(file, folder)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.errors import InputError, check_value, option, type_hints
+from minipeft.errors import InputError, check_value, option, resolve_hints
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -28,7 +28,7 @@ WIDEST = 2**20  # largest width: the product of three, in bytes, fits in 63 bits
 C = TypeVar("C")
 
 
-def config_from(cls: type[C], given: Mapping[str, object]) -> C:
+def parse_config(cls: type[C], given: Mapping[str, object]) -> C:
     """Fill a family's config dataclass from the object of config.json; unknown keys have no effect and are ignored.
 
     Raises:
@@ -40,13 +40,13 @@ def config_from(cls: type[C], given: Mapping[str, object]) -> C:
         if given.get(name) not in (None, *DTYPES):
             raise InputError(f"{given[name]!r} is not supported ({', '.join(DTYPES)})", where=name)
     fields = cls.from_json(given)  # type: ignore[attr-defined]
-    hints: dict[str, Any] = type_hints(cls)  # type: ignore[arg-type]
+    hints: dict[str, Any] = resolve_hints(cls)  # type: ignore[arg-type]
     chosen = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in fields:
             value = fields[field.name]
             chosen[field.name] = tuple(value) if isinstance(value, list) else value
-            check_value(chosen[field.name], hints[field.name], field.metadata, spelled(cls, field.name))
+            check_value(chosen[field.name], hints[field.name], field.metadata, find_key(cls, field.name))
     return cls(**chosen)
 
 
@@ -70,12 +70,12 @@ def alias(name: str) -> Any:
     return property(attrgetter(name), doc=f"`{name}`")
 
 
-def spelled(config: object, name: str) -> str:
+def find_key(config: object, name: str) -> str:
     """A field's key in the family's config.json."""
     return str(getattr(config, "spelling", {}).get(name, name))
 
 
-def divides(config: object, name: str, whole: str) -> None:
+def check_divides(config: object, name: str, whole: str) -> None:
     """Check that the value of one field divides that of another.
 
     Raises:
@@ -83,5 +83,5 @@ def divides(config: object, name: str, whole: str) -> None:
     """
     if getattr(config, whole) % getattr(config, name):
         raise InputError(
-            f"{getattr(config, name)} does not divide {whole} {getattr(config, whole)}", where=spelled(config, name)
+            f"{getattr(config, name)} does not divide {whole} {getattr(config, whole)}", where=find_key(config, name)
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minipeft.errors import InputError, check_fields, option
 from minipeft.models.attention import attend
 from minipeft.models.cache import Cache
-from minipeft.models.config import ACTIVATIONS, alias, count, divides, dropout, width
+from minipeft.models.config import ACTIVATIONS, alias, check_divides, count, dropout, width
 from minipeft.models.decoder import Decoder
 from minipeft.models.family import Family
 from minipeft.models.layout import Layout
@@ -54,7 +54,7 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        divides(self, "n_head", "n_embd")
+        check_divides(self, "n_head", "n_embd")
 
     # the properties that generation, planning and adapters read from any family
     layers = alias("n_layer")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.documents import IGNORED, PADDING, VIRTUAL, positions_in, visible
-from minipeft.errors import InputError, shown
+from minipeft.errors import InputError, format_value
 from minipeft.models.cache import Cache
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position's angles
@@ -99,7 +99,7 @@ def check_rows(vocab_size: int, ids: object, labels: object = None, documents: o
         if given is None and name != "ids":
             continue
         if not isinstance(given, Tensor):
-            raise InputError(f"{shown(given)} must be a tensor of integers [rows, tokens]", where=name)
+            raise InputError(f"{format_value(given)} must be a tensor of integers [rows, tokens]", where=name)
         if given.dtype not in (torch.int64, torch.int32):
             raise InputError(f"are {given.dtype}, want torch.int64", where=name)
         if given.dim() != 2 or 0 in given.shape:

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import InputError, check_fields, format_value, option
 from minipeft.models.attention import attend, project
 from minipeft.models.cache import Cache
-from minipeft.models.config import ACTIVATIONS, alias, count, divides, dropout, width
+from minipeft.models.config import ACTIVATIONS, alias, check_divides, count, dropout, width
 from minipeft.models.decoder import Decoder
 from minipeft.models.family import Family
 from minipeft.models.layout import Layout, Rotary
-from minipeft.models.rotary import Rope, check_rope, rotate, rotation
+from minipeft.models.rotary import Rope, check_rope, make_rotation, rotate
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.head_dim is None:
-            divides(self, "num_attention_heads", "hidden_size")
+            check_divides(self, "num_attention_heads", "hidden_size")
         if self.num_key_value_heads is not None:
-            divides(self, "num_key_value_heads", "num_attention_heads")
+            check_divides(self, "num_key_value_heads", "num_attention_heads")
         for rope in self.ropes().values():
             check_rope(rope, self.head_width)
 
@@ -163,7 +163,8 @@ def check_spellings(given: Mapping[str, object]) -> None:
     for where, rope in (("rope_parameters", new), ("rope_scaling", old)):
         named = {name: rope[name] for name in ("rope_type", "type") if name in rope} if isinstance(rope, dict) else {}
         if len(named) == 2 and named["rope_type"] != named["type"]:
-            problem = f"rope_type {shown(named['rope_type'])} and type {shown(named['type'])} contradict each other"
+            both = f"rope_type {format_value(named['rope_type'])} and type {format_value(named['type'])}"
+            problem = f"{both} contradict each other"
             raise InputError(problem, where=where, hint="Remove the one that is wrong")
     if not (isinstance(new, dict) and new and isinstance(old, dict) and old):
         return
@@ -332,7 +333,7 @@ class Llama(Decoder):
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> dict[str, Rotary]:
         """The rotary tables, one for each distinct setting."""
         width = self.config.head_width
-        return {name: rotation(rope, width, positions, dtype) for name, rope in self.config.ropes().items()}
+        return {name: make_rotation(rope, width, positions, dtype) for name, rope in self.config.ropes().items()}
 
 
 TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj"), "ia3_feedforward": ("down_proj",)}

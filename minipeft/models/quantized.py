@@ -119,10 +119,10 @@ class Transposed:
         dy, weight = args[:2]
         if func is not F.linear or not isinstance(weight, cls):
             return NotImplemented
-        return times_weight(dy, weight.weight)
+        return multiply_by_weight(dy, weight.weight)
 
 
-def times_weight_t(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def multiply_by_weight_t(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x W^T, a block of rows of W at a time. [..., K] -> [..., N]"""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
     y = x.new_empty(len(flat), weight.shape[0])  # [M, N]
@@ -131,7 +131,7 @@ def times_weight_t(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-def times_weight(dy: Tensor, weight: QuantizedWeight) -> Tensor:
+def multiply_by_weight(dy: Tensor, weight: QuantizedWeight) -> Tensor:
     """dY W, a block of rows of W at a time. [..., N] -> [..., K]"""
     flat = dy.reshape(-1, dy.shape[-1])  # [M, N]
     dx = dy.new_zeros(len(flat), weight.shape[1])  # [M, K]
@@ -146,13 +146,13 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        y = times_weight_t(x, weight)  # [..., N]
+        y = multiply_by_weight_t(x, weight)  # [..., N]
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         needs_x, _, needs_bias = ctx.needs_input_grad
-        dx = times_weight(dy, ctx.weight) if needs_x else None  # [..., K]
+        dx = multiply_by_weight(dy, ctx.weight) if needs_x else None  # [..., K]
         return dx, None, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
@@ -163,7 +163,7 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Te
 
 def add_times_weight(dx: Tensor, dy: Tensor, weight: QuantizedWeight) -> Tensor:
     """dX + dY W in place, as addmm_ of a plain weight. dx [M, K], dy [M, N]"""
-    return dx.add_(times_weight(dy, weight))
+    return dx.add_(multiply_by_weight(dy, weight))
 
 
 aten = torch.ops.aten
@@ -203,7 +203,7 @@ def quantize_model(model: Decoder, format: str) -> Decoder:
     return model
 
 
-def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+def find_quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The quantized weights, by the path of the module that holds them."""
     held = {path: module._parameters.get("weight") for path, module in model.named_modules()}
     return {path: weight for path, weight in held.items() if isinstance(weight, QuantizedWeight)}
@@ -218,11 +218,11 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def dequantize_model(model: nn.Module) -> None:
     """Replace each quantized weight by its dequantized values, in its dtype; adapters stay."""
-    for path, weight in quantized_weights(model).items():
+    for path, weight in find_quantized_weights(model).items():
         put_weights(model, {path: weight.dequantize().to(weight.dtype)})
 
 
-def format_of(model: nn.Module) -> str | None:
+def find_quantization(model: nn.Module) -> str | None:
     """The format of the model's quantized weights, or None."""
     for p in model.parameters():
         if isinstance(p, QuantizedWeight):
@@ -232,4 +232,4 @@ def format_of(model: nn.Module) -> str | None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any weight is quantized."""
-    return format_of(model) is not None
+    return find_quantization(model) is not None

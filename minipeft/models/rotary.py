@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, matches
+from minipeft.errors import InputError, has_type
 from minipeft.models.layout import Rotary
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -91,7 +91,7 @@ def check_rope(rope: Rope, width: int) -> None:
 
 def is_positive(value: Any) -> bool:
     """Whether a JSON value is a number > 0, in a range whose quotients and logarithms are finite."""
-    return matches(value, float) and 1e-9 <= value <= 1e18
+    return has_type(value, float) and 1e-9 <= value <= 1e18
 
 
 def compute_frequencies(rope: Rope, width: int, device: torch.device) -> tuple[Tensor, float]:
@@ -149,7 +149,7 @@ def compute_long_factor(rope: Rope) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
 
 
-def rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
+def make_rotation(rope: Rope, width: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """Cosine and sine of each position's angles, repeated for both halves. [B, T] -> two of [B, 1, T, D * fraction]"""
     turn, factor = compute_frequencies(rope, width, positions.device)
     angles = positions[..., None].float() * turn  # [B, T, D * fraction / 2]

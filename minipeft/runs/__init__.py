@@ -1,1 +1,1 @@
-"""Training runs on disk: from a config to an adapter, resumable at any moment."""
+"""Training runs on disk: from a config to an adapter, resumable at any step."""

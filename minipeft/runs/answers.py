@@ -1,7 +1,7 @@
 """Generate answers with a base or tuned model: to prompts, or to a data set's questions in a resumable file.
 
 Each line of the file is a JSON object: prediction, reference, question_id, intent, ended (eos, stop, limit). Until all
-questions are answered the file is FILE.part, which gets a line per answer; the same command resumes it.
+questions are answered the file is FILE.part, to which a line is appended per answer; the same command resumes it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from minipeft.data.forms import (
     DataFormat,
     Item,
     encode_questions,
-    item_of_prompt,
+    get_reference,
     load_data,
+    make_prompt_item,
     read_format,
-    reference_of,
 )
 from minipeft.data.templates import read_template
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_fields, check_path, option
-from minipeft.files import kind_of, parse_json, read_text, write_whole
+from minipeft.files import name_type, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.hub import fetch
 from minipeft.models import Decoder
@@ -55,7 +55,7 @@ class AnswersConfig:
     adapter: Path | None = option(None, "folder or hub id of an adapter, ours or PEFT's")
     adapter_revision: str | None = option(None, "commit, tag or branch of the adapter on the hub")
     merge: bool = option(False, "merge the adapter into the weights first")
-    raw: bool = option(False, "continue PROMPT as it is, without the training template")
+    raw: bool = option(False, "continue PROMPT unchanged, without the training template")
     template: str | None = option(None, "format string, or a file of one; default the adapter's own, else the paper's")
     data: str | None = option(None, "answer the questions of this data set instead of PROMPT")
     split: str = option("test", "split of the data set, where it has several")
@@ -77,21 +77,21 @@ class AnswersConfig:
 
 @dataclass(frozen=True)
 class Asking:
-    """How a question becomes the ids that its answer is generated after: form, template, and a chat's own template."""
+    """How a question becomes prompt ids: the form of the data, the template, and the chat template."""
 
     format: DataFormat
     chat: ChatTemplate | None
 
     def encode(self, items: Sequence[Item], tokenizer: Tokenizer) -> list[list[int]]:
-        """The ids of each row's prompt."""
+        """Encode the prompt of each row."""
         return encode_questions(items, self.format, tokenizer, self.chat)
 
 
 def choose_template(config: AnswersConfig) -> Asking:
-    """Form and template of the prompts: as the caller says, else as the adapter (or the tuned model) was trained.
+    """Choose form and template of the prompts: the caller's, else those that the adapter or model was trained with.
 
     Raises:
-        InputError: what the folder says is not ours, or a chat's model has no template.
+        InputError: the folder's record is invalid, or the data are chats and the model has no chat template.
     """
     if config.template is not None:
         return Asking(DataFormat("template", read_template(config.template).text), None)
@@ -100,7 +100,7 @@ def choose_template(config: AnswersConfig) -> Asking:
 
 
 def find_format(config: AnswersConfig) -> DataFormat | None:
-    """Form and template that the adapter, or the model itself, was trained with; None where neither says."""
+    """Find form and template of the training of the adapter or the model; None if neither folder records them."""
     if config.adapter is None:
         given = config.model
         return read_format(fetch(given.source, ["config.json"], revision=given.revision, optional=[FORM_FILE]))
@@ -108,12 +108,12 @@ def find_format(config: AnswersConfig) -> DataFormat | None:
 
 
 def load_chat(model: ModelConfig, text: str | None = None) -> ChatTemplate:
-    """The chat template of a model; `text` is the one that an adapter was trained with."""
+    """Load the chat template of a model; `text` is the one that an adapter was trained with."""
     return load_chat_template(model.source, revision=model.revision, text=text)
 
 
 def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tuple[Decoder, Tokenizer]:
-    """Load the model, its adapter if there is one, and the tokenizer; `say` gets the notes on the adapter's files."""
+    """Load the model, its adapter if given, and the tokenizer; `say` gets the notes on the adapter's files."""
     given = config.model
     check_device(given.device)
     tokenizer = load_tokenizer(given.source, revision=given.revision)
@@ -141,11 +141,11 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
 
 
 def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, prompts: Sequence[str]) -> list[str]:
-    """Answer each prompt; unless `raw` is set, the prompt is put into the template of the training."""
+    """Answer each prompt; unless `raw` is set, it is inserted into the training template."""
     if config.raw:
         return generate(model, tokenizer, prompts, config.generate)
     asking = choose_template(config)
-    rows = asking.encode([item_of_prompt(prompt, asking.format) for prompt in prompts], tokenizer)
+    rows = asking.encode([make_prompt_item(prompt, asking.format) for prompt in prompts], tokenizer)
     ends = asking.chat.find_end(tokenizer) if asking.chat else set()
     found = answer(model, tokenizer, rows, config.generate, ends=ends)
     return [a.text for a in sorted(found, key=lambda a: a.index)]
@@ -191,7 +191,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, pro
 
         def write(found: list[dict[str, Any]]) -> None:
             for a in map(lambda fields: Answer(**fields), found):
-                done[a.index] = answer_row(items[a.index], a, asking.format)
+                done[a.index] = make_answer_line(items[a.index], a, asking.format)
                 add_line(stream, part, {"index": a.index, **done[a.index]})
                 bar.update()
 
@@ -231,7 +231,7 @@ def show_answers(total: int, initial: int, processes: Processes) -> tqdm[Any]:
 
 
 def load_questions(source: str, split: str, form: DataFormat) -> Data:
-    """The rows to be answered, which must be of the form that was trained on.
+    """Load the rows to answer, which must have the form of the training data.
 
     Raises:
         InputError: they are of another form.
@@ -244,9 +244,9 @@ def load_questions(source: str, split: str, form: DataFormat) -> Data:
     return data
 
 
-def answer_row(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:
+def make_answer_line(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:
     """Build a line of the file."""
-    row = {"prediction": answer.text, "reference": reference_of(item, form), "question_id": item.question_id}
+    row = {"prediction": answer.text, "reference": get_reference(item, form), "question_id": item.question_id}
     return {**row, "intent": item.question, "ended": answer.ended}
 
 
@@ -267,7 +267,7 @@ def add_line(stream: IO[str], part: Path, entry: Mapping[str, Any]) -> None:
 
 
 def begin(part: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Begin FILE.part with a line that identifies it, or read its answers; a torn last line is dropped."""
+    """Start FILE.part with a line that identifies it, or read its answers; a partial last line is dropped."""
     if not part.exists():
         write_whole(part, lambda stream: stream.write((json.dumps(identity) + "\n").encode()))
         return {}
@@ -286,8 +286,8 @@ class AnswerColumns(NamedTuple):
 
     predictions: list[str]
     references: list[str | list[str]]
-    cut: list[bool] | None  # whether each was cut off at the limit; None where the file does not say
-    questions: list[int | str | None]  # question_id, or a task_id of HumanEval's form; None: a question of its own
+    cut: list[bool] | None  # whether each was cut off at the token limit; None: not recorded
+    questions: list[int | str | None]  # question_id, or HumanEval's task_id; None: a question of its own
 
 
 def read_answers(file: Path) -> AnswerColumns:
@@ -297,7 +297,7 @@ def read_answers(file: Path) -> AnswerColumns:
         InputError: a line is not an object with a text `prediction` and a text, or list of texts, `reference`.
     """
     file = check_path(file, "file")
-    rows = list(answers_in(file))
+    rows = list(read_answer_lines(file))
     if not rows:
         raise InputError("holds no answers", file=file)
     known = all("ended" in row for row in rows)
@@ -307,8 +307,8 @@ def read_answers(file: Path) -> AnswerColumns:
     return AnswerColumns(predictions, references, cut, questions)
 
 
-def answers_in(file: Path) -> Iterator[dict[str, Any]]:
-    """The checked lines of a file of answers."""
+def read_answer_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Read and check the lines of a file of answers."""
     for number, line in enumerate(
         read_text(file).split("\n"), 1
     ):  # JSON strings may hold characters at which splitlines() splits
@@ -316,17 +316,17 @@ def answers_in(file: Path) -> Iterator[dict[str, Any]]:
             continue
         row = parse_json(line, file, f"line {number}")
         if not isinstance(row, dict):
-            raise InputError(f"must be an object, is {kind_of(row)}", file=file, where=f"line {number}")
+            raise InputError(f"must be an object, is {name_type(row)}", file=file, where=f"line {number}")
         for name in ("prediction", "reference"):
             if name not in row:
                 raise InputError(f"field {name!r} is missing", file=file, where=f"line {number}")
             texts = row[name] if name == "reference" and isinstance(row[name], list) else [row[name]]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise InputError(
-                    f"field {name!r} must be text, is {kind_of(row[name])}", file=file, where=f"line {number}"
+                    f"field {name!r} must be text, is {name_type(row[name])}", file=file, where=f"line {number}"
                 )
         if not isinstance(row.get("question_id"), int | str | None):
-            found = kind_of(row["question_id"])
+            found = name_type(row["question_id"])
             raise InputError(
                 f"field 'question_id' must be text or an integer, is {found}", file=file, where=f"line {number}"
             )

@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter or merged model: method, base, data, loss, versions and command.
 
 It begins with the YAML that the hub reads (https://huggingface.co/docs/hub/model-cards): base_model, tags, ...
-A card depends on the run alone, so that a resumed run writes the same bytes. Cards are meant to be published: an
+A card depends on the run alone, so a resumed run writes the same bytes. Cards are published, therefore an
 absolute path is reduced to its last name.
 """
 

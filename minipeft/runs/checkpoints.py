@@ -28,18 +28,10 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import (
-    check_header,
-    check_plain,
-    make_tensor_writer,
-    open_plain,
-    read_header,
-    read_object,
-    remove,
-    sync_folder,
-)
+from minipeft.files import check_plain, open_plain, read_object, remove, sync_folder
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
+from minipeft.tensor_files import check_header, make_tensor_writer, read_header
 from minipeft.training.loop import TrainState, check_finite, trained
 
 KEPT = 2

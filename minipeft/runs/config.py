@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minipeft.adapters import METHODS, make_adapter_config, method_named, method_of
+from minipeft.adapters import METHODS, find_method, get_method, make_adapter_config
 from minipeft.adapters.method import Method
 from minipeft.data.packing import PackConfig
 from minipeft.errors import InputError, check_fields, check_value, option
@@ -38,9 +38,9 @@ class ModelConfig:
         None, "dtype of the base, fp32 or bf16; default its own, for full tuning fp32", choices=DTYPES
     )
     device: str = option("cpu", "cpu, cuda, ...")
-    quantize: str | None = option(None, "hold the linears of the base in 4 or 8 bits", choices=FORMATS)
-    legacy_bin: bool = option(False, "read pytorch_model.bin where there are no safetensors")
-    eos_token: str | None = option(None, "end-of-sequence token, if the tokenizer names none")
+    quantize: str | None = option(None, "quantize the linears of the base to 4 or 8 bits", choices=FORMATS)
+    legacy_bin: bool = option(False, "read pytorch_model.bin if there are no safetensors")
+    eos_token: str | None = option(None, "end-of-sequence token, if the tokenizer declares none")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,7 +69,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A training run. `train.steps` None: `epochs` decides."""
+    """A training run. If `train.steps` is None, `epochs` determines it."""
 
     model: ModelConfig
     data: DataConfig
@@ -79,7 +79,7 @@ class RunConfig:
     epochs: float = option(3.0, "passes over the data, unless --steps is given", above=0)
     evaluate_every: int | None = option(None, "steps between evaluations; default once an epoch", least=1)
     save_every: int = option(50, "steps between checkpoints", least=1)
-    deterministic: bool = option(False, "bit-identical results on CUDA too, slower; on a CPU they always are")
+    deterministic: bool = option(False, "bit-identical results on CUDA, slower; on a CPU they always are")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -93,7 +93,7 @@ class RunConfig:
     @property
     def method(self) -> Method:
         """The record of the adapter's method."""
-        return method_of(self.adapter)
+        return find_method(self.adapter)
 
     def as_json(self) -> dict[str, Any]:
         """The method and every setting under its flag's name, as JSON values; a tuple becomes a list."""
@@ -105,7 +105,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunConfig:
-        """The config that `as_json` wrote.
+        """Read the object that `as_json` wrote.
 
         Raises:
             InputError: a setting is missing, unknown or out of its range.
@@ -134,13 +134,13 @@ class Setting:
     section: str  # model, data, adapter, packing, train; run: RunConfig's own
     field: str  # length
     hint: Any  # the annotation
-    default: Any  # dataclasses.MISSING: must be given
+    default: Any  # dataclasses.MISSING: required
     metadata: Mapping[str, Any]  # of errors.option: help, choices, limits, aliases
 
 
 def collect_settings(method: str = "lora") -> dict[str, Setting]:
-    """Every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
-    kinds = {"model": ModelConfig, "data": DataConfig, "adapter": method_named(method)[0].config,
+    """Collect every setting of a run with this method, by flag: {"rank": Setting(...), "learning-rate": ...}"""
+    kinds = {"model": ModelConfig, "data": DataConfig, "adapter": get_method(method)[0].config,
              "packing": PackConfig, "train": TrainConfig, "run": RunConfig}  # fmt: skip
     found = [setting for section, kind in kinds.items() for setting in list_settings(kind, section)]
     table = {setting.name: setting for setting in found}
@@ -149,7 +149,7 @@ def collect_settings(method: str = "lora") -> dict[str, Setting]:
 
 
 def list_settings(kind: type, section: str) -> list[Setting]:
-    """The fields of a config that have a flag; of RunConfig those that are no config themselves."""
+    """List the fields of a config that have a flag; of RunConfig those that are not configs themselves."""
     hints, found = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         flag = field.metadata.get("flag")
@@ -167,7 +167,7 @@ def is_required(setting: Setting) -> bool:
 
 
 def find_methods(name: str) -> list[str]:
-    """The methods that have a setting, by its flag."""
+    """Find the methods that have the setting of this flag."""
     return [method for method in METHODS if name in collect_settings(method)]
 
 
@@ -236,19 +236,19 @@ def share_settings(methods: Sequence[str], chosen: Mapping[str, Any]) -> dict[st
     return {method: {n: value for n, value in chosen.items() if n in index_settings(method)} for method in methods}
 
 
-def adapter_config(method: str, chosen: Mapping[str, Any]) -> Any:
-    """Build a method's config from settings by flag name: adapter_config("prefix", {"virtual_tokens": 5})"""
+def make_method_config(method: str, chosen: Mapping[str, Any]) -> Any:
+    """Build a method's config from settings by flag name: make_method_config("prefix", {"virtual_tokens": 5})"""
     table = index_settings(method)
     return make_adapter_config(method, **{table[name].field: value for name, value in chosen.items()})
 
 
 def index_settings(method: str) -> dict[str, Setting]:
-    """The settings by their names in Python and JSON."""
+    """Index the settings by their names in Python and JSON."""
     return {flag.replace("-", "_"): setting for flag, setting in collect_settings(method).items()}
 
 
 def find_part(config: RunConfig, setting: Setting) -> Any:
-    """The nested config that holds a setting."""
+    """Find the nested config that holds a setting."""
     return config if setting.section == "run" else getattr(config, setting.section)
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a model, tuned or not: what has been said so far, and the next answer piece by piece."""
+"""A conversation with a base or tuned model: the messages so far, and a streamed answer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from minipeft.generation import GenerateConfig, pack_for, stream
 from minipeft.models import Decoder
 from minipeft.runs.answers import AnswersConfig, find_format, load_chat, load_tuned
 
-NEW_TOKENS = 512  # of an answer, where the caller does not say
+NEW_TOKENS = 512  # default limit of an answer
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How a conversation begins."""
+    """Settings of a conversation."""
 
     system: str | None = option(None, "system prompt")
 
@@ -28,7 +28,7 @@ class ChatConfig:
 
 
 class Conversation:
-    """`ask` streams the answer to what is said and remembers both; `reset` forgets all but the system prompt."""
+    """`ask` streams the answer to a message and keeps both; `reset` drops all but the system prompt."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class Conversation:
         self.packed = pack_for(model, config)
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Drop all messages but the system prompt."""
         self.messages = list(self.begin)
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer, in pieces. Where it cannot be given, or is not read to its end, nothing is remembered.
+        """Yield the answer in pieces. After an error, or if it is not read to its end, neither message is kept.
 
         Raises:
             InputError: the conversation no longer fits in the context, or the template refuses it.
@@ -69,7 +69,7 @@ class Conversation:
 def open_conversation(
     config: AnswersConfig, chat: ChatConfig, new_tokens: int | None, say: Callable[[str], None]
 ) -> Conversation:
-    """Load the model and begin a conversation. `new_tokens` None: as many as a quarter of the context, at most 512.
+    """Load the model and begin a conversation. `new_tokens` None: a quarter of the context, at most 512.
 
     Raises:
         InputError: the adapter was not trained on chats, or the model has no chat template.

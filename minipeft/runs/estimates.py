@@ -23,14 +23,14 @@ from minipeft.runs.planning import (
     adapt_on_meta,
     count_forward_flops,
     count_train_flops,
-    in_words,
+    format_seconds,
     plan,
     probe_flops,
 )
 from minipeft.training.loop import TrainConfig
 
 
-def check_room(config: RunConfig, out: Path) -> None:
+def check_disk(config: RunConfig, out: Path) -> None:
     """Check that the disk has room for the run, from config.json, before any weight is read."""
     base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
     if base.layers > MOST_LAYERS:  # loading compares the number of layers with the weights before building any
@@ -40,7 +40,7 @@ def check_room(config: RunConfig, out: Path) -> None:
 
 
 def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> dict[str, Any]:
-    """A row of `minipeft plan`, from config.json alone: memory in bytes, and seconds per step on this machine.
+    """Make a row of `minipeft plan` from config.json alone: memory in bytes, and seconds per step on this machine.
 
     Raises:
         InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
@@ -87,7 +87,7 @@ def choose_evaluation_interval(config: RunConfig, batches: Batches) -> int:
 
 
 def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Batches, held_out: Sequence[Batch]) -> str:
-    """Report the work of the run, evaluations included, and estimate its time on this machine and its memory."""
+    """Format the work of the run, evaluations included, and estimates of its time here and its memory."""
     assert train.steps is not None
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
@@ -102,4 +102,4 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
     shape["quantize"] = config.model.quantize
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
-    return f"{work}: about {in_words(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
+    return f"{work}: about {format_seconds(seconds)} here, and {peak / 1e9:.2g} GB beside the process"

@@ -28,7 +28,7 @@ from minipeft.adapters import AdapterReport, add_adapter
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.data.chat import ChatTemplate, load_chat_template
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import shared_pairs, split_by_question
+from minipeft.data.examples import count_shared, split_by_question
 from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
@@ -39,7 +39,7 @@ from minipeft.models.checkpoint import check_device, fingerprint, load_model, sa
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
-from minipeft.runs.estimates import check_room, choose_evaluation_interval, choose_row_length, estimate
+from minipeft.runs.estimates import check_disk, choose_evaluation_interval, choose_row_length, estimate
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train, trained
@@ -88,7 +88,7 @@ def finetune(
         processes.lead(lambda: check_folder(out))  # before anything large is read
         try:
             prepared = prepare(config.model, config.data)
-            processes.lead(lambda: check_room(config, out))
+            processes.lead(lambda: check_disk(config, out))
             identity, about = identify(config, prepared, processes)
         except InputError:
             if fresh and processes.rank == 0:
@@ -368,7 +368,7 @@ def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -
     """The batches to train on, and those held out."""
     wanted, packing, data = config.data.held_out, config.packing, prepared.data
     kept, held_out = split_by_question(data, wanted) if wanted else (data, None)
-    if held_out is not None and (shared := shared_pairs(kept, held_out)):
+    if held_out is not None and (shared := count_shared(kept, held_out)):
         found = f"{shared} of the {len(held_out)} {data.format.noun} held out are also trained on"
         say(f"warning: {found}: the held-out loss is too low")
     batches = pack(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from minipeft.errors import InputError, check_fields, option, shown
+from minipeft.errors import InputError, check_fields, format_value, option
 from minipeft.files import lock_folder, make_folder, read_object, refuse_link, remove, sync_folder, write_json
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
@@ -30,7 +30,7 @@ OWN = (
     "adapter",
     "model",
 )  # the files and folders of a run
-PROBE_BYTES = 2**16  # written and removed before the run: a folder that accepts it accepts a run's first files
+PROBE_BYTES = 2**16  # written and removed before the run, to test that the folder and disk accept the run's first files
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FolderConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.resume and self.overwrite:
-            problem = "cannot go together: one continues a run, the other removes it"
+            problem = "cannot go together: one continues the run, the other removes it"
             raise InputError(problem, where="resume, overwrite")
 
 
@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> None:
     with writing(folder, PROBE_BYTES):
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
-        probe.unlink(missing_ok=True)  # left by a dead process that had this one's id
+        probe.unlink(missing_ok=True)  # left by a dead process with the same id
         try:
             with open(probe, "xb") as stream:
                 stream.write(bytes(PROBE_BYTES))
@@ -141,7 +141,7 @@ def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Pa
     """Refuse to resume a run with arguments that change it; objects are compared key by key."""
     changed = list(find_differences(before, now))
     if changed:
-        listed = ", ".join(f"{name}: {shown(old)} -> {shown(new)}" for name, old, new in changed)
+        listed = ", ".join(f"{name}: {format_value(old)} -> {format_value(new)}" for name, old, new in changed)
         hint = "Give the run's own arguments, or another --out"
         raise InputError(f"this run was started differently ({listed})", file=file, hint=hint)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minipeft.adapters import AdapterReport, add_adapter, method_of
+from minipeft.adapters import AdapterReport, add_adapter, find_method
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.quantized import QuantizedWeight, quantize_model
@@ -32,7 +32,7 @@ from minipeft.models.quantized import QuantizedWeight, quantize_model
 PROBE = (256, 1024, 1024)  # a product of the size of those in training
 PROBE_SECONDS = 0.15
 MOST_LAYERS = 512  # more than any known model has
-EFFICIENCY = 0.6  # speed of whole steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
+EFFICIENCY = 0.6  # speed of training steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     quantized: str | None  # the format of its linears
     trainable: int  # parameters
     total: int
-    packed: int  # as `total`, were each byte of codes a parameter: a usual miscount of 4-bit models
+    packed: int  # `total` if each byte of codes counts as a parameter, a common miscount of 4-bit models
     weights: int  # bytes of base and adapter
     moments: int  # bytes of AdamW's two moments
     step: int  # bytes of activations, gradients and buffers at the step's peak
@@ -94,7 +94,7 @@ def plan(
     moments = 2 * count_bytes([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")  # [B, T]
     step = count_step_bytes(model, ids)
-    full = method_of(adapter).trains_base
+    full = find_method(adapter).trains_base
     flops = count_train_flops(
         config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing
     )
@@ -113,7 +113,7 @@ def adapt_on_meta(
     Raises:
         InputError: the adapter does not fit the model, or the model has more layers than any known one.
     """
-    model = build_on_meta(config).to(torch.float32 if method_of(adapter).trains_base else dtype)
+    model = build_on_meta(config).to(torch.float32 if find_method(adapter).trains_base else dtype)
     if quantize is not None:
         quantize_model(model, quantize)
     report = add_adapter(model, adapter)
@@ -214,7 +214,7 @@ def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
     return 2.0 * m * k * n * products / seconds
 
 
-def in_words(seconds: float, fine: bool = False) -> str:
+def format_seconds(seconds: float, fine: bool = False) -> str:
     """Format a duration: 45 s, 12 min, 1.5 h; `fine`: with a decimal below ten seconds."""
     if seconds < 90:
         return f"{seconds:.2g} s" if fine and seconds < 10 else f"{seconds:.0f} s"
@@ -234,7 +234,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['percent']:.3g}",
             *(f"{row[name] / 1e9:.2f}" for name in ("weights", "moments", "step", "peak")),
             f"{row['flops'] / 1e12:.3g}",
-            in_words(row["seconds"], fine=True),
+            format_seconds(row["seconds"], fine=True),
         )
         for row in rows
     ]
@@ -250,6 +250,6 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["packed"] != row["total"]:
             share = f"{100 * row['trainable'] / row['packed']:.3g} %"
             counts.append(
-                f"{row['model']}, {row['method']}: {share} are trained, where a byte of codes counts as a parameter"
+                f"{row['model']}, {row['method']}: {share} are trained, if a byte of codes counts as a parameter"
             )
     return "\n".join([*lines, "", legend, *counts])

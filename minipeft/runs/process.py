@@ -1,6 +1,6 @@
 """Process settings of a run: threads, signals, device, determinism on CUDA, memory and standard error.
 
-A signal only sets a flag that is read between steps: within an optimizer step only some parameters are updated.
+A signal handler only sets a flag, which is read between steps: within an optimizer step the update is incomplete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minipeft.errors import InputError, check_fields, option
 
-MOST_THREADS = 1024  # with more, torch ends the process
+MOST_THREADS = 1024  # with more, torch aborts the process
 
 
 @dataclass(frozen=True)

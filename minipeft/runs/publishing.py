@@ -17,8 +17,8 @@ from minipeft.adapters.peft_virtual import OWN, STATE
 from minipeft.adapters.verdict import MergeReport
 from minipeft.data.examples import load_pairs
 from minipeft.data.forms import FORM_FILE
-from minipeft.data.templates import prompt_text
-from minipeft.data.tokens import FILES
+from minipeft.data.templates import format_prompt
+from minipeft.data.tokenizer_files import FILES
 from minipeft.errors import InputError, check_fields, option
 from minipeft.files import read_text
 from minipeft.hub import push
@@ -36,11 +36,13 @@ class MergeConfig:
     adapter: Path = option(help="folder or hub id of an adapter, ours or PEFT's")
     out: Path = option(help="folder of the merged model")
     adapter_revision: str | None = option(None, "commit, tag or branch of the adapter on the hub")
-    prompts: str | None = option(None, "compare on the lines of this text file, each in the training template")
-    data: str | None = option(None, "compare on the questions of this data set: conala, demo, or a file of pairs")
+    prompts: str | None = option(
+        None, "text file with a prompt to compare on in each line, put into the training template"
+    )
+    data: str | None = option(None, "data set whose questions to compare on: conala, demo, or a file of pairs")
     split: str = option("test", "split of conala or demo")
-    limit: int = option(32, "number of prompts to compare on, from the first", least=1)
-    raw: bool = option(False, "take the lines of --prompts as they are, without the training template")
+    limit: int = option(32, "compare on the first N prompts only", least=1)
+    raw: bool = option(False, "use the lines of --prompts unchanged, without the training template")
     new_tokens: int = option(32, "maximum number of tokens in a compared answer", least=1)
     dtype: str | None = option(None, "dtype of the merged weights; default the model's own", choices=DTYPES)
 
@@ -60,12 +62,13 @@ def read_prompts(config: MergeConfig) -> list[str]:
     """
     if config.prompts is None:
         return [
-            prompt_text(pair.intent) for pair in load_pairs(str(config.data), split=config.split).items[: config.limit]
+            format_prompt(pair.intent)
+            for pair in load_pairs(str(config.data), split=config.split).items[: config.limit]
         ]
     lines = [line for line in read_text(Path(config.prompts)).splitlines() if line.strip()][: config.limit]
     if not lines:
         raise InputError("holds no prompts", file=config.prompts)
-    return lines if config.raw else [prompt_text(line) for line in lines]
+    return lines if config.raw else [format_prompt(line) for line in lines]
 
 
 def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -> MergeReport:
@@ -96,7 +99,7 @@ def merge_into_folder(config: MergeConfig, say: Callable[[str], None] = print) -
     say(str(report))
     write_card(out, make_merged_card(config.model, str(config.adapter), report))
     save_model(base, out, tokenizer)
-    if form is not None:  # so that generate asks the merged model as it asked the adapter
+    if form is not None:  # so that generate uses the adapter's template for the merged model
         form.write(out)
     return report
 
@@ -118,12 +121,12 @@ def publish(folder: Path, hub_id: str, config: PushConfig) -> tuple[str, list[st
     Raises:
         InputError: the folder holds neither, or is damaged; the hub refuses.
     """
-    names = own_files(folder, str(describe(folder)["kind"]))
+    names = list_own_files(folder, str(describe(folder)["kind"]))
     left = sorted(path.name for path in folder.iterdir() if path.name not in names)
     return push(folder, names, hub_id, private=not config.public, revision=config.revision), left
 
 
-def own_files(folder: Path, kind: str) -> list[str]:
+def list_own_files(folder: Path, kind: str) -> list[str]:
     """List the existing files that belong to an adapter or a model; no code, no pickle."""
     if kind == "adapter":
         known = [CONFIG, WEIGHTS, OWN, STATE, FORM_FILE, *FILES, CARD]

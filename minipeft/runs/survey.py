@@ -1,6 +1,6 @@
 """Survey a data set before training: what `minipeft data` prints.
 
-Examples with their supervised tokens, token counts, cuts at a row's length, and rows both held out and trained on.
+Examples with their supervised tokens, token counts, truncation, and held-out rows that are also trained on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import shared_pairs, split_by_question
+from minipeft.data.examples import count_shared, split_by_question
 from minipeft.data.forms import Data, encode_data
-from minipeft.data.packing import LENGTH, PackConfig, PackReport, cut_each, pack
+from minipeft.data.packing import LENGTH, PackConfig, PackReport, pack
+from minipeft.data.rows import cut_each
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError, check_fields, escape, option
 from minipeft.hub import fetch
@@ -24,7 +25,7 @@ from minipeft.runs.config import DataConfig, ModelConfig
 from minipeft.runs.finetune import prepare
 
 PERCENTILES = (0, 25, 50, 75, 95, 99, 100)
-GREEN, PLAIN = "\x1b[32m", "\x1b[0m"  # on a terminal; elsewhere what is trained on stands in brackets
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"  # on a terminal; elsewhere brackets mark the supervised text
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SurveyConfig:
 
 @dataclass(frozen=True)
 class Survey:
-    """The counts of a data set; `lengths` are percentiles of tokens, `examples` are runs of (text, trained on)."""
+    """The counts of a data set; `lengths` are percentiles of tokens, `examples` are runs of (text, supervised)."""
 
     file: str
     rows: int
@@ -67,7 +68,7 @@ class Survey:
         for number, runs in enumerate(self.examples, start=1):
             text = "".join(f"{first}{show(run)}{last}" if trained else show(run) for run, trained in runs)
             place = "in green" if colour else "in [brackets]"
-            lines += [f"---- example {number}; trained on is what stands {place}", text]
+            lines += [f"---- example {number}; supervised is the text {place}", text]
         spread = ", ".join(f"{name} {tokens:,}" for name, tokens in self.lengths.items())
         lines += ["----", f"{self.file}: {self.rows:,} rows of {show(self.format)}", f"tokens of an example: {spread}"]
         lines += [f"at --length {self.length}: {self.packed}"]
@@ -108,14 +109,14 @@ def survey(config: SurveyConfig) -> Survey:
 
 
 def measure_split(data: Data, wanted: int) -> tuple[int | None, int | None, Sequence[str]]:
-    """How many rows are held out, how many of them are also trained on, and what training would refuse."""
+    """Count held-out rows and those that are also trained on, and report what training would refuse."""
     if not wanted:
         return None, None, ()
     try:
         kept, held_out = split_by_question(data, wanted)
     except InputError as error:
         return None, None, (f"training would refuse --held-out {wanted}: {error}",)
-    return len(held_out), shared_pairs(kept, held_out), ()
+    return len(held_out), count_shared(kept, held_out), ()
 
 
 def find_runs(encoded: Encoded, number: int, mask: str, length: int, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -131,7 +132,7 @@ def find_runs(encoded: Encoded, number: int, mask: str, length: int, tokenizer: 
 def decode_runs(
     ids: list[int], targets: list[bool], edges: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[str, bool]]:
-    """The text between each two edges, as it stands in the whole."""
+    """Decode the text between each two edges, as part of the whole text."""
     before = ""
     for begin, end in pairwise(edges):
         whole = tokenizer.decode(ids[:end], skip_special=False)
@@ -141,5 +142,5 @@ def decode_runs(
 
 
 def show(text: str) -> str:
-    """A text of a file, unprintable signs escaped, on as many lines as it has."""
+    """Escape the unprintable characters of a text, except line breaks."""
     return "\n".join(escape(line) for line in text.split("\n"))

@@ -12,23 +12,23 @@ from collections.abc import Callable, Sequence
 from minipeft.data.examples import Pair
 
 
-def empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_empty(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """An empty answer to every question."""
     return ["" for _ in questions]
 
 
-def constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+def answer_constant(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
     """`print(x)` to every question."""
     return ["print(x)" for _ in questions]
 
 
-def echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The question itself."""
+def answer_echo(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+    """Answer each question with its own text."""
     return [pair.intent for pair in questions]
 
 
-def nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
-    """The snippet of the training question with the largest |A & B| / |A | B| in words; the first on a tie."""
+def answer_nearest(train: Sequence[Pair], questions: Sequence[Pair]) -> list[str]:
+    """Answer with the snippet of the training question of the largest Jaccard similarity in words; ties: the first."""
     known = [split_words(pair.intent) for pair in train]
     answers = []
     for pair in questions:
@@ -44,10 +44,10 @@ def split_words(text: str) -> set[str]:
 
 
 BASELINES: dict[str, Callable[[Sequence[Pair], Sequence[Pair]], list[str]]] = {
-    "empty answer": empty,
-    "print(x)": constant,
-    "echo the question": echo,
-    "nearest training pair": nearest,
+    "empty answer": answer_empty,
+    "print(x)": answer_constant,
+    "echo the question": answer_echo,
+    "nearest training pair": answer_nearest,
 }
-PYTHON_ONLY = "print(x)"  # it says nothing of other text
-SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # whose answers are known without reading them
+PYTHON_ONLY = "print(x)"  # meaningless for other languages
+SAME_EACH_TIME = ("empty answer", "print(x)", "echo the question")  # answers that do not depend on the training pairs

@@ -1,7 +1,7 @@
-"""The answers in the report: each question with its reference and every cell's answer, and a filter.
+"""The answers section of the report: each question with its reference, every cell's answer, and a filter.
 
-An answer shows how it differs from the reference: what it has beside it, and what it lacks. All of it can be read
-without script; page.js adds the filter and the arrow keys.
+An answer is shown as a diff against the reference. The section is readable without JavaScript; page.js adds the filter
+and the arrow keys.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ LONGEST_ANSWER = 400  # characters shown of an answer
 MOST_QUESTIONS = 500
 MOST_BYTES = 700_000  # of answers; the page stays under a megabyte
 LEGEND = (
-    "Against the reference: <ins>what an answer has beside it</ins>, <del>what it lacks</del>; an answer with little "
-    "in common is not compared. Arrow keys move between questions. Not shown: the empty answer, print(x), the question."
+    "Diff against the reference: <ins>added</ins>, <del>missing</del>; an answer with little in common is shown "
+    "without a diff. Arrow keys move between questions. Not shown: the empty answer, print(x), the echoed question."
 )
 MARKS = ("exact", "passes", "wrong", "invalid", "empty", "repeated", "cut off")
-LEAST_ALIKE = 0.3  # of an answer and the reference, from which their differences are marked
+LEAST_ALIKE = 0.3  # similarity ratio to the reference, below which no diff is shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Answered:
 
 
 def browse(cells: Sequence[Answered]) -> str:
-    """All questions, each folded, after the filter; "" where no cell answered."""
+    """Render all questions, each collapsed, after the filter; "" where no cell answered."""
     if not cells:
         return ""
     number, size, parts = len(cells[0].rows), 0, []
@@ -65,7 +65,7 @@ def browse(cells: Sequence[Answered]) -> str:
 
 
 def draw_question(cells: Sequence[Answered], place: int) -> str:
-    """One question, folded; its first line names the cells with an exact match."""
+    """Render one question, collapsed; its summary line names the cells with an exact match."""
     first = cells[0].rows[place]
     references = [first["reference"]] if isinstance(first["reference"], str) else first["reference"]
     found, answers, right = [], [], []
@@ -88,12 +88,12 @@ def draw_question(cells: Sequence[Answered], place: int) -> str:
 
 
 def cut_long(text: str) -> str:
-    """The text as far as it is shown."""
+    """Truncate a text to LONGEST_ANSWER characters."""
     return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}…"
 
 
 def mark_difference(answer: str, reference: str) -> str:
-    """The answer as HTML: <ins> what the reference lacks, <del> what the answer lacks; plain where little is alike."""
+    """Render the answer as a diff: <ins> added, <del> missing; plain text where little is in common."""
     had, has = (re.findall(r"\w+|\s+|.", text, re.DOTALL) for text in (reference, answer))
     matcher = SequenceMatcher(None, had, has, autojunk=False)
     if answer == reference or matcher.ratio() < LEAST_ALIKE:
@@ -108,7 +108,7 @@ def mark_difference(answer: str, reference: str) -> str:
 
 
 def mark(row: dict[str, Any], references: Sequence[str], language: str) -> list[str]:
-    """The MARKS that an answer bears."""
+    """List the MARKS that apply to an answer."""
     answer = row["prediction"]
     if not answer.strip():
         return ["wrong", "empty"]

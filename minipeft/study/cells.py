@@ -1,4 +1,4 @@
-"""One cell of a study, in a process of its own: train, answer, score; each part resumes where it was stopped.
+"""One cell of a study, in its own process: train, answer, score; each part is resumable.
 
     python -P -m minipeft.study.cells STUDY cells/NAME [THREADS]
 
@@ -29,7 +29,7 @@ import torch
 from minipeft.adapters.peft_format import WEIGHTS
 from minipeft.data.examples import encode_pairs, load_pairs, split_by_question
 from minipeft.errors import InputError
-from minipeft.files import lock_folder, parse_json, read_header, read_object, read_text, write_json
+from minipeft.files import lock_folder, parse_json, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.scores import Scores, score_texts
 from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
@@ -37,6 +37,7 @@ from minipeft.runs.config import RunConfig
 from minipeft.runs.finetune import finetune, pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
 from minipeft.study.rows import Row, Training
+from minipeft.tensor_files import read_header
 from minipeft.training.loop import evaluate
 
 CELL, ANSWERS, RESULT, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
@@ -53,7 +54,7 @@ class Cell:
     seed: int = 0
     run: RunConfig | None = None  # None for a baseline, and where the model cannot be read
     generate: GenerateConfig | None = None  # None: it gives no answers
-    variant: str = ""  # what distinguishes it from the other cells of its method
+    variant: str = ""  # what differs from the other cells of its method
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the seeds of a group have in common."""
+        """The fields that all seeds of a group share."""
         return self.model, self.method, self.variant
 
     @property
@@ -82,10 +83,10 @@ class Cell:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Cell:
-        """The cell that cell.json holds.
+        """Read cell.json.
 
         Raises:
-            InputError: a setting is not what it should be.
+            InputError: a setting is invalid.
         """
         if data["run"] is None:
             raise InputError("there is no training run", where="run")
@@ -107,7 +108,7 @@ def perform(folder: Path) -> Row:
         if cell.method != ZERO_SHOT:
             row = train(cell, folder, row)
         if cell.generate is not None:
-            row = answer(cell, folder, row)
+            row = answer_questions(cell, folder, row)
             row = replace(row, scores=score_file(folder / ANSWERS))
         write_json(folder / RESULT, row.as_json(counts=True))
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # needed only to resume
@@ -115,7 +116,7 @@ def perform(folder: Path) -> Row:
 
 
 def describe_untrained(cell: Cell) -> Training:
-    """The training fields that are known before training; the untrained model has no others."""
+    """Fill the training fields that are known before training; the untrained model has no others."""
     assert cell.run is not None
     adapter: Any = cell.run.adapter
     virtual = cell.method != ZERO_SHOT and hasattr(adapter, "reparam")  # a prefix or prompt
@@ -132,7 +133,7 @@ def describe_untrained(cell: Cell) -> Training:
 
 
 def train(cell: Cell, folder: Path, row: Row) -> Row:
-    """Do the training run, and add its result to the row."""
+    """Run the training and add its result to the row."""
     assert cell.run is not None
     result = finetune(cell.run, folder / "run", resume=(folder / "run").exists())
     names = ["learning_rate", "steps", "trainable", "trainable_percent", "train_seconds", "tokens_per_second"]
@@ -151,8 +152,8 @@ def train(cell: Cell, folder: Path, row: Row) -> Row:
     )
 
 
-def answer(cell: Cell, folder: Path, row: Row) -> Row:
-    """Answer every question into predictions.jsonl, with what training left on disk.
+def answer_questions(cell: Cell, folder: Path, row: Row) -> Row:
+    """Write an answer to every question to predictions.jsonl, with the trained adapter or model.
 
     The held-out loss and peak memory of the untrained model are measured here; a tuned one has those of its training.
     """
@@ -180,7 +181,7 @@ def answer(cell: Cell, folder: Path, row: Row) -> Row:
 
 
 def score_file(file: Path) -> Scores:
-    """The scores of a file of answers."""
+    """Score a file of answers."""
     found = read_answers(file)
     return score_texts(found.predictions, found.references, questions=found.questions, hit_limit=found.cut)
 

@@ -1,8 +1,8 @@
 """The report's plots as HTML and inline SVG: rows of bars and intervals, their axis, and markers.
 
-Widths are percentages and heights are pixels, so that a plot fits a phone without its text shrinking. Nothing depends
-on colour alone: kinds of bars differ in their pattern, points in their shape, and each has its name beside it. Names
-and values are text in HTML, which wraps; no text stands where a bar or an interval does.
+Widths are percentages and heights are pixels, so that a plot fits a phone without shrinking its text. Nothing depends
+on colour alone: bars differ in pattern and points in shape, and each has its name beside it. Names and values are
+HTML text, which wraps; no text overlaps a bar or an interval.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Bar:
 
 
 def escape(value: object) -> str:
-    """A text as HTML shows it: nothing in it is markup; control characters and marks of direction are visible."""
+    """Escape a text for HTML; control characters and bidirectional marks become visible."""
     pictures = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(value))
     return html.escape(escape_unprintable(pictures, "\n\t"))
 
 
 def draw_bars(rows: Sequence[Bar], title: str, mark: float | None = None, unit: str = "", scale: float = 1.0) -> str:
-    """Bars from 0 with intervals; `mark`: a dashed line across all of them. The axis shows `scale` times a value."""
+    """Draw bars from 0 with intervals; `mark`: a dashed line across all. The axis shows `scale` times a value."""
     most = max([row.high for row in rows] + [mark or 0.0, 1e-9])
     place = lambda value: max(0.0, 100 * value / most)
     found = []
@@ -62,12 +62,12 @@ def draw_bars(rows: Sequence[Bar], title: str, mark: float | None = None, unit: 
         )
         body += "".join(f'<line x1="{x}" x2="{x}" y1="8" y2="18" class="whisker"/>' for x in (low, high))
         found.append((row, body))
-    marks = ticks(0.0, scale * most)
+    marks = choose_ticks(0.0, scale * most)
     return draw_rows(found, title, [(tick / scale, f"{tick:g}") for tick in marks], place, mark, unit)
 
 
 def draw_intervals(rows: Sequence[Bar], title: str, unit: str, scale: float = 1.0) -> str:
-    """A point and its interval for each row, on both sides of 0."""
+    """Draw a point and its interval for each row, on both sides of 0."""
     low, high = min(0.0, *(row.low for row in rows)), max(0.0, *(row.high for row in rows))
     span = (high - low) or 1.0
     place = lambda value: EDGE + (100 - 2 * EDGE) * (value - low) / span
@@ -78,7 +78,7 @@ def draw_intervals(rows: Sequence[Bar], title: str, unit: str, scale: float = 1.
         body += "".join(f'<line x1="{x}" x2="{x}" y1="7" y2="19" class="interval"/>' for x in (left, right))
         body += put("square", "filled" if row.kind == "tuned" else "open", at, 13)
         found.append((row, body))
-    marks = ticks(scale * low, scale * high)
+    marks = choose_ticks(scale * low, scale * high)
     labels = [(tick / scale, f"{tick:+g}" if tick else "0") for tick in marks]
     return draw_rows(found, title, labels, place, 0.0, unit, "zero")
 
@@ -92,7 +92,7 @@ def draw_rows(
     unit: str,
     line: str = "mark",
 ) -> str:
-    """Rows of a name, a strip and a label, over one axis; what the strips show is in the labels as well."""
+    """Draw rows of a name, a strip and a label over one axis; the labels repeat what the strips show."""
     grid = "".join(f'<line x1="{x}%" x2="{x}%" y1="0" y2="{STRIP}" class="grid"/>'
                    for x in (f"{place(value):.2f}" for value, _ in labels))  # fmt: skip
     if mark is not None:
@@ -115,7 +115,7 @@ def draw_rows(
 
 
 def draw_pairs(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple[float, str]) -> str:
-    """For each (name, strict, compat) a filled circle and an open square, joined by a line."""
+    """Draw a filled circle and an open square, joined by a line, for each (name, strict, compat)."""
     most = max([max(strict, compat) for _, strict, compat in rows] + [mark[0]])
     place = lambda value: EDGE + (100 - 2 * EDGE) * value / most
     found = []
@@ -124,12 +124,12 @@ def draw_pairs(rows: Sequence[tuple[str, float, float]], title: str, mark: tuple
         body = f'<line x1="{a}" x2="{b}" y1="13" y2="13" class="whisker"/>'
         body += put("square", "open", b, 13) + put("circle", "filled", a, 13)
         found.append((Bar(name, strict, strict, compat, f"{strict:.3f} / {compat:.3f}", "pair"), body))
-    labels = [(tick, f"{tick:g}") for tick in ticks(0.0, most)]
+    labels = [(tick, f"{tick:g}") for tick in choose_ticks(0.0, most)]
     return draw_rows(found, title, labels, place, mark[0], f"CodeBLEU; dashed: {mark[1]}")
 
 
 def put(shape: str, kind: str, x: str, y: float) -> str:
-    """A marker at a place of a plot."""
+    """Place a marker at (x, y)."""
     return f'<svg x="{x}" y="{y:.1f}" overflow="visible">{draw_marker(shape, kind)}</svg>'
 
 
@@ -137,18 +137,18 @@ def draw_marker(shape: str, kind: str) -> str:
     return SHAPES[shape].format(f' class="{kind}"')
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Two to five round numbers between low and high."""
+def choose_ticks(low: float, high: float) -> list[float]:
+    """Choose two to five round numbers between low and high."""
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
         if (high - low) / step <= 5:
             return [round(number * step, 6) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return []
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Up to `most` round numbers between low and high, which are positive, for a logarithmic axis.
+def choose_log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Choose up to `most` round numbers between low and high, both positive, for a logarithmic axis.
 
-    Where the powers of ten and their 2, 5 give fewer than two, evenly spaced ones.
+    If 1, 2 and 5 times powers of ten give fewer than two, they are evenly spaced.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -156,12 +156,12 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
         if len(found) <= most:
             break
     if len(found) < 2:
-        return [tick for tick in ticks(low, high) if tick > 0]
+        return [tick for tick in choose_ticks(low, high) if tick > 0]
     return found[:: max(1, -(-len(found) // most))]
 
 
-def short(number: float) -> str:
-    """A number of an axis: 20k, 4M."""
+def shorten_number(number: float) -> str:
+    """Format a number for an axis: 20k, 4M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:g}{letter}"
@@ -169,5 +169,5 @@ def short(number: float) -> str:
 
 
 def wrap(body: str, height: int, title: str) -> str:
-    """An SVG with a title for screen readers."""
+    """Wrap a body in an SVG with a title for screen readers."""
     return f'<svg role="img" width="100%" height="{height}" aria-label="{escape(title)}">{body}</svg>'

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minipeft.study.charts import SHAPES, draw_marker, escape, log_ticks, put, short, ticks, wrap
+from minipeft.study.charts import SHAPES, choose_log_ticks, choose_ticks, draw_marker, escape, put, shorten_number, wrap
 
 MOST_TOGETHER = len(SHAPES)  # curves in one plot; more are drawn in a panel each
 Place = Callable[[float], float]
@@ -51,7 +51,7 @@ class Point:
 
 
 def draw_losses(curves: Sequence[Curve], height: int = 300) -> str:
-    """The losses of all runs, on a logarithmic scale: thin the training loss, thick with markers the held-out loss."""
+    """Draw the losses of all runs on a logarithmic scale: training loss thin, held-out loss thick with markers."""
     points = [loss for curve in curves for _, loss in (*smooth(curve.train), *curve.held_out)]
     if not points:
         return ""
@@ -68,17 +68,17 @@ def last_loss(curve: Curve) -> str:
 
 
 def draw_panel(curves: Sequence[tuple[int, Curve]], low: float, high: float, height: int, title: str) -> str:
-    """One plot of losses over steps; of each run its number in the legend."""
+    """Draw losses over steps in one plot; each run comes with its number in the legend."""
     last = max((step for _, curve in curves for step, _ in (*curve.train, *curve.held_out)), default=1) or 1
     down = lambda loss: height * math.log(high / max(loss, low)) / math.log(high / low)
     across = lambda step: 100 * step / last
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in log_ticks(low, high)])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_log_ticks(low, high)])
     for style, curve in curves:
         body += draw_line(smooth(curve.train), across, down, height, f"faint s{style}")
         body += draw_line(curve.held_out, across, down, height, f"curve s{style}")
         for step, loss in curve.held_out:
             body += put(list(SHAPES)[style], f"m{style}", f"{across(step):.2f}%", down(loss))
-    body += draw_base([(across(tick), f"{tick:g}") for tick in ticks(0, last)], height)
+    body += draw_base([(across(tick), f"{tick:g}") for tick in choose_ticks(0, last)], height)
     said = title or "Loss by step: " + "; ".join(f"{curve.name}{last_loss(curve)}" for _, curve in curves)
     head = f"<h3>{escape(title)}</h3>" if title else ""
     label = '<p class="soft">nats per supervised token (logarithmic), by step</p>'
@@ -86,7 +86,7 @@ def draw_panel(curves: Sequence[tuple[int, Curve]], low: float, high: float, hei
 
 
 def draw_line(points: Sequence[tuple[float, float]], across: Place, down: Place, height: int, kind: str) -> str:
-    """A line whose width does not change with that of the plot."""
+    """Draw a line whose stroke width does not scale with the plot."""
     path = " ".join(f"{across(x):.2f},{down(y):.1f}" for x, y in points)
     return (
         f'<svg viewBox="0 0 100 {height}" width="100%" height="{height}" preserveAspectRatio="none">'
@@ -95,7 +95,7 @@ def draw_line(points: Sequence[tuple[float, float]], across: Place, down: Place,
 
 
 def draw_axis(labels: Sequence[tuple[float, str]]) -> str:
-    """Lines across the plot, with their labels to the left of it."""
+    """Draw the y axis: grid lines with labels on the left."""
     return "".join(
         f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
         f'<text x="-8" y="{y + 4:.1f}" text-anchor="end" class="tick">{escape(label)}</text>'
@@ -104,7 +104,7 @@ def draw_axis(labels: Sequence[tuple[float, str]]) -> str:
 
 
 def draw_base(labels: Sequence[tuple[float, str]], height: int) -> str:
-    """The line below the plot with its labels."""
+    """Draw the x axis with its labels."""
     texts = "".join(
         f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{height}" y2="{height + 4}" class="grid"/>'
         f'<text x="{x:.2f}%" y="{height + 16}" text-anchor="middle" class="tick">{escape(label)}</text>'
@@ -114,7 +114,7 @@ def draw_base(labels: Sequence[tuple[float, str]], height: int) -> str:
 
 
 def draw_legend(names: Sequence[str]) -> str:
-    """A line and a marker for each name."""
+    """Draw the legend: a line and a marker for each name."""
     entries = "".join(
         f'<li><svg width="34" height="14" aria-hidden="true"><line x1="0" x2="34" y1="7" y2="7" class="s{style}" '
         f'stroke-width="2"/><svg x="17" y="7" overflow="visible">{draw_marker(list(SHAPES)[style], f"m{style}")}</svg>'
@@ -125,7 +125,7 @@ def draw_legend(names: Sequence[str]) -> str:
 
 
 def draw_cost(points: Sequence[Point], title: str, unit: str, mark: float | None, height: int = 200) -> str:
-    """BLEU over one cost, which is logarithmic where it spans more than a factor of 5; `mark`: a dashed line."""
+    """Draw BLEU over one cost, on a logarithmic axis beyond a factor of 5; `mark`: a dashed line."""
     costs = [point.cost for point in points]
     low, high = min(costs), max(costs)
     logarithmic = low > 0 and high > 5 * low
@@ -135,16 +135,16 @@ def draw_cost(points: Sequence[Point], title: str, unit: str, mark: float | None
     across = lambda cost: 100 * (change(cost) - left) / (right - left)
     most = max([point.high for point in points] + [mark or 0.0, 1.0])
     down = lambda value: height * (1 - max(0.0, value) / (1.05 * most))
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in ticks(0, most)])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_ticks(0, most)])
     if mark is not None:
         body += f'<line x1="0" x2="100%" y1="{down(mark):.1f}" y2="{down(mark):.1f}" class="mark"/>'
     for point in points:
         x = f"{across(point.cost):.2f}%"
         body += f'<line x1="{x}" x2="{x}" y1="{down(point.low):.1f}" y2="{down(point.high):.1f}" class="whisker"/>'
         body += put(list(SHAPES)[point.style], f"m{point.style}", x, down(point.value))
-    found = log_ticks(math.exp(left), math.exp(right), 5) if logarithmic else ticks(left, right)
+    found = choose_log_ticks(math.exp(left), math.exp(right), 5) if logarithmic else choose_ticks(left, right)
     found = [tick for tick in found if across(tick) >= 0]
-    body += draw_base([(across(tick), short(tick)) for tick in found], height)
+    body += draw_base([(across(tick), shorten_number(tick)) for tick in found], height)
     said = f"{title}: " + "; ".join(f"{point.name} {point.value:.1f} at {point.cost:.3g}" for point in points)
     label = f"{unit}, logarithmic" if logarithmic else unit
     plot = wrap(body, height + 20, said)
@@ -154,12 +154,12 @@ def draw_cost(points: Sequence[Point], title: str, unit: str, mark: float | None
 def draw_by_rate(
     rates: Sequence[float], lines: Sequence[Line], marks: Sequence[tuple[float, str]], title: str, height: int = 320
 ) -> str:
-    """A line for each init over the learning rates, loss on a logarithmic scale; `marks`: what to compare with."""
+    """Draw a line for each init over the learning rates, loss on a logarithmic scale; `marks`: reference losses."""
     values = [loss for line in lines for loss in line.losses if loss is not None] + [loss for loss, _ in marks]
     low, high = math.log(min(values)) - 0.08, math.log(max(values)) + 0.08
     left = lambda place: 3 + 94 * place / max(1, len(rates) - 1)  # percent of the width
     down = lambda loss: height * (high - math.log(loss)) / (high - low)
-    body = draw_axis([(down(tick), f"{tick:g}") for tick in log_ticks(math.exp(low), math.exp(high))])
+    body = draw_axis([(down(tick), f"{tick:g}") for tick in choose_log_ticks(math.exp(low), math.exp(high))])
     body += "".join(f'<line x1="0" x2="100%" y1="{down(m):.1f}" y2="{down(m):.1f}" class="mark"/>' for m, _ in marks)
     for line in lines:
         points = [(float(place), loss) for place, loss in enumerate(line.losses) if loss is not None]
@@ -181,7 +181,7 @@ def draw_by_rate(
 
 
 def smooth(points: Sequence[tuple[float, float]], kept: int = 60) -> list[tuple[float, float]]:
-    """The means of neighbouring points, at most `kept` of them."""
+    """Average neighbouring points, to at most `kept`."""
     size = max(1, -(-len(points) // kept))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]

@@ -1,10 +1,10 @@
-"""The effect of each method as a paired difference of BLEU, and the verdict on a study in words.
+"""The effect of each method as a paired difference of BLEU, and the verdict on a study as text.
 
-    reference   the best answer without training: a baseline, or the model untrained, whichever has the higher BLEU
+    reference   the baseline or the untrained model, whichever has the higher BLEU
     effect      BLEU(group) - BLEU(reference)
     behind      BLEU(group) - BLEU(best tuned group)
 
-Both differences are paired by question: a percentile bootstrap draws the same questions for the two sides.
+Both differences are paired by question: each bootstrap resample draws the same questions for both systems.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.study.rows import Group
-from minipeft.study.table import name_groups, say_seconds
+from minipeft.study.table import format_duration, name_groups
 
 Named = tuple[str, Group]
 
@@ -26,7 +26,7 @@ def add_effects(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def find_best(groups: Sequence[Group]) -> Group | None:
-    """The tuned group with the highest BLEU."""
+    """Find the tuned group with the highest BLEU."""
     tuned = [group for group in groups if group.scores is not None and group.is_tuned]
     return max(tuned, key=lambda group: group.bleu or 0.0, default=None)
 
@@ -46,14 +46,14 @@ def add_effect(group: Group, reference: Group | None, best: Group | None) -> Gro
 
 
 def subtract(one: Group, other: Group) -> Interval | None:
-    """The paired difference of two groups' BLEU; None where one gave no answers."""
+    """Compute the paired difference of two groups' BLEU; None where one gave no answers."""
     if one.scores is None or other.scores is None:
         return None
     return bootstrap_bleu(one.scores.runs, other.scores.runs)
 
 
 def decide(groups: Sequence[Group]) -> list[str]:
-    """Write the verdict in sentences: the winner and its cost, a cheaper equal, methods without gain, uncertainty."""
+    """Write the verdict in sentences: the winner and its cost, a cheaper tie, methods without gain, intervals."""
     named = list(zip(name_groups(groups), groups))
     best = next(((n, g) for n, g in named if g.is_tuned and g.effect is not None and g.behind is None), None)
     if best is None:
@@ -66,35 +66,37 @@ def decide(groups: Sequence[Group]) -> list[str]:
         text.append(describe_level(min(level, key=lambda row: row[1].training.trainable or 0), best))
     elif others:
         name, second = max(others, key=lambda row: row[1].bleu or 0.0)
-        text.append(f"The next, {name}, is {say_difference(second.behind)} BLEU behind it.")
+        text.append(f"Second is {name}, {format_difference(second.behind)} BLEU behind.")
     lost = [(name, group.reference) for name, group in tuned if group.effect is not None and group.effect.low <= 0]
     if lost and len(tuned) > 1:
         references = " or ".join(dict.fromkeys(repr(reference) for _, reference in lost))
         text.append(f"Not better than {references}: {', '.join(name for name, _ in lost)}.")
-    return [*text, say_how_sure(best[1])]
+    return [*text, state_intervals(best[1])]
 
 
 def describe_best(name: str, best: Group) -> str:
-    """The group that won, its effect and its cost."""
+    """Describe the best group, its effect and its cost."""
     assert best.scores is not None
     assert best.effect is not None
     low, high = (100 * end for end in best.scores.bleu_interval)
     score = f"BLEU {100 * (best.bleu or 0.0):.1f} [{low:.1f}, {high:.1f}]"
     cost = f", for {describe_cost(best)}" if describe_cost(best) else ""
     if best.effect.low <= 0:
-        return f"No method is better than {best.reference!r}; the best is {name}, {score}, {effect_text(best)}{cost}."
-    return f"Best: {name}, {score}, {effect_text(best)}{cost}."
+        return (
+            f"No method is better than {best.reference!r}; the best is {name}, {score}, {describe_effect(best)}{cost}."
+        )
+    return f"Best: {name}, {score}, {describe_effect(best)}{cost}."
 
 
-def effect_text(group: Group) -> str:
-    """The effect in words."""
+def describe_effect(group: Group) -> str:
+    """Describe the effect: "2.1 [0.3, 4.0] above 'zero-shot'"."""
     assert group.effect is not None
     where = "above" if group.effect.value >= 0 else "below"
-    return f"{say_difference(group.effect)} {where} {group.reference!r}"
+    return f"{format_difference(group.effect)} {where} {group.reference!r}"
 
 
 def describe_level(level: Named, best: Named) -> str:
-    """The cheapest of the groups that these questions do not distinguish from the best."""
+    """Describe the cheapest group whose BLEU is not significantly below the best."""
     name, group = level
     sizes = [one.training.trainable or 1 for one in (group, best[1])]
     behind = group.behind
@@ -109,26 +111,26 @@ def describe_level(level: Named, best: Named) -> str:
 
 
 def describe_cost(group: Group) -> str:
-    """Trained parameters, time and memory, as far as they are known."""
+    """Describe the cost: trained parameters, time and memory, where known."""
     done = group.training
     parts = [f"{done.trainable:,} trained parameters"] if done.trainable else []
-    parts += [say_seconds(done.train_seconds)] if done.train_seconds else []
+    parts += [format_duration(done.train_seconds)] if done.train_seconds else []
     parts += [f"{done.peak_memory_bytes / 1e9:.2f} GB"] if done.peak_memory_bytes else []
     return ", ".join(parts)
 
 
-def say_difference(found: Interval | None) -> str:
-    """The size of a difference, of 100, with its interval."""
+def format_difference(found: Interval | None) -> str:
+    """Format the absolute value of a difference, times 100, with its interval."""
     assert found is not None
     low, high = sorted((100 * abs(found.low), 100 * abs(found.high)))
-    if found.low <= 0 <= found.high:  # the ends are on both sides
+    if found.low <= 0 <= found.high:  # the interval includes 0
         return f"{100 * abs(found.value):.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"{100 * abs(found.value):.1f} [{low:.1f}, {high:.1f}]"
 
 
-def say_how_sure(best: Group) -> str:
+def state_intervals(best: Group) -> str:
     """State what the intervals cover."""
     seeds, what = len(best.seeds), "In brackets: 95 % intervals over the questions"
     if seeds == 1:
-        return f"{what}; one seed, so that the spread over seeds is unknown."
-    return f"{what}, of the mean of {seeds} seeds."
+        return f"{what}; one seed, so the spread over seeds is unknown."
+    return f"{what}, for the mean of {seeds} seeds."

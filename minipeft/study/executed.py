@@ -13,7 +13,7 @@ from minipeft.files import write_json, write_whole
 from minipeft.metrics.execution import run_programs
 from minipeft.metrics.programs import DEMO, build_programs
 from minipeft.metrics.scores import add_passes
-from minipeft.runs.answers import answers_in
+from minipeft.runs.answers import read_answer_lines
 from minipeft.study.cells import ANSWERS, RESULT
 from minipeft.study.rows import Row
 
@@ -29,7 +29,7 @@ def execute_row(row: Row, out: Path) -> Row:
     folder = out / "cells" / row.cell
     if row.scores is None or row.scores["pass_at_1"] is not None:
         return row
-    answers = list(answers_in(folder / ANSWERS))
+    answers = list(read_answer_lines(folder / ANSWERS))
     outcomes = run_programs(build_programs(answers, DEMO))
     text = "".join(json.dumps(outcome._asdict()) + "\n" for outcome in outcomes)
     write_whole(folder / EXECUTED, lambda stream: stream.write(text.encode()))

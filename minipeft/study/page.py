@@ -17,35 +17,35 @@ from minipeft.study.browser import Answered, browse
 from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
 from minipeft.study.charts import PATTERNS, Bar, draw_bars, draw_intervals, draw_pairs, escape
 from minipeft.study.curves import MOST_TOGETHER, Curve, Line, Point, draw_by_rate, draw_cost, draw_legend, draw_losses
-from minipeft.study.prefix_experiment import MEANING, Grid, several_seeds, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, find_several_seeds, make_grids
 from minipeft.study.rows import Group, Results
 from minipeft.study.table import (
     Column,
-    bleu_with_interval,
     choose_columns,
+    choose_main_columns,
     group_by_flag,
     join_names,
-    label_of,
-    main_columns,
     name_groups,
-    reference_of,
+    name_method,
+    name_reference,
+    show_bleu_with_interval,
     show_difference,
 )
 
 HERE = Path(__file__).parent
-ARTEFACT = (0.25, "an empty answer as the package counts, 0.25")
-KINDS = {"tuned": "Tuned", "untuned": "The model untrained", "trivial": "Baselines without a model"}
-COSTS = {  # field of a group's training -> title, unit, what the field is divided by
+ARTEFACT = (0.25, "the codebleu package's score of an empty answer, 0.25")
+KINDS = {"tuned": "Tuned", "untuned": "Untrained model", "trivial": "Baselines without a model"}
+COSTS = {  # field of a group's training -> title, unit, divisor
     "trainable": ("trained parameters", "trainable parameters", 1.0),
     "train_seconds": ("time", "seconds of training", 1.0),
-    "peak_memory_bytes": ("memory", "GB at the peak, weights included", 1e9),
+    "peak_memory_bytes": ("memory", "GB of peak memory, weights included", 1e9),
 }
 
 
 def draw_page(
     results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
 ) -> str:
-    """The whole page."""
+    """Render the page."""
     style, script = read_text(HERE / "page.css"), read_text(HERE / "page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -54,52 +54,52 @@ def draw_page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>minipeft study: {escape(results.preset)}</title><style>{style}</style></head>\n<body>{PATTERNS}<main>"
-        + "\n".join(part for part in sections(results, summary, notes, curves, cells) if part)
+        + "\n".join(part for part in make_sections(results, summary, notes, curves, cells) if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )
 
 
-def sections(
+def make_sections(
     results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
 ) -> list[str]:
-    """The parts of the page, in order; "" for one with nothing to show."""
+    """Render the sections of the page, in order; "" for one with nothing to show."""
     groups = results.groups
     environment = ", ".join(f"{name} {value}" for name, value in results.environment.items() if value is not None)
-    over_seeds = "Bars: nats per token. Lines: one standard deviation over seeds to either side."
+    over_seeds = "Bars: nats per token. Lines: plus and minus one standard deviation over seeds."
     losses = (
-        "Thick, with markers: held-out loss. Thin: training loss, averaged over neighbouring steps."
+        "Thick with markers: held-out loss. Thin: training loss, smoothed."
         if 1 < len(curves) <= MOST_TOGETHER
-        else "Markers: held-out loss. Thin: training loss, averaged over neighbouring steps. One scale in all panels."
+        else "Markers: held-out loss. Thin: training loss, smoothed. All panels share one scale."
     )
     return [
-        f"<h1>{escape(heading(results))}</h1>",
+        f"<h1>{escape(make_heading(results))}</h1>",
         f'<p class="verdict">{escape(summary[0])}</p><p>{escape(" ".join(summary[1:]))}</p>',
         draw_effects(groups),
-        draw_table(groups, main_columns(groups), "main"),
+        draw_table(groups, choose_main_columns(groups), "main"),
         draw_all_columns(groups),
-        section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
-        section("Loss", draw_losses(curves), losses),
-        *(section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in tables(groups)),
+        make_section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
+        make_section("Loss", draw_losses(curves), losses),
+        *(make_section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in make_grids(groups)),
         *(
-            section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
-            for steps, rows in several_seeds(results).items()
+            make_section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
+            for steps, rows in find_several_seeds(results).items()
         ),
-        section("Before you use a number", draw_flags(groups)),
-        fold("BLEU of every row", draw_scores(groups), "Solid: tuned. Striped: untrained. Outlined: without a model."),
+        make_section("Caveats", draw_flags(groups)),
+        fold("BLEU of all rows", draw_scores(groups), "Solid: tuned. Striped: untrained. Outlined: baseline."),
         fold(
-            "CodeBLEU, strict and as the package counts",
+            "CodeBLEU: strict and the package's",
             draw_codebleu(groups),
             f"{notes[-1]} Circle: strict. Square: the package. Numbers: strict / package.",
         ),
-        "<h2>How this was made</h2>",
+        "<h2>Method</h2>",
         *(f"<p>{escape(note)}</p>" for note in notes[:-1]),
         f'<p class="command"><code>{escape(results.command)}</code></p><p class="soft">{escape(environment)}</p>',
         browse(cells),
     ]
 
 
-def heading(results: Results) -> str:
-    """The heading: which models and data were compared."""
+def make_heading(results: Results) -> str:
+    """Write the heading: which models and data are compared."""
     models = list(dict.fromkeys(group.model for group in results.groups if group.model))
     what = f"{len(models)} models" if len(models) > 1 else "the demo model" if models == ["demo"] else models[0]
     source = results.data.source
@@ -107,13 +107,13 @@ def heading(results: Results) -> str:
     return f"Fine-tuning methods compared: {what} on {data}"
 
 
-def section(title: str, body: str, caption: str = "") -> str:
-    """A heading, its caption and its body; nothing where the body is empty."""
+def make_section(title: str, body: str, caption: str = "") -> str:
+    """Render a heading, its caption and its body; "" where the body is empty."""
     return f'<h2>{escape(title)}</h2><p class="soft note">{escape(caption)}</p>{body}' if body else ""
 
 
 def fold(title: str, body: str, caption: str) -> str:
-    """A section that is closed at first."""
+    """Render a collapsed section."""
     if not body:
         return ""
     return (
@@ -122,26 +122,26 @@ def fold(title: str, body: str, caption: str) -> str:
     )
 
 
-def kind_of_group(group: Group) -> str:
-    """What a group is, of KINDS."""
+def classify_group(group: Group) -> str:
+    """Classify a group as one of KINDS."""
     return "trivial" if not group.model else "untuned" if group.method in (ZERO_SHOT, FIRST_LINE) else "tuned"
 
 
 def draw_effects(groups: Sequence[Group]) -> str:
-    """The difference of each group to the best answer without training, tuned ones first."""
+    """Draw each group's effect, tuned groups first."""
     rows = [
         Bar(name, group.effect.value, group.effect.low, group.effect.high, show_difference(group.effect),
-            kind_of_group(group))
+            classify_group(group))
         for name, group in zip(name_groups(groups), groups)
         if group.effect is not None and group.method != FIRST_LINE
     ]  # fmt: skip
     rows.sort(key=lambda row: (row.kind != "tuned", -row.value))
-    unit = f"BLEU above or below {reference_of(groups)!r}, with 95 % interval"
+    unit = f"BLEU difference to {name_reference(groups)!r}, with 95 % interval"
     return draw_intervals(rows, "Effect of each method on BLEU", unit, 100) if rows else ""
 
 
 def draw_costs(groups: Sequence[Group]) -> str:
-    """BLEU over parameters, time and memory, a marker for each method."""
+    """Draw BLEU over parameters, time and memory, a marker for each method."""
     named = [(name, g) for name, g in zip(name_groups(groups), groups) if g.is_tuned and g.scores is not None]
     methods = list(dict.fromkeys(group.method for _, group in named))
     if len(named) < 2 or len(methods) > MOST_TOGETHER:
@@ -154,21 +154,21 @@ def draw_costs(groups: Sequence[Group]) -> str:
             for name, g in named
             if g.scores is not None and (cost := getattr(g.training, field))
         ]  # fmt: skip
-        panels += [draw_cost(points, title, unit, best_baseline(groups))] if points else []
-    return f'{draw_legend([label_of(name) for name in methods])}<div class="panels">{"".join(panels)}</div>'
+        panels += [draw_cost(points, title, unit, find_best_baseline(groups))] if points else []
+    return f'{draw_legend([name_method(name) for name in methods])}<div class="panels">{"".join(panels)}</div>'
 
 
-def best_baseline(groups: Sequence[Group]) -> float | None:
-    """The best BLEU, of 100, without a model."""
+def find_best_baseline(groups: Sequence[Group]) -> float | None:
+    """Find the best baseline's BLEU, times 100."""
     return max((100 * (g.bleu or 0.0) for g in groups if not g.model and g.scores is not None), default=None)
 
 
 def draw_table(groups: Sequence[Group], columns: Sequence[Column], kind: str = "") -> str:
-    """A table of some columns with their meanings below: tuned, untrained and baselines each a body of its own."""
+    """Render a table of these columns, their meanings below; tuned, untrained and baselines each in one tbody."""
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
     bodies = []
     for key, title in KINDS.items():
-        mine = [(name, g) for name, g in zip(name_groups(groups), groups) if kind_of_group(g) == key]
+        mine = [(name, g) for name, g in zip(name_groups(groups), groups) if classify_group(g) == key]
         rows = [draw_row(name, group, columns) for name, group in mine]
         shown = [row for row in rows if row]
         if shown:
@@ -183,7 +183,7 @@ def draw_table(groups: Sequence[Group], columns: Sequence[Column], kind: str = "
 
 
 def draw_row(name: str, group: Group, columns: Sequence[Column]) -> str:
-    """A row of a table; "" where no column has anything to show."""
+    """Render a row; "" where no column has a value."""
     texts = [column.show(group) for column in columns]
     if group.error is not None:
         cells = f'<td class="failed" colspan="{len(columns)}">failed: {escape(group.error)}</td>'
@@ -197,20 +197,20 @@ def draw_row(name: str, group: Group, columns: Sequence[Column]) -> str:
 
 
 def dim_interval(text: str) -> str:
-    """A cell's text, its interval small."""
+    """Render a cell's text with its interval in small print."""
     value, bracket, rest = text.partition(" [")
     return f"{escape(value)} <small>[{escape(rest)}</small>" if bracket else escape(text)
 
 
 def draw_all_columns(groups: Sequence[Group]) -> str:
-    """Every column, closed: scores, answers, training."""
+    """Render all columns, collapsed: scores, answers, training."""
     parts = [draw_table(groups, choose_columns(groups, part)) for part in ("scores", "answers", "training")]
     number = len(choose_columns(groups))
     return f'<details class="columns"><summary>All {number} columns</summary>{"".join(parts)}</details>'
 
 
 def frame(head: str, rows: str) -> str:
-    """A table in a box that scrolls."""
+    """Wrap a table in a scrollable box."""
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -218,7 +218,7 @@ SHAPES = {"peft": "triangle", "normal": "square", "text": "circle"}  # of a pref
 
 
 def draw_grid(grid: Grid) -> str:
-    """A grid of the prefix experiment, as a plot and as a table."""
+    """Render a grid of the prefix experiment as a plot and a table."""
     lines = [
         Line(init, [g.dev_loss if g else None for g in found], SHAPES.get(init.split()[0], "circle"), "MLP" in init)
         for init, found in grid.rows
@@ -235,7 +235,7 @@ def draw_grid(grid: Grid) -> str:
 
 
 def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:
-    """The held-out loss of each group with several seeds."""
+    """Draw the held-out loss of each group with several seeds."""
     found = []
     for name, label, group in rows:
         loss, spread = group.dev_loss, group.dev_loss_sd or 0.0
@@ -244,13 +244,13 @@ def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:
 
 
 def draw_scores(groups: Sequence[Group]) -> str:
-    """BLEU of each group, and a line at the best baseline."""
+    """Draw the BLEU of each group, and a line at the best baseline."""
     rows = []
     for name, group in zip(name_groups(groups), groups):
         if group.scores is not None and group.bleu is not None:
             low, high = group.scores.bleu_interval
-            rows.append(Bar(name, group.bleu, low, high, bleu_with_interval(group), kind_of_group(group)))
-    best = best_baseline(groups)
+            rows.append(Bar(name, group.bleu, low, high, show_bleu_with_interval(group), classify_group(group)))
+    best = find_best_baseline(groups)
     if best is None:
         return ""
     unit = f"BLEU, with 95 % interval; dashed: the best baseline, {best:.1f}"
@@ -258,7 +258,7 @@ def draw_scores(groups: Sequence[Group]) -> str:
 
 
 def draw_flags(groups: Sequence[Group]) -> str:
-    """Failures and flags, each once, with the groups that it applies to; CodeBLEU's artefact has its own plot."""
+    """List failures and flags, each once, with their groups; CodeBLEU's artefact has its own plot."""
     found = [
         f"<li><b>{escape(join_names(who))}</b> {escape(flag)}</li>"
         for flag, who in group_by_flag(groups).items()
@@ -268,10 +268,10 @@ def draw_flags(groups: Sequence[Group]) -> str:
 
 
 def draw_codebleu(groups: Sequence[Group]) -> str:
-    """Both CodeBLEU totals of each group."""
+    """Draw both CodeBLEU totals of each group."""
     rows = [
         (name, group.scores["codebleu"] or 0.0, group.scores["codebleu_compat"] or 0.0)
         for name, group in zip(name_groups(groups), groups)
         if group.scores is not None and group.scores["codebleu"] is not None
     ]
-    return draw_pairs(rows, "CodeBLEU, strict and as the package counts", ARTEFACT) if rows else ""
+    return draw_pairs(rows, "CodeBLEU: strict and the package's", ARTEFACT) if rows else ""

@@ -1,8 +1,8 @@
-"""The paper's models and what it reports of them: Männistö, Attieh and Tiedemann, NoDaLiDa 2025.
+"""The paper's models and reported numbers: Männistö, Attieh and Tiedemann, NoDaLiDa 2025.
 
-Only what its text gives: BLEU and CodeBLEU (Table 2), trained parameters in percent and the GPU column in GB (Table 3).
-That column leaves out the weights of GPT-2; a CodeBLEU of 0.25 is what the codebleu package gives to empty answers;
-Mistral's prefix was never run.
+Only numbers that the text gives: BLEU and CodeBLEU (Table 2), trained parameters in percent and the GPU column in GB
+(Table 3). For GPT-2 that column excludes the weights; a CodeBLEU of 0.25 is the codebleu package's score of empty
+answers; Mistral's prefix was never run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ REPORTED: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def reported(model: str, method: str) -> dict[str, float]:
-    """What the paper reports of a model, named by its hub id, and a method; {} where nothing is known."""
+def find_reported(model: str, method: str) -> dict[str, float]:
+    """Find the paper's numbers for a model, by hub id, and a method; {} if it has none."""
     names = {hub_id: name for name, hub_id in MODELS.items()}
     return REPORTED.get(names.get(model, ""), {}).get(method, {})

@@ -17,7 +17,7 @@ from typing import Any
 
 from minipeft.adapters import PrefixConfig
 from minipeft.study.rows import Group, Results
-from minipeft.study.table import init, label_of, name_groups
+from minipeft.study.table import name_groups, name_method, show_init
 
 RATES = (2e-4, 1e-3, 5e-3, 3e-2)
 WIDTH = 512  # of the reparameterization MLP, as in Li & Liang 2021
@@ -38,12 +38,12 @@ class Trial:
 
     @property
     def variant(self) -> str:
-        """What distinguishes it from the other trials of its method."""
+        """Name what differs from the other trials of its method."""
         parts = (self.init, "mlp" if self.reparam else None, f"{self.learning_rate:g}", f"{self.steps}")
         return "-".join(part for part in parts if part)
 
     def settings(self) -> dict[str, Any]:
-        """The trial's settings of a training run; warm-up, decay and clipping are those of the method's recipe."""
+        """The settings of its training run; warm-up, decay and clipping are those of the method's recipe."""
         virtual_tokens = PrefixConfig().length if self.init else 0
         fields: dict[str, Any] = {
             "learning_rate": self.learning_rate,
@@ -58,8 +58,8 @@ OTHERS = (Trial("lora", 1e-3), Trial("prompt", 3e-2, "text"))
 PAPERS = Trial("prefix", 2e-4, "peft")  # the init of PEFT, at a learning rate that suits LoRA
 
 
-def grid(steps: int = 60) -> list[Trial]:
-    """Part 1: the 24 prefixes and three trials to compare them with, the most informative first."""
+def list_grid(steps: int = 60) -> list[Trial]:
+    """Part 1: the 24 prefixes and three reference trials, the most informative first."""
     rest = [
         Trial("prefix", rate, init, width)
         for width in (None, WIDTH)
@@ -86,33 +86,33 @@ class Grid:
     others: tuple[tuple[str, float], ...]  # (name, held-out loss): the untrained model, the best LoRA, the best prompt
 
     def texts(self) -> list[list[str]]:
-        """The table, its head first."""
+        """The table as text, header row first."""
         head = ["init", *(f"{rate:g}" for rate in self.rates)]
-        return [head, *([name, *(loss_text(g) if g else "" for g in found)] for name, found in self.rows)]
+        return [head, *([name, *(format_loss(g) if g else "" for g in found)] for name, found in self.rows)]
 
 
 MEANING = (
-    "Held-out loss, in nats per token, by init and peak learning rate; in brackets before the first step. "
-    "D: dead adapter, as so few steps at such a learning rate cannot move it away from its init."
+    "Held-out loss, in nats per token, by init and peak learning rate; in brackets the loss before the first step. "
+    "D: dead adapter: this learning rate and number of steps cannot move it away from its init."
 )
 
 
-def tables(groups: Sequence[Group]) -> list[Grid]:
+def make_grids(groups: Sequence[Group]) -> list[Grid]:
     """One grid per number of steps at which prefixes with at least two inits were trained at several learning rates."""
     prefixes = [group for group in groups if group.method == "prefix" and group.error is None]
     found = []
     for steps in sorted({group.training.steps or 0 for group in prefixes}):
         mine = [group for group in prefixes if group.training.steps == steps]
         rates = tuple(sorted({group.training.learning_rate or 0.0 for group in mine}))
-        at = {(init(group), group.training.learning_rate): group for group in mine}
-        inits = dict.fromkeys(init(group) for group in mine)
+        at = {(show_init(group), group.training.learning_rate): group for group in mine}
+        inits = dict.fromkeys(show_init(group) for group in mine)
         rows = tuple((name, tuple(at.get((name, rate)) for rate in rates)) for name in inits)
         if sum(sum(group is not None for group in row) > 1 for _, row in rows) > 1:
-            found.append(Grid(steps, rates, rows, compare(groups, steps)))
+            found.append(Grid(steps, rates, rows, find_references(groups, steps)))
     return found
 
 
-def several_seeds(results: Results) -> dict[int, list[tuple[str, str, Group]]]:
+def find_several_seeds(results: Results) -> dict[int, list[tuple[str, str, Group]]]:
     """By number of steps, the groups of this experiment with several seeds, best first: (name, summary, group)."""
     found: dict[int, list[tuple[str, str, Group]]] = {}
     if results.preset != "prefix":
@@ -120,31 +120,34 @@ def several_seeds(results: Results) -> dict[int, list[tuple[str, str, Group]]]:
     named = zip(name_groups(results.groups), results.groups)
     several = [(name, group) for name, group in named if group.error is None and group.dev_loss_sd is not None]
     for name, group in sorted(several, key=lambda pair: pair[1].dev_loss):
-        text = f"{mean_loss(group)} over {len(group.seeds)} seeds, {group.training.stored or 0:,} parameters stored"
+        text = (
+            f"{format_mean_loss(group)} over {len(group.seeds)} seeds, {group.training.stored or 0:,} parameters stored"
+        )
         found.setdefault(group.training.steps or 0, []).append((name, text, group))
     return found
 
 
-def mean_loss(group: Group) -> str:
+def format_mean_loss(group: Group) -> str:
     """The mean held-out loss ± its standard deviation over seeds."""
     return f"{group.dev_loss:.3f} ± {group.dev_loss_sd:.3f}"
 
 
 def conclude(results: Results) -> list[str]:
     """The findings of the runs with several seeds, in sentences; none where no prefix is among them."""
-    runs = several_seeds(results)
+    runs = find_several_seeds(results)
     longest = runs[max(runs)] if runs else []
     prefixes = [(name, group) for name, _, group in longest if group.method == "prefix"]  # best first
     if not prefixes:
         return []
     (name, best), (_, worst) = prefixes[0], prefixes[-1]
-    text = [f"The best prefix after {best.training.steps} steps is {name}: {mean_loss(best)} nats per held-out token."]
+    steps = best.training.steps
+    text = [f"The best prefix after {steps} steps is {name}: {format_mean_loss(best)} nats per held-out token."]
     for group in (group for _, _, group in longest if group.method == "lora"):
         gap = best.dev_loss - group.dev_loss
         times = (group.training.stored or 0) / (best.training.stored or 1)
         text.append(
-            f"LoRA ends at {mean_loss(group)}: the prefix is {abs(gap):.3f} {'above' if gap > 0 else 'below'} it, "
-            f"with {times:.1f} times fewer parameters stored."
+            f"LoRA ends at {format_mean_loss(group)}: the prefix is {abs(gap):.3f} nats "
+            f"{'above' if gap > 0 else 'below'} it and stores {times:.1f} times fewer parameters."
         )
     base = [g.training.dev_loss for g in results.groups if g.method == "zero-shot" and g.error is None]
     if base and base[0] is not None and worst.dev_loss > base[0]:
@@ -155,18 +158,18 @@ def conclude(results: Results) -> list[str]:
     return text
 
 
-def compare(groups: Sequence[Group], steps: int) -> tuple[tuple[str, float], ...]:
-    """The held-out loss of the untrained model, and the least of LoRA and of prompt-tuning after as many steps."""
+def find_references(groups: Sequence[Group], steps: int) -> tuple[tuple[str, float], ...]:
+    """The held-out loss of the untrained model, and the lowest of LoRA and of prompt tuning after as many steps."""
     found = []
     for method, at in (("zero-shot", 0), ("lora", steps), ("prompt", steps)):
         same = [g for g in groups if g.method == method and g.error is None and g.training.steps == at]
         losses = [g.training.dev_loss for g in same if g.training.dev_loss is not None]
-        name = "untrained" if method == "zero-shot" else label_of(method)
+        name = "untrained" if method == "zero-shot" else name_method(method)
         found += [(f"{name} {min(losses):.3f}", min(losses))] if losses else []
     return tuple(found)
 
 
-def loss_text(group: Group) -> str:
+def format_loss(group: Group) -> str:
     """The held-out loss over seeds, the loss before the first step, and D for a dead adapter."""
     spread = "" if group.dev_loss_sd is None else f" ± {group.dev_loss_sd:.3f}"
     before = "" if group.training.dev_loss_start is None else f" ({group.training.dev_loss_start:.2f})"

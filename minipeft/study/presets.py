@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minipeft.adapters import method_named, method_names
+from minipeft.adapters import get_method, list_method_names
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.execution import PROTECTION
@@ -53,7 +53,7 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-OWN = ("model", "data", "seed")  # settings of a training run that the study decides
+OWN = ("model", "data", "seed")  # settings of a training run that the study sets itself
 COMPARED = ("full", "lora", "prefix", "prompt")  # the paper's methods
 
 
@@ -63,8 +63,8 @@ class StudyConfig:
 
     preset: str = option("demo", "what to compare", choices=PRESETS)
     model: tuple[str, ...] = option((), "folders, hub ids or demo")
-    method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=method_names())
-    data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions is kept for testing")
+    method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=list_method_names())
+    data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions becomes the test set")
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
     workers: int = option(1, "cells that run at once, each with its share of the cores, or --threads", least=1)
@@ -116,22 +116,22 @@ def read_share(text: str) -> tuple[int, int]:
 
 
 def has_setting(method: str, name: str) -> bool:
-    """Whether a training run with this method has a setting of this name."""
+    """Whether this method's training run has a setting of this name."""
     return name.replace("_", "-") in collect_settings(method)
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `minipeft plan` plans: each method on each model."""
+    """The models and methods of `minipeft plan`: each method on each model."""
 
     preset: str | None = option(None, "plan the models of a study", choices=PRESETS)
-    method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(method_names())}")
+    method: tuple[str, ...] = option(COMPARED, f"methods to plan: {', '.join(list_method_names())}")
     named: tuple[str, ...] = option((), "models beside the preset's", flag="")
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in self.method:
-            method_named(name)  # refuses one that is not known
+            get_method(name)  # refuses one that is not known
         if not self.models:
             raise InputError("give models, or --preset paper", where="plan")
 
@@ -152,18 +152,18 @@ class Base:
 
 
 def label_models(models: Sequence[str]) -> dict[str, str]:
-    """What tables call each model, label -> model: a folder by its last part, where no other has the same."""
+    """Label each model for tables, label -> model: a folder by its last part, unless two share it."""
     short = [Path(model).resolve().name if is_folder(model) else model for model in models]
     return {name if short.count(name) == 1 else model: model for name, model in zip(short, models)}
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model is named by a path; "demo" is not, whatever folders there are."""
+    """Whether a model is named by a path; "demo" never is, even if such a folder exists."""
     return model != "demo" and (Path(model).is_dir() or model.startswith((".", "/", "~")))
 
 
 def make_cells(config: StudyConfig, bases: Mapping[str, Base | None], held_out: int) -> list[Cell]:
-    """The cells of a study, model by model; `bases` maps a model's label to None where it cannot be read."""
+    """Make the cells of a study, model by model; `bases` maps a label to None if its model cannot be read."""
     seeds = config.seeds or PRESETS[config.preset].seeds
     cells: dict[str, Cell] = {}
     for label, base in bases.items():
@@ -186,9 +186,9 @@ class Draft:
 
 
 def draft_untrained(config: StudyConfig, model: str, seed: int) -> Draft:
-    """The baseline of its model's other cells; its held-out loss is taken on the same tokens as theirs."""
+    """The baseline of its model's other cells; its held-out loss is measured on the same tokens as theirs."""
     mask = {name: value for name, value in PRESETS[config.preset].settings.items() if name == "loss_mask"}
-    return Draft(Cell(model, ZERO_SHOT, seed, generate=generate_config(config, seed)), mask)
+    return Draft(Cell(model, ZERO_SHOT, seed, generate=make_generate_config(config, seed)), mask)
 
 
 def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draft:
@@ -197,18 +197,18 @@ def draft_tuned(config: StudyConfig, model: str, method: str, seed: int) -> Draf
     chosen = {**preset.settings, **preset.each.get(method, {})}
     if model == "demo":
         chosen |= DEMO_SETTINGS.get(method, {})
-    return Draft(Cell(model, method, seed, generate=generate_config(config, seed)), chosen)
+    return Draft(Cell(model, method, seed, generate=make_generate_config(config, seed)), chosen)
 
 
 def draft_experiment(config: StudyConfig, model: str, seeds: int) -> list[Draft]:
     """The two parts of the prefix experiment: the grid, for its held-out loss alone; then longer runs, of which the
     first seed also answers."""
-    trials = [*prefix_experiment.grid(), *prefix_experiment.list_long_runs(seeds=seeds)]
+    trials = [*prefix_experiment.list_grid(), *prefix_experiment.list_long_runs(seeds=seeds)]
     answering = set(prefix_experiment.list_long_runs(seeds=1))
     found = []
     for trial in trials:
         if trial.method in config.method:
-            generate = generate_config(config, trial.seed) if trial in answering else None
+            generate = make_generate_config(config, trial.seed) if trial in answering else None
             trial = replace(trial, steps=config.settings.get("steps", trial.steps))
             cell = Cell(model, trial.method, trial.seed, generate=generate, variant=trial.variant)
             found.append(Draft(cell, trial.settings()))
@@ -237,13 +237,13 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
         chosen |= {name: value for name, value in config.settings.items() if has_setting(method, name)}
         if "steps" not in chosen and "epochs" in chosen:
             chosen["steps"] = max(1, round(chosen["epochs"] * base.rows))
-        if method_named(method)[0].trains_base and "dtype" in config.settings:
+        if get_method(method)[0].trains_base and "dtype" in config.settings:
             chosen["dtype"] = "fp32"  # --dtype is that of the frozen base; here its weights are trained
     size = (base.parameters, base.family)
     run = run_config(method, base=size, model=base.source, data="data/train.jsonl", seed=cell.seed, **chosen)
     return replace(cell, run=run)
 
 
-def generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
-    """How a cell answers."""
+def make_generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
+    """Make the generation settings of a cell."""
     return GenerateConfig(max_new_tokens=PRESETS[config.preset].new_tokens, seed=seed)

@@ -1,4 +1,4 @@
-"""One progress bar for all cells of a study, with the time left; a cell's progress is the number of lines in its files.
+"""One progress bar for all cells of a study, with the time left; a cell's progress is the line count of its files.
 
 work      = forward passes over a token x parameters: of training 2 (3 with the gradient of the weights) for each
             token of each step, of answering DECODING for each token of a question and its answer
@@ -22,12 +22,12 @@ from minipeft.study.cells import ANSWERS, ZERO_SHOT, Cell
 from minipeft.study.presets import Base
 
 DECODING = 2.0  # cost of a decoded token over that of one in a forward pass of training: 1.7 to 2.7 on the demo model
-FADE = 1 / 2  # the last cell says most: other users of the machine come and go
-QUESTION = 30  # tokens of a question in its template, about
+FADE = 1 / 2  # recent cells weigh most: the load of the machine changes
+QUESTION = 30  # approximate tokens of a question in its template
 
 
 class Bar:
-    """The bar. `bases`: what is known of each model; `finished`: the names of the cells that are done already."""
+    """The progress bar. `bases`: the models by label; `finished`: names of the cells that are complete at the start."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Bar:
             self.move(self.forecast.advance(cell.name, share, time.monotonic()))
 
     def read_progress(self, cell: Cell) -> tuple[float, float]:
-        """How much of a cell's training and of its answers is done, 0 to 1 each."""
+        """Read the progress of a cell's training and of its answers, each 0 to 1."""
         folder = self.out / "cells" / cell.name
         answers = max(count_lines(folder / f"{ANSWERS}.part") - 1, count_lines(folder / ANSWERS), 0)
         steps = max(0, count_lines(folder / "run" / "log.jsonl") - 1)  # the first line is of step 0
@@ -89,7 +89,7 @@ class Bar:
             self.move(self.forecast.finish(cell.name, time.monotonic()))
 
     def move(self, to: float) -> None:
-        """Move forward to an amount of work, never back, and say how long the rest will take."""
+        """Advance to an amount of work, never backwards, and show the estimated time left."""
         left = self.forecast.seconds_left(time.monotonic())
         self.bar.set_postfix_str("" if left is None else f"about {tqdm.format_interval(left)} left", refresh=False)
         self.bar.update(max(0.0, to - self.bar.n))
@@ -125,7 +125,7 @@ class Forecast:
     def advance(self, cell: str, share: float, now: float) -> float:
         """Record the share of the cell's work that is done; returns the work done by all cells.
 
-        Its time counts from its first progress: what it takes to load a model says nothing about the speed.
+        Its time counts from its first progress: loading a model says nothing about the speed.
         """
         run = self.running[cell]
         run.at_begin = share if run.at_begin is None else run.at_begin
@@ -161,7 +161,7 @@ class Forecast:
 
 
 def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float, float]:
-    """The work of a cell's training and of its answers."""
+    """Estimate the work of a cell's training and of its answers."""
     if cell.run is None or base is None:
         return 0.0, 0.0
     packing, settings = cell.run.packing, cell.run.train
@@ -173,5 +173,5 @@ def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float,
 
 
 def count_lines(file: Path) -> int:
-    """The number of lines of a file; 0 where there is none."""
+    """Count the lines of a file; 0 for a missing one."""
     return file.read_bytes().count(b"\n") if file.exists() else 0

@@ -1,4 +1,4 @@
-"""A study on disk and on the terminal: results.json, report.md, report.html, and the summary that is printed."""
+"""Writes a study's results.json, report.md and report.html, and formats the summary for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.metrics.scores import TEXT_ONLY
-from minipeft.runs.answers import answers_in
+from minipeft.runs.answers import read_answer_lines
 from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
@@ -17,25 +17,25 @@ from minipeft.study.curves import Curve
 from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
-from minipeft.study.prefix_experiment import MEANING, Grid, conclude, several_seeds, tables
+from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
 from minipeft.study.rows import Results
 from minipeft.study.table import (
     as_line,
     as_markdown,
     as_text,
     choose_columns,
+    choose_main_columns,
     group_by_flag,
     join_names,
-    main_columns,
+    measure_terminal,
     name_groups,
-    terminal_width,
 )
 
 NOTES = (
-    "Intervals are percentile bootstraps over questions; pairs of one question are drawn together. A difference whose "
-    "interval excludes 0 holds for questions like these; with one seed it says nothing about other seeds.",
+    "Intervals are percentile bootstraps over questions; pairs of one question are resampled together. A difference "
+    "whose interval excludes 0 generalizes to questions like these; with one seed it says nothing about other seeds.",
     'An answer ends at the end-of-text token or at the token limit. "zero-shot, first line" is the untrained model\'s '
-    "answer up to its first newline: what it would score if it knew where to stop.",
+    "answer up to its first newline: its score if it knew where to stop.",
     "CodeBLEU is strict: a part without a match counts 0. The codebleu package counts a data-flow match of 0 as 1, "
     "which gives 0.25 to an empty answer; its total is shown beside the strict one.",
 )
@@ -51,7 +51,7 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def summarize(results: Results) -> list[str]:
-    """The findings in a few sentences."""
+    """Summarize the findings in a few sentences."""
     named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
@@ -63,7 +63,7 @@ def summarize(results: Results) -> list[str]:
     if not text:
         name, best = max(((n, g) for n, g in done if not g.model), key=lambda pair: pair[1].bleu or 0.0)
         text.append(f"The best baseline without a model, {name!r}, scores BLEU {100 * (best.bleu or 0.0):.1f}.")
-    text.append(f"Answered: {data.pairs} pairs of {data.questions} questions ({data.source}).")
+    text.append(f"Test set: {data.pairs} pairs of {data.questions} questions ({data.source}).")
     if any(group.scores is not None and group.scores.language == "text" for _, group in done):
         text.append(f"The references are {TEXT_ONLY}.")
     failed = [name for name, group in named if group.error is not None]
@@ -71,21 +71,21 @@ def summarize(results: Results) -> list[str]:
 
 
 def as_terminal(results: Results, out: Path) -> str:
-    """What the command prints at its end."""
+    """Format the summary that the command prints."""
     flags = [
         f"! {join_names(who)}: {flag}"
         for flag, who in group_by_flag(results.groups).items()
         if not flag.startswith("CodeBLEU artefact")
     ]
-    wrapped = [textwrap.fill(text, terminal_width(), subsequent_indent="  ") for text in flags]
-    verdict = textwrap.fill(" ".join(summarize(results)), terminal_width())
+    wrapped = [textwrap.fill(text, measure_terminal(), subsequent_indent="  ") for text in flags]
+    verdict = textwrap.fill(" ".join(summarize(results)), measure_terminal())
     parts = [as_text(results.groups), verdict, "\n".join(wrapped), f"{out / 'report.html'}"]
     return "\n\n".join(part for part in parts if part)
 
 
 def draw_markdown(results: Results) -> str:
     """report.md"""
-    groups, main = results.groups, main_columns(results.groups)
+    groups, main = results.groups, choose_main_columns(results.groups)
     all_columns = [column for column in choose_columns(groups) if column.title not in [one.title for one in main]]
     flags = (
         "\n".join(as_line(f"- {join_names(who)}: {flag}") for flag, who in group_by_flag(groups).items()) or "- none"
@@ -97,14 +97,14 @@ def draw_markdown(results: Results) -> str:
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups, main),
         f"## All columns\n\n{as_markdown(groups)}",
-        *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in tables(groups)),
+        *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in make_grids(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"
             + "\n".join(as_line(f"- {name}: {label}") for name, label, _ in rows)
-            for steps, rows in several_seeds(results).items()
+            for steps, rows in find_several_seeds(results).items()
         ),
-        f"## Before you use a number\n\n{flags}",
-        f"## What the columns mean\n\n{meanings}",
+        f"## Caveats\n\n{flags}",
+        f"## Columns\n\n{meanings}",
         *(NOTES if any(column.title == "CodeBLEU" for column in all_columns) else NOTES[:-1]),
         f"Made with {as_line(environment)}.\n",
     ]
@@ -112,7 +112,7 @@ def draw_markdown(results: Results) -> str:
 
 
 def draw_grid(grid: Grid) -> str:
-    """A grid in Markdown."""
+    """Format a grid as Markdown."""
     head, *rows = grid.texts()
     lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -120,7 +120,7 @@ def draw_grid(grid: Grid) -> str:
 
 
 def name_cells(results: Results) -> dict[str, str]:
-    """What each cell is called: its group's name, and its seed unless that is 0."""
+    """Name each cell: its group's name, and its seed unless 0."""
     seeds = {row.cell: f" seed {row.seed}" if row.seed else "" for row in results.cells}
     named = zip(name_groups(results.groups), results.groups)
     return {cell: name + seeds[cell] for name, group in named for cell in group.cells}
@@ -152,7 +152,7 @@ def read_all_answers(results: Results, out: Path) -> list[Answered]:
 
 def read_cell_answers(folder: Path) -> list[dict[str, Any]]:
     """The answers of a cell, each with how its program ended where it was run."""
-    rows, file = list(answers_in(folder / ANSWERS)), folder / EXECUTED
+    rows, file = list(read_answer_lines(folder / ANSWERS)), folder / EXECUTED
     if not file.exists():
         return rows
     ran = [parse_json(line, file)["status"] for line in read_text(file).splitlines()]

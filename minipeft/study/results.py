@@ -16,7 +16,7 @@ from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.metrics.scores import Scores
 from minipeft.study.cells import ZERO_SHOT, Cell
 from minipeft.study.effects import add_effects
-from minipeft.study.paper import reported
+from minipeft.study.paper import find_reported
 from minipeft.study.presets import PRESETS, StudyConfig
 from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import Outcome
@@ -34,7 +34,7 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
             bases.setdefault(row.model, []).append(row.scores)
     for name, row in rows.items():
         if row.error is None:
-            rows[name] = replace(row, difference=compare(row, row.scores, bases), flags=flag(row, floor))
+            rows[name] = replace(row, difference=compute_difference(row, row.scores, bases), flags=flag(row, floor))
     alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
         alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
@@ -50,21 +50,21 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
 
 
 def make_row(outcome: Outcome) -> Row:
-    """A cell's row; of a cell that failed, its name and error."""
+    """Make a cell's row; that of a failed cell has its name and error alone."""
     cell: Cell = outcome.cell
     row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
-    return replace(row, cell=cell.name, error=outcome.error, paper=reported(cell.model, cell.method) or None)
+    return replace(row, cell=cell.name, error=outcome.error, paper=find_reported(cell.model, cell.method) or None)
 
 
-def compare(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
-    """The difference of a BLEU to the untrained model's on the same questions."""
+def compute_difference(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
+    """Compute the BLEU difference to the untrained model on the same questions."""
     if scores is None or row.method == ZERO_SHOT or row.model not in bases:
         return None
     return bootstrap_bleu(scores.runs, [run for base in bases[row.model] for run in base.runs])
 
 
 def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
-    """Cells that differ only by seed as one group."""
+    """Group cells that differ only by seed."""
     done, failed = [row for row in rows if row.error is None], [row for row in rows if row.error is not None]
     first = (done or failed)[0]
     group = Group(
@@ -86,19 +86,19 @@ def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
         scores=scores,
         bleu_sd=compute_sd([one["bleu"] for one in several]),
         dev_loss_sd=compute_sd([row.training.dev_loss for row in done]),
-        difference=compare(first, scores, bases),
+        difference=compute_difference(first, scores, bases),
         flags=tuple(dict.fromkeys(flags)),
     )
 
 
 def compute_sd(values: Sequence[float | None]) -> float | None:
-    """The sample standard deviation of the values that are known."""
+    """Compute the sample standard deviation of the values that are not None."""
     known = [value for value in values if value is not None]
     return compute_mean_and_sd(known)[1] if known else None
 
 
 def describe_data(config: StudyConfig, baseline: Group, out: Path) -> Data:
-    """The size and hashes of the test set; a baseline has answered all of it."""
+    """Describe the test set: size and hashes; a baseline has answered all of it."""
     about, scores = read_object(out / "study.json"), baseline.scores
     assert scores is not None  # a baseline cannot fail
     source = config.data or PRESETS[config.preset].data
@@ -106,7 +106,7 @@ def describe_data(config: StudyConfig, baseline: Group, out: Path) -> Data:
 
 
 def describe_environment(config: StudyConfig) -> dict[str, str | int | None]:
-    """Versions and hardware, which times and last digits depend on."""
+    """List versions and hardware, which affect times and the last digits of scores."""
     return {
         "minipeft": version("minipeft"),
         "torch": torch.__version__,

@@ -1,9 +1,9 @@
-"""The rows of results.json, typed: a Row a cell, a Group the cells that differ only by seed, and Results, all of them.
+"""The rows of results.json, typed: Row (one cell), Group (the cells that differ only by seed) and Results (all).
 
     Row = cell + Training + Scores + comparison with the untrained model + flags     (or the error that ended the cell)
 
 In JSON a row is one flat object. A cell's own result.json also holds its BLEU counts by question, so that intervals
-over several cells need no answer to be tokenized again.
+over several cells are computed without tokenizing the answers again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError, check_value, type_hints
+from minipeft.errors import InputError, check_value, resolve_hints
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import Scores
 
@@ -46,7 +46,7 @@ class Training:
 
     @staticmethod
     def mean(runs: Sequence[Training]) -> Training:
-        """The training of several seeds as one."""
+        """Average the training of several seeds."""
         means: dict[str, Any] = {}
         for f in fields(Training):
             values = [value for run in runs if (value := getattr(run, f.name)) is not None]
@@ -68,13 +68,13 @@ class Row:
     resumed_at: int | None = None  # the step that the last process began at
     adapter_movement: Mapping[str, Any] | None = None
     scores: Scores | None = None
-    difference: Interval | None = None  # of BLEU to the untrained model on the same questions
+    difference: Interval | None = None  # BLEU difference to the untrained model on the same questions
     flags: tuple[str, ...] = ()
     error: str | None = None
     paper: Mapping[str, float] | None = None  # what the paper reports
 
     def as_json(self, *, counts: bool = False) -> dict[str, Any]:
-        """The row as one flat object; `counts`: with what its intervals are computed from."""
+        """The row as one flat object; `counts`: with the BLEU counts by question."""
         own = ("cell", "model", "method", "seed")
         rest = ("loss", "resumed_at", "adapter_movement")
         row = {name: getattr(self, name) for name in own} | vars(self.training)
@@ -85,10 +85,10 @@ class Row:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Row:
-        """The row that a cell's result.json holds: as trained and scored, not yet compared.
+        """Read the row in a cell's result.json: trained and scored, not yet compared.
 
         Raises:
-            InputError: a field is missing, or is not what it should be.
+            InputError: a field is missing or has the wrong type.
         """
         own = ("cell", "model", "method", "seed", "loss", "resumed_at", "adapter_movement")
         row = Row(**read_fields(Row, data, own))
@@ -112,9 +112,9 @@ class Group:
     flags: tuple[str, ...] = ()
     error: str | None = None  # where every seed failed
     paper: Mapping[str, float] | None = None
-    reference: str = ""  # the best answer without training: a baseline, or its model untrained
-    effect: Interval | None = None  # of BLEU to the reference, on the same questions
-    behind: Interval | None = None  # of BLEU to the best tuned group, which has none
+    reference: str = ""  # name of the baseline or untrained model with the highest BLEU
+    effect: Interval | None = None  # BLEU difference to the reference, paired by question
+    behind: Interval | None = None  # BLEU difference to the best tuned group (None for that group)
 
     @property
     def is_tuned(self) -> bool:
@@ -140,7 +140,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Data:
-    """What was answered, and the sha256 of the files that the pairs come from."""
+    """The test set, and the sha256 of the data files."""
 
     source: str
     pairs: int
@@ -180,7 +180,7 @@ def list_verdicts(row: Row | Group) -> dict[str, Any]:
 
 
 def as_object(found: Interval | None) -> dict[str, float | None] | None:
-    """A difference for JSON."""
+    """Convert a difference to a JSON object."""
     return (
         None
         if found is None
@@ -189,12 +189,12 @@ def as_object(found: Interval | None) -> dict[str, float | None] | None:
 
 
 def read_fields(kind: type, data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a dataclass out of a JSON object, each of its annotated type.
+    """Read the named fields of a dataclass from a JSON object and check their types.
 
     Raises:
         InputError: a field is missing or of another type.
     """
-    hints = type_hints(kind)
+    hints = resolve_hints(kind)
     for name in names:
         if name not in data:
             raise InputError(f"field {name!r} is missing")

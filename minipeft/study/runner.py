@@ -1,8 +1,8 @@
-"""Runs a whole study: from a StudyConfig to the outcome of each cell, in a folder that can be resumed at any moment.
+"""Runs a study: from a StudyConfig to the outcome of each cell, in a resumable folder.
 
 check models and data -> lock the folder -> baselines -> each cell in its own process, under one bar
 
-DIR/study.json    which questions the study answers; a folder without it that holds anything is left alone
+DIR/study.json    which questions the study answers; a non-empty folder without it is refused
     data/         the pairs as this study uses them: train.jsonl, test.jsonl
     cells/NAME/   cells.py lists what is there
 """
@@ -73,14 +73,14 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     cells = make_cells(config, bases, held_out)
     with open_folder(out, train, test, config.cell), stopping() as stop:
         check_settings(out, cells)
-        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in baselines(test)]
+        outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in make_baselines(test)]
         rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
         own = cells if config.cell is None else take_share(cells, bases, len(test), *read_share(config.cell))
         done = {cell.name for cell in own if cell.name in rows}
         with Bar(own, bases, out, len(test), done, config.workers) as bar:
 
             def work(cell: Cell) -> list[Outcome]:
-                end_if(stop)
+                exit_if_signalled(stop)
                 if cell not in own and cell.name not in rows:
                     return [Outcome(cell, None, "not finished by its share", waiting=True)]
                 error = errors.get(cell.model)
@@ -91,7 +91,7 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
                 return read_outcomes(cell, out, error, say)
 
             outcomes += itertools.chain.from_iterable(run_each(work, cells, config.workers))
-        end_if(stop)
+        exit_if_signalled(stop)
         if config.execute:
             outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
@@ -124,14 +124,14 @@ def take_share(
     return [cell for cell in cells if cell.name in own]
 
 
-def end_if(stop: list[int]) -> None:
+def exit_if_signalled(stop: list[int]) -> None:
     """Raise SystemExit where a signal came."""
     if stop:
         raise SystemExit(128 + stop[0])
 
 
 def load_data(source: str, limit: int | None) -> tuple[Pairs, Pairs]:
-    """The pairs to train on and those to answer: the source's own split, or a fifth of a file's questions."""
+    """Load the training and test pairs: the source's own split, or a fifth of a file's questions for the test."""
     if source in ("demo", "conala") or Path(source).is_dir():
         train, test = load_pairs(source, split="train"), load_pairs(source, split="test")
     else:
@@ -143,7 +143,7 @@ def load_data(source: str, limit: int | None) -> tuple[Pairs, Pairs]:
 
 
 def find_split(pairs: Pairs, wanted: int) -> int:
-    """The largest number <= wanted of pairs that whole questions add up to."""
+    """Find the largest number of pairs <= wanted that consists of whole questions."""
     for number in range(wanted, 0, -1):
         try:
             split_by_question(pairs, number)
@@ -154,7 +154,7 @@ def find_split(pairs: Pairs, wanted: int) -> int:
 
 
 def read_models(models: dict[str, str], train: Pairs, held_out: int) -> tuple[dict[str, Base | None], dict[str, str]]:
-    """What each model's small files say of it, None where they cannot be read; and the errors of those that cannot.
+    """Read each model's config.json and tokenizer; returns Base or None for each, and the errors of the latter.
 
     Raises:
         InputError: no model can be read.
@@ -173,7 +173,7 @@ def read_models(models: dict[str, str], train: Pairs, held_out: int) -> tuple[di
 
 
 def read_base(source: str, train: Pairs, held_out: int) -> Base:
-    """The size of a model, and the number of rows that its tokenizer makes of the training pairs.
+    """Read the size of a model, and the number of rows that its tokenizer makes of the training pairs.
 
     Raises:
         InputError: config.json or the tokenizer cannot be read.
@@ -206,7 +206,7 @@ def open_folder(out: Path, train: Pairs, test: Pairs, share: str | None) -> Iter
 
 
 def write_data(out: Path, marker: Path, train: Pairs, test: Pairs) -> None:
-    """Write study.json and the pairs, where they are not there yet.
+    """Write study.json and the pairs, unless they exist.
 
     Raises:
         InputError: the folder holds another study.
@@ -224,13 +224,13 @@ def write_data(out: Path, marker: Path, train: Pairs, test: Pairs) -> None:
 
 
 def make_pair_row(pair: Pair) -> dict[str, Any]:
-    """A pair as a row of JSON."""
+    """Make a pair's row of JSON."""
     row = {"intent": pair.intent, "snippet": pair.snippet}
     return row if pair.question_id is None else {**row, "question_id": pair.question_id}
 
 
 def check_settings(out: Path, cells: Sequence[Cell]) -> None:
-    """Refuse to mix cells that were begun with other settings than those of now.
+    """Refuse to continue cells that were started with other settings.
 
     Raises:
         InputError: the folder of a cell, and the settings that differ.
@@ -245,7 +245,7 @@ def check_settings(out: Path, cells: Sequence[Cell]) -> None:
 
 
 def find_differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
-    """The names of the leaves in which two JSON values differ."""
+    """Name the leaves in which two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one | other:
             yield from find_differences(one.get(key), other.get(key), key)
@@ -254,7 +254,7 @@ def find_differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 
 def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) -> Row | None:
-    """The row of a cell that is finished; None, and a note, where its result.json is not a row."""
+    """Read the row of a finished cell; None, with a note, if its result.json is invalid."""
     if not (folder / RESULT).exists():
         return None
     try:
@@ -264,14 +264,14 @@ def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) 
         return None
 
 
-def baselines(test: Pairs) -> list[Cell]:
-    """The cells that need no model."""
+def make_baselines(test: Pairs) -> list[Cell]:
+    """Make the cells of the baselines, which need no model."""
     language = find_language([[pair.snippet] for pair in test])
     return [Cell("", method) for method in BASELINES if language == "python" or method != PYTHON_ONLY]
 
 
 def answer_trivially(out: Path, cell: Cell, train: Pairs, test: Pairs) -> Row:
-    """Answer and score without a model."""
+    """Answer and score a baseline."""
     answers = BASELINES[cell.method](train.items, test.items)
     rows = [
         {"prediction": answer, "reference": pair.snippet, "question_id": pair.question_id, "intent": pair.intent}
@@ -281,20 +281,20 @@ def answer_trivially(out: Path, cell: Cell, train: Pairs, test: Pairs) -> Row:
 
 
 def answer_first_line(out: Path, cell: Cell, whole: Row) -> Row:
-    """The untrained model's answers, each cut at its first newline: what they would score if it knew where to stop."""
+    """The untrained model's answers, each cut at its first newline: its score if it knew where to stop."""
     lines = read_text(out / "cells" / whole.cell / ANSWERS).splitlines()
     rows = [parse_json(line, ANSWERS) for line in lines]
-    rows = [row | {"prediction": first_line(row["prediction"]), "ended": "stop"} for row in rows]
+    rows = [row | {"prediction": take_first_line(row["prediction"]), "ended": "stop"} for row in rows]
     return score_rows(out, replace(whole, cell=cell.name, method=cell.method), rows)
 
 
-def first_line(text: str) -> str:
-    """The text up to its first newline, after those that it begins with."""
+def take_first_line(text: str) -> str:
+    """The first line of a text, leading newlines skipped."""
     return text.lstrip("\n").split("\n", 1)[0]
 
 
 def score_rows(out: Path, row: Row, rows: list[dict[str, Any]]) -> Row:
-    """Write answers that took no model into the cell's folder, and score them, unless that was done before."""
+    """Write and score answers made without a model, unless the cell is complete."""
     folder, text = out / "cells" / row.cell, "".join(json.dumps(answer) + "\n" for answer in rows)
     same = (folder / ANSWERS).exists() and read_text(folder / ANSWERS) == text
     before = read_finished(folder) if same else None
@@ -307,7 +307,7 @@ def score_rows(out: Path, row: Row, rows: list[dict[str, Any]]) -> Row:
 
 
 def read_outcomes(cell: Cell, out: Path, error: str | None, say: Callable[[str], None]) -> list[Outcome]:
-    """How a cell ended; the first lines of the untrained model's answers are another cell."""
+    """Read how a cell ended; the first lines of the untrained model's answers are a cell of their own."""
     row = read_finished(out / "cells" / cell.name, say) if error is None else None
     if row is None:
         error = error or f"{RESULT} does not hold a row"
@@ -320,10 +320,10 @@ def read_outcomes(cell: Cell, out: Path, error: str | None, say: Callable[[str],
 
 
 def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[int]) -> str | None:
-    """Run a cell in its own process; returns the error that it failed with.
+    """Run a cell in its own process; returns its error, or None.
 
     Raises:
-        SystemExit: a signal came; the cell saved itself first.
+        SystemExit: a signal was received; the cell has saved its state.
     """
     folder = out / "cells" / cell.name
     write_json(folder / CELL, cell.as_json())
@@ -338,8 +338,8 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
                 bar.show(cell)
                 time.sleep(POLL_SECONDS)
         finally:  # Ctrl-C reaches the cell as well; kill PID does not
-            end(process)
-    end_if(stop)
+            terminate(process)
+    exit_if_signalled(stop)
     if process.returncode == 0:
         return None
     if process.returncode < 0:
@@ -348,8 +348,8 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
     return (printed[-1] if printed else f"exit status {process.returncode}").removeprefix("error: ")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate a process, and wait until it has saved itself."""
+def terminate(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process and wait until it has saved its state."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -12,7 +12,7 @@ from minipeft.metrics.execution import PROTECTION, Limits, run_programs
 from minipeft.metrics.paired import compare, match_answers
 from minipeft.metrics.programs import build_programs
 from minipeft.metrics.scores import LANGUAGES, Answers, Score, Scores, score_texts
-from minipeft.runs.answers import answers_in, read_answers
+from minipeft.runs.answers import read_answer_lines, read_answers
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class ScoreConfig:
 
     language: str = option(
         "auto",
-        "of the references; text has no CodeBLEU and no validity, auto finds it from the references",
+        "language of the references; text gets no CodeBLEU and no validity, auto detects it",
         choices=("auto", *LANGUAGES),
     )
     against: Path | None = option(
-        None, "answers of another system to the same questions: print the paired differences, with intervals"
+        None, "another system's answers to the same questions: print the paired differences with intervals"
     )
     execute: str | None = option(
         None, f"run each answer against its task in this file of HumanEval, MBPP or ODEX tasks, or demo: {PROTECTION}"
@@ -37,10 +37,10 @@ class ScoreConfig:
 
 
 def score_answers(file: Path, config: ScoreConfig) -> tuple[Scores, list[tuple[Score, Interval]]]:
-    """The scores of a file, and its differences to those of `config.against`, where there is one.
+    """Score a file, and compare it with `config.against` if given; returns scores and differences.
 
     Raises:
-        InputError: a file cannot be read, the two have not answered the same, or programs cannot be run here.
+        InputError: a file cannot be read, the two files answer different questions, or programs cannot be run here.
     """
     answers, scores = score_file(file, config)
     if config.against is None:
@@ -51,10 +51,10 @@ def score_answers(file: Path, config: ScoreConfig) -> tuple[Scores, list[tuple[S
 
 
 def score_file(file: Path, config: ScoreConfig) -> tuple[Answers, Scores]:
-    """The answers of a file, and their scores."""
+    """Read and score the answers of a file."""
     read, passed = read_answers(file), None
     if config.execute is not None:
-        outcomes = run_programs(build_programs(list(answers_in(file)), config.execute), config.limits)
+        outcomes = run_programs(build_programs(list(read_answer_lines(file)), config.execute), config.limits)
         passed = [outcome.status == "passed" for outcome in outcomes]
     scores = score_texts(
         read.predictions,

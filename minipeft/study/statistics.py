@@ -12,7 +12,7 @@ import numpy as np
 from minipeft.metrics.scores import ARTEFACT
 from minipeft.study.rows import Row
 
-# Share of the answers from which a cell is flagged, and what is then said of them.
+# Share of the answers above which a cell is flagged, and the text of the flag.
 DEGENERATE = {
     "empty": (0.05, "are empty"),
     "repeated": (0.05, "repeat themselves"),
@@ -42,7 +42,7 @@ def flag(row: Row, floor: tuple[str, float] | None) -> tuple[str, ...]:
     strict, compat, bleu = (scores[name] or 0.0 for name in ("codebleu", "codebleu_compat", "bleu"))
     if compat - strict > ARTEFACT:
         found.append(
-            f"CodeBLEU artefact: the codebleu package would say {compat:.3f}, not {strict:.3f}: it counts a "
+            f"CodeBLEU artefact: the codebleu package gives {compat:.3f}, not {strict:.3f}: it counts a "
             "data-flow match of 0 as 1"
         )
     if floor is not None and row.model and bleu <= floor[1]:

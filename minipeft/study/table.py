@@ -1,7 +1,7 @@
 """The table of a study: its columns, the text of each cell, and the names of the groups.
 
-Scores come from metrics/scores.py, one column a row of SCORES; the columns of training and cost stand here. A column
-that has nothing to show for any group is left out, so one table serves every preset.
+Each row of SCORES (metrics/scores.py) is a column; the columns of training and cost are defined here. A column without
+a value for any group is left out, so one table serves every preset.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from minipeft.adapters import METHODS
 from minipeft.errors import escape
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import SCORES, Score
-from minipeft.runs.planning import in_words
+from minipeft.runs.planning import format_seconds
 from minipeft.study.rows import Group
 
 
 @dataclass(frozen=True)
 class Column:
-    """A title, its meaning, and the text for a group: "" where there is nothing to show."""
+    """A column: its title, its meaning, and the text of a group's cell ("": no value)."""
 
     title: str
     meaning: str
     show: Callable[[Group], str]
-    rank: int = 0  # in the terminal, which shows the smallest ranks that fit; 0: never
+    rank: int = 0  # on a terminal, the columns of the smallest ranks that fit are shown; 0: never
     table: str = "training"  # on the page: scores, answers, training
-    value: Callable[[Group], float | None] = lambda group: None  # what the page sorts by; None: last
+    value: Callable[[Group], float | None] = lambda group: None  # sort key on the page; None sorts last
 
 
-def columns() -> list[Column]:
-    """All columns: the scores, with BLEU's interval and difference after it, then training and cost."""
+def list_columns() -> list[Column]:
+    """List all columns: the scores, with BLEU's interval and difference after it, then training and cost."""
     found = []
     for score in SCORES:
         if score.table:
-            found.append(score_column(score))
+            found.append(make_score_column(score))
         if score.name == "bleu":
             found += BLEU_COLUMNS
     return sorted(found, key=lambda column: column.table != "scores") + TRAINING_COLUMNS
 
 
-def main_columns(groups: Sequence[Group]) -> list[Column]:
-    """The six columns that decide: quality with its interval, the effect, what is right, and the cost.
+def choose_main_columns(groups: Sequence[Group]) -> list[Column]:
+    """Choose the six main columns: BLEU with its interval, the effect, correct answers, and the cost.
 
-    Where a tuned group gave no answers, the held-out loss stands in place of what is right.
+    Where a tuned group gave no answers, the held-out loss replaces the correct answers.
     """
     held = choose_columns(groups)
     silent = any(group.is_tuned and group.scores is None for group in groups)
@@ -54,54 +54,54 @@ def main_columns(groups: Sequence[Group]) -> list[Column]:
     return [column for column in (*MAIN_COLUMNS, *right, *cost) if any(map(column.show, groups))]
 
 
-def score_column(score: Score) -> Column:
-    """The column of a score; BLEU has its standard deviation over seeds beside it."""
+def make_score_column(score: Score) -> Column:
+    """Make the column of a score; BLEU is shown with its standard deviation over seeds."""
     better = {True: "; higher is better", False: "; lower is better", None: ""}[score.higher_is_better]
     if score.name == "bleu":
         meaning = f"{score.meaning}{better}; ± standard deviation over seeds"
-        return Column(score.label, meaning, bleu, score.rank, score.table, lambda group: group.bleu)
+        return Column(score.label, meaning, show_bleu, score.rank, score.table, lambda group: group.bleu)
     values = lambda group: {} if group.scores is None else group.scores.values
     show = lambda group: score.show(values(group).get(score.name), group.scores and group.scores.pairs)
     value = lambda group: values(group).get(score.name)
     return Column(score.label, score.meaning + better, show, score.rank, score.table, value)
 
 
-def bleu(group: Group) -> str:
-    """BLEU, of 100, ± its standard deviation over seeds."""
+def show_bleu(group: Group) -> str:
+    """Format BLEU, times 100, ± its standard deviation over seeds."""
     spread = "" if group.bleu_sd is None else f" ± {100 * group.bleu_sd:.1f}"
     return "" if group.bleu is None else f"{100 * group.bleu:.1f}{spread}"
 
 
-def interval(group: Group) -> str:
+def show_interval(group: Group) -> str:
     return "" if group.scores is None else "{:.1f} to {:.1f}".format(*(100 * end for end in group.scores.bleu_interval))
 
 
-def bleu_with_interval(group: Group) -> str:
-    return f"{bleu(group)} [{interval(group).replace(' to ', ', ')}]" if interval(group) else ""
+def show_bleu_with_interval(group: Group) -> str:
+    return f"{show_bleu(group)} [{show_interval(group).replace(' to ', ', ')}]" if show_interval(group) else ""
 
 
-def gain(group: Group) -> str:
+def show_gain(group: Group) -> str:
     return show_difference(group.difference)
 
 
 def show_difference(found: Interval | None) -> str:
-    """A difference of BLEU, of 100, with its interval."""
+    """Format a BLEU difference, times 100, with its interval."""
     return "" if found is None else f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
-def value_of(found: Interval | None) -> float | None:
-    """The difference itself."""
+def get_value(found: Interval | None) -> float | None:
+    """The difference, without its interval."""
     return None if found is None else found.value
 
 
-def reference_of(groups: Sequence[Group]) -> str:
-    """What the effects are differences to; where several models have different ones, what they have in common."""
+def name_reference(groups: Sequence[Group]) -> str:
+    """Name the reference of the effects; a general name if models have different ones."""
     found = list(dict.fromkeys(group.reference for group in groups if group.reference))
-    return found[0] if len(found) == 1 else "the best answer without training"
+    return found[0] if len(found) == 1 else "the best baseline or untrained model"
 
 
-def training(name: str, form: str, scale: float = 1.0) -> Callable[[Group], str]:
-    """Show a field of a group's training; neither None nor 0 is shown."""
+def show_field(name: str, form: str, scale: float = 1.0) -> Callable[[Group], str]:
+    """Make a function that formats a field of a group's training; "" for None and 0."""
 
     def show(group: Group) -> str:
         value = getattr(group.training, name)
@@ -110,100 +110,102 @@ def training(name: str, form: str, scale: float = 1.0) -> Callable[[Group], str]
     return show
 
 
-def of(name: str) -> Callable[[Group], float | None]:
-    """The value of a field of a group's training."""
+def get_field(name: str) -> Callable[[Group], float | None]:
+    """Make a function that reads a field of a group's training."""
     return lambda group: getattr(group.training, name)
 
 
-def paper(name: str, form: str) -> Callable[[Group], str]:
-    """Show a number that the paper reports."""
+def show_reported(name: str, form: str) -> Callable[[Group], str]:
+    """Make a function that formats a number the paper reports."""
     return lambda group: form.format(group.paper[name]) if group.paper and name in group.paper else ""
 
 
-def held_out_loss(group: Group) -> str:
-    """The held-out loss ± its standard deviation over seeds."""
+def show_held_out_loss(group: Group) -> str:
+    """Format the held-out loss ± its standard deviation over seeds."""
     spread = "" if group.dev_loss_sd is None else f" ± {group.dev_loss_sd:.3f}"
     return "" if group.training.dev_loss is None else f"{group.training.dev_loss:.3f}{spread}"
 
 
-def seconds(group: Group) -> str:
-    return say_seconds(group.training.train_seconds) if group.training.train_seconds else ""
+def show_seconds(group: Group) -> str:
+    return format_duration(group.training.train_seconds) if group.training.train_seconds else ""
 
 
-def say_seconds(seconds: float) -> str:
-    """A duration: 57 s, 2 min 23 s, 12 min, 1.5 h."""
+def format_duration(seconds: float) -> str:
+    """Format a duration: 57 s, 2 min 23 s, 12 min, 1.5 h."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if 90 <= seconds < 600 else in_words(seconds)
+    return f"{minutes} min {rest} s" if 90 <= seconds < 600 else format_seconds(seconds)
 
 
-def init(group: Group) -> str:
-    """How a prefix or prompt is initialized."""
+def show_init(group: Group) -> str:
+    """Format the init of a prefix or prompt."""
     done = group.training
     return f"{done.init}{' + MLP' if done.reparam else ''}" if done.init else ""
 
 
 BLEU_COLUMNS = [
-    Column("95 % interval", "of BLEU, by bootstrap over questions", interval, 6, "scores", lambda g: g.bleu),
-    Column("over zero-shot", "BLEU minus the untrained model's on the same questions, with its 95 % interval", gain, 2,
-           "scores", lambda group: value_of(group.difference)),
-    Column("paper's BLEU", "what the paper reports", paper("bleu", "{:.5g}"), 9, "scores",
+    Column("95 % interval", "95 % interval of BLEU, bootstrapped over questions", show_interval, 6, "scores",
+           lambda group: group.bleu),
+    Column("over zero-shot", "BLEU minus the untrained model's on the same questions, with its 95 % interval",
+           show_gain, 2, "scores", lambda group: get_value(group.difference)),
+    Column("paper's BLEU", "BLEU that the paper reports", show_reported("bleu", "{:.5g}"), 9, "scores",
            lambda group: (group.paper or {}).get("bleu")),
 ]  # fmt: skip
-RIGHT = ("passes", "exact")  # the first that a study has tells how many answers are right
+RIGHT = ("passes", "exact")  # titles of the columns that count correct answers; the first that a study has is shown
 MAIN_COLUMNS = [
-    Column("BLEU", "corpus BLEU-4 over CoNaLa tokens, of 100, with its 95 % interval over questions",
-           bleu_with_interval, value=lambda group: group.bleu),
-    Column("effect", "BLEU minus that of the best answer without training, paired by question, with its 95 % interval",
-           lambda group: show_difference(group.effect), value=lambda group: value_of(group.effect)),
+    Column("BLEU", "corpus BLEU-4 on CoNaLa tokens, 0 to 100, with its 95 % interval over questions",
+           show_bleu_with_interval, value=lambda group: group.bleu),
+    Column("effect", "BLEU minus that of the best baseline or untrained model, paired by question; 95 % interval",
+           lambda group: show_difference(group.effect), value=lambda group: get_value(group.effect)),
 ]  # fmt: skip
 TRAINING_COLUMNS = [
     Column("held-out loss", "nats per supervised token, on pairs held out of training; ± standard deviation over seeds",
-           held_out_loss, 3, value=of("dev_loss")),
-    Column("at step 0", "held-out loss before the first step", training("dev_loss_start", "{:.3f}"),
-           value=of("dev_loss_start")),
-    Column("init", "how a prefix or prompt is initialized; MLP: reparameterized", init),
-    Column("learning rate", "peak", training("learning_rate", "{:g}"), value=of("learning_rate")),
-    Column("steps", "optimizer steps", training("steps", "{}"), value=of("steps")),
-    Column("trained", "trainable parameters, of all", training("trainable_percent", "{:.3g} %"), 7,
-           value=of("trainable_percent")),
+           show_held_out_loss, 3, value=get_field("dev_loss")),
+    Column("at step 0", "held-out loss before the first step", show_field("dev_loss_start", "{:.3f}"),
+           value=get_field("dev_loss_start")),
+    Column("init", "how a prefix or prompt is initialized; MLP: reparameterized", show_init),
+    Column("learning rate", "peak learning rate", show_field("learning_rate", "{:g}"),
+           value=get_field("learning_rate")),
+    Column("steps", "optimizer steps", show_field("steps", "{}"), value=get_field("steps")),
+    Column("trained", "trainable parameters, in percent of all", show_field("trainable_percent", "{:.3g} %"), 7,
+           value=get_field("trainable_percent")),
     Column("stored", "parameters on disk; a reparameterization MLP is folded into the prefix or prompt",
-           training("stored", "{:,}"), value=of("stored")),
-    Column("paper's %", "what the paper reports", paper("percent", "{:g} %")),
-    Column("time", "of training alone", seconds, 8, value=of("train_seconds")),
-    Column("memory", "peak, weights included", training("peak_memory_bytes", "{:.2f} GB", 1e-9),
-           value=of("peak_memory_bytes")),
-    Column("paper's GB", "what the paper reports; for GPT-2 without the weights", paper("memory", "{:g}")),
+           show_field("stored", "{:,}"), value=get_field("stored")),
+    Column("paper's %", "trainable parameters that the paper reports", show_reported("percent", "{:g} %")),
+    Column("time", "training time", show_seconds, 8, value=get_field("train_seconds")),
+    Column("memory", "peak memory, weights included", show_field("peak_memory_bytes", "{:.2f} GB", 1e-9),
+           value=get_field("peak_memory_bytes")),
+    Column("paper's GB", "memory that the paper reports; GPT-2's without weights", show_reported("memory", "{:g}")),
 ]  # fmt: skip
 
 
 def choose_columns(groups: Sequence[Group], table: str | None = None) -> list[Column]:
-    """The columns, of one table or all, in which some group has a value."""
-    return [column for column in columns() if table in (None, column.table) and any(map(column.show, groups))]
+    """Choose the columns, of one table or all, that have a value for some group."""
+    return [column for column in list_columns() if table in (None, column.table) and any(map(column.show, groups))]
 
 
-def label_of(method: str) -> str:
-    """What tables call a method; a baseline and the untrained model have their names."""
+def name_method(method: str) -> str:
+    """Name a method in tables by its label; baselines and the untrained model keep their names."""
     return METHODS[method].label if method in METHODS else method
 
 
 def name_groups(groups: Sequence[Group]) -> list[str]:
-    """What each group is called: its method, after the model where there are several, and what else is its own."""
+    """Name each group: its model if there are several, its method, and settings where a method has several groups."""
     several = len({group.model for group in groups if group.model}) > 1
     plain = [(group.model, group.method) for group in groups]
     found = []
     for group, own in zip(groups, plain):
         parts = [group.model.rsplit("/", 1)[-1]] if several and group.model else []
-        parts.append(label_of(group.method))
+        parts.append(name_method(group.method))
         rate = group.training.learning_rate
         if plain.count(own) > 1 and rate is not None:
-            how = f"{init(group)} init, " if init(group) else ""
+            how = f"{show_init(group)} init, " if show_init(group) else ""
             parts.append(f"({how}learning rate {rate:g}, {group.training.steps} steps)")
         found.append(" ".join(parts))
     return found
 
 
 def group_by_flag(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The names of the groups that each flag, or failure, applies to."""
+    """Map each flag or failure to the names of its groups."""
     found: dict[str, list[str]] = {}
     for name, group in zip(name_groups(groups), groups):
         for text in [f"failed: {group.error}"] if group.error is not None else group.flags:
@@ -212,13 +214,13 @@ def group_by_flag(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def join_names(who: Sequence[str]) -> str:
-    """Some names; where they are many, the first and how many more."""
+    """Join up to three names; of more, the first and the number of the others."""
     return "; ".join(who) if len(who) <= 3 else f"{who[0]} and {len(who) - 1} more"
 
 
 def as_text(groups: Sequence[Group], width: int | None = None) -> str:
-    """The table for a terminal: as many columns as fit into `width`, by default the terminal's."""
-    width = width or terminal_width()
+    """Format the table for a terminal, with as many columns as fit into `width` (default the terminal's)."""
+    width = width or measure_terminal()
     kept = [column for column in choose_columns(groups) if column.rank]
     while len(kept) > 1 and len(max(lay_out(groups, kept), key=len)) > width:
         kept.remove(max(kept, key=lambda column: column.rank))
@@ -230,13 +232,13 @@ def as_text(groups: Sequence[Group], width: int | None = None) -> str:
     return "\n".join([*lay_out(groups, kept), *failed])
 
 
-def terminal_width() -> int:
-    """The columns of the terminal; 80 where there is none."""
+def measure_terminal() -> int:
+    """The terminal's width in characters; 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
-    """The lines of a table of the groups that did not fail."""
+    """Lay out the table of the groups that did not fail, as lines."""
     rows = [["", *(column.title for column in kept)]]
     named = zip(name_groups(groups), groups)
     rows += [[name, *(column.show(group) for column in kept)] for name, group in named if group.error is None]
@@ -248,13 +250,13 @@ def lay_out(groups: Sequence[Group], kept: Sequence[Column]) -> list[str]:
 
 
 def as_line(text: str) -> str:
-    """A text from outside as part of one line of Markdown: no tag, link or image, no cell, no line of its own."""
+    """Escape an untrusted text for one line of Markdown: no tag, link, image, table cell or line break."""
     marked = escape(text.replace("\n", " ").replace("\\", "\\\\"))
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
 
 def as_markdown(groups: Sequence[Group], kept: Sequence[Column] | None = None) -> str:
-    """A table in Markdown, by default of all columns; whatever a model or an error printed cannot break its cells."""
+    """Format a Markdown table, by default of all columns; texts of models and errors are escaped."""
     kept = choose_columns(groups) if kept is None else kept
     rows = [["", *(column.title for column in kept)], ["---"] + ["---:"] * len(kept)]
     for name, group in zip(name_groups(groups), groups):

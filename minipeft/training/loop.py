@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from minipeft.data.packing import Batch
-from minipeft.documents import derived_seed
-from minipeft.errors import InputError, check_fields, check_items, check_kind, option, shown
+from minipeft.documents import derive_seed
+from minipeft.errors import InputError, check_fields, check_items, check_kind, format_value, option
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
@@ -147,7 +147,7 @@ def train(
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
     if not hasattr(batches, "__getitem__") or isinstance(batches, str | bytes | Mapping):
-        raise InputError(f"{shown(batches)} must be what pack returns, or a list of Batch", where="batches")
+        raise InputError(f"{format_value(batches)} must be what pack returns, or a list of Batch", where="batches")
     check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
@@ -326,7 +326,7 @@ def take_step(
         raise InputError("no token of this step's batches is supervised", where=where)
 
     def add_gradient(i: int) -> float:
-        return backward(model, micro[i], targets, derived_seed(config.seed, state.step, i))
+        return backward(model, micro[i], targets, derive_seed(config.seed, state.step, i))
 
     loss = processes.sum_gradients(parameters, len(micro), add_gradient)
     norms = compute_gradient_norms(parameters, loss, state.step, silent)

@@ -18,7 +18,7 @@ from minipeft.adapters import (
     add_adapter,
     remove_adapter,
 )
-from minipeft.adapters.lora import LoRALinear, lora_layers
+from minipeft.adapters.lora import LoRALinear, find_lora_layers
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES
 from minipeft.training.loop import TrainConfig, train
@@ -170,7 +170,7 @@ def test_a_bias_that_the_base_does_not_have_is_not_merged(decoder, stir):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
 def test_a_merge_that_is_not_finite_touches_nothing(model, bad):
     add_adapter(model, LoRAConfig(rank=2))
-    last = list(lora_layers(model).values())[-1]
+    last = list(find_lora_layers(model).values())[-1]
     with torch.no_grad():
         last.lora_B.fill_(bad)
         last.lora_A.fill_(10)
@@ -288,7 +288,7 @@ def test_the_report_is_a_table(model):
     assert "method     lora" in said
     assert "float32" in said
     assert "backend    reference" in said
-    assert f"{len(lora_layers(model))} modules" in said
+    assert f"{len(find_lora_layers(model))} modules" in said
 
 
 def test_other_things_are_not_configs(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minipeft.adapters.combine import WAYS, Term, average, concatenate, squared_errors, truncate
+from minipeft.adapters.combine import WAYS, Term, average, compute_squared_errors, concatenate, truncate
 from minipeft.errors import InputError
 
 
@@ -37,7 +37,7 @@ def test_cat_is_exact():
 def test_the_stated_error_is_that_of_the_dense_matrices(way):
     terms, whole = drawn(4, 4)
     A, B = pair = WAYS[way](terms, None)
-    missed, size = squared_errors(terms, pair)
+    missed, size = compute_squared_errors(terms, pair)
     assert missed == pytest.approx(float((B.double() @ A.double() - whole).square().sum()), rel=1e-3, abs=1e-9)
     assert size == pytest.approx(float(whole.square().sum()), rel=1e-6)
 

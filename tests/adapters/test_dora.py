@@ -4,8 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.dora import row_norms
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.dora import compute_row_norms
+from minipeft.adapters.lora import find_lora_layers
 
 
 class Sizes(TorchDispatchMode):
@@ -25,19 +25,19 @@ class TestDora:
         torch.manual_seed(0)
         W, A, B = torch.randn(300, 200), torch.randn(4, 200), torch.randn(300, 4)
         with Sizes() as made:
-            norms = row_norms(W, A, B, 0.7)
+            norms = compute_row_norms(W, A, B, 0.7)
         wanted = (W.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
         torch.testing.assert_close(norms.double(), wanted, rtol=1e-5, atol=0)
         assert made.largest == B.numel()
         monkeypatch.setattr("minipeft.adapters.dora.BLOCK", 64)
         half = W.bfloat16()
         with Sizes() as made:
-            narrow = row_norms(half, A, B, 0.7)
-        torch.testing.assert_close(narrow, row_norms(half.float(), A, B, 0.7), rtol=1e-5, atol=0)
+            narrow = compute_row_norms(half, A, B, 0.7)
+        torch.testing.assert_close(narrow, compute_row_norms(half.float(), A, B, 0.7), rtol=1e-5, atol=0)
         assert made.largest == 64 * 200
 
     def test_a_trained_length_is_the_merged_rows_length(self, decoder, stir):
         model = decoder("gpt2")
         add_adapter(model, LoRAConfig(rank=4, alpha=8.0, dora=True))
-        for layer in lora_layers(stir(model)).values():
+        for layer in find_lora_layers(stir(model)).values():
             torch.testing.assert_close(layer.merged()[0].norm(dim=1), layer.lora_magnitude_vector, rtol=1e-5, atol=1e-5)

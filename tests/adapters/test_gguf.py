@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import minipeft
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.models import FAMILIES
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (README, The tests)")
@@ -65,7 +65,7 @@ def saved(folder: Path, family: str = "llama", **settings: object) -> torch.nn.M
 def test_every_linear_has_a_name_there_and_the_same_update(family, tmp_path):
     model = saved(tmp_path, family)
     alpha, tensors = convert(tmp_path, ARCHITECTURES[family])
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     assert len(tensors) == 2 * len(layers)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], SHAPE["num_hidden_layers"])
     for path, layer in layers.items():
@@ -136,7 +136,7 @@ def test_baked_scales_are_right_there_and_here(settings, tmp_path):
     alpha, tensors = convert(tmp_path / "baked", "LLAMA")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
     wanted = {}
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
         A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         _, _, ours_A, ours_B, scale = layer.part()
@@ -144,13 +144,15 @@ def test_baked_scales_are_right_there_and_here(settings, tmp_path):
         torch.testing.assert_close(alpha / A.shape[0] * (B @ A), wanted[path], rtol=1e-4, atol=1e-6)
     minipeft.remove_adapter(model)
     minipeft.load_adapter(model, tmp_path / "baked")
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         torch.testing.assert_close(layer.scale * (layer.lora_B @ layer.lora_A), wanted[path], rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_baked_is_refused(tmp_path):
     model = saved(tmp_path, dora=True)
-    with pytest.raises(minipeft.InputError, match="baked: DoRA and lora_bias are more than B A, and cannot be baked"):
+    with pytest.raises(
+        minipeft.InputError, match="baked: DoRA and lora_bias cannot be baked: their update is not B A alone"
+    ):
         minipeft.save_adapter(model, tmp_path / "baked", baked=True)
     minipeft.remove_adapter(model)
     minipeft.add_adapter(model, minipeft.IA3Config())

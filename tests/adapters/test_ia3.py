@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from minipeft.adapters import IA3Config, add_adapter
-from minipeft.adapters.ia3 import ia3_layers
+from minipeft.adapters.ia3 import find_ia3_layers
 from minipeft.errors import InputError
 
 
 def test_each_site_computes_its_equation(model, stir):
     report = add_adapter(model, IA3Config())
-    layers = ia3_layers(stir(model))
+    layers = find_ia3_layers(stir(model))
     assert list(layers) == report.modules
     assert {path.rsplit(".", 1)[-1] for path, layer in layers.items() if layer.feedforward} <= {"c_proj", "down_proj"}
     for layer in layers.values():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import minipeft
 from minipeft.adapters import LoRAConfig, add_adapter, pissa, remove_adapter
 from minipeft.adapters.inits import initialize_eva, initialize_loftq
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
@@ -30,13 +30,13 @@ def test_orthogonal_changes_nothing_and_trains_both_matrices_at_once(model, ids,
         before = model(ids)
         add_adapter(model, LoRAConfig(4, init="orthogonal"))
         assert (model(ids) - before).abs().max() <= 2e-5 * before.abs().max()
-    for layer in lora_layers(model).values():
+    for layer in find_lora_layers(model).values():
         A, B = layer.lora_A.double(), layer.lora_B.double()
         assert torch.linalg.matrix_rank(layer.lora_A) == torch.linalg.matrix_rank(layer.lora_B) == 2
         assert torch.linalg.matrix_norm(B @ A) <= 1e-6 * torch.linalg.matrix_norm(B) * torch.linalg.matrix_norm(A)
         assert 0.05 < A.square().mean().sqrt() / (0.1 / 2**0.5) < 2
     model.loss(packed.ids, packed.labels, packed.documents).backward()
-    assert all(layer.lora_A.grad.abs().max() > 0 for layer in lora_layers(model).values())
+    assert all(layer.lora_A.grad.abs().max() > 0 for layer in find_lora_layers(model).values())
     remove_adapter(model)
     with pytest.raises(InputError, match="rank: 3 is odd"):
         add_adapter(model, LoRAConfig(3, init="orthogonal"))
@@ -47,7 +47,7 @@ def test_olora_starts_from_an_orthonormal_part_of_the_weight(model, ids):
         before = model(ids)
         add_adapter(model, LoRAConfig(4, 8.0, init="olora"))
         assert (model(ids) - before).abs().max() <= 2e-5 * before.abs().max()
-    for layer in lora_layers(model).values():
+    for layer in find_lora_layers(model).values():
         torch.testing.assert_close(layer.lora_B.t() @ layer.lora_B, torch.eye(4), rtol=0, atol=1e-5)
         rest = layer.weight - layer.lora_B @ layer.lora_A
         torch.testing.assert_close(
@@ -71,7 +71,7 @@ def test_olora_goes_both_ways_with_peft(base, ids, stir, apart, tmp_path, rslora
     given = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, init_lora_weights="olora", use_rslora=rslora)
     theirs = peft.get_peft_model(peer(), given)
     add_adapter(model, LoRAConfig(4, 6.0, targets="default", rslora=rslora, init="olora"))
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         twin = theirs.get_submodule(f"base_model.model.{path}")
         update = twin.lora_B["default"].weight @ twin.lora_A["default"].weight
         torch.testing.assert_close(layer.lora_B @ layer.lora_A, update, rtol=1e-4, atol=1e-5)
@@ -98,7 +98,7 @@ def test_olora_files_that_cannot_be_read_right_are_refused(base, decoder, stir, 
     given = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights="olora")
     stir(peft.get_peft_model(peer(), given)).save_pretrained(tmp_path / "theirs")
     bank = minipeft.AdapterBank(model)
-    said = "holds LoRA with init 'olora'; a bank takes plain LoRA. load_adapter and save_adapter write the plain LoRA"
+    said = "holds LoRA with init 'olora'; a bank takes plain LoRA. Convert it to the equal plain LoRA with load_adapter"
     with pytest.raises(InputError, match=re.escape(said)):
         bank.load("x", tmp_path / "theirs")
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_olora_files_that_cannot_be_read_right_are_refused(base, decoder, stir, 
 def inputs_of(model, packed):
     """What each adapted linear reads in the real columns, by our own hooks."""
     seen, handles = {}, []
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         layer.together = None
         keep = lambda module, inputs, path=path: seen.update({path: inputs[0][packed.documents >= 0].double()})
         handles.append(layer.register_forward_pre_hook(keep))
@@ -118,7 +118,7 @@ def inputs_of(model, packed):
         model(packed.ids, packed.documents)
     for handle in handles:
         handle.remove()
-    for layer in lora_layers(model).values():
+    for layer in find_lora_layers(model).values():
         del layer.together
     return seen
 
@@ -130,10 +130,10 @@ def test_eva_keeps_most_of_the_inputs_energy(model, packed, ids, dora):
         add_adapter(model, LoRAConfig(4, dora=dora))
         inputs = inputs_of(model, packed)
         lost = lambda X, A: torch.linalg.matrix_norm(X - X @ A.t() @ torch.linalg.pinv(A.t()))
-        random = {path: lost(inputs[path], layer.lora_A.double()) for path, layer in lora_layers(model).items()}
+        random = {path: lost(inputs[path], layer.lora_A.double()) for path, layer in find_lora_layers(model).items()}
         initialize_eva(model, [packed, packed])
         assert (model(ids) - before).abs().max() <= 2e-5 * before.abs().max()
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         A, values = layer.lora_A.double(), torch.linalg.svdvals(inputs[path])
         torch.testing.assert_close(A @ A.t(), torch.eye(4).double(), rtol=0, atol=1e-5)
         torch.testing.assert_close(lost(inputs[path], A), values[4:].square().sum().sqrt(), rtol=1e-3, atol=0)
@@ -167,7 +167,7 @@ def test_loftq_takes_back_the_largest_part_of_what_quantization_took(base, ids, 
         left = initialize_loftq(model, plain)
         assert apart(model(ids), wanted) < quantized
     weights, missed, whole = dict(plain.named_parameters()), 0.0, 0.0
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         error = (weights[f"{path}.weight"] - layer.weight.dequantize()).double()
         values = torch.linalg.svdvals(error)
         rest = error - layer.scale * layer.lora_B.double() @ layer.lora_A.double()

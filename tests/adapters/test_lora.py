@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.lora import LoRALinear, lora_layers
-from minipeft.adapters.lora_variants import layer_class
+from minipeft.adapters.lora import LoRALinear, find_lora_layers
+from minipeft.adapters.lora_variants import choose_layer_class
 from minipeft.errors import InputError
 from minipeft.training.loop import TrainConfig, TrainState, train
 
@@ -54,7 +54,7 @@ class Literal(nn.Module):
 def test_a_layer_computes_its_equation_and_its_derivative(config, bias):
     torch.manual_seed(3)
     linear = nn.Linear(21, 33, bias=bias).requires_grad_(False)
-    layer = layer_class(config)(linear, config.rank, config.alpha, config)
+    layer = choose_layer_class(config)(linear, config.rank, config.alpha, config)
     layer.initialize(config.init, torch.Generator().manual_seed(0))
     own = [name for name, _ in layer.named_parameters() if name not in ("weight", "bias")]
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_projections_of_one_input_share_a_pass_and_a_mask(decoder, ids):
     model.train()
     attention, x = model.blocks[0].self_attn, torch.randn(2, 5, 32)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in find_lora_layers(model).values():
             layer.lora_B.normal_()
         torch.manual_seed(0)
         q, k, v = attention.q_proj.together(x, (attention.q_proj, attention.k_proj, attention.v_proj))

@@ -11,17 +11,17 @@ from minipeft.adapters import (
     LoRAConfig,
     PrefixConfig,
     PromptConfig,
+    find_method,
+    get_method,
+    list_method_names,
     make_adapter_config,
-    method_named,
-    method_names,
-    method_of,
 )
 from minipeft.errors import InputError
 from minipeft.training.loop import TrainConfig
 
 
 def recipe_of(config, parameters=0, family=""):
-    return method_of(config).recipe(config, parameters, family)
+    return find_method(config).recipe(config, parameters, family)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,10 +55,10 @@ def test_each_name_makes_the_config_of_its_method() -> None:
     assert make_adapter_config("pissa") == LoRAConfig(init="pissa")
     assert make_adapter_config("prefix", length=3, gate=True) == PrefixConfig(3, gate=True)
     assert make_adapter_config("full") == FullConfig()
-    for name in method_names():
-        method, preset = method_named(name)
+    for name in list_method_names():
+        method, preset = get_method(name)
         config = make_adapter_config(name)
-        assert method_of(config) is method
+        assert find_method(config) is method
         assert all(getattr(config, key) == value for key, value in preset.items())
 
 
@@ -80,4 +80,4 @@ def test_what_a_method_does_not_have_is_refused(name: str, chosen: dict[str, obj
 def test_no_other_object_is_a_config() -> None:
     for config in (None, "lora", TrainConfig(1), LoRAConfig):
         with pytest.raises(InputError, match=r"is not an adapter's config \(FullConfig, LoRAConfig, "):
-            method_of(config)
+            find_method(config)

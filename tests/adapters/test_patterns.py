@@ -6,7 +6,7 @@ import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters import patterns as patterns_module
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.errors import InputError
 
 
@@ -25,7 +25,7 @@ def test_patterns_give_each_target_its_rank_and_alpha_and_the_first_match_counts
     model = decoder("llama")
     patterns = {"0.self_attn.q_proj": 3, "q_proj": 5, r"^model\.layers\.[12]\.mlp.*": 7}
     add_adapter(model, LoRAConfig(rank=2, alpha=4, rank_pattern=patterns, alpha_pattern={"mlp.up_proj": 32}))
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     at = lambda path: (layers[f"model.layers.{path}"].lora_A.shape[0], layers[f"model.layers.{path}"].scale)
     assert at("0.self_attn.q_proj") == (3, 4 / 3)
     assert at("1.self_attn.q_proj") == (5, 4 / 5)
@@ -42,7 +42,7 @@ def test_thousands_of_patterns_are_matched_in_one_process(decoder):
     start = time.process_time()
     add_adapter(model, LoRAConfig(rank=2, rank_pattern=patterns))
     assert time.process_time() - start < 5
-    assert lora_layers(model)["model.layers.1.self_attn.q_proj"].lora_A.shape[0] == 2
+    assert find_lora_layers(model)["model.layers.1.self_attn.q_proj"].lora_A.shape[0] == 2
 
 
 def test_the_pattern_that_takes_years_is_named_among_others(decoder, monkeypatch):

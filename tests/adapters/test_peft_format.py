@@ -15,7 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter, remove_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
@@ -193,7 +193,7 @@ def test_pissa_is_saved_as_plain_lora_that_peft_reads(pair, ids, stir, apart, rs
 
 def lora_paths(model):
     add_adapter(model, LoRAConfig(1))
-    paths = list(lora_layers(model))
+    paths = list(find_lora_layers(model))
     remove_adapter(model)
     return paths
 
@@ -208,7 +208,7 @@ def test_pissa_starts_as_pefts(pair, tmp_path):
     )
     add_adapter(model, LoRAConfig(4, 8.0, init="pissa"))
     modules = dict(theirs.named_modules())
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         twin = modules[f"base_model.model.{path}"]
         update = twin.lora_B["default"].weight @ twin.lora_A["default"].weight
         torch.testing.assert_close(layer.lora_B @ layer.lora_A, update, rtol=1e-4, atol=1e-5)
@@ -219,20 +219,20 @@ def test_dora_trains_as_pefts(pair, ids, stir, apart):
     theirs = stir(peft.get_peft_model(peer, cases(kind_of(model.config.model_type))["dora"][0]), scale=0.0)
     add_adapter(model, LoRAConfig(4, 12.0, dora=True))
     modules = dict(theirs.named_modules())
-    twins = {path: modules[f"base_model.model.{path}"] for path in lora_layers(model)}
+    twins = {path: modules[f"base_model.model.{path}"] for path in find_lora_layers(model)}
     tensors = lambda twin: {
         "lora_A": twin.lora_A["default"].weight,
         "lora_B": twin.lora_B["default"].weight,
         "lora_magnitude_vector": twin.lora_magnitude_vector["default"].weight,
     }
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             layer.lora_B.normal_(std=0.2)
             for name, tensor in tensors(twins[path]).items():
                 tensor.copy_(getattr(layer, name))
     model(ids).logsumexp(dim=-1).sum().backward()
     theirs.train()(ids).logits.logsumexp(dim=-1).sum().backward()
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         for name, tensor in tensors(twins[path]).items():
             assert apart(getattr(layer, name).grad, tensor.grad) <= 2e-4, (path, name)
 
@@ -242,9 +242,9 @@ def test_lora_plus_trains_as_pefts(pair, family, ids):
     add_adapter(model, LoRAConfig(4, 12.0))
     theirs = peft.get_peft_model(peer, cases(kind_of(family))["all-linear"][0])
     modules = dict(theirs.named_modules())
-    twins = {path: modules[f"base_model.model.{path}"] for path in lora_layers(model)}
+    twins = {path: modules[f"base_model.model.{path}"] for path in find_lora_layers(model)}
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             twins[path].lora_A["default"].weight.copy_(layer.lora_A)
     optimizer = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.0
@@ -258,7 +258,7 @@ def test_lora_plus_trains_as_pefts(pair, family, ids):
         3, learning_rate=1e-3, warmup=0, decay="constant", beta2=0.999, clip=1e9, lr_multipliers={"lora_B": 8.0}
     )
     assert [step.number for step in train(model, [batch] * 3, settings)] == [1, 2, 3]
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         torch.testing.assert_close(layer.lora_A, twins[path].lora_A["default"].weight, rtol=0, atol=2e-5)
         torch.testing.assert_close(layer.lora_B, twins[path].lora_B["default"].weight, rtol=0, atol=2e-4)
         assert layer.lora_B.abs().max() > 0.01
@@ -444,7 +444,7 @@ def test_what_makes_no_difference_is_accepted(decoder, sound, spoil):
     spoil(sound)
     model = decoder("llama")
     load_adapter(model, sound)
-    assert len(lora_layers(model)) == 6
+    assert len(find_lora_layers(model)) == 6
 
 
 def test_doubles_are_narrowed_with_a_note_and_another_base_is_noted(decoder, sound):
@@ -524,7 +524,7 @@ def test_what_cannot_be_saved(decoder, tmp_path):
     with pytest.raises(InputError, match=r"save_adapter: the model holds no adapter\. save_model"):
         save_adapter(model, tmp_path / "out")
     add_adapter(model, LoRAConfig(2))
-    layer = next(iter(lora_layers(model).values()))
+    layer = next(iter(find_lora_layers(model).values()))
     with torch.no_grad():
         layer.lora_B[0, 0] = math.nan
     with pytest.raises(InputError, match=r"q_proj\.lora_B\.weight: holds NaN or Inf, and is not saved"):

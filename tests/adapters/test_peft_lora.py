@@ -3,7 +3,7 @@
 import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers, plan
+from minipeft.adapters.lora import choose_ranks, find_lora_layers
 from minipeft.adapters.peft_lora import double_rank, lora_config, lora_json, lora_shapes, lora_tensors
 
 CONFIG = LoRAConfig(3, 1.5, dropout=0.25, targets=["up_proj", "q_proj"], layers=(1, 2), rank_pattern={"q_proj": 5},
@@ -17,7 +17,7 @@ def test_a_config_survives_its_json(decoder):
     assert given["target_modules"] == ["q_proj", "up_proj"]
     assert (given["r"], given["lora_alpha"], given["alpha_pattern"]) == (3, 1.5, {"1.mlp.up_proj": 4})
     again = lora_config(given)
-    assert plan(decoder("llama"), again) == plan(decoder("llama"), CONFIG)
+    assert choose_ranks(decoder("llama"), again) == choose_ranks(decoder("llama"), CONFIG)
     assert (again.dropout, again.rslora, again.layers) == (0.25, True, (1, 2))
 
 
@@ -36,5 +36,5 @@ def test_double_rank_keeps_every_scale(decoder, rslora):
     for given in (config, double_rank(config)):
         model = decoder("llama")
         add_adapter(model, given)
-        scales.append({path: layer.scale for path, layer in lora_layers(model).items()})
+        scales.append({path: layer.scale for path, layer in find_lora_layers(model).items()})
     assert scales[0] == pytest.approx(scales[1], rel=1e-12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minipeft.adapters import LoRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.errors import InputError
 
 
@@ -12,7 +12,7 @@ class TestPissa:
     def test_it_starts_from_the_largest_singular_values(self, decoder):
         model = decoder("llama")
         add_adapter(model, LoRAConfig(rank=4, alpha=8.0, init="pissa"))
-        for layer in lora_layers(model).values():
+        for layer in find_lora_layers(model).values():
             update = layer.scale * layer.lora_B.double() @ layer.lora_A.double()
             values = torch.linalg.svdvals(layer.weight.double())
             rest = torch.linalg.matrix_norm(layer.weight - update, 2)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.peft_virtual import collect_table
-from minipeft.adapters.prefix import attentions, prefixes
-from minipeft.adapters.virtual import TASK_LINE, run_text, text_ids
+from minipeft.adapters.prefix import list_attentions, list_prefixes
+from minipeft.adapters.virtual import TASK_LINE, encode_to_length, run_text
 from minipeft.data.packing import Batch
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError
@@ -35,7 +35,7 @@ class Letters:
 
 
 def hard_prompt(length: int) -> Tensor:
-    return torch.tensor([text_ids(TEXT, length, Letters(), "test")])
+    return torch.tensor([encode_to_length(TEXT, length, Letters(), "test")])
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_text_start_on_a_real_model_says_what_the_text_says(assets, apart):
     folder = assets / "fixtures" / "stories260K"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     ids = torch.tensor([tokenizer.encode("Once upon a time, there was a little girl named Lily.")])
-    text = torch.tensor([text_ids(TASK_LINE, 20, tokenizer, "test")])
+    text = torch.tensor([encode_to_length(TASK_LINE, 20, tokenizer, "test")])
     assert text[0, 0] == tokenizer.bos  # attention rests there
     assert (text[0, 1:] != tokenizer.bos).all()  # and the text is repeated without it
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_noise_buries_the_text_and_zeros_are_not_nothing(assets):
     add_adapter(model, PrefixConfig(init="peft"))
     assert loss() > base + 4
     with torch.no_grad():
-        for prefix in prefixes(model):
+        for prefix in list_prefixes(model):
             prefix.key.zero_()
             prefix.value.zero_()
     assert loss() > base + 0.02
@@ -113,13 +113,13 @@ def test_normal_start_is_spread_as_the_texts_own_keys(decoder):
     model = decoder("llama", max_position_embeddings=8000)
     keys, values = run_text(model, Letters().encode(TEXT))  # each [L, K, n, D]
     add_adapter(model, PrefixConfig(4000, init="normal", text=TEXT), Letters())
-    drawn = torch.stack([p.key for p in prefixes(model)])  # [L, K, P, D]
+    drawn = torch.stack([p.key for p in list_prefixes(model)])  # [L, K, P, D]
     assert (drawn.mean(dim=2) - keys.mean(dim=2)).abs().max() < 0.1 * keys.std()
     assert ((drawn.std(dim=2) / keys.std(dim=2)) - 1).abs().max() < 0.1
-    assert all(p.value.abs().max() == 0 for p in prefixes(model))
+    assert all(p.value.abs().max() == 0 for p in list_prefixes(model))
     remove_adapter(model)
     add_adapter(model, PrefixConfig(4000, init="normal", text=TEXT, gate=True), Letters())
-    drawn = torch.stack([p.value for p in prefixes(model)])
+    drawn = torch.stack([p.value for p in list_prefixes(model)])
     assert ((drawn.std(dim=2) / values.std(dim=2)) - 1).abs().max() < 0.1  # 0 behind a gate of 0 could not be left
 
 
@@ -166,7 +166,7 @@ def test_the_gate_starts_as_nothing_at_all(model, ids, reparam):
 def test_the_gate_adds_a_softmax_of_its_own(model, apart):
     """Against literal loops in float64."""
     add_adapter(model, PrefixConfig(5, init="peft", gate=True))
-    c, beside = model.config, attentions(model)[0].beside
+    c, beside = model.config, list_attentions(model)[0].beside
     with torch.no_grad():
         beside.gate.copy_(torch.linspace(-1, 1, c.heads))
         q = torch.randn(2, c.heads, 3, c.head_width, generator=torch.Generator().manual_seed(3))
@@ -296,7 +296,7 @@ def test_pefts_zero_start_keeps_all_columns_alike(decoder, peer, packed):
     add_adapter(model, PrefixConfig(5, init="normal", text=TEXT), Letters())
     for _ in train(model, [packed] * 3, TrainConfig(steps=3, learning_rate=1e-2)):
         pass
-    values = torch.stack([p.value.detach() for p in prefixes(model)])
+    values = torch.stack([p.value.detach() for p in list_prefixes(model)])
     assert (values - values[:, :, :1]).abs().max() > 1e-3
 
 

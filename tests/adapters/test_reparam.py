@@ -7,7 +7,7 @@ from peft.tuners.prefix_tuning import PrefixEncoder
 
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_virtual import collect_table
-from minipeft.adapters.prefix import prefixes
+from minipeft.adapters.prefix import list_prefixes
 from minipeft.training.loop import TrainConfig, train
 
 TEXT = "abracadabra"
@@ -27,11 +27,11 @@ def test_the_network_starts_at_the_text_and_is_folded_exactly(model, stir):
     add_adapter(model, PrefixConfig(5, text=TEXT, reparam=7), Letters())
     assert torch.equal(collect_table(model), text)
     stir(model)
-    trunks = {id(p.mlp.trunk) for p in prefixes(model)}
+    trunks = {id(p.mlp.trunk) for p in list_prefixes(model)}
     assert len(trunks) == 1
-    trunk = prefixes(model)[0].mlp.trunk
+    trunk = list_prefixes(model)[0].mlp.trunk
     h = torch.tanh(trunk.seeds.double() @ trunk.weight.double().T + trunk.bias.double())  # [P, width]
-    for prefix in prefixes(model):
+    for prefix in list_prefixes(model):
         added = h @ prefix.mlp.weight.double().T + prefix.mlp.bias.double()  # [P, 2 * K * D]
         heads, columns, width = prefix.key.shape
         for p in range(columns):
@@ -66,7 +66,7 @@ def test_pefts_start_with_a_network_is_pefts_projection(decoder):
         task_type="CAUSAL_LM",
     )
     theirs = PrefixEncoder(config)
-    trunk, ups = prefixes(model)[0].mlp.trunk, [p.mlp for p in prefixes(model)]
+    trunk, ups = list_prefixes(model)[0].mlp.trunk, [p.mlp for p in list_prefixes(model)]
     ours = [trunk.seeds, trunk.weight, trunk.bias, torch.cat([u.weight for u in ups]), torch.cat([u.bias for u in ups])]
     for parameter, tensor in zip(theirs.parameters(), ours):
         assert parameter.std().item() == pytest.approx(tensor.std().item(), rel=0.15)  # drawn alike

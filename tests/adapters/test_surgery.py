@@ -7,8 +7,8 @@ import torch
 
 import minipeft
 from minipeft.adapters import IA3Config, LoRAConfig, add_adapter
-from minipeft.adapters.ia3 import ia3_layers
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.ia3 import find_ia3_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.errors import InputError
 
 
@@ -19,13 +19,13 @@ def test_a_merge_that_overflows_the_weights_dtype_touches_nothing(model, dtype, 
     add_adapter(model.to(dtype), config)
     with torch.no_grad():
         if isinstance(config, LoRAConfig):
-            last = list(lora_layers(model).values())[-1]
+            last = list(find_lora_layers(model).values())[-1]
             last.weight.zero_()
             largest = 7e4 if dtype == torch.float16 else 3.4e38
             last.lora_A.fill_(math.sqrt(largest / (2 * last.scale)))
             last.lora_B.fill_(math.sqrt(largest / (2 * last.scale)))
         else:
-            last = list(ia3_layers(model).values())[-1]
+            last = list(find_ia3_layers(model).values())[-1]
             last.weight.fill_(1.0)
             last.ia3_l.fill_(7e4 if dtype == torch.float16 else 3.4e38)
         assert torch.isfinite(last.merged()[0]).all()
@@ -44,10 +44,10 @@ def test_the_report_is_that_of_float64(model, stir, dtype, config):
     add_adapter(model.to(dtype), config)
     stir(model, scale=0.02)
     wanted = {}
-    for path, layer in lora_layers(model).items():
+    for path, layer in find_lora_layers(model).items():
         update = layer.scale * (layer.lora_B.double() @ layer.lora_A.double())
         wanted[f"{path}.weight"] = update
-    for path, layer in ia3_layers(model).items():
+    for path, layer in find_ia3_layers(model).items():
         gain = layer.ia3_l.double() - 1
         wanted[f"{path}.weight"] = layer.weight.double() * (gain if layer.feedforward else gain[:, None])
         if layer.bias is not None and not layer.feedforward:
@@ -70,7 +70,7 @@ def test_each_merged_weight_is_computed_twice(decoder, monkeypatch):
     """Once for the check, once for the write; all are checked before the first is written."""
     model = decoder("llama")
     add_adapter(model, LoRAConfig(rank=2))
-    kind = type(next(iter(lora_layers(model).values())))
+    kind = type(next(iter(find_lora_layers(model).values())))
     calls, merged = [], kind.merged
     monkeypatch.setattr(kind, "merged", lambda self: calls.append(id(self)) or merged(self))
     minipeft.merge_adapter(model)

@@ -13,7 +13,7 @@ import transformers
 
 import minipeft
 from minipeft.adapters import FullConfig, IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.switching import AdapterSet, disabled
 from minipeft.errors import InputError
@@ -50,7 +50,7 @@ def test_disabled_is_the_base_to_the_bit_and_afterwards_all_is_as_before(model, 
             assert torch.equal(model(ids), base)
             assert (model.adapter, model.virtual_tokens, model.windowed, model.prompt) == (None, 0, False, None)
             assert not any(p.requires_grad for p in model.parameters())
-            said = f"{minipeft.adapters.method_of(config).name} disabled"
+            said = f"{minipeft.adapters.find_method(config).name} disabled"
             assert repr(model).replace(f"\n  {said}", "", 1) == shown
         with pytest.raises(ZeroDivisionError), disabled(model):
             raise ZeroDivisionError
@@ -179,7 +179,7 @@ def test_deleting_one_frees_it(model, folders, ids):
         adapters.load("b", folders / "b")
         kept = model(ids)
         adapters.switch("a")
-        gone = weakref.ref(next(iter(lora_layers(model).values())).lora_A)
+        gone = weakref.ref(next(iter(find_lora_layers(model).values())).lora_A)
         adapters.delete("a")
         gc.collect()
         assert gone() is None
@@ -208,14 +208,14 @@ def test_a_weighted_sum_is_pefts(model, folders, ids, apart, how):
     updates, modules = {}, dict(theirs.named_modules())
     for name in names:
         adapters.switch(name)
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             update = weights[name] * layer.scale * (layer.lora_B @ layer.lora_A).double()
             updates[path] = updates.get(path, 0) + update.detach()
     error = adapters.combine("sum", weights, how, **given)
     missed, whole = 0.0, 0.0
     with torch.no_grad():
-        assert lora_layers(model).keys() == updates.keys()
-        for path, layer in lora_layers(model).items():
+        assert find_lora_layers(model).keys() == updates.keys()
+        for path, layer in find_lora_layers(model).items():
             made = layer.scale * (layer.lora_B @ layer.lora_A)
             twin = modules[f"base_model.model.{path}"].get_delta_weight("sum")
             wanted = twin.t() if model.family.transposed else twin

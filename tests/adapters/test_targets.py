@@ -5,8 +5,8 @@ import re
 import pytest
 
 from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
-from minipeft.adapters.lora import lora_layers
-from minipeft.adapters.targets import linear_paths, parse_targets
+from minipeft.adapters.lora import find_lora_layers
+from minipeft.adapters.targets import list_linears, parse_targets
 from minipeft.errors import InputError
 
 MATCHLESS = {
@@ -31,14 +31,14 @@ class TestTargets:
 
     def paths(self, model, **given):
         add_adapter(model, LoRAConfig(rank=2, **given))
-        found = list(lora_layers(model))
+        found = list(find_lora_layers(model))
         remove_adapter(model)
         return found
 
     def test_each_way_to_name_them(self, decoder):
         model = decoder("gpt2")
         of = lambda *ends, layers=(0, 1, 2): [f"transformer.h.{i}.{end}" for i in layers for end in ends]
-        assert self.paths(model) == of(*self.GPT2) == linear_paths(model)
+        assert self.paths(model) == of(*self.GPT2) == list_linears(model)
         assert self.paths(model, targets="default") == of("attn.c_attn")
         assert self.paths(model, targets=["c_proj"]) == of("attn.c_proj", "mlp.c_proj")
         assert self.paths(model, targets=["mlp.c_proj", "c_fc"]) == of("mlp.c_fc", "mlp.c_proj")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from minipeft.adapters import LoRAConfig, VeRAConfig, add_adapter
-from minipeft.adapters.vera import vera_layers
+from minipeft.adapters.vera import find_vera_layers
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import save_model
 
@@ -20,7 +20,7 @@ CONFIG = VeRAConfig(rank=8, targets="all-linear")
 def test_each_site_computes_its_equation_with_its_part_of_the_shared_pair(model, stir):
     add_adapter(model, CONFIG)
     stir(model)
-    layers = vera_layers(model)
+    layers = find_vera_layers(model)
     projection = next(iter(layers.values())).projection
     assert all(layer.projection is projection for layer in layers.values())
     assert projection.A.shape[1] == max(layer.weight.shape[1] for layer in layers.values())
@@ -44,8 +44,8 @@ def test_projections_and_gradients_are_pefts(model, family, ids, apart, stir, ta
     add_adapter(model, VeRAConfig(8, targets=targets, projection_prng_key=3))
     stir(model)
     modules = dict(theirs.named_modules())
-    twins = {path: modules[f"base_model.model.{path}"] for path in vera_layers(model)}
-    for path, layer in vera_layers(model).items():
+    twins = {path: modules[f"base_model.model.{path}"] for path in find_vera_layers(model)}
+    for path, layer in find_vera_layers(model).items():
         assert torch.equal(layer.projection.A, twins[path].vera_A["default"])
         assert torch.equal(layer.projection.B, twins[path].vera_B["default"])
         with torch.no_grad():
@@ -55,7 +55,7 @@ def test_projections_and_gradients_are_pefts(model, family, ids, apart, stir, ta
     assert apart(mine, wanted) <= 1e-5
     mine.logsumexp(dim=-1).sum().backward()
     wanted.logsumexp(dim=-1).sum().backward()
-    for path, layer in vera_layers(model).items():
+    for path, layer in find_vera_layers(model).items():
         for name in ("vera_lambda_b", "vera_lambda_d"):
             assert apart(getattr(layer, name).grad, getattr(twins[path], name)["default"].grad) <= 2e-4, (path, name)
 
@@ -92,7 +92,7 @@ def test_the_seed_of_the_projection_decides_and_nothing_else(decoder):
     for key, seed in ((0, 0), (0, 1), (1, 0)):
         model = decoder("llama")
         add_adapter(model, VeRAConfig(8, projection_prng_key=key), seed=seed)
-        made.append(next(iter(vera_layers(model).values())).projection.A)
+        made.append(next(iter(find_vera_layers(model).values())).projection.A)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import minipeft
 from minipeft.adapters import FULL, IA3Config, LoRAConfig, PrefixConfig, VeRAConfig, add_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig, answer
@@ -96,7 +96,7 @@ def test_a_change_of_the_model_is_seen_and_warned_of(decoder, stir, monkeypatch)
     model = decoder("gpt2")
     add_adapter(model, LoRAConfig(rank=4))
     stir(model)
-    kind = type(next(iter(lora_layers(model).values())))
+    kind = type(next(iter(find_lora_layers(model).values())))
     right = kind.merged
     wrong = lambda self: (2 * right(self)[0] - self.weight, right(self)[1])
     monkeypatch.setattr(kind, "merged", wrong)
@@ -152,7 +152,7 @@ def test_a_refusal_touches_nothing(decoder, stir, case):
     stir(model)
     if case == "not finite":
         with torch.no_grad():
-            list(lora_layers(model).values())[-1].lora_B.fill_(float("inf"))
+            list(find_lora_layers(model).values())[-1].lora_B.fill_(float("inf"))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     given = {"check": PROMPTS, "tokenizer": Letters(), "new_tokens": NEW, "dtype": torch.float32} | changes
     with pytest.raises(InputError, match=text):
@@ -180,7 +180,7 @@ def test_a_tied_head_is_never_adapted_so_never_merged(decoder, targets):
 def test_one_merged_weight_at_a_time_stands_in_memory(decoder, monkeypatch):
     model = decoder("llama")
     add_adapter(model, LoRAConfig(rank=2))
-    kind = type(next(iter(lora_layers(model).values())))
+    kind = type(next(iter(find_lora_layers(model).values())))
     right, made, alive = kind.merged, [], []
 
     def merged(self):

@@ -16,7 +16,7 @@ from torch import Tensor
 from minipeft.adapters import PrefixConfig, PromptConfig, add_adapter, remove_adapter
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.peft_virtual import OWN, STATE
-from minipeft.adapters.virtual import run_text, text_ids
+from minipeft.adapters.virtual import encode_to_length, run_text
 from minipeft.data.packing import Batch
 from minipeft.documents import PADDING
 from minipeft.errors import InputError
@@ -239,11 +239,11 @@ class WithBOS(Letters):
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 9])
 def test_a_text_is_repeated_without_its_bos(length):
-    ids = text_ids("abc", length, WithBOS(), "prefix")
+    ids = encode_to_length("abc", length, WithBOS(), "prefix")
     assert ids == [60, *Letters().encode("abcabcabc")][:length]
-    assert text_ids("abc", length, Letters(), "prefix") == Letters().encode("abcabcabcabc")[:length]
+    assert encode_to_length("abc", length, Letters(), "prefix") == Letters().encode("abcabcabcabc")[:length]
     with pytest.raises(InputError, match="text: '' has no tokens"):
-        text_ids("", length, WithBOS(), "prefix")
+        encode_to_length("", length, WithBOS(), "prefix")
 
 
 @pytest.mark.parametrize("windowed", [False, True])

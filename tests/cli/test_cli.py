@@ -406,7 +406,7 @@ def test_answers_are_run_only_where_it_is_asked_for(tmp_path: Path, run: Callabl
     unknown = write_answers(tmp_path / "unknown.jsonl", [rows[0] | {"task_id": "zz"}])
     status, _, err = run("score", unknown, "--execute", tasks)
     assert status == 2
-    assert "tasks.jsonl: answer 1 has task_id or question_id 'zz', of which there is no task" in err
+    assert "tasks.jsonl: answer 1 has task_id or question_id 'zz', for which there is no task" in err
     said = " ".join(run("score", "--help")[1].split())
     assert "It can still read what you can read" in said
     assert "It can still read what you can read" in " ".join(run("study", "--help")[1].split())

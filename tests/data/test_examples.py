@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft.data import reading as module
-from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, shared_pairs, split_by_question
-from minipeft.data.templates import prompt_text
+from minipeft.data.examples import Pair, Pairs, count_shared, encode_pairs, load_pairs, split_by_question
+from minipeft.data.templates import format_prompt
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
 
@@ -191,8 +191,8 @@ def test_a_split_is_exact_or_refused(ids: list[int | None], held: int, seed: int
 
 def test_overlap_is_counted(conala: Path) -> None:
     train, test = load_pairs(conala), load_pairs(conala, split="test")
-    assert shared_pairs(train, test) == 0
-    assert shared_pairs(train, [*test, *train.items[:3], replace(train.items[0], snippet="other")]) == 3
+    assert count_shared(train, test) == 0
+    assert count_shared(train, [*test, *train.items[:3], replace(train.items[0], snippet="other")]) == 3
 
 
 @pytest.fixture(scope="module", params=["gpt2-tokenizer", "mistral-tokenizer", "smollm2-135m", "stories260K"])
@@ -207,7 +207,7 @@ def test_conala_as_ids(conala: Path, tokenizer: Tokenizer) -> None:
     for pair, example in zip(pairs, examples, strict=True):
         text = f"### Instruction:\n{pair.intent}\n### Response:\n{pair.snippet}"
         assert example.ids == [*tokenizer.encode(text), tokenizer.eos]  # as one text, which is what a model saw before
-        assert example.ids[: example.prompt_tokens] == tokenizer.encode(prompt_text(pair.intent))
+        assert example.ids[: example.prompt_tokens] == tokenizer.encode(format_prompt(pair.intent))
         assert tokenizer.decode(example.ids[example.prompt_tokens :]) == pair.snippet
 
 
@@ -218,11 +218,11 @@ SNIPPETS = st.text(st.sampled_from(" \n\t#:ax1\u00e9\u65e5"), min_size=1, max_si
 @given(intent=SNIPPETS.filter(str.strip), snippet=SNIPPETS)
 def test_generation_starts_from_the_ids_that_training_saw(tokenizer: Tokenizer, intent: str, snippet: str) -> None:
     (example,) = encode_pairs([Pair(intent, snippet)], tokenizer)
-    prompt = tokenizer.encode(prompt_text(intent))
+    prompt = tokenizer.encode(format_prompt(intent))
     assert example.ids[: example.prompt_tokens] == prompt
     assert example.ids[-1] == tokenizer.eos
     if not tokenizer.before:  # Llama's tokenizers put a space before a text, so that two parts are not the whole
-        assert tokenizer.decode(example.ids) == prompt_text(intent) + snippet
+        assert tokenizer.decode(example.ids) == format_prompt(intent) + snippet
 
 
 def test_eos_written_in_a_snippet_ends_nothing(tokenizer: Tokenizer) -> None:

@@ -14,10 +14,10 @@ from minipeft.data.forms import (
     Item,
     encode_data,
     encode_questions,
-    item_of_prompt,
+    get_reference,
     load_data,
+    make_prompt_item,
     read_format,
-    reference_of,
 )
 from minipeft.data.templates import parse_template, read_template
 from minipeft.data.tokens import Tokenizer, load_tokenizer
@@ -64,7 +64,7 @@ def test_the_form_is_told_by_the_fields(form: str, tmp_path: Path, assets: Path,
     assert trained(tokenizer, example) == wanted + ("\n" if form == "messages" else "")
     (prompt,) = encode_questions(data.items[:1], data.format, tokenizer, chat)
     assert example.ids[: len(prompt)] == prompt
-    assert reference_of(data.items[0], data.format) == wanted.removesuffix("<|im_end|>")
+    assert get_reference(data.items[0], data.format) == wanted.removesuffix("<|im_end|>")
 
 
 def test_pairs_are_encoded_as_ever(assets: Path, tokenizer: Tokenizer) -> None:
@@ -221,7 +221,7 @@ def test_the_format_is_kept_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_typed_prompt_fills_the_one_field_of_a_prompt() -> None:
-    assert item_of_prompt("p", DataFormat("template", "{q}\n{a}")).values == {"q": "p"}
-    assert item_of_prompt("p", DataFormat("messages", CHATML)) == Item(messages=({"role": "user", "content": "p"},))
+    assert make_prompt_item("p", DataFormat("template", "{q}\n{a}")).values == {"q": "p"}
+    assert make_prompt_item("p", DataFormat("messages", CHATML)) == Item(messages=({"role": "user", "content": "p"},))
     with pytest.raises(InputError, match="prompts: the adapter's template asks for q, ctx, not one PROMPT"):
-        item_of_prompt("p", DataFormat("template", "{q}{ctx}{a}"))
+        make_prompt_item("p", DataFormat("template", "{q}{ctx}{a}"))

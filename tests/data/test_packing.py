@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeft.data.encoded import Encoded, Example
-from minipeft.data.packing import Batches, PackConfig, first_fit, pack
-from minipeft.documents import IGNORED, PADDING, derived_seed
+from minipeft.data.packing import Batches, PackConfig, pack
+from minipeft.data.rows import fill_rows
+from minipeft.documents import IGNORED, PADDING, derive_seed
 from minipeft.errors import InputError
 
 EOS, PAD = 1, 0
@@ -166,7 +167,7 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
 def test_the_order_is_the_same_on_every_machine() -> None:
     """A resumed run must see the same rows on any machine, so the order is written out here."""
     batches = pack(examples_of([(10, 2)] * 8), TOKENIZER, length=10, batch=8, seed=0)
-    assert derived_seed("order", 0, 0) == 6842717984295184508
+    assert derive_seed("order", 0, 0) == 6842717984295184508
     assert [first // 10 for first in batches[0].ids[:, 0].tolist()] == [0, 2, 7, 6, 5, 1, 4, 3]
 
 
@@ -179,7 +180,7 @@ def test_first_fit_is_the_naive_one(sizes: list[int]) -> None:
         if place is None:
             rows.append(place := [])
         place.append(number)
-    assert [row.tolist() for row in first_fit(np.array(sizes), 20)] == rows
+    assert [row.tolist() for row in fill_rows(np.array(sizes), 20)] == rows
 
 
 def test_the_drawing_at_the_head_of_the_file() -> None:

@@ -43,7 +43,7 @@ def found(tmp_path):
     (tmp_path / "b.py").write_text(SOURCE)  # the same again: nothing of it is new
     (tmp_path / "broken.py").write_text("def (")
     files = [(f"stdlib/{name}", tmp_path / name) for name in ("a.py", "b.py", "broken.py")]
-    return [d for d in corpus.documents(files) if d.kind != "reference"]
+    return [d for d in corpus.make_documents(files) if d.kind != "reference"]
 
 
 def of_kind(found, kind):
@@ -65,7 +65,7 @@ def test_an_example_stands_behind_its_paragraph(found):
 def test_a_source_is_the_file_and_only_the_standard_librarys(found, tmp_path):
     assert of_kind(found, "source") == [SOURCE]
     others = [("numpy/a.py", tmp_path / "a.py"), ("stdlib/test/a.py", tmp_path / "a.py")]
-    assert of_kind(corpus.documents(others), "source") == []
+    assert of_kind(corpus.make_documents(others), "source") == []
 
 
 def test_a_long_source_is_cut_between_statements_and_loses_nothing(tmp_path):
@@ -100,7 +100,7 @@ def test_sources_name_their_package_and_pass_over_what_is_vendored():
 def test_pieces_hold_every_token_and_end_texts(tmp_path):
     tokenizer = corpus.train_tokenizer(["for x in y:\n    print(x)\n"] * 3, 300)
     texts = ["for x in y", "print(é)" * 9]
-    pieces = corpus.pieces(texts, tokenizer, 8)
+    pieces = corpus.cut_pieces(texts, tokenizer, 8)
     end = tokenizer.token_to_id(corpus.END)
     assert max(map(len, pieces)) <= 8
     joined = [token for piece in pieces for token in piece]

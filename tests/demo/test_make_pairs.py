@@ -12,7 +12,7 @@ import pytest
 
 from minipeft.demo import demo_pairs_path, make_pairs
 from minipeft.demo.house import Table
-from minipeft.demo.names import is_kept, pools
+from minipeft.demo.names import is_kept, split_names
 
 SPLITS = ("train", "test", "hard")
 TEMPLATES = make_pairs.read_templates()
@@ -88,7 +88,7 @@ def test_no_operation_of_the_unseen_stands_in_training(rows):
 
 def test_what_the_base_has_read_has_nothing_of_the_task():
     """No name, text or number of the test, no word of the house library, no wording of the task."""
-    kept = {*pools(True)[0], *pools(True)[1]}
+    kept = {*split_names(True)[0], *split_names(True)[1]}
     names, texts, numbers = set(), set(), set()
     for intent, snippet in make_pairs.make_general_pairs(3):
         names |= set(re.findall(r"`([a-z_]\w*)`", intent))
@@ -104,7 +104,7 @@ def test_what_the_base_has_read_has_nothing_of_the_task():
 
 
 def test_names_fall_in_one_split():
-    train, test = pools(False), pools(True)
+    train, test = split_names(False), split_names(True)
     for mine, other in zip(train, test):
         assert len(mine) > 1000
         assert 100 < len(other) < len(mine) / 4

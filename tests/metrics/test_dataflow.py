@@ -72,8 +72,8 @@ def test_a_nest_of_loops_flows_as_in_the_package(package):
         from codebleu.dataflow_match import get_data_flow, normalize_dataflow
         from codebleu.parser import DFG_python
 
-        from minipeft.metrics.grammar import parser
+        from minipeft.metrics.grammar import get_parser
 
-        theirs = normalize_dataflow(get_data_flow(text, [parser(), DFG_python]))
+        theirs = normalize_dataflow(get_data_flow(text, [get_parser(), DFG_python]))
         names = [f"{own[4:]} {relation} {' '.join(name[4:] for name in names)}" for own, relation, names in theirs]
         assert flows(text) == sorted(names)

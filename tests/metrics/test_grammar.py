@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 
-from minipeft.metrics.grammar import LONGEST, UNWATCHED, find, parse, parser
+from minipeft.metrics.grammar import LONGEST, UNWATCHED, find, get_parser, parse
 
 
 def test_columns_are_tree_sitters_nodes(snippets, mutate):
@@ -15,7 +15,7 @@ def test_columns_are_tree_sitters_nodes(snippets, mutate):
         tree, data = parse(text), text.encode()
         assert tree is not None
         node, leaves = 0, 0
-        waiting = [(parser().parse(data).root_node, None, 1, False)]
+        waiting = [(get_parser().parse(data).root_node, None, 1, False)]
         deepest = 0
         while waiting:
             theirs, field, depth, in_string = waiting.pop()

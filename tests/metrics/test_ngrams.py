@@ -5,7 +5,14 @@ from collections import Counter
 import pytest
 
 from minipeft import InputError
-from minipeft.metrics.ngrams import check_pairs, choose_length, count_ngrams, overlap, tokenize_13a, tokenize_conala
+from minipeft.metrics.ngrams import (
+    check_pairs,
+    choose_length,
+    count_matches,
+    count_ngrams,
+    tokenize_13a,
+    tokenize_conala,
+)
 
 
 def test_conala_tokens_are_signs_and_words():
@@ -39,8 +46,8 @@ def test_ngrams_are_runs_of_tokens(snippets):
 
 def test_matches_are_clipped():
     the, cat = count_ngrams("the the the the".split()), count_ngrams("the cat the".split())  # noqa: SIM905
-    assert [overlap(a, b) for a, b in zip(the, cat)] == [2, 0, 0, 0]
-    assert all(overlap(a, b) == (a & b).total() == overlap(b, a) for a, b in zip(the, cat))
+    assert [count_matches(a, b) for a, b in zip(the, cat)] == [2, 0, 0, 0]
+    assert all(count_matches(a, b) == (a & b).total() == count_matches(b, a) for a, b in zip(the, cat))
 
 
 def test_the_closest_length_is_the_shorter_of_two():

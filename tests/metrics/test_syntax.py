@@ -3,13 +3,13 @@
 import random
 from collections import Counter
 
-from minipeft.metrics.grammar import parse, parser
+from minipeft.metrics.grammar import get_parser, parse
 from minipeft.metrics.syntax import LONGEST_KEY, count_subtrees, match_subtrees
 
 
 def expressions(text: str) -> Counter[str]:
     """The S-expression of the root and of each node with children, by tree-sitter itself."""
-    root = parser().parse(text.encode()).root_node
+    root = get_parser().parse(text.encode()).root_node
     found, waiting = Counter([str(root)]), list(root.children)
     while waiting:
         node = waiting.pop()

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from minipeft.errors import InputError, check_value
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import make_config_json, read_config
-from minipeft.models.config import ACTIVATIONS, WIDEST, config_from, spelled
+from minipeft.models.config import ACTIVATIONS, WIDEST, find_key, parse_config
 from minipeft.models.gpt2 import GPT2Config
 from minipeft.models.llama import LlamaConfig
 from minipeft.models.mistral import MistralConfig
@@ -29,7 +29,7 @@ def test_the_defaults_are_transformers_own(family):
 
     theirs = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family]().to_dict()
     cls = FAMILIES[family].config
-    ours = vars(config_from(cls, {}))
+    ours = vars(parse_config(cls, {}))
     full, local = (theirs.get("rope_parameters", {}).get(f"{kind}_attention") for kind in ("full", "sliding"))
     if full is not None:
         theirs |= {"rope_parameters": full, "rope_local_base_freq": local["rope_theta"]}
@@ -40,7 +40,7 @@ def test_the_defaults_are_transformers_own(family):
         elif name == "rope_scaling":
             wanted = None if theirs["rope_parameters"]["rope_type"] == "default" else theirs["rope_parameters"]
         else:
-            wanted = theirs.get(spelled(cls, name), value)
+            wanted = theirs.get(find_key(cls, name), value)
         if value != wanted:
             differing.add(name)
     # What transformers works out when it is made, ours when it is asked for; ids that files give, and we invent none.
@@ -74,7 +74,7 @@ def test_a_saved_config_is_read_again(cls, tmp_path):
 
 
 def test_unknown_fields_have_no_effect():
-    assert config_from(GPT2Config, {"n_ctx": 7, "auto_map": {"x": "y"}, "foo": [1]}) == GPT2Config()
+    assert parse_config(GPT2Config, {"n_ctx": 7, "auto_map": {"x": "y"}, "foo": [1]}) == GPT2Config()
 
 
 def test_a_config_is_frozen():
@@ -136,7 +136,7 @@ def test_types(value, hint, answer):
 )
 def test_each_wrong_field_is_named(cls, given, says):
     with pytest.raises(InputError) as error:
-        config_from(cls, given)
+        parse_config(cls, given)
     assert str(error.value) == says
 
 

@@ -16,7 +16,13 @@ from minipeft.errors import InputError
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
 from minipeft.models.quantize import NF4_CODE, make_dynamic_code
-from minipeft.models.quantized import QuantizedWeight, dequantize_model, format_of, quantize_model, quantize_weight
+from minipeft.models.quantized import (
+    QuantizedWeight,
+    dequantize_model,
+    find_quantization,
+    quantize_model,
+    quantize_weight,
+)
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[test]'").functional
 
@@ -159,7 +165,7 @@ def test_loading_quantizes_while_it_reads(model, tmp_path):
     loaded = load_model(tmp_path, quantize="nf4")
     quantize_model(model, "nf4")
     ids = torch.arange(12).view(1, 12)
-    assert format_of(loaded) == "nf4"
+    assert find_quantization(loaded) == "nf4"
     assert torch.equal(loaded(ids), model(ids))
     assert not isinstance(loaded.embedding.weight, QuantizedWeight)
     assert not isinstance(loaded.lm_head.weight, QuantizedWeight)
@@ -209,7 +215,7 @@ def test_merging_dequantizes_and_says_what_quantizing_again_would_cost(model):
     report = minipeft.merge_adapter(
         model, check=["a bc def", "ghij klmno"], tokenizer=Words(), new_tokens=4, dequantize=True
     )
-    assert format_of(model) is None
+    assert find_quantization(model) is None
     assert (model(ids) - wanted).abs().max() <= 1e-5
     assert report.format == "nf4"
     assert report.mean_kl < 1e-9 < report.requantized_kl
@@ -229,7 +235,7 @@ def test_a_merge_that_fails_leaves_the_quantized_base(model):
         model.get_submodule("model.layers.1.mlp.up_proj").lora_B.fill_(float("inf"))
     with pytest.raises(InputError, match="would not be finite"):
         minipeft.merge_adapter(model, dequantize=True)
-    assert format_of(model) == "int8"
+    assert find_quantization(model) == "int8"
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").lora_B.zero_()
     assert torch.equal(model(ids), wanted)
@@ -256,7 +262,7 @@ def test_a_bank_answers_on_a_quantized_base(model, tmp_path):
         bank.close()
     assert (found[0] - found[1]).abs().max() <= 1e-5
     assert (found[0][0] - found[0][1]).abs().max() > 1e-3
-    assert format_of(model) == "nf4"
+    assert find_quantization(model) == "nf4"
 
 
 def test_removing_leaves_the_quantized_base(model):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft import FullConfig, LoRAConfig, PrefixConfig, add_adapter
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.models.checkpoint import read_config
 from minipeft.runs.planning import plan
 from tests.museum.twins import peft_layers
@@ -35,7 +35,7 @@ def test_no_wide_copy_of_the_input(exhibit, twins):
     both = twins(dtype=torch.bfloat16, **WIDE)
     x = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     add_adapter(both.ours, LoRAConfig(4, targets=("q_proj",)))
-    (layer,) = lora_layers(both.ours).values()
+    (layer,) = find_lora_layers(both.ours).values()
     assert widest_saved(layer.train(), x) <= 2 * x.numel()
     with exhibit.theirs("peft", wrong="costs") as peer:
         model = peft.get_peft_model(both.reload(), peft.LoraConfig(r=4, target_modules=["q_proj"])).train()
@@ -71,7 +71,7 @@ def test_doras_norm_without_the_product(exhibit, twins):
     both = twins(**WIDE)
     x = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(0))
     add_adapter(both.ours, LoRAConfig(4, targets=("q_proj",), dora=True))
-    (layer,) = lora_layers(both.ours).values()
+    (layer,) = find_lora_layers(both.ours).values()
     assert largest_made(layer, x) <= x.numel()
     with exhibit.theirs("peft", wrong="costs") as peer:
         model = peft.get_peft_model(both.theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))

@@ -18,7 +18,7 @@ from minipeft import (
     save_adapter,
     save_model,
 )
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import CONFIG, WEIGHTS
 from tests.museum.twins import peft_layers
 
@@ -34,7 +34,7 @@ def test_what_rounding_takes_away(exhibit, twins, stir):
     both = twins(dtype=torch.bfloat16)
     add_adapter(both.ours, LoRAConfig(4, 0.05, targets=("layers.0.self_attn.q_proj",)))
     stir(both.ours)
-    (layer,) = lora_layers(both.ours).values()
+    (layer,) = find_lora_layers(both.ours).values()
     before, update = layer.weight.detach().clone(), (layer.merged()[0] - layer.weight).detach()
     report = merge_adapter(both.ours)
     lost = lost_share(before, update, both.ours.model.layers[0].self_attn.q_proj.weight.detach())

@@ -18,7 +18,7 @@ from minipeft import (
     load_model,
     train,
 )
-from minipeft.adapters.lora import lora_layers
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.generation import GenerateConfig
 from minipeft.training.loop import learning_rate_at
@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_a_number(exhibit, twins, batch, tmp_path):
     log, while the weights are corrupted."""
     both = twins()
     add_adapter(both.ours, LoRAConfig(2))
-    layer = next(iter(lora_layers(both.ours).values()))
+    layer = next(iter(find_lora_layers(both.ours).values()))
     with torch.no_grad():
         layer.lora_A[0, 0] = float("nan")
     with exhibit.refused("step 1: the loss is nan"):
@@ -89,7 +89,7 @@ def test_alpha_over_rank(exhibit, twins, stir, ids, apart, tmp_path):
     stir(model)
     model.save_pretrained(tmp_path / "adapter")
     load_adapter(both.ours, tmp_path / "adapter")
-    (layer, *_) = lora_layers(both.ours).values()
+    (layer, *_) = find_lora_layers(both.ours).values()
     assert layer.scale == 12 / 4
     with torch.no_grad():
         found = both.ours(ids)

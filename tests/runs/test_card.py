@@ -73,7 +73,7 @@ def test_its_command_makes_the_same_run(method: str, settings: dict[str, object]
     config = run_config(method, base=base, model="owner/small", data="a b.json", **settings)
     words = shlex.split(make_train_command(config))
     options = cli.make_parser().parse_args(words[1:])
-    again = run_config(options.method, base=base, **cli.train.run_settings(options))
+    again = run_config(options.method, base=base, **cli.train.read_run_settings(options))
     assert again == config
 
 

@@ -9,9 +9,9 @@ import torch
 
 from minipeft.adapters import FullConfig, LoRAConfig, add_adapter
 from minipeft.errors import InputError
-from minipeft.files import read_header
 from minipeft.models import FAMILIES, Decoder
 from minipeft.runs.checkpoints import MANIFEST, STATE, Run, check_space, open_run, verify
+from minipeft.tensor_files import read_header
 from minipeft.training.loop import TrainState, trained
 from tests.small import LLAMA
 

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from minipeft import InputError
-from minipeft.adapters import METHODS, method_names
+from minipeft.adapters import METHODS, list_method_names
 from minipeft.runs.config import RunConfig, collect_settings, measure_base, run_config, share_settings
 
 DEMO = {"model": "demo", "data": "demo"}
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", list_method_names())
 def test_json_and_back(method: str) -> None:
     config = run_config(method, **DEMO, steps=6, learning_rate=0.5, lr_multiplier={"lora_B": 16.0})
     text = json.dumps(config.as_json())

@@ -8,7 +8,7 @@ import pytest
 import minipeft
 from minipeft.runs import checkpoints
 from minipeft.runs.config import run_config
-from minipeft.runs.estimates import check_room
+from minipeft.runs.estimates import check_disk
 from tests.small import write_small_model
 
 METHODS = {
@@ -36,7 +36,7 @@ def test_the_disk_is_checked_for_what_is_trained(name: str, tmp_path: Path, monk
     monkeypatch.setattr(
         "minipeft.runs.estimates.check_space", lambda folder, parameters, more: asked.append((parameters, more))
     )
-    check_room(config, tmp_path)
+    check_disk(config, tmp_path)
     assert asked == [(trained, 4 * trained)]
 
 

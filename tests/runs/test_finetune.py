@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import minipeft
-from minipeft.models.quantized import format_of
+from minipeft.models.quantized import find_quantization
 from minipeft.runs import estimates
 from minipeft.runs import finetune as tuning
 from minipeft.runs.answers import AnswersConfig, load_tuned
@@ -157,7 +157,7 @@ def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_its_adapter_answers(
     name = "adapter_model.safetensors"
     assert (folder / "whole/adapter" / name).read_bytes() == (folder / "parts/adapter" / name).read_bytes()
     model, _ = load_tuned(AnswersConfig(given.model, adapter=folder / "whole/adapter"))
-    assert format_of(model) == quantize
+    assert find_quantization(model) == quantize
     plain = finetune(given.change(quantize=None), folder / "plain", say=lambda _: None)
     assert plain["loss"] != whole["loss"]
     with pytest.raises(minipeft.InputError, match="quantize"):

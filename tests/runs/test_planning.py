@@ -18,7 +18,7 @@ from minipeft.runs.planning import (
     count_forward_flops,
     count_linear_weights,
     count_train_flops,
-    in_words,
+    format_seconds,
     plan,
     probe_flops,
 )
@@ -79,11 +79,11 @@ def test_the_probe_finds_a_speed():
     [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3000, "50 min"), (5400, "1.5 h"), (90_000, "25.0 h")],
 )
 def test_durations_in_words(seconds, said):
-    assert in_words(seconds) == said
+    assert format_seconds(seconds) == said
 
 
 def test_short_durations_have_a_decimal_where_asked():
-    assert [in_words(seconds, fine=True) for seconds in (0.123, 4.56, 12.3)] == ["0.12 s", "4.6 s", "12 s"]
+    assert [format_seconds(seconds, fine=True) for seconds in (0.123, 4.56, 12.3)] == ["0.12 s", "4.6 s", "12 s"]
 
 
 WIDER = {

@@ -5,7 +5,7 @@ import pytest
 from minipeft.data.examples import Pair, load_pairs
 from minipeft.metrics.bleu import bleu
 from minipeft.metrics.codebleu import codebleu
-from minipeft.study.baselines import BASELINES, nearest
+from minipeft.study.baselines import BASELINES, answer_nearest
 
 
 def test_conala(assets):
@@ -22,4 +22,8 @@ def test_conala(assets):
 
 def test_nearest_is_the_largest_share_of_words_and_the_first_of_equals():
     train = [Pair("sort a list", "a"), Pair("Sort the list", "b"), Pair("the list sort", "c"), Pair("read a file", "d")]
-    assert nearest(train, [Pair("sort THE list", "?"), Pair("read it", "?"), Pair("zebra", "?")]) == ["b", "d", "a"]
+    assert answer_nearest(train, [Pair("sort THE list", "?"), Pair("read it", "?"), Pair("zebra", "?")]) == [
+        "b",
+        "d",
+        "a",
+    ]

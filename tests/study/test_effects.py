@@ -69,7 +69,7 @@ def test_the_verdict():
 
 def test_the_verdict_where_one_is_clearly_ahead_and_where_none_is():
     ahead = decide(add_effects([*GROUPS[:3], GROUPS[4]]))
-    assert ahead[1].startswith("The next, prefix-tuning, is ")
+    assert ahead[1].startswith("Second is prefix-tuning, ")
     none = decide(add_effects([*GROUPS[:2], GROUPS[5]]))
     assert none[0].startswith("No method is better than 'nearest training pair'; the best is prompt-tuning")
     assert decide(add_effects(GROUPS[:2])) == []

@@ -10,7 +10,7 @@ import pytest
 
 from minipeft.metrics.scores import score_texts
 from minipeft.study.browser import mark_difference
-from minipeft.study.charts import Bar, draw_bars, draw_intervals, escape, log_ticks, short, ticks
+from minipeft.study.charts import Bar, choose_log_ticks, choose_ticks, draw_bars, draw_intervals, escape, shorten_number
 from minipeft.study.curves import Curve, Point, draw_cost, draw_losses, smooth
 from minipeft.study.page import draw_costs
 from minipeft.study.presets import StudyConfig
@@ -96,14 +96,14 @@ def test_it_can_be_read_without_script_and_holds_all_parts(page):
         "echo the question",
         "95 % interval",
         "held-out loss",
-        "an empty answer as the package counts, 0.25",
-        "BLEU of every row",
+        "the codebleu package&#x27;s score of an empty answer, 0.25",
+        "BLEU of all rows",
         "prefers-color-scheme",
     ):
         assert part in page
     assert page.count('role="img"') == 1  # one loss
     assert page.count('role="list"') == 3  # effects, BLEU, CodeBLEU
-    kinds = ["Tuned", "The model untrained", "Baselines without a model"]
+    kinds = ["Tuned", "Untrained model", "Baselines without a model"]
     assert re.findall(r'scope="rowgroup"[^>]*>([^<]+)', page)[:3] == kinds
 
 
@@ -178,11 +178,11 @@ def test_the_difference_to_the_reference_is_marked():
 
 
 def test_round_numbers_of_an_axis():
-    assert ticks(-18.0, 55.0) == [0.0, 20.0, 40.0]
-    assert ticks(-45.0, 55.0) == [-40.0, -20.0, 0.0, 20.0, 40.0]
-    assert log_ticks(0.02, 4.0, 5) == pytest.approx([0.03, 0.1, 0.3, 1, 3])
-    assert log_ticks(5.6, 7.1) == [6.0, 6.5, 7.0]
-    assert [short(number) for number in (5, 5120, 4e6, 7e9)] == ["5", "5.12k", "4M", "7G"]
+    assert choose_ticks(-18.0, 55.0) == [0.0, 20.0, 40.0]
+    assert choose_ticks(-45.0, 55.0) == [-40.0, -20.0, 0.0, 20.0, 40.0]
+    assert choose_log_ticks(0.02, 4.0, 5) == pytest.approx([0.03, 0.1, 0.3, 1, 3])
+    assert choose_log_ticks(5.6, 7.1) == [6.0, 6.5, 7.0]
+    assert [shorten_number(number) for number in (5, 5120, 4e6, 7e9)] == ["5", "5.12k", "4M", "7G"]
 
 
 def test_losses_of_several_runs_differ_by_marker_and_line():
@@ -199,4 +199,4 @@ def test_losses():
     points = [(float(step), 1.0) for step in range(1, 601)]
     assert len(smooth(points)) == 60
     assert draw_losses([Curve("run", points, [(600.0, 2.0)])]).count("<circle") == 1
-    assert ticks(0.2, 3.4) == [1.0, 2.0, 3.0]
+    assert choose_ticks(0.2, 3.4) == [1.0, 2.0, 3.0]

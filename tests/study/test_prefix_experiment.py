@@ -14,18 +14,18 @@ from minipeft.models.checkpoint import load_model
 from minipeft.runs.config import collect_settings
 from minipeft.runs.finetune import pack_held_out
 from minipeft.study import prefix_experiment as experiment
-from minipeft.study.prefix_experiment import Trial, conclude, loss_text, tables
+from minipeft.study.prefix_experiment import Trial, conclude, format_loss, make_grids
 from minipeft.study.presets import Base, StudyConfig, make_cells
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
 from minipeft.study.rows import Data, Group, Results, Training
 from minipeft.study.runner import conduct
-from minipeft.study.table import label_of
+from minipeft.study.table import name_method
 from minipeft.training.loop import evaluate
 
 
 def test_the_grid_is_what_it_says():
-    trials = experiment.grid()
+    trials = experiment.list_grid()
     prefixes = {(t.init, t.learning_rate, bool(t.reparam)) for t in trials if t.method == "prefix"}
     wanted = {(i, r, m) for i in ("peft", "normal", "text") for r in (2e-4, 1e-3, 5e-3, 3e-2) for m in (False, True)}
     assert prefixes == wanted
@@ -40,7 +40,7 @@ def test_the_grid_is_what_it_says():
 
 
 def test_each_method_sees_the_same_tokens_in_a_step():
-    lengths = {t.method: t.settings()["length"] for t in experiment.grid()}
+    lengths = {t.method: t.settings()["length"] for t in experiment.list_grid()}
     assert lengths == {"lora": 220, "prefix": 240, "prompt": 240}  # 20 columns stand beside the 220
 
 
@@ -80,7 +80,7 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
         Trial("lora", 1e-2),
     ]
     few = lambda found, **change: [dataclasses.replace(t, **change) for t in found]
-    monkeypatch.setattr(experiment, "grid", lambda: few(trials, steps=6))
+    monkeypatch.setattr(experiment, "list_grid", lambda: few(trials, steps=6))
     monkeypatch.setattr(
         experiment, "list_long_runs", lambda seeds: [t for s in range(seeds) for t in few(trials[3:4], steps=8, seed=s)]
     )
@@ -116,17 +116,17 @@ def test_a_small_experiment(inside, stories, model, tmp_path, monkeypatch):
     assert runs[0]["dev_loss_start"] == pytest.approx(runs[1]["dev_loss_start"])  # one set is held out for all seeds
     assert [row.get("bleu") is None for row in runs] == [False, True]
 
-    (grid,) = tables(found.groups)
+    (grid,) = make_grids(found.groups)
     (loud,) = (
         g for g in found.groups if g.method == "prefix" and g.cells == tuple(groups["prefix", "peft", 5e-2, 6]["cells"])
     )
     assert grid.rates == (2e-4, 5e-3, 5e-2)
     expected = f"{noise['dev_loss']:.3f} ({noise['dev_loss_start']:.2f}) D"
-    assert [row for row in grid.texts() if row[0] == "peft"] == [["peft", expected, "", loss_text(loud)]]
+    assert [row for row in grid.texts() if row[0] == "peft"] == [["peft", expected, "", format_loss(loud)]]
     assert dict(grid.others) == {
         f"untrained {base['dev_loss']:.3f}": base["dev_loss"],
         f"LoRA {lora['dev_loss']:.3f}": lora["dev_loss"],
-        f"{label_of('prompt')} {prompt['dev_loss']:.3f}": prompt["dev_loss"],
+        f"{name_method('prompt')} {prompt['dev_loss']:.3f}": prompt["dev_loss"],
     }
     write_report(found, out)
     for report in ("report.md", "report.html"):
@@ -151,9 +151,9 @@ def test_the_conclusion():
     base = group("zero-shot", 3.3, None, steps=0)
     results = Results("minipeft study", "prefix", Data("demo", 1, 1, "", ""), {}, (), (base, noise, text, lora))
     assert conclude(results) == [
-        f"The best prefix after 9 steps is {label_of('prefix')} (text init, learning rate 0.005, 9 steps): "
+        f"The best prefix after 9 steps is {name_method('prefix')} (text init, learning rate 0.005, 9 steps): "
         "1.700 ± 0.010 nats per held-out token.",
-        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 above it, with 21.0 times fewer parameters stored.",
+        "LoRA ends at 1.650 ± 0.010: the prefix is 0.050 nats above it and stores 21.0 times fewer parameters.",
         "A prefix with 'peft' init at learning rate 0.0002 ends at 9.000, worse than the untrained model's 3.300.",
     ]
     assert conclude(replace(results, preset="demo")) == []
@@ -166,9 +166,9 @@ def test_a_grid_needs_two_inits_at_two_rates():
         for init in ("text", "peft")
         for rate in (1e-3, 2e-3)
     ]
-    assert tables(groups[:3]) == []
-    assert tables([*groups[:3], replace(groups[3], error="failed")]) == []
-    (found,) = tables(groups)
+    assert make_grids(groups[:3]) == []
+    assert make_grids([*groups[:3], replace(groups[3], error="failed")]) == []
+    (found,) = make_grids(groups)
     assert found.texts() == [["init", "0.001", "0.002"], ["text", "1.000", "1.000"], ["peft", "1.000", "1.000"]]
     assert found.others == ()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minipeft.adapters import method_names
+from minipeft.adapters import list_method_names
 from minipeft.errors import InputError
 from minipeft.study.cells import Cell
 from minipeft.study.presets import PRESETS, Base, StudyConfig, label_models, make_cells
@@ -45,9 +45,9 @@ def test_a_setting_reaches_the_methods_that_have_it():
 
 
 def test_every_method_with_a_record_can_be_compared():
-    config = StudyConfig(method=tuple(method_names()), settings={"steps": 2})
+    config = StudyConfig(method=tuple(list_method_names()), settings={"steps": 2})
     cells = make_cells(config, {"m": Base("demo", 10**6, "llama")}, 10)
-    assert [cell.method for cell in cells] == ["zero-shot", *method_names()]
+    assert [cell.method for cell in cells] == ["zero-shot", *list_method_names()]
     assert cells[2].run.train.learning_rate == 1e-3  # LoRA's recipe for a small base
 
 

@@ -21,7 +21,7 @@ from minipeft.study import runner
 from minipeft.study.cells import Cell
 from minipeft.study.presets import StudyConfig
 from minipeft.study.progress import Bar
-from minipeft.study.runner import find_split, first_line, load_data
+from minipeft.study.runner import find_split, load_data, take_first_line
 
 FIELDS = [
     "model", "method", "recipe", "seed", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
@@ -290,8 +290,8 @@ def test_the_demo_has_its_own_split():
 
 
 def test_first_line():
-    assert first_line("\n\nx = 1\ny = 2\n") == "x = 1"
-    assert first_line("") == ""
+    assert take_first_line("\n\nx = 1\ny = 2\n") == "x = 1"
+    assert take_first_line("") == ""
 
 
 def test_a_study_of_shell_commands_has_no_column_of_python(inside, tmp_path, model, capsys):

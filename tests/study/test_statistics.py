@@ -34,7 +34,7 @@ def test_flags():
     assert said(hit_limit=20) == ""
     assert "cut off" in said(hit_limit=26)
     assert "every answer is the same" in said(distinct=1)
-    assert "would say 0.250, not 0.000" in said(codebleu=0.0, codebleu_compat=0.25)
+    assert "gives 0.250, not 0.000" in said(codebleu=0.0, codebleu_compat=0.25)
     assert "no better than 'nearest'" in said(bleu=0.2)
     moved = replace(row(), adapter_movement={"warnings": ["dead adapter: it is still its start"]})
     assert "it is still its start" in " ".join(flag(moved, ("nearest", 0.2)))

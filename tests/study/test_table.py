@@ -8,7 +8,15 @@ from minipeft.metrics import scores
 from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import Score, score_texts
 from minipeft.study.rows import Group, Training
-from minipeft.study.table import as_markdown, as_text, choose_columns, columns, main_columns, name_groups, say_seconds
+from minipeft.study.table import (
+    as_markdown,
+    as_text,
+    choose_columns,
+    choose_main_columns,
+    format_duration,
+    list_columns,
+    name_groups,
+)
 
 REFERENCES = [f"x = sorted(y{n}, key=f)" for n in range(4)]
 TRAINED = Training(init="text", learning_rate=1e-3, steps=5, trainable=10, trainable_percent=1.0, dev_loss=2.0)
@@ -34,7 +42,7 @@ def test_a_score_is_a_column(monkeypatch):
     length = Score("mean_length", "characters", "of an answer", lambda a: float(np.mean([*map(len, a.predictions)])))
     monkeypatch.setattr(scores, "SCORES", [*scores.SCORES, length])
     monkeypatch.setattr("minipeft.study.table.SCORES", scores.SCORES)
-    assert "characters" in [column.title for column in columns()]
+    assert "characters" in [column.title for column in list_columns()]
     assert "21.000" in as_markdown([group("lora")])
     assert [column.title for column in choose_columns([group("lora")], "scores")][:2] == ["BLEU", "95 % interval"]
 
@@ -52,14 +60,14 @@ def test_the_main_columns():
     done = replace(TRAINED, train_seconds=143.0, peak_memory_bytes=5e8)
     groups = [group("lora", effect=gain, training=done), group("echo the question", "")]
     titles = ["BLEU", "effect", "exact", "trained", "time", "memory"]
-    assert [column.title for column in main_columns(groups)] == titles
-    shown = [column.show(groups[0]) for column in main_columns(groups)]
+    assert [column.title for column in choose_main_columns(groups)] == titles
+    shown = [column.show(groups[0]) for column in choose_main_columns(groups)]
     assert shown[:3] == ["100.0 ± 1.0 [100.0, 100.0]", "+20.0 [+10.0, +30.0]", "100.0 %"]
     assert shown[3:] == ["1 %", "2 min 23 s", "0.50 GB"]
-    assert [column.value(groups[0]) for column in main_columns(groups)] == [1.0, 0.2, 1.0, 1.0, 143.0, 5e8]
+    assert [column.value(groups[0]) for column in choose_main_columns(groups)] == [1.0, 0.2, 1.0, 1.0, 143.0, 5e8]
     silent = [*groups, group("prefix", scores=None)]
-    assert [column.title for column in main_columns(silent)][2] == "held-out loss"
-    assert [say_seconds(n) for n in (57, 89.4, 91.2, 599, 720)] == [
+    assert [column.title for column in choose_main_columns(silent)][2] == "held-out loss"
+    assert [format_duration(n) for n in (57, 89.4, 91.2, 599, 720)] == [
         "57 s",
         "89 s",
         "1 min 31 s",

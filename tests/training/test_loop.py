@@ -192,7 +192,7 @@ def test_the_update_is_adamws() -> None:
         theirs.train()
         theirs.zero_grad()
         batch = Rows()[step]
-        loop.backward(theirs, batch, loop.count_targets(batch.labels), loop.derived_seed(0, step, 0))
+        loop.backward(theirs, batch, loop.count_targets(batch.labels), loop.derive_seed(0, step, 0))
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, config)
         optimizer.step()
