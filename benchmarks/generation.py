@@ -8,6 +8,7 @@ not end an answer. Packing the weights, which `generate` does once, has a row of
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -79,12 +80,12 @@ def main() -> None:
             theirs = make_theirs(options.model, getattr(torch, name), adapted)
             for batch in options.batch:
                 ids = torch.randint(0, 1000, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-                variants = {peer: theirs, **ours} if batch == options.batch[0] else {peer: theirs, **ours}
+                variants = {peer: theirs, **ours}
                 if batch != options.batch[0]:
                     variants.pop("packing")
                 want, got = theirs(ids), ours["minipeft"](ids)
                 rows += measure.measure(
-                    {label: (lambda call=call: call(ids)) for label, call in variants.items()},  # type: ignore[misc]
+                    {label: partial(call, ids) for label, call in variants.items()},
                     name="decoding",
                     shape=f"{batch} x ({PROMPT} + {NEW})",
                     dtype=name,

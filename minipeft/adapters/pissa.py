@@ -66,7 +66,7 @@ def compute_principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, 
 
 
 def decompose(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V^T of W [out, in]; of a large W the first 2 r alone, by randomized SVD (Halko et al. 2011, alg. 4.4, 5.1).
+    """U, S and V^T of W [out, in]; of a large W the first 2 r alone, by randomized SVD (Halko et al. 2011).
 
     Q spans nearly the space of the largest singular vectors, and the SVD of the small Q^T W gives them. On SmolLM2's
     weights the approximation of rank r leaves at most 1.0001 times the residual of the best one; the model's output is
