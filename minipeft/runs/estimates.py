@@ -103,3 +103,15 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     shape["quantize"] = config.model.quantize
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
     return f"{work}: about {format_seconds(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
+
+
+def describe_slow_dtype(model: Decoder, held: float = 2.0) -> str | None:
+    """Name a dtype whose products this processor emulates, as bfloat16's without AMX or AVX-512; None where they take
+    less than `held` times as long as float32's."""
+    weight = model.embedding.weight
+    if weight.dtype == torch.float32 or weight.device.type != "cpu":
+        return None
+    ratio = probe_flops(torch.float32, weight.device) / probe_flops(weight.dtype, weight.device)
+    name = str(weight.dtype).removeprefix("torch.")
+    faster = f"this processor takes {ratio:.1f} times as long for products in {name} as in float32"
+    return f"{faster}; --dtype fp32 is faster, and takes twice the memory" if ratio > held else None

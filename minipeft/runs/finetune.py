@@ -39,7 +39,13 @@ from minipeft.models.checkpoint import check_device, fingerprint, load_model, sa
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
-from minipeft.runs.estimates import check_disk, choose_evaluation_interval, choose_row_length, estimate
+from minipeft.runs.estimates import (
+    check_disk,
+    choose_evaluation_interval,
+    choose_row_length,
+    describe_slow_dtype,
+    estimate,
+)
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train, trained
@@ -149,6 +155,8 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     for note in run.notes:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, held_out))
+    if slow := describe_slow_dtype(model):
+        say(f"note: {slow}")
     for line in describe_sharing(settings.accumulate, processes):
         say(line)
     work = Work(config, settings, model, batches, held_out, state, clock, processes)

@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import minipeft
 from minipeft.runs import checkpoints
 from minipeft.runs.config import run_config
-from minipeft.runs.estimates import check_disk
+from minipeft.runs.estimates import check_disk, describe_slow_dtype
 from tests.small import write_small_model
 
 METHODS = {
@@ -45,3 +46,17 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(minipeft.InputError, match="the disk has 1,000 bytes free, but 3 checkpoints and the result"):
         checkpoints.check_space(tmp_path, 100)
+
+
+@pytest.mark.parametrize(("fast", "said"), [(5e9, None), (40e9, "4.0 times as long for products in bfloat16")])
+def test_a_dtype_that_the_processor_emulates_is_named(
+    fast: float, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 without hardware for it takes several times as long as float32."""
+    speeds = {torch.float32: fast, torch.bfloat16: 10e9}
+    monkeypatch.setattr("minipeft.runs.estimates.probe_flops", lambda dtype, device: speeds[dtype])
+    write_small_model(tmp_path)
+    model = minipeft.load_model(tmp_path, dtype=torch.bfloat16)
+    found = describe_slow_dtype(model)
+    assert found is None if said is None else said in str(found)
+    assert describe_slow_dtype(minipeft.load_model(tmp_path, dtype=torch.float32)) is None
