@@ -34,8 +34,9 @@ from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_path
 from minipeft.files import read_object, write_json
+from minipeft.hub import fetch
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import check_device, fingerprint, load_model, save_model
+from minipeft.models.checkpoint import check_device, fingerprint, load_model, read_config, save_model
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
@@ -47,6 +48,7 @@ from minipeft.runs.estimates import (
     estimate,
 )
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
+from minipeft.runs.planning import adapt_on_meta
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train, trained
 from minipeft.training.movement import Movement
@@ -86,7 +88,8 @@ def finetune(
     """
     out = check_path(out, "out")
     processes = check_processes(processes)
-    check_accumulation(config.train.accumulate, processes.size)
+    check_accumulation(config.train.accumulate, processes)
+    check_sharding(config, processes)
     say = say if processes.rank == 0 else lambda line: None
     with make_deterministic(config.deterministic, config.model.device):
         check_device(config.model.device)
@@ -141,8 +144,7 @@ def prepare(model: ModelConfig, given: DataConfig) -> Prepared:
 def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes: Processes) -> dict[str, Any]:
     """Train in the locked folder."""
     tokenizer = prepared.tokenizer
-    model = load_base(config, tokenizer)
-    report = add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)
+    model, report = load_adapted(config, tokenizer, processes)
     say(str(report))
     say(f"{len(prepared.data):,} rows of {prepared.data.format}")
     for note in prepared.data.notes:
@@ -185,7 +187,8 @@ def describe_sharing(accumulate: int, processes: Processes) -> list[str]:
     """How several processes share a step, in lines for the user."""
     if processes.size == 1:
         return []
-    lines = [f"{processes.size} processes share the {accumulate} micro-batches of a step"]
+    weights = f", and each holds 1/{processes.size} of the frozen weights" if processes.shards else ""
+    lines = [f"{processes.size} processes share the {accumulate} micro-batches of a step{weights}"]
     if left := accumulate % processes.size:
         lines.append(f"note: {processes.size - left} of them wait for the others in each step's last round")
     return lines
@@ -370,6 +373,38 @@ def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
     )
     tokenizer.check_fits(model.config.vocab_size, given.source)
     return model
+
+
+def check_sharding(config: RunConfig, processes: Processes) -> None:
+    """Check that the base can be sharded, before it is loaded.
+
+    Raises:
+        InputError: it is quantized, or trained itself.
+    """
+    if processes.shards and config.model.quantize is not None:
+        problem = f"the codes and scales of a base in {config.model.quantize} cannot be sharded"
+        raise InputError(problem, where="shard", hint="Give --shard or --quantize: both save memory")
+    if processes.shards and config.method.trains_base:
+        problem = f"shards frozen weights, and {config.method.name} tuning trains them all"
+        raise InputError(problem, where="shard", hint="Use an adapter")
+
+
+def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) -> tuple[Decoder, AdapterReport]:
+    """Load the model and add the adapter; of sharded weights rank 0 alone, and the others build both without values."""
+    given, found = config.model, list[tuple[Decoder, AdapterReport]]()
+
+    def load() -> str:
+        model = load_base(config, tokenizer)
+        found.append((model, add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)))
+        return str(model.embedding.weight.dtype).removeprefix("torch.")
+
+    dtype = processes.lead(load) if processes.shards else load()
+    if not found:
+        base = read_config(fetch(given.source, ["config.json"], revision=given.revision) / "config.json")
+        found.append(adapt_on_meta(base, config.adapter, getattr(torch, dtype)))
+    model, report = found[0]
+    processes.shard(model, given.device)
+    return model.eval(), report
 
 
 def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -> tuple[Batches, list[Batch]]:

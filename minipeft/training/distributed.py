@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
+from minipeft.models import Decoder
 from minipeft.training.processes import ParallelConfig, sum_in_order
 from minipeft.training.watch import LostProcess, Watch, first_line
 
@@ -41,7 +42,7 @@ class Group:
 
     def __init__(self, config: ParallelConfig, rank: int, size: int):
         self.config, self.rank, self.size = config, rank, size
-        self.exact = config.reduce == "exact"
+        self.exact, self.shards = config.reduce == "exact", config.shard
 
     def __enter__(self) -> Group:
         cuda = torch.cuda.is_available()
@@ -73,7 +74,9 @@ class Group:
         self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
     ) -> float:
         add = self.sum_exactly if self.exact else self.sum_fast
-        return sum_in_order(self.collect(add(list(parameters.values()), count, backward), count))
+        with self.watch.naming() if self.shards else nullcontext():  # backward runs collectives, of sharded weights
+            losses = add(list(parameters.values()), count, backward)
+        return sum_in_order(self.collect(losses, count))
 
     def sum_exactly(self, parameters: list[nn.Parameter], count: int, backward: Callable[[int], float]) -> list[float]:
         """The exact sum; returns the losses of this rank's micro-batches. -0.0 is what changes no bit when added."""
@@ -108,7 +111,11 @@ class Group:
         return losses
 
     def compute(self, count: int, function: Callable[[int], float]) -> list[float]:
-        return self.collect([function(number) for number in range(self.rank, count, self.size)], count)
+        own = range(self.rank, count, self.size)
+        rounds = -(-count // self.size) if self.shards else len(own)  # with sharded weights all take part in each
+        with self.watch.naming() if self.shards else nullcontext():
+            values = [function(min(self.rank + i * self.size, count - 1)) for i in range(rounds)]
+        return self.collect(values[: len(own)], count)
 
     def collect(self, own: Sequence[float], count: int) -> list[float]:
         """The values of all ranks in the order of their numbers, where `own` are those of rank, rank + W, ..."""
@@ -169,6 +176,13 @@ class Group:
         with self.watch.naming(), torch.no_grad():
             for name in sorted(tensors):
                 dist.broadcast(tensors[name].detach(), 0)
+
+    def shard(self, model: Decoder, device: str) -> None:
+        if self.shards:
+            from minipeft.training.sharding import shard_base
+
+            with self.watch.naming():
+                shard_base(model, torch.device(device))
 
 
 def to_bytes(value: object) -> Tensor:

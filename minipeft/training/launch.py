@@ -10,6 +10,7 @@ from minipeft.errors import InputError
 from minipeft.training.processes import Alone, ParallelConfig, Processes
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH = "Start the processes with torchrun --nproc_per_node=N -m minipeft train ..."
 
 
 @contextmanager
@@ -21,15 +22,18 @@ def join(config: ParallelConfig | None = None) -> Iterator[Processes]:
         LostProcess: another process has ended, or gives no sign of life.
     """
     given = [name for name in VARIABLES if name in os.environ]
+    config = config or ParallelConfig()
     if not {"RANK", "WORLD_SIZE"} & set(given):
+        for name in ("reduce", "shard"):
+            if getattr(config, name) != getattr(ParallelConfig(), name):
+                raise InputError("has no effect on a process that trains alone", where=name, hint=LAUNCH)
         yield Alone()
         return
     if missing := [name for name in VARIABLES if name not in given]:
-        hint = "Start the processes with torchrun --nproc_per_node=N -m minipeft train ..."
-        raise InputError(f"is not set, but {given[0]} is", where=missing[0], hint=hint)
+        raise InputError(f"is not set, but {given[0]} is", where=missing[0], hint=LAUNCH)
     from minipeft.training.distributed import Group
 
-    with Group(config or ParallelConfig(), read_number("RANK"), read_number("WORLD_SIZE")) as group:
+    with Group(config, read_number("RANK"), read_number("WORLD_SIZE")) as group:
         yield group
 
 

@@ -164,7 +164,7 @@ def train(
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
     processes = check_processes(processes)
-    check_accumulation(config.accumulate, processes.size)
+    check_accumulation(config.accumulate, processes)
     return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state, processes)
 
 

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor, nn
 
 from minipeft.errors import InputError, check_fields, check_methods, option
+from minipeft.models import Decoder
 
 T = TypeVar("T")
 REDUCES = ("exact", "fast")
@@ -26,6 +27,7 @@ class ParallelConfig:
     reduce: str = option(
         "exact", "how processes sum gradients: exact (the bits of one process) or fast (within 1e-6)", choices=REDUCES
     )
+    shard: bool = option(False, "shard the frozen weights over the processes (FSDP2): each holds 1 / N of them")
     lost_after: float = option(20.0, "seconds without a sign of life after which a process counts as lost", least=1)
 
     def __post_init__(self) -> None:
@@ -38,6 +40,7 @@ class Processes(Protocol):
     rank: int
     size: int
     exact: bool  # whether gradients are summed in the order of one process
+    shards: bool  # whether frozen weights are sharded: then every forward pass needs all processes
 
     def sum_gradients(
         self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
@@ -59,11 +62,14 @@ class Processes(Protocol):
     def share(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy rank 0's tensors into those of the others."""
 
+    def shard(self, model: Decoder, device: str) -> None:
+        """Send rank 0's model to the others, and keep of its frozen weights this process's shards (sharding.py)."""
+
 
 class Alone:
     """One process that trains alone."""
 
-    rank, size, exact = 0, 1, True
+    rank, size, exact, shards = 0, 1, True, False
 
     def sum_gradients(
         self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
@@ -84,6 +90,9 @@ class Alone:
         return number
 
     def share(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def shard(self, model: Decoder, device: str) -> None:
         pass
 
 
@@ -107,13 +116,17 @@ def check_processes(processes: Processes | None) -> Processes:
     return processes
 
 
-def check_accumulation(accumulate: int, size: int) -> None:
-    """Check that each process has a micro-batch in every step.
+def check_accumulation(accumulate: int, processes: Processes) -> None:
+    """Check that each process has a micro-batch in every step, and with sharded weights as many as the others.
 
     Raises:
-        InputError: there are more processes than micro-batches.
+        InputError: there are more processes than micro-batches, or the number of these is no multiple.
     """
+    size = processes.size
     if accumulate < size:
         hint = f"Give --accumulate {size} with a smaller --batch, or start {accumulate} processes"
         problem = f"{accumulate} micro-batches a step leave {size - accumulate} of {size} processes without any"
         raise InputError(problem, where="accumulate", hint=hint)
+    if processes.shards and accumulate % size:
+        problem = f"{accumulate} is no multiple of {size} processes, which run sharded weights together"
+        raise InputError(problem, where="accumulate", hint=f"Give --accumulate {accumulate // size * size}")

@@ -70,22 +70,23 @@ class Watch(threading.Thread):
 
     def explain(self) -> str:
         """What happened, and what to do."""
-        who = self.lost or "another process"
-        return f"{who} has ended or gives no sign of life, so rank {self.rank} stops: continue with --resume"
+        return f"{self.lost} has ended or gives no sign of life, so rank {self.rank} stops: continue with --resume"
 
     @contextmanager
     def naming(self) -> Iterator[None]:
         """Context manager: a collective that fails names the rank that is missing.
 
         Raises:
-            LostProcess: instead of the backend's RuntimeError.
+            LostProcess: instead of the backend's RuntimeError; if nobody is missing, that error is passed on.
         """
         try:
             yield
         except RuntimeError as error:
-            self.patience = HURRY
-            self.found.wait(30)
+            patience, self.patience = self.patience, HURRY
+            self.found.wait(patience + GRACE)
             self.done.set()
+            if not self.lost:
+                raise
             raise LostProcess(f"{self.explain()} ({first_line(error)})") from error
 
 

@@ -1,11 +1,13 @@
 """Training on 2 and 4 processes (gloo, forked here) has the bits of training on one."""
 
+import ctypes
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +20,8 @@ from tqdm import tqdm
 
 from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig
+from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import save_model
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
 from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned
@@ -27,7 +31,7 @@ from minipeft.training.launch import join
 from minipeft.training.processes import Alone, ParallelConfig, Processes
 from minipeft.training.watch import LOST_STATUS
 from tests.ranks import LIMIT, run_joined, start_all, wait_all
-from tests.small import write_small_model
+from tests.small import LLAMA, write_small_model, write_tokenizer
 
 SETTINGS = {"method": "lora", "targets": ("c_attn",), "rank": 2, "dropout": 0.2, "steps": 4, "accumulate": 4,
             "length": 64, "held_out": 3, "evaluate_every": 2, "save_every": 1}  # fmt: skip
@@ -216,12 +220,12 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(place: Path, whole: Pat
     same(whole, tmp_path / "run")
 
 
-def refused(place: Path, out: Path, reduce: str = "exact", **changes: Any) -> list[str]:
+def refused(place: Path, out: Path, reduce: str = "exact", shard: bool = False, **changes: Any) -> list[str]:
     """What each of two ranks says of a run that both of them refuse."""
 
     def act() -> object:
         try:
-            joined(lambda processes: train(place, out / "run", processes, **changes), reduce=reduce)
+            joined(lambda processes: train(place, out / "run", processes, **changes), reduce=reduce, shard=shard)
         except InputError as error:
             print(error)
             return 2
@@ -326,6 +330,120 @@ def test_answers_are_those_of_one_process(size: int, place: Path, tmp_path: Path
     assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert (tmp_path / "one.jsonl").read_bytes().count(b"\n") == 14
     assert not (tmp_path / "many.jsonl.part").exists()
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora, llama, checkpointing": {"model": "llama", "targets": "all-linear", "activation_checkpointing": True},
+    "prefix": {"method": "prefix", "virtual_tokens": 3, "reparam_width": 8},
+    "dora": {"dora": True},
+}
+
+
+@pytest.mark.parametrize(("name", "size"), list(zip(SHARDED, (2, 4, 2, 4))))
+def test_sharded_weights_change_no_bit(name: str, size: int, place: Path, tmp_path: Path) -> None:
+    """All files of the run, with evaluation; each rank holds its share of the frozen weights."""
+    changes = dict(SHARDED[name])
+    if "model" in changes:
+        changes["model"] = str(place / changes["model"])
+    whole = place / f"whole-sharded-{name}"
+    if not whole.exists():
+        train(place, whole, **changes)
+    held: list[int] = []
+    plain = tuning.train_and_save
+
+    def count(run: Any, work: Any) -> Any:
+        frozen = [p for p in work.model.parameters() if not p.requires_grad]
+        whole = sum(p.numel() for p in frozen)
+        held.append(sum(p.to_local().numel() for p in frozen))
+        assert 0.5 * whole / size <= held[0] <= 1.1 * whole / size + 100, (held, whole)  # the last rank's are smaller
+        return plain(run, work)
+
+    def act(processes: Processes) -> None:
+        tuning.train_and_save = count
+        train(place, tmp_path / "run", processes, **changes)
+
+    run_joined(size, tmp_path, act, shard=True)
+    same(whole, tmp_path / "run")
+
+
+def anonymous_bytes() -> int:
+    """The memory that this process does not share with a file."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_no_rank_holds_a_copy_of_the_base(place: Path, tmp_path: Path) -> None:
+    """64 MB of frozen weights on 4 ranks: the peak of each, sampled while it loads and shards, is far below them."""
+    width, layers = 256, 24
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 8,
+        "num_hidden_layers": layers,
+    }
+    model = FAMILIES["llama"].decoder(FAMILIES["llama"].config(**LLAMA | shape | {"num_key_value_heads": 8}))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "model")
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert whole > 60e6
+    write_tokenizer(tmp_path / "model")
+    config = run_config("lora", model=str(tmp_path / "model"), data=str(place / "pairs.jsonl"), rank=2)
+    tokenizer = tuning.load_tokens(config.model)
+
+    def measure(action: Callable[[], object]) -> int:
+        """How far the anonymous memory rises at most while an action runs."""
+        before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+        def sample() -> None:
+            nonlocal peak
+            while not done.wait(0.001):
+                peak = max(peak, anonymous_bytes() - before)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        held = action()
+        done.set()
+        sampler.join()
+        del held
+        return peak
+
+    def act(processes: Processes) -> None:
+        ctypes.CDLL(None).mallopt(
+            -3, 2**16
+        )  # M_MMAP_THRESHOLD: return freed tensors at once, as it does those above 32 MB
+        peak = measure(lambda: tuning.load_adapted(config, tokenizer, processes))
+        assert peak < 0.4 * whole, (peak, whole)  # its quarter, and a block
+        if processes.rank == 1:  # the control: a copy would be seen
+            assert measure(lambda: [p.detach().clone() for p in tuning.load_base(config, tokenizer).parameters()]) > (
+                0.75 * whole
+            )
+
+    run_joined(4, tmp_path / "logs", act, shard=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "full"}, "shard: shards frozen weights, and full tuning trains them all. Use an adapter"),
+        ({"quantize": "nf4"}, "shard: the codes and scales of a base in nf4 cannot be sharded. Give --shard or"),
+        ({"accumulate": 5}, "accumulate: 5 is no multiple of 2 processes, which run sharded weights together. Give"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(changes: dict[str, Any], said: str, place: Path, tmp_path: Path) -> None:
+    first, second = refused(place, tmp_path, shard=True, **changes)
+    assert first == second
+    assert first.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_for_several_processes_is_refused_for_one() -> None:
+    with (
+        pytest.raises(InputError, match="shard: has no effect on a process that trains alone"),
+        join(ParallelConfig(shard=True)),
+    ):
+        pass
 
 
 def torch_tensors(file: Path) -> dict[str, torch.Tensor]:
