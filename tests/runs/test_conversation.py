@@ -23,6 +23,7 @@ from minipeft.runs import finetune as tuning
 from minipeft.runs.answers import AnswersConfig
 from minipeft.runs.config import ModelConfig, run_config
 from minipeft.runs.conversation import ChatConfig, Conversation, open_conversation
+from minipeft.training.processes import check_processes
 from tests.small import write_small_model
 
 TEMPLATE = """{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content ~ '<|endoftext|>' }}{% endfor %}
@@ -181,12 +182,12 @@ def test_a_run_with_another_template_or_day_is_another_run(folder: Path, monkeyp
         "rank": 2,
     }
     config = run_config("lora", **given)
-    identity, _ = tuning.identify(config, tuning.prepare(config.model, config.data))
+    identity, _ = tuning.identify(config, tuning.prepare(config.model, config.data), check_processes(None))
     assert identity["chat_template_date"] == str(date.today())
     tuning.finetune(config, folder / "dated-run", say=lambda _: None)
     (model / "chat_template.jinja").write_text("{{ strftime_now('%d') }} " + TEMPLATE)
     with pytest.raises(InputError, match=r"this run was started differently \(chat_template_sha256: "):
         tuning.finetune(config, folder / "dated-run", resume=True, say=lambda _: None)
     plain = config.change(model=str(folder / "model"))
-    identity, _ = tuning.identify(plain, tuning.prepare(plain.model, plain.data))
+    identity, _ = tuning.identify(plain, tuning.prepare(plain.model, plain.data), check_processes(None))
     assert "chat_template_date" not in identity
