@@ -264,12 +264,12 @@ def check_kind(value: object, kind: Any, where: str) -> None:
 
 
 def check_methods(value: object, names: Iterable[str], kind: str, where: str) -> None:
-    """Check that an argument has the required methods; its class does not matter.
+    """Check that an argument has the required methods; its class does not matter, but texts have an `encode` too.
 
     Raises:
         InputError: `WHERE: VALUE must be a Tokenizer`.
     """
-    if isinstance(value, type) or not all(hasattr(value, name) for name in names):
+    if isinstance(value, type | str | bytes) or not all(hasattr(value, name) for name in names):
         raise InputError(f"{format_value(value)} must be {add_article(kind)}", where=where)
 
 

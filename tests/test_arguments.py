@@ -150,6 +150,16 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "prompt: half a character": (lambda p: p.generate(["a\ud800"]), "prompt 1: holds a lone surrogate, '\\ud800', which is no"),
     "format_prompt: a number": (lambda p: format_prompt(5), "intent: 5 must be text"),  # type: ignore[arg-type]
     "format_prompt: template": (lambda p: format_prompt("x", None), "template: None must be text"),  # type: ignore[arg-type]
+    "tokenizer: text": (
+        lambda p: minipeft.add_adapter(small_vocabulary(p), minipeft.PromptConfig(init="text"), "utf-8"),  # type: ignore[arg-type]
+        "tokenizer: 'utf-8' must be a Tokenizer"),
+    "bank: a None dropped": (lambda p: bank(p).drop(None), "adapters: None must be text"),  # type: ignore[arg-type]
+    "bank: a None measured": (lambda p: bank(p).size(None), "adapters: None must be text"),  # type: ignore[arg-type]
+    "run_config: a dict as method": (lambda p: run_config({"lora": 1}), "method: {'lora': 1} is not known"),  # type: ignore[arg-type]
+    "merge: a number as prompts": (lambda p: minipeft.merge_adapter(p.model, check=5, tokenizer=p.tokenizer), "check: 5 must be a list"),  # type: ignore[arg-type]
+    "merge: a number as prompt": (lambda p: minipeft.merge_adapter(p.model, check=[5], tokenizer=p.tokenizer), "check[0]: 5 must be text"),  # type: ignore[list-item]
+    "merge: text as tokenizer": (lambda p: minipeft.merge_adapter(p.model, check=["x"], tokenizer="utf-8"), "tokenizer: 'utf-8' must be a Tokenizer"),  # type: ignore[arg-type]
+    "merge: text as new_tokens": (lambda p: minipeft.merge_adapter(p.model, check=["x"], tokenizer=p.tokenizer, new_tokens="3"), "new_tokens: '3' must be an integer >= 1"),  # type: ignore[arg-type]
     "stop: letters": (lambda p: p.generate(["x"], stop="abc"), "stop: 'abc' must be a list"),
     "stop: a number": (lambda p: p.generate(["x"], stop=(5,)), "stop: 5 must be text"),
     "tokenizer of another model": (
@@ -269,6 +279,10 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "run_config: method": (lambda p: run_config(5), "method: 5 is not known"),  # type: ignore[arg-type]
     "run_config: huge": (lambda p: run_config("lora", model="demo", data="demo", epochs=HUGE), "epochs: an integer of 1329 bits must be"),
 }  # fmt: skip
+
+
+def bank(place: Place) -> minipeft.AdapterBank:
+    return minipeft.AdapterBank(small_vocabulary(place))
 
 
 def small_vocabulary(place: Place) -> Decoder:

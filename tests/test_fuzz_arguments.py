@@ -190,6 +190,8 @@ FUNCTIONS: dict[str, Sound] = {
         {"tokenizer": p.tokenizer, "text": "abc", "init": "text"}),
     "remove_adapter": lambda p: (minipeft.remove_adapter, {"model": p.tuned()}),
     "merge_adapter": lambda p: (minipeft.merge_adapter, {"model": p.tuned()}),
+    "merge_adapter with prompts": lambda p: (lambda **given: minipeft.merge_adapter(p.tuned(), **given), {
+        "check": ["a", "bc"], "tokenizer": p.tokenizer, "new_tokens": 2, "dtype": None, "dequantize": False}),
     "save_adapter": lambda p: (minipeft.save_adapter, {"model": p.tuned(), "folder": "adapter",
                                                        "baked": True}),
     "load_adapter": lambda p: (minipeft.load_adapter, {"model": p.plain(), "source": p.folder / "adapter",

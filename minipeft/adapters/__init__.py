@@ -82,7 +82,7 @@ def get_method(name: str) -> tuple[Method, Mapping[str, Any]]:
     Raises:
         InputError: the name is unknown.
     """
-    for method in METHODS.values():
+    for method in METHODS.values() if isinstance(name, str) else ():
         if name == method.name:
             return method, {}
         if name in method.presets:

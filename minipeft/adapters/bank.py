@@ -108,11 +108,13 @@ class AdapterBank:
 
     def drop(self, name: str) -> None:
         """Remove an adapter and free its memory."""
+        check_kind(name, str, "adapters")
         self.check([name])
         del self.adapters[name]
 
     def size(self, name: str) -> int:
         """Return the bytes of an adapter's tensors."""
+        check_kind(name, str, "adapters")
         self.check([name])
         return sum(t.numel() * t.element_size() for pair in self.adapters[name].values() for t in pair)
 

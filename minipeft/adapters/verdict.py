@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError, format_value
+from minipeft.errors import InputError, check_items, check_methods, check_value, format_value
 from minipeft.models import Decoder
 
 ROWS = 64  # positions whose logits are formed at a time
@@ -160,13 +160,14 @@ def check_prompts(
     Raises:
         InputError: no prompts, no tokenizer, or a prompt that is empty or too long.
     """
-    if isinstance(prompts, str) or not prompts:
+    texts = check_items(prompts, str, "check")
+    if not texts:
         raise InputError(f"{format_value(prompts)} must be a list of texts", where="check")
     if tokenizer is None:
         raise InputError("a tokenizer is needed", where="check", hint="merge_adapter(model, check=..., tokenizer=...)")
-    if new_tokens < 1:
-        raise InputError(f"{format_value(new_tokens)} must be an integer >= 1", where="new_tokens")
-    rows, room = [tokenizer.encode(text) for text in prompts], model.config.context - new_tokens
+    check_methods(tokenizer, ("encode",), "Tokenizer", "tokenizer")
+    check_value(new_tokens, int, {"least": 1}, "new_tokens")
+    rows, room = [tokenizer.encode(text) for text in texts], model.config.context - new_tokens
     for number, row in enumerate(rows, 1):
         if not row:
             raise InputError("has no tokens", where=f"prompt {number}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.method import Encoder
 from minipeft.documents import VIRTUAL
-from minipeft.errors import InputError, format_value
+from minipeft.errors import InputError, check_methods
 from minipeft.models import Decoder
 
 TASK_LINE = "Generate Python code given a natural language instruction."
@@ -26,11 +26,10 @@ def encode_text(text: str, tokenizer: Encoder | None, method: str) -> list[int]:
     Raises:
         InputError: there is no tokenizer.
     """
-    if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
-        raise InputError(f"{format_value(tokenizer)} must be a Tokenizer", where="tokenizer")
     if tokenizer is None:
         hint = "add_adapter(model, config, tokenizer)"
         raise InputError("initialization from text needs the tokenizer", where=f"{method} init", hint=hint)
+    check_methods(tokenizer, ("encode",), "Tokenizer", "tokenizer")
     return tokenizer.encode(text)
 
 

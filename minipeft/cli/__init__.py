@@ -33,8 +33,9 @@ def run_command(arguments: Sequence[str] | None) -> int:
     """Parse the arguments and run the command; an error becomes a line and a status."""
     from minipeft.runs.process import is_out_of_memory
 
-    options = make_parser().parse_args(arguments)
+    options = argparse.Namespace(debug=False)
     try:
+        options = make_parser().parse_args(arguments)
         status: int = options.run(options)
         if sys.stdout is not None:  # None if it was closed before the process began
             sys.stdout.flush()
@@ -44,13 +45,13 @@ def run_command(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if options.debug or not is_out_of_memory(error):
-            raise
-        report("error: out of memory. What was written is whole: free memory and give the command again")
-        return 2
-    except (InputError, OSError) as error:
+    except (MemoryError, RuntimeError, ImportError, InputError, OSError) as error:
         if options.debug:
+            raise
+        if is_out_of_memory(error):
+            report("error: out of memory. What was written is whole: free memory and give the command again")
+            return 2
+        if not isinstance(error, InputError | OSError):
             raise
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         report(f"error: {place}{error.strerror or error if isinstance(error, OSError) else error}".replace("\n", "\\n"))

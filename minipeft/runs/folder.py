@@ -37,7 +37,7 @@ PROBE_BYTES = 2**16  # written and removed before the run, to test that the fold
 class FolderConfig:
     """The folder of a run, and what to do with an existing run there."""
 
-    out: Path = option(help="folder to write to")
+    out: Path = option(help="folder to write to, created with its parents")
     resume: bool = option(False, "continue the run in --out")
     overwrite: bool = option(False, "remove the run in --out and start again")
 

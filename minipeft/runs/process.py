@@ -5,6 +5,7 @@ A signal handler only sets a flag, which is read between steps: within an optimi
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -149,8 +150,9 @@ def peak_memory(device: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory: CUDA raises torch.OutOfMemoryError, the CPU allocator a RuntimeError, the
-    loader of shared libraries an ImportError."""
+    loader of shared libraries an ImportError, and a system call an OSError."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     said = ("allocate memory", "failed to map segment", "std::bad_alloc")
     return known or (isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in said))
 

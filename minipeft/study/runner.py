@@ -28,7 +28,16 @@ from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, split_
 from minipeft.data.packing import pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError, check_path
-from minipeft.files import lock_folder, open_plain, parse_json, read_object, read_text, write_json, write_whole
+from minipeft.files import (
+    lock_folder,
+    make_folder,
+    open_plain,
+    parse_json,
+    read_object,
+    read_text,
+    write_json,
+    write_whole,
+)
 from minipeft.hub import fetch
 from minipeft.metrics.text import find_language
 from minipeft.models.checkpoint import check_device, read_config
@@ -187,19 +196,22 @@ def read_base(source: str, train: Pairs, held_out: int) -> Base:
 
 @contextmanager
 def open_folder(out: Path, train: Pairs, test: Pairs, share: str | None) -> Iterator[None]:
-    """Lock the study's folder, which is made where it is missing, and check that it is this study's.
+    """Lock the study's folder, created with its parents if missing, and check that it belongs to this study.
 
     Each share has a lock of its own; the cells of both are locked by their processes.
 
     Raises:
-        InputError: it is a file, in use, another study's, or holds something else.
+        InputError: it is a file, in use, another study's, or holds something else; it cannot be created.
     """
     marker = out / "study.json"
     if out.exists() and not out.is_dir():
         raise InputError("is a file; a study needs a folder", file=out)
     if not marker.exists() and out.exists() and any(LOCKS.fullmatch(file.name) is None for file in out.iterdir()):
         raise InputError("is not empty and holds no study", file=out, hint="Name another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(out)
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", file=out) from error
     with lock_folder(out, LOCK if share is None else f"study.{share.replace('/', '-')}.lock"):
         write_data(out, marker, train, test)
         yield

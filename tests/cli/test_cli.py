@@ -1,6 +1,7 @@
 """The commands as a user sees them: help with an example, one line for an error, JSON for programs, resuming."""
 
 import ast
+import errno
 import json
 import os
 import shlex
@@ -364,6 +365,23 @@ def test_out_of_memory_is_a_line_too(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 2, ran.stderr
     assert ran.stderr.splitlines()[-1].startswith("error: out of memory")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory", "/x/sympy")])
+def test_out_of_memory_while_the_flags_are_built_is_a_line_too(
+    error: BaseException, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--help` and the flags import most of the package: memory may run out there."""
+
+    def fail(parser: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.study, "add_flags", fail)
+    status, _, err = run("score", "x.jsonl")
+    assert (status, err) == (
+        2,
+        "error: out of memory. What was written is whole: free memory and give the command again\n",
+    )
 
 
 def write_answers(file: Path, rows: list[dict[str, Any]]) -> Path:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from minipeft import files
 from minipeft.cli import main
 from minipeft.data.examples import load_pairs
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
+from minipeft.runs.folder import check_folder
 from minipeft.study import runner
 from minipeft.study.cells import Cell
 from minipeft.study.presets import StudyConfig
@@ -206,6 +208,24 @@ def test_nothing_is_written_before_the_folder_is_locked(inside, tmp_path, model,
     assert "in use by process" in capsys.readouterr().err
     assert os.listdir(out) == ["study.lock"]
     assert main(words) == 0
+
+
+def test_the_folder_is_made_with_its_parents_as_train_makes_a_runs(tmp_path, pairs, monkeypatch):
+    train, test = load_data("demo", None)
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    with runner.open_folder(tmp_path / "a/b/study", train, test):
+        assert (tmp_path / "a/b/study/study.json").exists()
+    check_folder(tmp_path / "c/d/run")
+    assert (tmp_path / "c/d/run").is_dir()
+    assert {tmp_path, tmp_path / "a", tmp_path / "a/b", tmp_path / "c", tmp_path / "c/d"} <= set(synced)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, pairs):
+    train, test = load_data("demo", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/study: cannot be created: Not a directory"):
+        runner.open_folder(tmp_path / "file/study", train, test).__enter__()
 
 
 def test_a_result_that_is_no_row_is_an_unfinished_cell(inside, tmp_path, model, pairs, capsys):
