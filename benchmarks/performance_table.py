@@ -1,0 +1,79 @@
+"""Write the tables of docs/performance.md from the committed rows: each variant beside the peer of its own run.
+
+    python benchmarks/performance_table.py --into docs/performance.md
+
+A table stands between `<!-- rows NAME -->` and `<!-- end -->`, where NAME.json is a file of benchmarks/results.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def fill_tables(page: str) -> str:
+    """Return the page with the table between each pair of markers regenerated."""
+    pattern = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}{make_table(found[2])}\n{found[3]}", page)
+
+
+def make_table(name: str) -> str:
+    """Return the Markdown table of a file: seconds or the rows of benchmarks/breakdown.py."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return f"No rows yet: benchmarks/results/{name}.json is not there."
+    rows = json.loads(path.read_text())
+    return make_breakdown(rows) if isinstance(rows, dict) else make_rows(rows)
+
+
+def make_rows(rows: list[dict[str, Any]]) -> str:
+    """A line a row: what, shape, dtype, variant, time, how many times as fast as the first variant of its group."""
+    lines = ["| | shape | dtype | variant | time | times as fast | |", "|---|---|---|---|---:|---:|---|"]
+    seen: set[tuple[str, str, str]] = set()
+    for row in rows:
+        group = (row["benchmark"], row["shape"], row["dtype"])
+        what = group if group not in seen else ("", "", "")
+        ratio = f"{row['ratio']:.2f}" if group in seen else ""
+        note = row["note"] if group not in seen else ""
+        seen.add(group)
+        lines.append(f"| {' | '.join([*what, row['variant'], format_time(row['median']), ratio, note])} |")
+    return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])
+
+
+def make_breakdown(found: dict[str, Any]) -> str:
+    """Seconds of a step by kind of operator, a column a side."""
+    sides = found["seconds"]
+    lines = [f"| seconds of a step | {' | '.join(sides)} |", "|---|" + "---:|" * len(sides)]
+    for kind in next(iter(sides.values())):
+        lines.append(f"| {kind} | {' | '.join(f'{side[kind]:.2f}' for side in sides.values())} |")
+    lines.append(f"| **all** | {' | '.join(f'**{sum(side.values()):.2f}**' for side in sides.values())} |")
+    lines.append(f"| limit: its products at the best rate | {found['limit']:.2f} |" + " |" * (len(sides) - 1))
+    return "\n".join([*lines, "", describe(found, {}, None)])
+
+
+def describe(row: dict[str, Any], around: dict[str, Any], rounds: int | None) -> str:
+    """Where and how the rows were measured."""
+    versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
+    how = "" if rounds is None else f"; medians of {rounds} rounds"
+    load = f"; load average {around['load']}" if "load" in around else ""
+    return f"{row['device']}{how}{load}; {versions}; commit {row['commit']}; `{row['command']}`."
+
+
+def format_time(seconds: float) -> str:
+    """Three digits, in ms below a second."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def main() -> None:
+    """Write the tables into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, required=True, help="page with the markers")
+    page = parser.parse_args().into
+    page.write_text(fill_tables(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
