@@ -10,15 +10,15 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
 
 from minipeft.cli import chat, data, generate, inspect, merge, plan, push, score, study, train
 from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
-COMMANDS = {"study": study, "data": data, "train": train, "generate": generate, "chat": chat, "score": score,
-            "plan": plan, "inspect": inspect, "merge": merge, "push": push}  # fmt: skip
+COMMANDS: dict[str, Any] = {"study": study, "data": data, "train": train, "generate": generate, "chat": chat,
+            "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,8 @@ def run_command(arguments: Sequence[str] | None) -> int:
 
     options = argparse.Namespace(debug=False)
     try:
-        options = make_parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        options = make_parser(given[:1]).parse_args(given)
         status: int = options.run(options)
         if sys.stdout is not None:  # None if it was closed before the process began
             sys.stdout.flush()
@@ -79,8 +80,8 @@ class Parser(argparse.ArgumentParser):
         return own + [flag for parser in below for flag in parser.flags()]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands and flags."""
+def make_parser(chosen: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Build the parser of all commands, and of the chosen ones' flags: each imports what declares its flags."""
     parser = Parser(prog="minipeft", description="Parameter-efficient fine-tuning from scratch in plain PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -92,7 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_flags(command)
+        if name in chosen:
+            module.add_flags(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.main)
     return parser

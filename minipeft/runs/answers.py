@@ -195,8 +195,9 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, pro
                 add_line(stream, part, {"index": a.index, **done[a.index]})
                 bar.update()
 
-        for _ in range(-(-len(left) // (config.generate.batch * processes.size))):
-            found = processes.exchange(list(islice(rounds, config.generate.batch)))
+        each = config.generate.batch if processes.size > 1 else 1  # answers that a process gives in a round
+        for _ in range(-(-len(left) // (each * processes.size))):
+            found = processes.exchange(list(islice(rounds, each)))
             processes.lead(lambda found=found: write(list(chain.from_iterable(found))))  # type: ignore[misc]
 
     def finish() -> None:
