@@ -351,8 +351,12 @@ class Saved(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = None) -> None:
+def save_model(
+    model: Decoder, folder: str | Path, tokenizer: Saved | None = None, shard_bytes: int | None = None
+) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, readable by transformers.
+
+    `shard_bytes`: write several files of at most so many bytes (a larger tensor has its own), and their index.
 
     With `tokenizer` its files are saved too, and the folder is complete: `minipeft generate --model FOLDER`.
 
@@ -383,8 +387,31 @@ def save_model(model: Decoder, folder: str | Path, tokenizer: Saved | None = Non
     if tokenizer is not None:
         tokenizer.check_fits(config.vocab_size)
         tokenizer.save(folder)
-    write_tensors(folder / SINGLE, tensors)
+    if shard_bytes is None:
+        write_tensors(folder / SINGLE, tensors)
+    else:
+        check_value(shard_bytes, int, {"least": 1}, "shard_bytes")
+        write_shards(folder, tensors, shard_bytes)
     write_json(folder / "config.json", make_config_json(config, model.embedding.weight.dtype))
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """Write tensors, in their order, to files of at most `shard_bytes`, and last the index of who holds what."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for name, t in tensors.items():
+        if shards[-1] and held + t.nbytes > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = t
+        held += t.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def make_config_json(config: Any, dtype: torch.dtype) -> Mapping[str, object]:

@@ -97,13 +97,13 @@ class Run:
         self.log_bytes += len(line)
         self.log_crc = zlib.crc32(line, self.log_crc)
 
-    def save(self, model: Decoder, state: TrainState) -> None:
-        """Write a checkpoint of the run after a step.
+    def save(self, model: Decoder, state: TrainState, whole: Mapping[str, Tensor] | None = None) -> None:
+        """Write a checkpoint of the run after a step. `whole`: the trained tensors, if the model holds shards of them.
 
         Raises:
             InputError: a tensor is not finite (nothing is written), or the disk refuses (older checkpoints stay).
         """
-        parameters = trained(model)
+        parameters = trained(model) if whole is None else whole
         check_finite(parameters, state)
         final = self.checkpoints / f"step-{state.step:06d}"
         if final == self.written:  # verified when the run was restored from it

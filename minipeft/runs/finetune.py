@@ -13,8 +13,9 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minipeft.adapters import AdapterReport, add_adapter
@@ -60,6 +62,8 @@ MAY_DIFFER = (
     "save_every",
 )  # settings that may change at resume: the data set's name (not its hash) and the checkpoint interval
 TIMED = ("resumed_at", "train_seconds", "tokens_per_second")  # in timing.json
+
+SHARD_BYTES = 5 * 10**9  # of a file of a model that was trained in shards: transformers' size for many years
 
 Say = Callable[[str], None]
 
@@ -152,8 +156,8 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     batches, held_out = pack_data(config, model, prepared, say)
     say(str(batches.report))
     settings = set_steps(config, len(batches))
-    movement, state = Movement.start(model), TrainState(model)
-    clock = restore(run, model, state, processes)
+    movement = Movement.start(model)
+    state, clock = restore(run, model, config.model.device, processes)
     for note in run.notes:
         say(f"note: {note}")
     say(estimate(config, settings, model, batches, held_out))
@@ -164,12 +168,34 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     work = Work(config, settings, model, batches, held_out, state, clock, processes)
     with explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device):
         result = train_and_save(run, work)
-    return processes.lead(lambda: finish(run, work, prepared, movement, report, result, say))
+    sharded = processes.shards and config.method.trains_base
+    whole = processes.gather_whole(trained(model)) if sharded else {}
+
+    def end() -> dict[str, Any]:
+        tuned = replace(work, model=load_whole(config, tokenizer, whole)) if sharded else work
+        return finish(run, tuned, prepared, movement, report, result, say)
+
+    return processes.lead(end)
 
 
-def restore(run: Run, model: Decoder, state: TrainState, processes: Processes) -> Clock:
-    """Load the newest checkpoint on rank 0, and from there into all processes; returns the clock."""
-    clock = Clock()
+def in_host_memory(config: RunConfig) -> RunConfig:
+    """The config with a model that is loaded into host memory."""
+    return replace(config, model=replace(config.model, device="cpu"))
+
+
+def load_whole(config: RunConfig, tokenizer: Tokenizer, whole: Mapping[str, Tensor]) -> Decoder:
+    """The tuned model in host memory, from its whole weights."""
+    model = load_base(in_host_memory(config), tokenizer)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(whole[name])
+    return model
+
+
+def restore(run: Run, model: Decoder, device: str, processes: Processes) -> tuple[TrainState, Clock]:
+    """Load the newest checkpoint on rank 0, and from there into all processes, which then shard the base; returns the
+    training state and the clock."""
+    clock, state = Clock(), TrainState(model)
 
     def load() -> int:
         nonlocal clock
@@ -178,16 +204,23 @@ def restore(run: Run, model: Decoder, state: TrainState, processes: Processes) -
         return state.step
 
     state.step = processes.lead(load)
-    for tensors in (trained(model), state.exp_avg, state.exp_avg_sq):
-        processes.share(tensors)
-    return clock
+    whole = state
+    if processes.shards:
+        processes.shard(model, device)
+        state = TrainState(model)
+        state.step = whole.step
+    else:
+        processes.share(trained(model), trained(model))
+    processes.share(state.exp_avg, whole.exp_avg)
+    processes.share(state.exp_avg_sq, whole.exp_avg_sq)
+    return state, clock
 
 
 def describe_sharing(accumulate: int, processes: Processes) -> list[str]:
     """How several processes share a step, in lines for the user."""
     if processes.size == 1:
         return []
-    weights = f", and each holds 1/{processes.size} of the frozen weights" if processes.shards else ""
+    weights = f", and each holds 1/{processes.size} of the base's weights" if processes.shards else ""
     lines = [f"{processes.size} processes share the {accumulate} micro-batches of a step{weights}"]
     if left := accumulate % processes.size:
         lines.append(f"note: {processes.size - left} of them wait for the others in each step's last round")
@@ -205,7 +238,8 @@ def finish(
 ) -> dict[str, Any]:
     """Measure how far training moved the tensors, save them, and write the result; returns it."""
     config, settings, model, tokenizer = work.config, work.settings, work.model, prepared.tokenizer
-    base = load_base(config, tokenizer).state_dict() if movement.tensors is None else None
+    place = in_host_memory(config) if work.processes.shards else config
+    base = load_base(place, tokenizer).state_dict() if movement.tensors is None else None
     moved = movement.measure(model, settings, base)
     for warning in moved.warnings:
         say(f"warning: {warning}")
@@ -215,7 +249,7 @@ def finish(
         "model": config.model.source,
         "learning_rate": settings.learning_rate,
         **result,
-        "files": save_trained(run.folder, model, tokenizer, config, prepared.format),
+        "files": save_trained(run.folder, model, tokenizer, config, prepared.format, work.processes.shards),
     }
     kind = "model" if config.method.trains_base else "adapter"
     about = read_object(run.folder / RUN)
@@ -247,8 +281,18 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
     steps = train(model, work.batches, settings, state, processes)
 
     def save() -> None:
+        if not (processes.shards and config.method.trains_base):
+            processes.lead(lambda: write(state))
+            return
+        whole = copy(state)
+        whole.exp_avg = dict(processes.gather_whole(state.exp_avg))
+        whole.exp_avg_sq = dict(processes.gather_whole(state.exp_avg_sq))
+        parameters = processes.gather_whole(trained(model))
+        processes.lead(lambda: write(whole, parameters))
+
+    def write(*held: Any) -> None:
         nonlocal clock
-        run.save(model, state)
+        run.save(model, *held)
         clock = clock.write(run)
 
     with stopping() as signals, show_steps(settings, state, processes) as bar:
@@ -268,7 +312,7 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
             bar.update()
             stop = processes.agree(signals[0] if signals else 0)
             if stop or step.number % config.save_every == 0 or final:
-                processes.lead(save)
+                save()
             if stop:
                 raise Stopped(stop, step.number)
             mark = time.perf_counter()
@@ -379,14 +423,11 @@ def check_sharding(config: RunConfig, processes: Processes) -> None:
     """Check that the base can be sharded, before it is loaded.
 
     Raises:
-        InputError: it is quantized, or trained itself.
+        InputError: it is quantized.
     """
     if processes.shards and config.model.quantize is not None:
         problem = f"the codes and scales of a base in {config.model.quantize} cannot be sharded"
         raise InputError(problem, where="shard", hint="Give --shard or --quantize: both save memory")
-    if processes.shards and config.method.trains_base:
-        problem = f"shards frozen weights, and {config.method.name} tuning trains them all"
-        raise InputError(problem, where="shard", hint="Use an adapter")
 
 
 def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) -> tuple[Decoder, AdapterReport]:
@@ -394,7 +435,7 @@ def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) 
     given, found = config.model, list[tuple[Decoder, AdapterReport]]()
 
     def load() -> str:
-        model = load_base(config, tokenizer)
+        model = load_base(in_host_memory(config) if processes.shards else config, tokenizer)
         found.append((model, add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)))
         return str(model.embedding.weight.dtype).removeprefix("torch.")
 
@@ -403,7 +444,6 @@ def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) 
         base = read_config(fetch(given.source, ["config.json"], revision=given.revision) / "config.json")
         found.append(adapt_on_meta(base, config.adapter, getattr(torch, dtype)))
     model, report = found[0]
-    processes.shard(model, given.device)
     return model.eval(), report
 
 
@@ -455,7 +495,7 @@ def set_steps(config: RunConfig, batches: int) -> TrainConfig:
 def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build run.json: the settings that determine a run's bits and must match at resume, and the others.
 
-    The number of processes is not among them, unless they sum gradients in a fast order of their own.
+    The number of processes is not among them; that they sum gradients in another order than one process is.
     """
     settings = config.as_json()
     identity = {
@@ -468,8 +508,8 @@ def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tup
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    if not processes.exact:
-        identity |= {"reduce": "fast", "processes": processes.size}
+    if not processes.exact or (processes.shards and config.method.trains_base):
+        identity["reduce"] = "fast"
     if (chat := prepared.chat) is not None:
         identity["chat_template_sha256"] = hashlib.sha256(chat.text.encode()).hexdigest()
         if chat.writes_date:  # into each chat: a run that resumes on another day would see another text
@@ -478,14 +518,14 @@ def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tup
 
 
 def save_trained(
-    folder: Path, model: Decoder, tokenizer: Tokenizer, config: RunConfig, form: DataFormat
+    folder: Path, model: Decoder, tokenizer: Tokenizer, config: RunConfig, form: DataFormat, sharded: bool = False
 ) -> dict[str, str]:
     """Save adapter/ with PEFT's two files or, after full tuning, model/ with its tokenizer, and beside them the data's
     form and template; returns the sha256 of all."""
     full = config.method.trains_base
     place = folder / ("model" if full else "adapter")
     if full:
-        save_model(model, place, tokenizer)
+        save_model(model, place, tokenizer, SHARD_BYTES if sharded else None)
     else:
         save_adapter(model, place)
     form.write(place)

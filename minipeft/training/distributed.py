@@ -43,6 +43,7 @@ class Group:
     def __init__(self, config: ParallelConfig, rank: int, size: int):
         self.config, self.rank, self.size = config, rank, size
         self.exact, self.shards = config.reduce == "exact", config.shard
+        self.full = False  # whether the sharded base is trained
 
     def __enter__(self) -> Group:
         cuda = torch.cuda.is_available()
@@ -73,7 +74,7 @@ class Group:
     def sum_gradients(
         self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
     ) -> float:
-        add = self.sum_exactly if self.exact else self.sum_fast
+        add = self.sum_shards if self.full else self.sum_exactly if self.exact else self.sum_fast
         with self.watch.naming() if self.shards else nullcontext():  # backward runs collectives, of sharded weights
             losses = add(list(parameters.values()), count, backward)
         return sum_in_order(self.collect(losses, count))
@@ -109,6 +110,10 @@ class Group:
         with self.watch.naming():
             buckets.finish()
         return losses
+
+    def sum_shards(self, parameters: list[nn.Parameter], count: int, backward: Callable[[int], float]) -> list[float]:
+        """The sum that FSDP makes: after each backward every rank adds the sum of its shard over all ranks."""
+        return [backward(number) for number in range(self.rank, count, self.size)]
 
     def compute(self, count: int, function: Callable[[int], float]) -> list[float]:
         own = range(self.rank, count, self.size)
@@ -172,17 +177,33 @@ class Group:
             dist.all_reduce(given, dist.ReduceOp.MAX)
         return int(given)
 
-    def share(self, tensors: Mapping[str, Tensor]) -> None:
+    def share(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        from minipeft.training.sharding import receive_shard
+
         with self.watch.naming(), torch.no_grad():
             for name in sorted(tensors):
-                dist.broadcast(tensors[name].detach(), 0)
+                receive_shard(tensors[name], whole[name].detach())
+
+    def gather_whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        from minipeft.training.sharding import gather_whole
+
+        with self.watch.naming():
+            return gather_whole(tensors) if self.full else tensors
+
+    def combine_norms(self, norms: Tensor) -> Tensor:
+        if not self.full:
+            return norms
+        squares = norms.double().square()  # NaN and Inf stay what they are
+        with self.watch.naming():
+            dist.all_reduce(squares)
+        return squares.sqrt().to(norms.dtype)
 
     def shard(self, model: Decoder, device: str) -> None:
         if self.shards:
-            from minipeft.training.sharding import shard_base
+            from minipeft.training.sharding import shard_model
 
             with self.watch.naming():
-                shard_base(model, torch.device(device))
+                self.full = shard_model(model, torch.device(device))
 
 
 def to_bytes(value: object) -> Tensor:

@@ -35,7 +35,7 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, f
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
-from minipeft.training.processes import Processes, check_accumulation, check_processes, sum_in_order
+from minipeft.training.processes import Processes, check_accumulation, check_processes, own_shard, sum_in_order
 
 DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
@@ -329,14 +329,14 @@ def take_step(
         return backward(model, micro[i], targets, derive_seed(config.seed, state.step, i))
 
     loss = processes.sum_gradients(parameters, len(micro), add_gradient)
-    norms = compute_gradient_norms(parameters, loss, state.step, silent)
+    norms = compute_gradient_norms(parameters, loss, state.step, silent, processes)
     norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)
     clip = min(1.0, config.clip / (norm + 1e-6))
     for multiplier, names in groups.items():
         update({name: parameters[name] for name in names}, state, config, learning_rate * multiplier, clip)
     state.step += 1
-    check_finite(parameters, state)
+    check_finite(parameters, state, processes)
     tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
     return Step(state.step, loss, learning_rate, norm, tokens, targets)
 
@@ -358,7 +358,7 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
 
 
 def compute_gradient_norms(
-    parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int]
+    parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int], processes: Processes
 ) -> Tensor:
     """Compute the norm of each gradient, [number of tensors], and check that every tensor is trained.
 
@@ -371,7 +371,7 @@ def compute_gradient_norms(
     for name, p in parameters.items():
         if p.grad is None:
             raise InputError(f"no gradient reached {name!r}: it takes no part in the loss", where=where)
-    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters.values() if p.grad is not None]))
+    norms = processes.combine_norms(compute_norms([p.grad for p in parameters.values() if p.grad is not None]))
     for name, norm in zip(parameters, norms.tolist()):
         if not math.isfinite(norm):
             raise InputError(f"the gradient of {name!r} is not finite", where=where, hint="Lower the learning rate")
@@ -381,7 +381,13 @@ def compute_gradient_norms(
     return norms
 
 
-def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None:
+def compute_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of each tensor, or of this process's shard of it. [number of tensors]"""
+    shards = [own_shard(t) for t in tensors]
+    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order))
+
+
+def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes: Processes | None = None) -> None:
     """Check that no weight and no moment is NaN or Inf, by each tensor's largest value: one pass, no copy.
 
     Raises:
@@ -394,7 +400,7 @@ def check_finite(parameters: dict[str, nn.Parameter], state: TrainState) -> None
     )
     with torch.no_grad():
         for kind, tensors in kinds:
-            largest = torch.stack(torch._foreach_norm(list(tensors.values()), float("inf")))
+            largest = check_processes(processes).combine_norms(compute_norms(list(tensors.values()), float("inf")))
             if not torch.isfinite(largest).all():
                 name = next(name for name, norm in zip(tensors, largest.tolist()) if not math.isfinite(norm))
                 hint = "Lower the learning rate, and go on from the last checkpoint"
@@ -405,16 +411,16 @@ def update(
     parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, learning_rate: float, clip: float
 ) -> None:
     """One AdamW step (equations at the head of this file) on the gradients times `clip`."""
-    weights: list[Tensor] = list(parameters.values())
-    gradients = [p.grad for p in weights if p.grad is not None]
     with torch.no_grad():
+        weights = [own_shard(p) for p in parameters.values()]
+        gradients = [own_shard(p.grad) for p in parameters.values() if p.grad is not None]
         if clip < 1:
             torch._foreach_mul_(gradients, clip)
         adamw(
             weights,
             gradients,
-            [state.exp_avg[n] for n in parameters],
-            [state.exp_avg_sq[n] for n in parameters],
+            [own_shard(state.exp_avg[n]) for n in parameters],
+            [own_shard(state.exp_avg_sq[n]) for n in parameters],
             [],
             [torch.tensor(float(state.step), device=p.device) for p in weights],
             fused=True,

@@ -27,7 +27,7 @@ class ParallelConfig:
     reduce: str = option(
         "exact", "how processes sum gradients: exact (the bits of one process) or fast (within 1e-6)", choices=REDUCES
     )
-    shard: bool = option(False, "shard the frozen weights over the processes (FSDP2): each holds 1 / N of them")
+    shard: bool = option(False, "shard the base over the processes (FSDP2): each holds 1 / N of its weights")
     lost_after: float = option(20.0, "seconds without a sign of life after which a process counts as lost", least=1)
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Processes(Protocol):
     rank: int
     size: int
     exact: bool  # whether gradients are summed in the order of one process
-    shards: bool  # whether frozen weights are sharded: then every forward pass needs all processes
+    shards: bool  # whether the base is sharded: then every forward pass needs all processes
 
     def sum_gradients(
         self, parameters: Mapping[str, nn.Parameter], count: int, backward: Callable[[int], float]
@@ -59,11 +59,17 @@ class Processes(Protocol):
     def agree(self, number: int) -> int:
         """The largest number that any process gives."""
 
-    def share(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy rank 0's tensors into those of the others."""
+    def share(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        """Copy rank 0's `whole` tensors into `tensors`, of a sharded one each its shard."""
+
+    def gather_whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The whole tensors, if they are sharded on rank 0 alone."""
+
+    def combine_norms(self, norms: Tensor) -> Tensor:
+        """The norms of whole tensors from those of this process's shards."""
 
     def shard(self, model: Decoder, device: str) -> None:
-        """Send rank 0's model to the others, and keep of its frozen weights this process's shards (sharding.py)."""
+        """Send rank 0's model to the others, and keep of its base this process's shards (sharding.py)."""
 
 
 class Alone:
@@ -89,11 +95,23 @@ class Alone:
     def agree(self, number: int) -> int:
         return number
 
-    def share(self, tensors: Mapping[str, Tensor]) -> None:
+    def share(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
         pass
+
+    def gather_whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors
+
+    def combine_norms(self, norms: Tensor) -> Tensor:
+        return norms
 
     def shard(self, model: Decoder, device: str) -> None:
         pass
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; another tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def sum_in_order(values: Sequence[float]) -> float:
