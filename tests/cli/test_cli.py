@@ -376,7 +376,7 @@ def test_out_of_memory_while_the_flags_are_built_is_a_line_too(
     def fail(parser: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli.study, "add_flags", fail)
+    monkeypatch.setattr(cli.score, "add_flags", fail)
     status, _, err = run("score", "x.jsonl")
     assert (status, err) == (
         2,
