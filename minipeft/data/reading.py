@@ -82,6 +82,11 @@ def find_source(
     return Source(str(source), tuple(paths), hashlib.sha256(named.encode()).hexdigest())
 
 
+def has_splits(source: str | Path) -> bool:
+    """Whether a source has training and test rows of its own: a known name, or a folder with CoNaLa's files."""
+    return str(source) in NAMED or (Path(source) / name_conala_file("test")).exists()
+
+
 def name_conala_file(split: str) -> str:
     """The name of CoNaLa's file of a split."""
     if split not in ("train", "test"):

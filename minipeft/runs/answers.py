@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -87,16 +87,24 @@ class Asking:
         return encode_questions(items, self.format, tokenizer, self.chat)
 
 
-def choose_template(config: AnswersConfig) -> Asking:
-    """Choose form and template of the prompts: the caller's, else those that the adapter or model was trained with.
+def choose_format(config: AnswersConfig) -> DataFormat | None:
+    """Choose form and template of the prompts: the caller's, else those of the training; None without either.
 
     Raises:
-        InputError: the folder's record is invalid, or the data are chats and the model has no chat template.
+        InputError: the folder's record is invalid.
     """
     if config.template is not None:
-        return Asking(DataFormat("template", read_template(config.template).text), None)
-    found = find_format(config) or PAIRS
-    return Asking(found, load_chat(config.model, found.template) if found.form == CHAT else None)
+        return DataFormat("template", read_template(config.template).text)
+    return find_format(config)
+
+
+def make_asking(config: AnswersConfig, form: DataFormat) -> Asking:
+    """Load the chat template where the prompts are chats.
+
+    Raises:
+        InputError: the model has none.
+    """
+    return Asking(form, load_chat(config.model, form.template) if form.form == CHAT else None)
 
 
 def find_format(config: AnswersConfig) -> DataFormat | None:
@@ -144,7 +152,7 @@ def answer_prompts(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, 
     """Answer each prompt; unless `raw` is set, it is inserted into the training template."""
     if config.raw:
         return generate(model, tokenizer, prompts, config.generate)
-    asking = choose_template(config)
+    asking = make_asking(config, choose_format(config) or PAIRS)
     rows = asking.encode([make_prompt_item(prompt, asking.format) for prompt in prompts], tokenizer)
     ends = asking.chat.find_end(tokenizer) if asking.chat else set()
     found = answer(model, tokenizer, rows, config.generate, ends=ends)
@@ -163,8 +171,8 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, pro
     assert config.data is not None
     processes = check_processes(processes)
     out = check_path(config.out, "out")
-    asking = choose_template(config)
-    data = load_questions(config.data, config.split, asking.format)
+    data = load_questions(config.data, config.split, choose_format(config))
+    asking = make_asking(config, data.format)
     items = data.items[: config.limit]
     about = {"model": config.model.source, "adapter": str(config.adapter), "merge": config.merge}
     if config.adapter_revision is not None:
@@ -231,18 +239,20 @@ def show_answers(total: int, initial: int, processes: Processes) -> tqdm[Any]:
     return tqdm(total=total, initial=initial, unit="answer", disable=None if processes.rank == 0 else True)
 
 
-def load_questions(source: str, split: str, form: DataFormat) -> Data:
-    """Load the rows to answer, which must have the form of the training data.
+def load_questions(source: str, split: str, form: DataFormat | None) -> Data:
+    """Load the rows to answer, which must have the form of the training data; None: any form.
 
     Raises:
         InputError: they are of another form.
     """
+    if form is None:
+        return load_data(source, split=split)
     known = form.form in {found.form for found in FORMS.values()} and (form.form == CHAT or form in FORMS.values())
     data = load_data(source, split=split, template=None if known else form.template)
     if known and data.format.form != form.form:
         problem = f"holds {data.format.form}, but the adapter was trained on {form.form}"
         raise InputError(problem, file=data.file, hint="Give data of that form, or --template")
-    return data
+    return replace(data, format=form)
 
 
 def make_answer_line(item: Item, answer: Answer, form: DataFormat) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from minipeft.adapters.peft_format import WEIGHTS
-from minipeft.data.examples import encode_pairs, load_pairs, split_by_question
+from minipeft.data.examples import split_by_question
+from minipeft.data.forms import load_data
 from minipeft.errors import InputError
 from minipeft.files import lock_folder, parse_json, read_object, read_text, write_json
 from minipeft.generation import GenerateConfig
@@ -36,12 +37,12 @@ from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_a
 from minipeft.runs.config import RunConfig
 from minipeft.runs.finetune import finetune, pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
+from minipeft.study.data import QUESTIONS, encode_rows
 from minipeft.study.rows import Row, Training
 from minipeft.tensor_files import read_header
 from minipeft.training.loop import evaluate
 
 CELL, ANSWERS, RESULT, LOG = "cell.json", "predictions.jsonl", "result.json", "log.txt"
-QUESTIONS = "data/test.jsonl"  # from the study's folder, in which a cell runs
 ZERO_SHOT, FIRST_LINE = "zero-shot", "zero-shot, first line"  # the second is the first's answers, cut at a newline
 
 
@@ -167,7 +168,8 @@ def answer_questions(cell: Cell, folder: Path, row: Row) -> Row:
         source = replace(run.model, source=str(folder / "run" / "model"))
     elif not untrained:
         adapter = folder / "run" / "adapter"
-    config = AnswersConfig(source, cell.generate, adapter=adapter, data=QUESTIONS, out=out)
+    template = run.data.template if untrained else None  # a tuned one has that of its training in its folder
+    config = AnswersConfig(source, cell.generate, adapter=adapter, data=QUESTIONS, template=template, out=out)
     model, tokenizer = load_tuned(config)
     if not out.exists():
         answer_data(model, tokenizer, config)
@@ -175,8 +177,9 @@ def answer_questions(cell: Cell, folder: Path, row: Row) -> Row:
         return row
     loss = None
     if run.data.held_out:
-        _, held = split_by_question(load_pairs(run.data.source), run.data.held_out)
-        loss = evaluate(model, pack_held_out(run.packing, model, tokenizer, encode_pairs(held, tokenizer)))
+        _, held = split_by_question(load_data(run.data.source, template=run.data.template), run.data.held_out)
+        encoded = encode_rows(held, run.model.source, tokenizer)
+        loss = evaluate(model, pack_held_out(run.packing, model, tokenizer, encoded))
     return replace(row, training=replace(row.training, dev_loss=loss, peak_memory_bytes=peak_memory(run.model.device)))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.adapters import get_method, list_method_names
+from minipeft.data.templates import read_template
 from minipeft.errors import InputError, check_fields, option
 from minipeft.generation import GenerateConfig
 from minipeft.metrics.execution import PROTECTION
@@ -23,6 +24,7 @@ from minipeft.runs.config import collect_settings, run_config
 from minipeft.runs.process import ProcessConfig
 from minipeft.study import prefix_experiment
 from minipeft.study.cells import ZERO_SHOT, Cell
+from minipeft.study.data import TRAINED
 from minipeft.study.paper import MODELS
 
 
@@ -54,6 +56,7 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 OWN = ("model", "data", "seed")  # settings of a training run that the study sets itself
+OF_SOURCE = ("data_file", "data_revision")  # the study reads the source; its cells read the study's folder
 COMPARED = ("full", "lora", "prefix", "prompt")  # the paper's methods
 
 
@@ -64,7 +67,9 @@ class StudyConfig:
     preset: str = option("demo", "what to compare", choices=PRESETS)
     model: tuple[str, ...] = option((), "folders, hub ids or demo")
     method: tuple[str, ...] = option(COMPARED, "methods to compare", choices=list_method_names())
-    data: str | None = option(None, "demo, conala, or a file of pairs, a fifth of whose questions becomes the test set")
+    data: str | None = option(
+        None, "demo, conala, or data of any form that train takes; a fifth of its questions becomes the test set"
+    )
     seeds: int | None = option(None, "training runs per method, each with its own seed", least=1)
     limit: int | None = option(None, "answer the first N questions only", least=1)
     workers: int = option(1, "cells that run at once, each with its share of the cores, or --threads", least=1)
@@ -225,22 +230,25 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
         return cell
     method, known = "lora", collect_settings("lora")
     chosen = {"held_out": held_out, **draft.settings}
+    settings = {name: value for name, value in config.settings.items() if name not in OF_SOURCE}
+    if settings.get("template") is not None:
+        settings["template"] = read_template(settings["template"]).text  # a cell runs in another folder
     if cell.model == "demo" and config.device == "cpu":
         chosen["dtype"] = "fp32"  # its bf16 is slow on most CPUs
     if base.source in (MODELS["CodeGPT-small"], MODELS["CodeGPT-adapted"]):
         chosen["legacy_bin"] = True
     if cell.method == ZERO_SHOT:
-        mine = {name: value for name, value in config.settings.items() if has_setting(method, name)}
+        mine = {name: value for name, value in settings.items() if has_setting(method, name)}
         chosen |= {n: v for n, v in mine.items() if known[n.replace("_", "-")].section in ("model", "data", "packing")}
     else:
         method = cell.method
-        chosen |= {name: value for name, value in config.settings.items() if has_setting(method, name)}
+        chosen |= {name: value for name, value in settings.items() if has_setting(method, name)}
         if "steps" not in chosen and "epochs" in chosen:
             chosen["steps"] = max(1, round(chosen["epochs"] * base.rows))
-        if get_method(method)[0].trains_base and "dtype" in config.settings:
+        if get_method(method)[0].trains_base and "dtype" in settings:
             chosen["dtype"] = "fp32"  # --dtype is that of the frozen base; here its weights are trained
     size = (base.parameters, base.family)
-    run = run_config(method, base=size, model=base.source, data="data/train.jsonl", seed=cell.seed, **chosen)
+    run = run_config(method, base=size, model=base.source, data=TRAINED, seed=cell.seed, **chosen)
     return replace(cell, run=run)
 
 

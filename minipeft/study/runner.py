@@ -3,7 +3,7 @@
 check models and data -> lock the folder -> baselines -> each cell in its own process, under one bar
 
 DIR/study.json    which questions the study answers; a non-empty folder without it is refused
-    data/         the pairs as this study uses them: train.jsonl, test.jsonl
+    data/         the rows as this study uses them: train.jsonl, test.jsonl
     cells/NAME/   cells.py lists what is there
 """
 
@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minipeft.data.examples import Pair, Pairs, encode_pairs, load_pairs, split_by_question
+from minipeft.data.examples import split_by_question
+from minipeft.data.forms import Data
 from minipeft.data.packing import pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.errors import InputError, check_path
@@ -44,14 +45,14 @@ from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
 from minipeft.runs.process import stopping
 from minipeft.study.baselines import BASELINES, PYTHON_ONLY
-from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, QUESTIONS, RESULT, ZERO_SHOT, Cell, score_file
+from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, RESULT, ZERO_SHOT, Cell, score_file
+from minipeft.study.data import as_pairs, encode_rows, find_split, load_study_data, write_data
 from minipeft.study.executed import execute_row
 from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells, read_share
 from minipeft.study.progress import Bar, estimate_work
-from minipeft.study.rows import FORMAT, Row
+from minipeft.study.rows import Row
 
 HELD_OUT = 100  # pairs for the held-out loss, at most a tenth of the training pairs
-TESTED = 500  # questions of a file that has no test split, at most a fifth of its pairs
 POLL_SECONDS = 0.2
 LOCK, LOCKS = "study.lock", re.compile(r"study(\.[0-9]+-[0-9]+)?\.lock")
 
@@ -76,7 +77,7 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
     out = check_path(out, "out")
     check_device(config.device)
     preset = PRESETS[config.preset]
-    train, test = load_data(config.data or preset.data, config.limit)
+    train, test = load_study_data(config.data or preset.data, config.limit, config.settings)
     held_out = config.settings.get("held_out", find_split(train, min(HELD_OUT, len(train) // 10)))
     bases, errors = read_models(label_models(config.model or preset.models), train, held_out)
     cells = make_cells(config, bases, held_out)
@@ -139,30 +140,7 @@ def exit_if_signalled(stop: list[int]) -> None:
         raise SystemExit(128 + stop[0])
 
 
-def load_data(source: str, limit: int | None) -> tuple[Pairs, Pairs]:
-    """Load the training and test pairs: the source's own split, or a fifth of a file's questions for the test."""
-    if source in ("demo", "conala") or Path(source).is_dir():
-        train, test = load_pairs(source, split="train"), load_pairs(source, split="test")
-    else:
-        whole = load_pairs(source)
-        train, test = split_by_question(whole, find_split(whole, min(TESTED, len(whole) // 5)), seed=0)
-        if not test.items:
-            raise InputError(f"{len(whole)} pairs are too few to keep a fifth of them as questions", file=source)
-    return train, Pairs(test.items[:limit], test.file, test.sha256, test.notes)
-
-
-def find_split(pairs: Pairs, wanted: int) -> int:
-    """Find the largest number of pairs <= wanted that consists of whole questions."""
-    for number in range(wanted, 0, -1):
-        try:
-            split_by_question(pairs, number)
-        except InputError:
-            continue
-        return number
-    return 0
-
-
-def read_models(models: dict[str, str], train: Pairs, held_out: int) -> tuple[dict[str, Base | None], dict[str, str]]:
+def read_models(models: dict[str, str], train: Data, held_out: int) -> tuple[dict[str, Base | None], dict[str, str]]:
     """Read each model's config.json and tokenizer; returns Base or None for each, and the errors of the latter.
 
     Raises:
@@ -181,7 +159,7 @@ def read_models(models: dict[str, str], train: Pairs, held_out: int) -> tuple[di
     return bases, errors
 
 
-def read_base(source: str, train: Pairs, held_out: int) -> Base:
+def read_base(source: str, train: Data, held_out: int) -> Base:
     """Read the size of a model, and the number of rows that its tokenizer makes of the training pairs.
 
     Raises:
@@ -189,13 +167,13 @@ def read_base(source: str, train: Pairs, held_out: int) -> Base:
     """
     tokenizer, config = load_tokenizer(source), read_config(fetch(source, ["config.json"]) / "config.json")
     kept = split_by_question(train, held_out)[0] if held_out else train
-    rows = pack(encode_pairs(kept, tokenizer), tokenizer, length=min(1024, config.context), batch=1)
+    rows = pack(encode_rows(kept, source, tokenizer), tokenizer, length=min(1024, config.context), batch=1)
     size = sum(p.numel() for p in build_on_meta(config).parameters())
     return Base(source, size, config.model_type, len(rows), config.context)
 
 
 @contextmanager
-def open_folder(out: Path, train: Pairs, test: Pairs, share: str | None) -> Iterator[None]:
+def open_folder(out: Path, train: Data, test: Data, share: str | None = None) -> Iterator[None]:
     """Lock the study's folder, created with its parents if missing, and check that it belongs to this study.
 
     Each share has a lock of its own; the cells of both are locked by their processes.
@@ -213,32 +191,8 @@ def open_folder(out: Path, train: Pairs, test: Pairs, share: str | None) -> Iter
     except OSError as error:
         raise InputError(f"cannot be created: {error.strerror}", file=out) from error
     with lock_folder(out, LOCK if share is None else f"study.{share.replace('/', '-')}.lock"):
-        write_data(out, marker, train, test)
+        write_data(out, train, test)
         yield
-
-
-def write_data(out: Path, marker: Path, train: Pairs, test: Pairs) -> None:
-    """Write study.json and the pairs, unless they exist.
-
-    Raises:
-        InputError: the folder holds another study.
-    """
-    about = {"format": FORMAT, "train_sha256": train.sha256, "test_sha256": test.sha256}
-    about |= {"train": len(train), "questions": len(test)}
-    if not marker.exists():
-        write_json(marker, about)
-    if read_object(marker) != about:
-        raise InputError("holds a study of other data or other questions", file=out, hint="Name another --out")
-    for pairs, name in ((train, "data/train.jsonl"), (test, QUESTIONS)):
-        text = "".join(json.dumps(make_pair_row(pair)) + "\n" for pair in pairs)
-        if not (out / name).exists() or read_text(out / name) != text:
-            write_whole(out / name, lambda stream, text=text: stream.write(text.encode()))  # type: ignore[misc]
-
-
-def make_pair_row(pair: Pair) -> dict[str, Any]:
-    """Make a pair's row of JSON."""
-    row = {"intent": pair.intent, "snippet": pair.snippet}
-    return row if pair.question_id is None else {**row, "question_id": pair.question_id}
 
 
 def check_settings(out: Path, cells: Sequence[Cell]) -> None:
@@ -276,18 +230,19 @@ def read_finished(folder: Path, say: Callable[[str], None] = lambda line: None) 
         return None
 
 
-def make_baselines(test: Pairs) -> list[Cell]:
+def make_baselines(test: Data) -> list[Cell]:
     """Make the cells of the baselines, which need no model."""
-    language = find_language([[pair.snippet] for pair in test])
+    language = find_language([[pair.snippet] for pair in as_pairs(test)])
     return [Cell("", method) for method in BASELINES if language == "python" or method != PYTHON_ONLY]
 
 
-def answer_trivially(out: Path, cell: Cell, train: Pairs, test: Pairs) -> Row:
+def answer_trivially(out: Path, cell: Cell, train: Data, test: Data) -> Row:
     """Answer and score a baseline."""
-    answers = BASELINES[cell.method](train.items, test.items)
+    questions = as_pairs(test)
+    answers = BASELINES[cell.method](as_pairs(train), questions)
     rows = [
         {"prediction": answer, "reference": pair.snippet, "question_id": pair.question_id, "intent": pair.intent}
-        for answer, pair in zip(answers, test)
+        for answer, pair in zip(answers, questions)
     ]
     return score_rows(out, Row(cell.name, cell.model, cell.method, cell.seed), rows)
 

@@ -15,15 +15,15 @@ import pytest
 
 from minipeft import files
 from minipeft.cli import main
-from minipeft.data.examples import load_pairs
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
 from minipeft.runs.folder import check_folder
 from minipeft.study import runner
 from minipeft.study.cells import Cell
+from minipeft.study.data import load_study_data
 from minipeft.study.presets import StudyConfig
 from minipeft.study.progress import Bar
-from minipeft.study.runner import find_split, load_data, take_first_line
+from minipeft.study.runner import take_first_line
 
 FIELDS = [
     "model", "method", "recipe", "seed", "init", "reparam", "learning_rate", "steps", "trainable", "trainable_percent",
@@ -211,7 +211,7 @@ def test_nothing_is_written_before_the_folder_is_locked(inside, tmp_path, model,
 
 
 def test_the_folder_is_made_with_its_parents_as_train_makes_a_runs(tmp_path, pairs, monkeypatch):
-    train, test = load_data("demo", None)
+    train, test = load_study_data("demo", None)
     synced = []
     monkeypatch.setattr(files, "sync_folder", synced.append)
     with runner.open_folder(tmp_path / "a/b/study", train, test):
@@ -222,7 +222,7 @@ def test_the_folder_is_made_with_its_parents_as_train_makes_a_runs(tmp_path, pai
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, pairs):
-    train, test = load_data("demo", None)
+    train, test = load_study_data("demo", None)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/study: cannot be created: Not a directory"):
         runner.open_folder(tmp_path / "file/study", train, test).__enter__()
@@ -289,24 +289,6 @@ def test_a_model_that_can_no_longer_be_read_fails_its_own_cells(inside, tmp_path
     rows = {row["cell"]: row for row in json.loads((tmp_path / "s" / "results.json").read_text())["cells"]}
     assert rows["stories260K--prompt--seed0"]["error"] is None
     assert "no such folder" in rows["away--prompt--seed0"]["error"]
-
-
-def test_data_of_one_file_is_split_by_question(tmp_path, pairs):
-    train, test = load_data(str(pairs), None)
-    assert (len(train), len(test)) == (16, 4)
-    assert not {pair.question_id for pair in train} & {pair.question_id for pair in test}
-    rows = [{"intent": f"a {n}", "snippet": "b", "question_id": n // 4} for n in range(12)]
-    file = tmp_path / "four.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [find_split(load_pairs(file), wanted) for wanted in (3, 4, 7, 11)] == [0, 4, 4, 8]
-    with pytest.raises(InputError, match="too few"):
-        load_data(str(file), None)
-
-
-def test_the_demo_has_its_own_split():
-    train, test = load_data("demo", 10)
-    assert len(test) == 10
-    assert not {pair.question_id for pair in train} & {pair.question_id for pair in load_data("demo", None)[1]}
 
 
 def test_first_line():
