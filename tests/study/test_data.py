@@ -92,7 +92,7 @@ def test_a_folder_of_files_is_split_and_not_tested_on_what_it_trained(tmp_path):
     assert not {item.content for item in train} & {item.content for item in test}
 
 
-@pytest.mark.parametrize("form", ["prompt and completion", "messages", "template"])
+@pytest.mark.parametrize("form", ["messages", "template"])
 def test_a_study_trains_and_asks_in_the_form_of_the_data(form, tmp_path, capsys):
     """The untrained model gets the same prompts: its cell and that of LoRA name the same form and template."""
     model = write_small_model(tmp_path / "model")
