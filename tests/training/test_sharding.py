@@ -57,6 +57,13 @@ def test_sharded_weights_change_no_bit(name: str, size: int, place: Path, tmp_pa
     same(whole, tmp_path / "run")
 
 
+def test_the_fast_sum_of_gradients_beside_sharded_weights(place: Path, whole: Path, tmp_path: Path) -> None:
+    """Its all-reduces run while FSDP gathers the weights of backward; within 1e-6."""
+    run_joined(2, tmp_path, lambda p: train(place, tmp_path / "run", p) and None, shard=True, reduce="fast")
+    fast, exact = (read_tensors(folder / "adapter/adapter_model.safetensors") for folder in (tmp_path / "run", whole))
+    assert max((fast[name] - exact[name]).abs().max().item() for name in exact) < 1e-6
+
+
 def anonymous_bytes() -> int:
     """The memory that this process does not share with a file."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
