@@ -396,7 +396,14 @@ def save_model(
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """Write tensors, in their order, to files of at most `shard_bytes`, and last the index of who holds what."""
+    """Write tensors, in their order, to files of at most `shard_bytes`, and last the index of who holds what.
+
+    Raises:
+        InputError: the folder holds a single file of weights, which readers prefer to an index.
+    """
+    if (folder / SINGLE).exists():
+        raise InputError("is there already, and would be read instead of the new files", file=folder / SINGLE,
+                         hint="Remove it, or name another folder")  # fmt: skip
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, t in tensors.items():

@@ -508,6 +508,7 @@ def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tup
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+    processes = check_processes(processes)
     if not processes.exact or (processes.shards and config.method.trains_base):
         identity["reduce"] = "fast"
     if (chat := prepared.chat) is not None:

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models import Decoder
+from minipeft.training.gradients import Buckets, flatten, unflatten
 from minipeft.training.processes import ParallelConfig, sum_in_order
 from minipeft.training.watch import LostProcess, Watch, first_line
 
 T = TypeVar("T")
-BUCKET = 2**22  # numbers of an all-reduce of the fast sum: 16 MB
 TIMEOUT = timedelta(minutes=30)  # of a collective whose processes all live
 
 
@@ -214,72 +214,3 @@ def to_bytes(value: object) -> Tensor:
 def from_bytes(text: Tensor) -> Any:
     """The value that `to_bytes` wrote."""
     return json.loads(text.numpy().tobytes())
-
-
-def flatten(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
-    """Write the gradients of parameters, then for each whether it has one, to the head of a flat tensor."""
-    place = 0
-    for p in parameters:
-        if p.grad is not None:
-            flat[place : place + p.numel()] = p.grad.flatten()
-        place += p.numel()
-    flat[place : place + len(parameters)] = torch.tensor([float(p.grad is not None) for p in parameters])
-
-
-def unflatten(flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Set the gradients that `flatten` wrote; a parameter that had none on any rank has none again."""
-    sizes = [p.numel() for p in parameters]
-    had = flat[sum(sizes) : sum(sizes) + len(sizes)].tolist()
-    for p, grad, reached in zip(parameters, flat[: sum(sizes)].split(sizes), had):
-        p.grad = grad.view_as(p).clone() if reached else None
-
-
-class Buckets:
-    """The parameters in buckets of about BUCKET numbers, in the order in which backward reaches them: the last first.
-
-    All ranks send the buckets in this order, each once all of its gradients are there.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]):
-        self.buckets: list[list[nn.Parameter]] = [[]]
-        for p in reversed(parameters):
-            if sum(held.numel() for held in self.buckets[-1]) >= BUCKET:
-                self.buckets.append([])
-            self.buckets[-1].append(p)
-        self.missing = [len(bucket) for bucket in self.buckets]
-        self.sent: list[tuple[Tensor, Any]] = []
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Context manager: send each bucket when it is complete."""
-        hooks = [
-            p.register_post_accumulate_grad_hook(lambda _, number=number: self.count(number))
-            for number, bucket in enumerate(self.buckets)
-            for p in bucket
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def count(self, number: int) -> None:
-        """Count a gradient of a bucket, and send the buckets whose turn it is."""
-        self.missing[number] -= 1
-        while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] <= 0:
-            self.send()
-
-    def send(self) -> None:
-        """Start the all-reduce of the next bucket."""
-        bucket = self.buckets[len(self.sent)]
-        flat = torch.zeros(sum(p.numel() for p in bucket) + len(bucket), device=bucket[0].device)
-        flatten(bucket, flat)
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
-
-    def finish(self) -> None:
-        """Send the buckets with parameters that no gradient reached, wait for all, and set the gradients."""
-        while len(self.sent) < len(self.buckets):
-            self.send()
-        for bucket, (flat, work) in zip(self.buckets, self.sent):
-            work.wait()
-            unflatten(flat, bucket)

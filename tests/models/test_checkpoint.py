@@ -497,3 +497,33 @@ def test_the_fingerprint_reads_every_byte(tmp_path):
     file.write_bytes(raw)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert fingerprint(tmp_path) != first
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_in_several_files_is_read_here_and_by_transformers(twins, family, tmp_path):
+    """Files of at most 4096 bytes, but for a larger tensor; tied and transposed weights as in one file."""
+    model = load_model(twins.save(twins.peer(family)))
+    save_model(model, tmp_path / "many", shard_bytes=4096)
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    files = sorted({*index["weight_map"].values()})
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert len(files) > 2
+    stored = {file: load_file(tmp_path / "many" / file) for file in files}
+    assert {name: file for file, tensors in stored.items() for name in tensors} == index["weight_map"]
+    sizes = [[t.nbytes for t in tensors.values()] for tensors in stored.values()]
+    assert all(sum(held) <= 4096 or len(held) == 1 for held in sizes)
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    again, theirs = load_model(tmp_path / "many"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    ids = torch.arange(8)[None]
+    assert (theirs(ids).logits - again(ids)).abs().max() < 1e-5
+
+
+def test_several_files_beside_a_single_one_are_refused(twins):
+    """Readers prefer model.safetensors: the new weights would not be read."""
+    folder = twins.save(twins.peer("llama"))
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"model\.safetensors: is there already, and would be read instead"):
+        save_model(load_model(folder), folder, shard_bytes=4096)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("model-*"))
