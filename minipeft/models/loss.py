@@ -105,7 +105,7 @@ def cross_entropy(
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states that predict a supervised token, and the tokens. [B, T, C], [B, T] -> [N, C], [N]"""
     hidden, targets = hidden[:, :-1], labels[:, 1:]  # [B, T - 1, ...]
-    if labels.is_meta:
+    if labels.is_meta or torch.compiler.is_compiling():  # all: their number is not known, and the loss ignores -100
         return hidden.flatten(0, 1), targets.flatten()
     supervised = targets != IGNORED
     return hidden[supervised], targets[supervised]
