@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", help="dtype of the base: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
-    parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too")
+    parser.add_argument("--compile", action="store_true", help="PEFT and ours with torch.compile too")
     parser.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in backward")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps before the losses are compared")
     options = parser.parse_args()
@@ -167,6 +167,8 @@ def make_variants(
             variants["peft, compiled"] = theirs(config, weights, start, ids, False, options, compiled=True)
     for backend in find_backends(model, ids, options.rank, dropout):
         variants[backend] = ours(config, weights, backend, ids, dropout, options)
+    if options.compile:
+        variants["ours, compiled"] = ours(config, weights, "auto", ids, dropout, options, compiled=True)
     return variants
 
 
@@ -220,13 +222,23 @@ def find_backends(model: Decoder, ids: Tensor, rank: int, dropout: float) -> lis
 
 
 def ours(
-    config: Config, weights: dict[str, Tensor], backend: str, ids: Tensor, dropout: float, options: argparse.Namespace
+    config: Config,
+    weights: dict[str, Tensor],
+    backend: str,
+    ids: Tensor,
+    dropout: float,
+    options: argparse.Namespace,
+    compiled: bool = False,
 ) -> Trained:
-    """Return minipeft's model on one backend."""
+    """Return minipeft's model on one backend, or compiled as one graph."""
     model = decoder(config, weights)
     add_adapter(model, LoRAConfig(options.rank, 2.0 * options.rank, dropout, backend=backend))
     model.activation_checkpointing = options.activation_checkpointing
-    return Trained(lambda: compute_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if compiled:
+        loss = torch.compile(model.loss, fullgraph=True, dynamic=False)
+        return Trained(lambda: loss(ids, ids) / ids[:, 1:].numel(), trained)
+    return Trained(lambda: compute_loss(model, ids), trained)
 
 
 def frozen(model: Decoder, ids: Tensor, options: argparse.Namespace) -> Trained:

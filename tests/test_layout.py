@@ -58,6 +58,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "data/tokenizer_files": "tests/data/test_tokens.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
+    "adapters/embedding": "tests/adapters/test_saved_modules.py",
     **dict.fromkeys(
         ("study/browser", "study/charts", "study/curves", "study/report", "study/results"), "tests/study/test_page.py"
     ),

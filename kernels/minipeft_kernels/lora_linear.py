@@ -9,6 +9,8 @@ tiles.py, triton_blocks.py, triton_kernels.py and launch.py (Triton).
     make_lora_linear(s)     the same for a layer: the backend is chosen before the first call, and a call checks nothing
     lora_rows               one adapter for each row of a batch, for inference
 
+Within torch.compile all of them are the plain equation (reference.trace): the compiler fuses it and derives backward.
+
 A and B may be float32 over a bfloat16 base: they are cast to the dtype of x for the product, and their gradients are
 float32.
 """
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .choice import Call, check_name, choose_backend, import_backend, is_always_reference
 from .dropout import Dropout, make_dropout
-from .reference import Part, compute_scale, matmul_weight_t, shrink
+from .reference import Part, compute_scale, matmul_weight_t, shrink, trace
 from .rows import RowGroups, get_owner
 
 
@@ -74,6 +76,8 @@ def lora_linear_reference(
     seed: int | None = None,
 ) -> Tensor:
     """lora_linear with backend="reference", without its checks: a mismatch raises torch's own error."""
+    if torch.compiler.is_compiling():
+        return trace(x, [Part(weight, bias, lora_A, lora_B, scale)], dropout, seed)[0]
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return lora_linear(x, weight, bias, lora_A, lora_B, scale, dropout, seed, backend="reference")
     drop = None if dropout == 0.0 else make_dropout(dropout, seed)
@@ -136,6 +140,8 @@ def lora_linears(
     They share one dropout mask too: the results equal those of separate calls with the same seed.
     """
     parts = [p if isinstance(p, Part) else Part(*p) for p in projections]
+    if torch.compiler.is_compiling():
+        return trace(x, parts, dropout, seed)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # torch has no answer for "meta"
         return _under_autocast(x, parts, dropout, seed, backend)
     _check(x, parts)
@@ -150,6 +156,8 @@ def lora_linears_reference(
     x: Tensor, parts: Sequence[Part], dropout: float = 0.0, seed: int | None = None
 ) -> Sequence[Tensor]:
     """lora_linears with backend="reference", without its checks: a mismatch raises torch's own error."""
+    if torch.compiler.is_compiling():
+        return trace(x, parts, dropout, seed)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return lora_linears(x, parts, dropout=dropout, seed=seed, backend="reference")
     drop = None if dropout == 0.0 else make_dropout(dropout, seed)

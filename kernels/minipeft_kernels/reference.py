@@ -118,6 +118,21 @@ def backward(
     return Gradients(dx, list(dA.split([p.lora_A.shape[0] for p in parts])), dB)
 
 
+def trace(x: Tensor, parts: Sequence[Part], dropout: float, seed: int | None) -> list[Tensor]:
+    """The equation in operators that torch.compile traces and differentiates: y [..., N] of each projection.
+
+    The mask is drawn by torch, so that dropout differs from the same call without the compiler.
+
+    Raises:
+        ValueError: a seed, which belongs to the hash.
+    """
+    if dropout and seed is not None:
+        raise ValueError(f"seed={seed!r} cannot be honoured within torch.compile: seed torch's generator")
+    dropped = F.dropout(x, dropout) if dropout else x  # [..., K]
+    updates = [F.linear(F.linear(dropped, p.lora_A.to(x.dtype)), p.lora_B.to(x.dtype)) for p in parts]  # [..., N] each
+    return [F.linear(x, p.weight, p.bias) + p.scale * update for p, update in zip(parts, updates)]  # [..., N] each
+
+
 def forward_rows(
     x: Tensor,
     weight: Tensor,

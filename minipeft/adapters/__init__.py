@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from minipeft.adapters.embedding import describe_untied
 from minipeft.adapters.full import FullConfig, add_full, full_recipe, remove_full
 from minipeft.adapters.ia3 import IA3Config, add_ia3, ia3_recipe, merge_ia3, remove_ia3
 from minipeft.adapters.lora import LoRAConfig, find_backend, lora_recipe, merge_lora, remove_lora
@@ -119,7 +120,7 @@ class AdapterReport:
     virtual_tokens: int  # positions that the adapter takes from each row's context
     modules: list[str] = field(repr=False)
     backend: str | None = None  # the kernel, if the method has several
-    notes: tuple[str, ...] = ()  # remarks on the adapter's file
+    notes: tuple[str, ...] = ()  # remarks on the adapter and its file
     quantized: str | None = None  # the format of the base's linears: nf4, int8
 
     @property
@@ -208,7 +209,7 @@ def describe_held(model: Decoder) -> str:
 def find_added_parameters(model: Decoder, path: str) -> list[torch.nn.Parameter]:
     """Find the parameters that the adapter added at this path; a LoRALinear's W and b belong to the base."""
     module = model.get_submodule(path)
-    base = ("weight", "bias") if getattr(module, "adopts_linear", False) else ()
+    base = getattr(module, "adopted", ())
     return [p for name, p in module.named_parameters() if name not in base]
 
 
@@ -225,6 +226,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
         modules=modules,
         backend=backend,
         quantized=find_quantization(model),
+        notes=tuple(describe_untied(model)),
     )
 
 

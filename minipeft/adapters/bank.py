@@ -96,6 +96,9 @@ class AdapterBank:
             raise InputError(f"holds {method.label}; a bank takes plain LoRA", file=folder)
         if config.dora or config.lora_bias:
             raise InputError("holds LoRA with dora or lora_bias; a bank takes plain LoRA", file=folder)
+        if not config.is_plain or any(path not in self.layers for path in choose_ranks(self.model, config)):
+            problem = "holds parts of the base, or LoRA of embedding or head; a bank takes LoRA of the blocks' linears"
+            raise InputError(problem, file=folder)
         if config.init != "uniform":
             hint = "Convert it to the equal plain LoRA with load_adapter and save_adapter"
             raise InputError(f"holds LoRA with init {config.init!r}; a bank takes plain LoRA", file=folder, hint=hint)

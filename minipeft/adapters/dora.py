@@ -45,7 +45,8 @@ class DoRALinear(LoRALinear):
         gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)  # g [out]
         dropout = self.dropout if self.training else 0.0
         y = self.product(x, self.weight, None, self.lora_A, self.lora_B, self.scale, dropout) * gain  # [B, T, out]
-        return y if self.bias is None else y + self.bias
+        bias = self.used_bias()
+        return y if bias is None else y + bias
 
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Apply several linears to the same x, one by one: the gain comes between product and bias."""

@@ -12,6 +12,10 @@ Variants, each a field of LoRAConfig (lora_variants.py chooses the layer):
     init="pissa"      A and B start from W's largest singular values (pissa.py)
     init="olora"      A and B start from W's QR decomposition (pissa.py)
     lora_bias         B gets a bias: h = W0 x + s (B A x + b)
+    bias              the base's biases are trained too: of the targets, or all (saved_modules.py)
+
+An embedding and the head can be targets by name (embedding.py). Parts of the base that are trained whole beside the
+adapter are modules_to_save, vocabulary (saved_modules.py), trainable_token_indices, head_token_indices (embedding.py).
 
 LoRA+ (Hayou et al. 2024) changes no layer, only the optimizer: B has a larger learning rate than A, 16 times in the
 paper. That is TrainConfig(lr_multipliers={"lora_B": 16.0}).
@@ -19,6 +23,7 @@ paper. That is TrainConfig(lr_multipliers={"lora_B": 16.0}).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +43,12 @@ from minipeft_kernels import group_rows as group_rows
 from minipeft_kernels import lora_rows as lora_rows
 from torch import Tensor, nn
 
+from minipeft.adapters.embedding import find_table_layers
 from minipeft.adapters.method import Recipe
 from minipeft.adapters.patterns import match_values
+from minipeft.adapters.saved_modules import BIASES, find_saved_modules
 from minipeft.adapters.surgery import merge, restore
-from minipeft.adapters.targets import Targets, check_targets, find_targets
+from minipeft.adapters.targets import Targets, check_targets, find_targets, list_embeddings
 from minipeft.adapters.trainable import TrainableModule
 from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError, check_fields, option
@@ -54,6 +61,7 @@ class LoRALinear(TrainableModule):
     """y = x W^T + b + s (dropout(x) A^T) B^T; W and b are the Parameters of the linear that it replaces."""
 
     adopts_linear = True
+    trained_bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, config: LoRAConfig):
         super().__init__()
@@ -63,6 +71,9 @@ class LoRALinear(TrainableModule):
         self.lora_B = nn.Parameter(self.zeros(out, rank))  # [out, r]
         self.rank, self.alpha, self.scale = rank, alpha, compute_scale(config, rank, alpha)
         self.dropout, self.backend = config.dropout, config.backend
+        self.register_parameter("trained_bias", None)
+        if config.bias != "none" and linear.bias is not None:
+            self.trained_bias = nn.Parameter(linear.bias.detach().to(torch.float32, copy=True))  # [out]
         self.bind()
 
     def bind(self) -> None:
@@ -70,9 +81,14 @@ class LoRALinear(TrainableModule):
         self.product = make_lora_linear(self.backend, self.weight.device)
         self.products = make_lora_linears(self.backend, self.weight.device)
 
+    def used_bias(self) -> Tensor | None:
+        """b, or the copy of it that is trained. [out]"""
+        return self.bias if self.trained_bias is None else self.trained_bias.to(self.weight.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.product(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, dropout)  # [B, T, out]
+        bias = self.used_bias()
+        return self.product(x, self.weight, bias, self.lora_A, self.lora_B, self.scale, dropout)  # [B, T, out]
 
     def initialize(self, init: str, generator: torch.Generator) -> None:
         """B A = 0, so nothing changes at first: B = 0 and A random, or both random and orthogonal to each other.
@@ -101,7 +117,7 @@ class LoRALinear(TrainableModule):
 
     def part(self) -> Part:
         """The tensors of the product: W, b, A, B and s. Variants override it."""
-        return Part(self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return Part(self.weight, self.used_bias(), self.lora_A, self.lora_B, self.scale)
 
     def together(self, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Apply several linears to x (q, k, v; gate, up); those with LoRA share one read of x and one dropout mask."""
@@ -117,7 +133,8 @@ class LoRALinear(TrainableModule):
     def extra_repr(self) -> str:
         out, width = self.weight.shape
         given = f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
-        return f"in={width}, out={out}, bias={self.bias is not None}, {given}"
+        trained = "" if self.trained_bias is None else ", trained bias"
+        return f"in={width}, out={out}, bias={self.bias is not None}, {given}{trained}"
 
 
 @dataclass(frozen=True)
@@ -137,11 +154,18 @@ class LoRAConfig:
     dora: bool = option(False, "train a magnitude for each row of the weight (DoRA)")
     lora_bias: bool = option(False, "add a trained bias to B")
     init: str = option("uniform", "initialization of A and B", choices=INITS)
+    bias: str = option("none", "biases of the base that are trained", choices=BIASES)
+    modules_to_save: tuple[str, ...] = option((), "module of the base to train whole, by name: lm_head, norm")
+    vocabulary: int | None = option(None, "resize the vocabulary; embedding and head are trained whole", least=1)
+    trainable_token_indices: tuple[int, ...] = option((), "rows of the embedding to train (and of a tied head)")
+    head_token_indices: tuple[int, ...] = option((), "rows of the head to train")
     backend: str = option("auto", "kernel that computes the layer", choices=("auto", *BACKENDS))
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_targets(self)
+        if self.vocabulary is not None and (self.trainable_token_indices or self.head_token_indices):
+            raise InputError("trains whole tables, so that no rows can be named", where="vocabulary")
         if self.dropout and not 1 <= round(self.dropout * 65536) < 65536:
             problem = f"{self.dropout!r} is nearer to 0 or 1 than 1/65536, the mask's resolution"
             raise InputError(problem, where="dropout")
@@ -150,6 +174,13 @@ class LoRAConfig:
         if len(chosen) > 1:
             raise InputError(f"{' and '.join(chosen)} cannot be combined", where="LoRAConfig")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the update of each target is s B A and nothing else is trained."""
+        parts = (self.dora, self.lora_bias, self.bias != "none", self.modules_to_save, self.vocabulary,
+                 self.trainable_token_indices, self.head_token_indices)  # fmt: skip
+        return not any(parts)
+
 
 def compute_scale(config: LoRAConfig, rank: int, alpha: float) -> float:
     """s: alpha / r, or rsLoRA's alpha / sqrt(r)."""
@@ -157,12 +188,12 @@ def compute_scale(config: LoRAConfig, rank: int, alpha: float) -> float:
 
 
 def choose_ranks(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, float]]:
-    """The rank and alpha of each targeted linear, by path; the model is not changed.
+    """The rank and alpha of each targeted linear or embedding, by path. Nothing is touched.
 
     Raises:
         InputError: a target, layer or pattern matches nothing.
     """
-    paths = find_targets(model, config.targets, model.family.default_targets["lora"], config.layers)
+    paths = find_targets(model, config.targets, model.family.default_targets["lora"], config.layers, tables=True)
     ranks = match_values(config.rank_pattern, paths, "rank_pattern")
     alphas = match_values(config.alpha_pattern, paths, "alpha_pattern")
     return {path: (ranks.get(path, config.rank), alphas.get(path, config.alpha)) for path in paths}
@@ -174,7 +205,10 @@ def find_backend(model: Decoder, config: LoRAConfig, tokens: int = 1024) -> str:
     Raises:
         InputError: the backend that the config names cannot run here; the message gives the reason.
     """
-    path, (rank, _) = next(iter(choose_ranks(model, config).items()))
+    planned = choose_ranks(model, config)
+    path, (rank, _) = next((item for item in planned.items() if item[0] not in list_embeddings(model)), (None, (0, 0)))
+    if path is None:
+        return "reference"
     weight: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
     out, width = weight.shape
     call = Call(weight.device, weight.dtype, tokens, width, out, rank, config.dropout > 0, needs_grad=True)
@@ -189,14 +223,22 @@ def find_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Restore the plain linears."""
-    restore(model, find_lora_layers(model))
+def find_all_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that the adapter has put in the place of one of the base, in the model's order."""
+    found = {**find_lora_layers(model), **find_table_layers(model), **find_saved_modules(model)}
+    return {path: found[path] for path, _ in model.named_modules() if path in found}
+
+
+def remove_lora(model: Decoder) -> None:
+    """Put the plain modules back."""
+    restore(model, find_all_layers(model))
+    if len(model.embedding.weight) != model.config.vocab_size:
+        model.config = dataclasses.replace(model.config, vocab_size=len(model.embedding.weight))
 
 
 def merge_lora(model: nn.Module) -> MergeReport:
-    """W <- W + s B A (DoRA: times m / ||.||); the model is plain afterwards."""
-    return merge(model, find_lora_layers(model))
+    """W <- W + s B A (DoRA: times m / ||.||), and the trained parts of the base; the model is plain afterwards."""
+    return merge(model, find_all_layers(model))
 
 
 def lora_recipe(config: LoRAConfig, parameters: int, family: str) -> Recipe:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minipeft.models import Decoder
+from minipeft.tensor_files import TensorInfo
 
 
 class Encoder(Protocol):
@@ -67,7 +68,16 @@ class PeftFormat:
     known: frozenset[str] = frozenset()  # PEFT's keys that are honoured, or that have no effect on a loaded adapter
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)  # unsupported keys -> values without effect
     noted: Mapping[str, tuple[object, ...] | None] = field(default_factory=dict)  # ... with a note; None: any value
-    fit: Callable[[Any, Mapping[str, Any], Decoder], tuple[Any, list[str]]] = lambda config, given, model: (config, [])
+    rename: Callable[[dict[str, TensorInfo], Decoder], dict[str, TensorInfo]] = lambda header, model: header
+    fit: Callable[[Any, Mapping[str, Any], Decoder, Mapping[str, TensorInfo]], tuple[Any, list[str]]] = (
+        lambda config, given, model, header: (config, [])
+    )  # -> the config that the tensors show, and notes
+    optional: Callable[[Decoder, Any, Mapping[str, Any], Mapping[str, TensorInfo]], dict[str, tuple[int, ...]]] = (
+        lambda model, config, given, header: {}
+    )  # names and shapes of tensors that the file may hold
+    settle: Callable[[Mapping[str, Any], dict[str, Tensor], Decoder, Path], dict[str, Tensor]] = (
+        lambda given, tensors, model, file: tensors
+    )  # -> the tensors of `shapes` alone
     describe: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, object]] = lambda given, header: {}  # inspect
 
 

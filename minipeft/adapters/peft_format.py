@@ -9,8 +9,8 @@ non-finite value or an unsupported feature is an error that names file and entry
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def load_adapter(
         for p in model.parameters():
             p.requires_grad_(False)
         report = dataclasses.replace(report, trainable=0)
-    return dataclasses.replace(report, notes=notes)
+    return dataclasses.replace(report, notes=(*report.notes, *notes))
 
 
 def read_adapter(
@@ -152,14 +152,9 @@ def read_adapter(
     file = folder / WEIGHTS
     given = read_object(folder / CONFIG)
     peft = get_format(read_method(given, folder / CONFIG))
-    try:
+    with naming(peft, folder / CONFIG):
         config = parse_adapter_config(given)
         peft.check(given, model)
-        config, notes = peft.fit(config, given, model)
-        wanted = peft.shapes(model, config)
-    except InputError as error:
-        name, separator, problem = str(error).partition(": ")
-        raise InputError(peft.fields.get(name, name) + separator + problem, file=folder / CONFIG) from error
     legacy: dict[str, Tensor] = {}
     if not file.exists() and (folder / LEGACY).exists():
         if not legacy_bin:
@@ -171,20 +166,36 @@ def read_adapter(
     header = {name.replace(".default.", "."): info for name, info in raw.items()}  # old PEFT's, by adapter name
     if len(header) < len(raw):
         raise InputError("a tensor is there twice, with and without '.default.'", file=file)
+    header = peft.rename(header, model)
+    with naming(peft, folder / CONFIG):
+        config, notes = peft.fit(config, given, model, header)
+        wanted = peft.shapes(model, config)
+        optional = peft.optional(model, config, given, header)
     if not header.keys() & wanted.keys():
         first = next(iter(raw), None)
         raise InputError(
             f"no adapter tensors recognised; the first is {first!r}, want {next(iter(wanted))!r}", file=file
         )
     check_vocabulary(header, wanted, model, file)
-    check_header(header, wanted, file, dtypes=FLOATS, hint="Is the adapter for another model?")
+    hint = "Is the adapter for another model?"
+    check_header(header, wanted | optional, file, dtypes=FLOATS, optional=optional, hint=hint)
     notes += list_notes(given, peft)
     base = given.get("base_model_name_or_path")
     if base and model.source and Path(str(base)).name != Path(model.source).name:
         notes.append(f"trained on {base}, loaded on {model.source}")
     if any(info.dtype == "F64" for info in raw.values()):
         notes.append("float64 in the file, float32 here")
-    return config, read_finite(file, header, legacy), tuple(notes)
+    return config, peft.settle(given, read_finite(file, header, legacy), model, file), tuple(notes)
+
+
+@contextmanager
+def naming(peft: PeftFormat, file: Path) -> Iterator[None]:
+    """Context manager: errors name the file, and PEFT's key for our field."""
+    try:
+        yield
+    except InputError as error:
+        name, separator, problem = str(error).partition(": ")
+        raise InputError(peft.fields.get(name, name) + separator + problem, file=file) from error
 
 
 def check_vocabulary(

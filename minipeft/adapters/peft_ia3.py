@@ -18,6 +18,7 @@ from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, fit_targets, make_targets_json, read_targets
 from minipeft.adapters.targets import find_targets
 from minipeft.models import Decoder
+from minipeft.tensor_files import TensorInfo
 
 
 def ia3_json(config: IA3Config, model: Decoder) -> dict[str, object]:
@@ -51,7 +52,9 @@ def ia3_config(given: Mapping[str, Any]) -> IA3Config:
     )
 
 
-def fit_ia3(config: IA3Config, given: Mapping[str, Any], model: Decoder) -> tuple[IA3Config, list[str]]:
+def fit_ia3(
+    config: IA3Config, given: Mapping[str, Any], model: Decoder, header: Mapping[str, TensorInfo]
+) -> tuple[IA3Config, list[str]]:
     """Read target_modules and exclude_modules; an excluded linear is not scaled at its input either."""
     config, notes = fit_targets(config, given, model, "ia3")
     if given.get("exclude_modules") and config.feedforward:

@@ -3,6 +3,7 @@
     base_model.model.<path>.lora_A.weight [r, in]      .lora_B.weight [out, r]      as nn.Linear's, GPT-2's too
     base_model.model.<path>.lora_B.bias [out]          with lora_bias
     base_model.model.<path>.lora_magnitude_vector [out]      DoRA's m
+    embeddings, and parts of the base that are trained with them      peft_saved.py
 
 PiSSA and OLoRA are written as the plain LoRA that they equal (pissa.py): twice the rank, the same scale.
 """
@@ -18,10 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.adapters.embedding import LoRAEmbedding, find_table_layers
 from minipeft.adapters.lora import LoRAConfig, choose_ranks, find_lora_layers
 from minipeft.adapters.method import PeftFormat
+from minipeft.adapters.peft_saved import (
+    fill_saved,
+    fit_saved,
+    list_optional_shapes,
+    list_saved_shapes,
+    list_saved_tensors,
+    make_saved_json,
+    read_saved_fields,
+    rename_saved,
+    settle_saved,
+)
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
+from minipeft.adapters.targets import list_embeddings
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 from minipeft.tensor_files import TensorInfo
@@ -46,7 +60,7 @@ def lora_json(config: LoRAConfig, model: Decoder) -> dict[str, object]:
         "target_modules": make_targets_json(
             config.targets, model.family.default_targets["lora"], list(find_lora_layers(model))
         ),
-        "bias": "none",
+        **make_saved_json(config, model),
         "fan_in_fan_out": bool(model.family.transposed),
         "init_lora_weights": True,
         "layers_to_transform": None if config.layers is None else list(config.layers),
@@ -84,7 +98,7 @@ def lora_tensors(model: Decoder) -> dict[str, Tensor]:
         _, _, A, B, _ = layer.part()  # of PiSSA and OLoRA, the plain pair of twice the rank
         held = {**layer.own_tensors(), "lora_A": A, "lora_B": B}
         tensors |= {f"{ROOT}{path}.{key}": held[name] for key, name in LORA_TENSORS.items() if name in held}
-    return tensors
+    return tensors | list_saved_tensors(model)
 
 
 def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -104,6 +118,10 @@ def bake_scales(config: LoRAConfig, tensors: dict[str, Tensor], model: Decoder) 
         name = f"{ROOT}{path}.lora_B.weight"
         rank = tensors[name].shape[1]  # of PiSSA and OLoRA twice the layer's
         baked[name] = tensors[name] * (layer.scale * rank / alpha)  # type: ignore[operator]
+    for path, table in find_table_layers(model).items():
+        if isinstance(table, LoRAEmbedding):
+            name = f"{ROOT}{path}.lora_embedding_B"
+            baked[name] = tensors[name] * (table.scale * table.rank / alpha)  # type: ignore[operator]
     return plain, baked
 
 
@@ -125,7 +143,20 @@ def lora_config(given: Mapping[str, Any]) -> LoRAConfig:
         rank_pattern=patterns["rank_pattern"],
         alpha_pattern=patterns["alpha_pattern"],
         init="olora" if given.get("init_lora_weights") == "olora" else "uniform",
+        **read_saved_fields(given),
     )
+
+
+def fit_lora(
+    config: LoRAConfig, given: Mapping[str, Any], model: Decoder, header: Mapping[str, TensorInfo]
+) -> tuple[LoRAConfig, list[str]]:
+    """Read the targets and the parts of the base as the tensors show them; ensure_weight_tying adds the head."""
+    config, notes = fit_targets(config, given, model, "lora", tables=True)
+    if given.get("ensure_weight_tying") and f"{ROOT}lm_head.lora_A.weight" in header:
+        paths = list(choose_ranks(model, config))
+        config = dataclasses.replace(config, targets=(*(path for path in paths if path != "lm_head"), "lm_head"))
+    config, more = fit_saved(config, model, header)
+    return config, notes + more
 
 
 def check_lora(given: Mapping[str, Any], model: Decoder) -> None:
@@ -144,23 +175,28 @@ def lora_shapes(model: Decoder, config: LoRAConfig) -> dict[str, tuple[int, ...]
     shapes: dict[str, tuple[int, ...]] = {}
     for path, (rank, _) in choose_ranks(model, config).items():
         out, width = map(int, model.get_parameter(f"{path}.weight").shape)
+        if path in list_embeddings(model):
+            shapes[f"{ROOT}{path}.lora_embedding_A"] = (rank, out)
+            shapes[f"{ROOT}{path}.lora_embedding_B"] = (width, rank)
+            continue
         shapes[f"{ROOT}{path}.lora_A.weight"] = (rank, width)
         shapes[f"{ROOT}{path}.lora_B.weight"] = (out, rank)
         if config.lora_bias:
             shapes[f"{ROOT}{path}.lora_B.bias"] = (out,)
         if config.dora:
             shapes[f"{ROOT}{path}.lora_magnitude_vector"] = (out,)
-    return shapes
+    return shapes | list_saved_shapes(model, config)
 
 
 def fill_lora(model: Decoder, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy loaded tensors into the LoRALinears."""
+    """Copy loaded tensors into the LoRALinears and the trained parts of the base."""
     with torch.no_grad():
         for path, layer in find_lora_layers(model).items():
             own = layer.own_tensors()
             for key, name in LORA_TENSORS.items():
                 if name in own:
                     own[name].copy_(tensors[f"{ROOT}{path}.{key}"])
+    fill_saved(model, tensors)
 
 
 def describe_lora(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> dict[str, object]:
@@ -173,6 +209,9 @@ def describe_lora(given: Mapping[str, Any], header: Mapping[str, TensorInfo]) ->
         "dropout": given.get("lora_dropout", 0.0),
         "targets": given.get("target_modules"),
         "layers": given.get("layers_to_transform"),
+        "bias": None if given.get("bias", "none") == "none" else given["bias"],
+        "trained whole": given.get("modules_to_save"),
+        "trained rows": given.get("trainable_token_indices"),
         "variants": [name for key, name in names.items() if given.get(key)],
         "modules": len({name.rsplit(".lora_", 1)[0] for name in header if ".lora_" in name}),
     }
@@ -187,23 +226,28 @@ LORA_FORMAT = PeftFormat(
     fill=fill_lora,
     check=check_lora,
     bake=bake_scales,
-    fit=lambda config, given, model: fit_targets(config, given, model, "lora"),
+    rename=rename_saved,
+    fit=fit_lora,
+    optional=list_optional_shapes,
+    settle=settle_saved,
     describe=describe_lora,
     fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
             "layers": "layers_to_transform", "rslora": "use_rslora", "dora": "use_dora"},
     known=frozenset({
-        "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
-        "lora_bias", "lora_dropout",
-        "qalora_group_size", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"}),
+        "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform",
+        "lora_alpha", "lora_bias", "lora_dropout",
+        "modules_to_save", "qalora_group_size", "r", "rank_pattern", "target_modules", "trainable_token_indices",
+        "use_dora", "use_rslora"}),
     noted={
+        "ensure_weight_tying": (True,),
         "init_lora_weights": ("orthogonal", "eva", "mica", "lora_ga"), "eva_config": None, "lora_ga_config": None,
         "lora_dtype": None, "lorap_emb_lr": None, "lorap_lr_ratio": None},  # the last three are ms-swift's
     neutral={
-        "alora_invocation_tokens": (None,), "arrow_config": (None,), "bias": ("none",), "corda_config": (None,),
+        "alora_invocation_tokens": (None,), "arrow_config": (None,), "corda_config": (None,),
         "ensure_weight_tying": (False, None), 
         "init_lora_weights": (True, False, "gaussian", "olora"), "kasa_config": (None,), "layer_replication": (None,),
         "loftq_config": ({}, None), "megatron_config": (None,),
-        "megatron_core": ("megatron.core", None), "modules_to_save": (None, []), "monteclora_config": (None,),
-        "target_parameters": (None, []), "trainable_token_indices": (None,), "use_bdlora": (None, False),
+        "megatron_core": ("megatron.core", None), "monteclora_config": (None,),
+        "target_parameters": (None, []), "use_bdlora": (None, False),
         "use_qalora": (False, None), "velora_config": (None,)},
 )  # fmt: skip

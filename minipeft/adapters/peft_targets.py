@@ -46,9 +46,11 @@ def read_layers(given: Mapping[str, Any]) -> Any:
     return ([layers] if isinstance(layers, int) else layers) or None
 
 
-def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: str) -> tuple[Any, list[str]]:
-    """Read target_modules as PEFT does, where the tensors tell what is adapted: a name without a match is ignored if
-    another one matches, and the linears of exclude_modules are excluded. Returns notes on ignored names.
+def fit_targets(
+    config: Any, given: Mapping[str, Any], model: Decoder, method: str, *, tables: bool = False
+) -> tuple[Any, list[str]]:
+    """Read target_modules as PEFT does, where the tensors say what is adapted: a name that matches nothing counts for
+    nothing, if another one matches, and the linears of exclude_modules are taken away. Returns notes on the first.
 
     Raises:
         InputError: exclude_modules is malformed, or leaves no target.
@@ -61,7 +63,7 @@ def fit_targets(config: Any, given: Mapping[str, Any], model: Decoder, method: s
             targets = tuple(name for name in targets if name not in unmatched)
             notes.append(f"target_modules: {', '.join(map(repr, unmatched))} matches nothing in this model")
     if excluded := given.get("exclude_modules"):
-        paths = find_targets(model, targets, model.family.default_targets[method])
+        paths = find_targets(model, targets, model.family.default_targets[method], tables=tables)
         out = read_excluded(paths, excluded)
         targets = tuple(path for path in paths if path not in out)
         if not targets:

@@ -5,10 +5,13 @@
 
     y = x (W - s B0 A0)^T + s (x A^T) B^T                                 A, B start as A0, B0: a no-op at first
 
-The papers replace W by the residual W - s B0 A0. Here W keeps its bytes, and the initial pair is subtracted in the same
-product, as a second, frozen pair; so the adapter can be saved as plain LoRA of rank 2r:
+The papers replace W by the residual W - s B0 A0. Here W keeps its bytes, and the update since the init is one pair; so
+the adapter can be saved as plain LoRA of rank 2r:
 
-    s B A - s B0 A0 = s [B, -B0] [A ; A0]
+    s B A - s B0 A0 = s [B, B - B0] [A - A0 ; A0]
+
+Of two equal forms it is the one whose rounding in bfloat16 is a share of the update: [B, -B0] [A ; A0] rounds A, B and
+A0, B0, each as large as the part of W, and its error was up to 1.4 times that of PEFT (tests/adapters/test_pissa.py).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ ITERATIONS = 16  # of the randomized SVD: a flat spectrum, as of these weights, 
 
 
 class ResidualLinear(LoRALinear):
-    """y = x W^T + b + s (dropout(x) [A ; A0]^T) [B, -B0]^T, with the frozen initial pair A0, B0 kept beside A and B."""
+    """y = x W^T + b + s (dropout(x) [A - A0 ; A0]^T) [B, B - B0]^T, with the frozen initial pair A0, B0 beside A, B."""
 
     A0: Tensor
     B0: Tensor
@@ -45,8 +48,8 @@ class ResidualLinear(LoRALinear):
 
     def part(self) -> Part:
         """The product's tensors: the update minus its initial value, as one pair of rank 2r."""
-        A = torch.cat([self.lora_A, self.A0])  # [2r, in]
-        B = torch.cat([self.lora_B, -self.B0], dim=1)  # [out, 2r]
+        A = torch.cat([self.lora_A - self.A0, self.A0])  # [2r, in]
+        B = torch.cat([self.lora_B, self.lora_B - self.B0], dim=1)  # [out, 2r]
         return super().part()._replace(lora_A=A, lora_B=B)
 
     def forward(self, x: Tensor) -> Tensor:

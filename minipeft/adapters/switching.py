@@ -17,7 +17,7 @@ different adapters are an AdapterBank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from minipeft.adapters import (
     find_method,
 )
 from minipeft.adapters.combine import WAYS, Pair, Term, compute_squared_errors
-from minipeft.adapters.lora import LoRAConfig, LoRALinear, find_lora_layers
+from minipeft.adapters.lora import LoRAConfig, LoRALinear, find_all_layers, find_lora_layers
 from minipeft.adapters.method import Encoder
 from minipeft.adapters.peft_format import load_adapter
 from minipeft.adapters.surgery import replace
@@ -54,32 +54,34 @@ class Detached:
     virtual_tokens: int
     windowed: bool
     device: torch.device
+    model_config: Any  # of the model with the adapter: its vocabulary may be resized
 
 
 def detach(model: Decoder) -> Detached:
     """Detach the adapter from the model; requires_grad of no parameter changes."""
     config, virtual_tokens, windowed = model.adapter, model.virtual_tokens, model.windowed
+    model_config = model.config
     before = dict(model.named_modules(remove_duplicate=False))
     find_method(config).remove(model)
     model.adapter = None
     after = dict(model.named_modules(remove_duplicate=False))
     changed = {path for path, module in before.items() if after.get(path) is not module}
     outermost = {path: before[path] for path in changed if path.rpartition(".")[0] not in changed}
-    return Detached(config, outermost, virtual_tokens, windowed, model.embedding.weight.device)
+    return Detached(config, outermost, virtual_tokens, windowed, model.embedding.weight.device, model_config)
 
 
 def attach(model: Decoder, held: Detached) -> None:
     """Attach an adapter to the model's current weights, which may have been cast, moved or reloaded."""
     device = model.embedding.weight.device
     for path, module in held.modules.items():
-        if getattr(module, "adopts_linear", False):
-            linear = model.get_submodule(path)
-            module.weight, module.bias = linear.weight, linear.bias
+        plain = model.get_submodule(path) if getattr(module, "adopted", ()) else None
+        for name in getattr(module, "adopted", ()):
+            setattr(module, name, getattr(plain, name))
         if device != held.device:
             module.to(device)
         replace(model, path, module.train(model.training))
     model.adapter, model.virtual_tokens, model.windowed = held.config, held.virtual_tokens, held.windowed
-    held.device = device
+    model.config, held.device = held.model_config, device
 
 
 @contextmanager
@@ -253,9 +255,9 @@ class AdapterSet:
         found: dict[str, list[Term]] = {}
         for name, weight in weights.items():
             self.check(name)
-            layers = find_lora_layers(self.model) if name == self.active else self.get(name).modules
+            layers = find_all_layers(self.model) if name == self.active else self.get(name).modules
             config = self.model.adapter if name == self.active else self.get(name).config
-            if find_method(config) is not LORA or config.dora or config.lora_bias:
+            if find_method(config) is not LORA or not config.is_plain or not all_linear(layers.values()):
                 raise InputError(f"{name!r} is not plain LoRA, and is not combined", where="weights")
             for path, layer in layers.items():
                 assert isinstance(layer, LoRALinear)
@@ -289,6 +291,11 @@ class AdapterSet:
             clear_adapter(self.model)
             for name, p in self.model.named_parameters():
                 p.requires_grad_(name in self.trained)
+
+
+def all_linear(layers: Iterable[nn.Module]) -> bool:
+    """Whether these are LoRALinears, and no LoRA of an embedding."""
+    return all(isinstance(layer, LoRALinear) for layer in layers)
 
 
 def put_pairs(model: Decoder, pairs: Mapping[str, Pair]) -> AdapterReport:

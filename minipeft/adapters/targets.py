@@ -1,6 +1,7 @@
 """Find the linears that `targets` and `layers` of a config name in a model.
 
 "all-linear"                every linear of the blocks, never the head
+("embed_tokens", "lm_head") an embedding, and the head, for the methods that can adapt them (LoRA)
 "default"                   HF PEFT's choice for the family and the method
 ("q_proj", "attn.c_proj")   the linears whose path is this name, or ends in "." + this name
 r".*\\.[02]\\.mlp\\..*"     any other text: a regular expression over the whole path
@@ -63,50 +64,67 @@ def list_linears(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if is_linear(m) and name != "lm_head"]
 
 
+def list_embeddings(model: nn.Module) -> list[str]:
+    """The paths of the plain embeddings."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+
+
 def find_targets(
-    model: Decoder, targets: Targets, default: tuple[str, ...], layers: tuple[int, ...] | None = None
+    model: Decoder,
+    targets: Targets,
+    default: tuple[str, ...],
+    layers: tuple[int, ...] | None = None,
+    *,
+    tables: bool = False,
 ) -> list[str]:
-    """The paths that `targets` names, in the model's order; with `layers`, only those in these blocks.
+    """The paths that `targets` names, in the model's order; with `layers`, only those in these blocks. With `tables`
+    an embedding and the head may be named.
 
     Raises:
-        InputError: a name, the pattern or a layer matches nothing (with what would), or names an embedding or the head.
+        InputError: a name, the pattern or a layer matches nothing (with what would), or names a table and must not.
     """
     paths = list_linears(model)
     if targets == "default":
         targets = default
     if targets == "all-linear":
         chosen = set(paths)
-    elif isinstance(targets, str):
-        chosen = find_by_pattern(model, targets, paths)
     else:
-        chosen = {path for name in targets for path in find_by_name(model, name, paths)}
+        found = [*list_embeddings(model), "lm_head"]
+        paths, refused = (found + paths, []) if tables else (paths, found)
+        if isinstance(targets, str):
+            chosen = find_by_pattern(model, targets, paths, refused)
+        else:
+            chosen = {path for name in targets for path in find_by_name(model, name, paths, refused)}
     if layers is not None:
         check_layers(layers, len(model.blocks))
+        if outside := [path for path in chosen if not path.startswith(model.family.blocks + ".")]:
+            raise InputError(f"cannot be combined with the target {outside[0]!r}, which is in no block", where="layers")
         chosen = {path for path in chosen if find_block(path) in layers}
-    return [path for path in paths if path in chosen]
+    return [path for path, _ in model.named_modules() if path in chosen]
 
 
-def find_by_pattern(model: Decoder, pattern: str, paths: list[str]) -> set[str]:
+def find_by_pattern(model: Decoder, pattern: str, paths: list[str], refused: list[str]) -> set[str]:
     """The paths that the regular expression matches whole."""
-    refused = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name == "lm_head"]
     found = match_paths(pattern, paths + refused, "targets")
     if not found:
         hint = "A text is a regular expression over the whole path; give plain names as a list"
-        raise InputError(f"{pattern!r} matches no linear layer, such as {paths[0]!r}", where="targets", hint=hint)
+        raise InputError(
+            f"{pattern!r} matches no linear layer, such as {list_linears(model)[0]!r}", where="targets", hint=hint
+        )
     for name in refused:
         if name in found:
             refuse(model, name)
     return set(found)
 
 
-def find_by_name(model: Decoder, name: str, paths: list[str]) -> list[str]:
+def find_by_name(model: Decoder, name: str, paths: list[str], refused: list[str]) -> list[str]:
     """The paths that are `name` or end in it."""
-    found = [path for path in paths if path == name or path.endswith("." + name)]
+    named = lambda paths: [path for path in paths if path == name or path.endswith("." + name)]
+    found = named(paths)
     if not found:
-        for path, module in model.named_modules():
-            if (path == name or path.endswith("." + name)) and (isinstance(module, nn.Embedding) or path == "lm_head"):
-                refuse(model, path)
-        known = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        for path in named(refused):
+            refuse(model, path)
+        known = sorted({path.rsplit(".", 1)[-1] for path in list_linears(model)})
         raise InputError(f"no linear layer is named {name!r}; this model has {known}", where="targets")
     return found
 
@@ -114,7 +132,7 @@ def find_by_name(model: Decoder, name: str, paths: list[str]) -> list[str]:
 def refuse(model: Decoder, path: str) -> None:
     """Refuse an embedding or the head as a target, with the reason."""
     if path == "lm_head":
-        raise InputError("'lm_head' is not adapted: the loss and the tied embedding use its weight", where="targets")
+        raise InputError("'lm_head' is not a linear layer of the blocks: LoRA alone adapts the head", where="targets")
     kind = type(model.get_submodule(path)).__name__
     raise InputError(f"{path!r} is an {kind.lower()}: a table that is looked up, not a linear layer", where="targets")
 

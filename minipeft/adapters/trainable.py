@@ -30,17 +30,21 @@ def check_trained_memory(parameters: int, device: torch.device, where: str) -> N
 class TrainableModule(nn.Module):
     """A module of an adapter: its own tensors stay float32 when the model is cast, and follow moves.
 
-    A subclass that replaces a linear (`adopts_linear`) holds the linear's `weight` and `bias`: these belong to the
-    base, and are cast with it.
+    A subclass that replaces a module of the base holds that module's Parameters under their names (`adopted`): these
+    belong to the base, and are cast with it. One that replaces a linear (`adopts_linear`) holds `weight` and `bias`.
     """
 
     adopts_linear = False
 
+    @property
+    def adopted(self) -> tuple[str, ...]:
+        """The names of the parameters that belong to the base."""
+        return ("weight", "bias") if self.adopts_linear else ()
+
     def own_tensors(self) -> dict[str, Tensor]:
         """The adapter's own parameters and buffers by name, without those of submodules."""
-        base = ("weight", "bias") if self.adopts_linear else ()
         held = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in held.items() if tensor is not None and name not in base}
+        return {name: tensor for name, tensor in held.items() if tensor is not None and name not in self.adopted}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Called by to(), half() and cuda(): undo the cast of the adapter's own tensors, but not the move."""

@@ -24,7 +24,7 @@ from minipeft.models.attention import run_block
 from minipeft.models.cache import Cache
 from minipeft.models.family import Family
 from minipeft.models.layout import Layout, Rotary, check_rows, lay_out
-from minipeft.models.loss import cross_entropy, finish
+from minipeft.models.loss import adapted_cross_entropy, cross_entropy, finish
 from minipeft.models.products import linear
 
 IMPORTED_BY = os.getpid()
@@ -164,8 +164,9 @@ class Decoder(nn.Module):
             InputError: ids are not the vocabulary's, documents do not fit the ids, a position is beyond the model's
                 table, the cache has no room.
         """
-        check_process()
-        check_rows(self.config.vocab_size, ids, None, documents)
+        if not torch.compiler.is_compiling():  # what depends on values and processes is checked in eager calls alone
+            check_process()
+            check_rows(self.config.vocab_size, ids, None, documents)
         layout = lay_out(
             documents,
             ids,
@@ -183,13 +184,19 @@ class Decoder(nn.Module):
             x = run_block(block, self.activation_checkpointing and self.training, x, layout, cache)
         return self.norm(x[:, -ids.shape[1] :])  # [B, T, C]
 
-    def head_weight(self) -> Tensor:
-        """The weight that turns hidden states into logits, [V, C]."""
-        return self.lm_head.weight
+    def head_parts(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight [V, C] and bias [V] that turn hidden states into logits; None: an adapter of the head (LoRA,
+        trained rows) computes the product by itself."""
+        head: Any = self.lm_head
+        if isinstance(head, nn.Linear):
+            return head.weight, head.bias
+        return head.head_parts() if hasattr(head, "head_parts") else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., V]"""
-        return finish(linear(hidden, self.head_weight(), self.lm_head.bias), self.logit_divisor, self.logit_cap)
+        parts = self.head_parts()
+        made = self.lm_head(hidden) if parts is None else linear(hidden, *parts)  # [..., V]
+        return finish(made, self.logit_divisor, self.logit_cap)
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, V] of the next token."""
@@ -203,6 +210,10 @@ class Decoder(nn.Module):
         Raises:
             InputError: as `hidden`, and for labels that are neither -100 nor an id of the vocabulary.
         """
-        check_rows(self.config.vocab_size, ids, labels, documents)
-        hidden = self.hidden(ids, documents)  # [B, T, C]
-        return cross_entropy(hidden, self.head_weight(), labels, self.lm_head.bias, self.logit_divisor, self.logit_cap)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_rows(self.config.vocab_size, ids, labels, documents)
+        hidden, parts = self.hidden(ids, documents), self.head_parts()  # [B, T, C]
+        if parts is None or compiling:
+            return adapted_cross_entropy(hidden, self.logits, labels, len(self.lm_head.weight))
+        return cross_entropy(hidden, parts[0], labels, parts[1], self.logit_divisor, self.logit_cap)

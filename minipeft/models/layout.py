@@ -78,7 +78,7 @@ def lay_out(
     positions = positions_in(documents)  # [B, S]
     for window in windows:
         runs = None
-        if cache is None and documents.device.type == "cpu":
+        if cache is None and documents.device.type == "cpu" and not torch.compiler.is_compiling():
             runs = find_runs(documents, virtual_tokens, window, windowed, prompted, dtype)
         if runs is not None and all(len(row) == 1 and row[0][1] is None for row in runs):
             views[window] = View()  # one document a row: plain causal attention, which needs no [T, T] mask

@@ -9,11 +9,13 @@ forward pass computes the loss and the gradient (softmax - one-hot) of each chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minipeft.documents import IGNORED
 
@@ -96,10 +98,30 @@ def cross_entropy(
     where labels have no values, every token counts as supervised. `bias` [V] is the head's; divisor and cap of the
     logits as in `finish`.
     """
-    hidden, targets = hidden[:, :-1], labels[:, 1:]  # [B, T - 1, ...]
-    if labels.is_meta:
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # [N, C], [N]
-    else:
-        supervised = targets != IGNORED
-        hidden, targets = hidden[supervised], targets[supervised]  # [N, C], [N]
+    hidden, targets = select_supervised(hidden, labels)  # [N, C], [N]
     return LinearCrossEntropy.apply(hidden, weight, targets, bias, divisor, cap)
+
+
+def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a supervised token, and the tokens. [B, T, C], [B, T] -> [N, C], [N]"""
+    hidden, targets = hidden[:, :-1], labels[:, 1:]  # [B, T - 1, ...]
+    if labels.is_meta or torch.compiler.is_compiling():  # all: their number is not known, and the loss ignores -100
+        return hidden.flatten(0, 1), targets.flatten()
+    supervised = targets != IGNORED
+    return hidden[supervised], targets[supervised]
+
+
+def adapted_cross_entropy(
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], labels: Tensor, vocabulary: int
+) -> Tensor:
+    """`cross_entropy` for a head that is more than a product with one weight, as LoRA's W + s B A: autograd
+    differentiates it, and each chunk's logits are computed again in backward. `logits` [n, C] -> [n, V]."""
+    hidden, targets = select_supervised(hidden, labels)  # [N, C], [N]
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+
+    def add_up(part: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits(part).float(), target, reduction="sum")
+
+    parts = zip(hidden.split(rows), targets.split(rows))
+    losses = [checkpoint(add_up, part, target, use_reentrant=False) for part, target in parts]
+    return torch.stack(losses).sum()

@@ -1,22 +1,20 @@
 """A LoRA file of ours as llama.cpp reads it: the names, shapes and numbers that its convert_lora_to_gguf.py takes.
 
-The script is no part of the `gguf` package, so it is not run here. What it does with a file is repeated in `convert`,
-from its source of 2026, with the package's own table of names: `base_model.model.`, `.lora_A` and `.lora_B` are left
-out, alpha is lora_alpha alone, and any other tensor is refused. llama.cpp then computes W x + (alpha / rank) B A x,
-rank being the rows of A.
+The script is no part of the `gguf` package, so it is not run here. What it does with a file is repeated in
+tests/clients.py, with the package's own table of names.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import minipeft
 from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.models import FAMILIES
+from tests import clients
+from tests.clients import Refused
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (README, The tests)")
 
@@ -29,24 +27,9 @@ SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 
 
-class Refused(Exception):
-    """The script ends with an error."""
-
-
 def convert(folder: Path, architecture: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """alpha and the tensors under llama.cpp's names, as the script makes them of a PEFT folder."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], SHAPE["num_hidden_layers"])
-    found = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        kind = next((kind for kind in ("lora_A", "lora_B") if f".{kind}.weight" in name), None)
-        if kind is None:
-            raise Refused(name)
-        base = name.replace("base_model.model.", "").replace(f".{kind}.weight", ".weight")
-        mapped = names.get_name(base, try_suffixes=(".weight", ".bias"))
-        if mapped is None:
-            raise Refused(base)
-        found[f"{mapped}.{kind.lower()}"] = tensor
-    return float(json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]), found
+    """tests/clients.py's, with the number of layers here."""
+    return clients.convert(folder, architecture, SHAPE["num_hidden_layers"])
 
 
 def saved(folder: Path, family: str = "llama", **settings: object) -> torch.nn.Module:

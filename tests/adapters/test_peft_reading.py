@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
 from minipeft.adapters.bank import AdapterBank
@@ -137,15 +137,20 @@ def test_a_pickle_that_runs_code_or_is_damaged_is_refused(base, stir, tmp_path, 
     assert model.adapter is None
 
 
-def test_a_resized_vocabulary_is_named(base, stir, tmp_path):
+def test_a_resized_vocabulary_of_one_table_is_named(base, stir, tmp_path):
     model, peer = base
-    peer.resize_token_embeddings(70)
-    theirs = stir(peft.get_peft_model(peer, lora()))
-    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
-    said = (
-        "the vocabulary was resized: 'base_model.model.model.embed_tokens.weight' has 70 rows, the model 61. Merge the"
+    theirs = stir(peft.get_peft_model(peer, lora(target_modules=["q_proj", "embed_tokens"])))
+    theirs.save_pretrained(tmp_path / "theirs")
+    file, name = (
+        tmp_path / "theirs" / "adapter_model.safetensors",
+        "base_model.model.model.embed_tokens.base_layer.weight",
     )
+    save_file(load_file(file) | {name: torch.ones(70, 32)}, file)
+    said = f"the vocabulary was resized: '{name}' has 70 rows, the model 61. Merge the adapter into its own base"
     with pytest.raises(InputError, match=re.escape(said)):
+        load_adapter(model, tmp_path / "theirs")
+    save_file(load_file(file) | {name.replace(".base_layer", ""): torch.ones(70, 32)}, file)
+    with pytest.raises(InputError, match="the vocabulary was resized, but not of embedding and head alike"):
         load_adapter(model, tmp_path / "theirs")
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from minipeft.adapters import LoRAConfig, add_adapter, remove_adapter
+from minipeft.adapters import IA3Config, LoRAConfig, VeRAConfig, add_adapter, remove_adapter
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.targets import list_linears, parse_targets
 from minipeft.errors import InputError
@@ -15,10 +15,6 @@ MATCHLESS = {
     "no match": ({"targets": r"h\.\d+"}, "matches no linear layer, such as 'model.layers.0"),
     "plain name as text": ({"targets": "q_proj"}, "give plain names as a list"),
     "invalid": ({"targets": "(q_proj"}, "'(q_proj' is not a regular expression: missing )"),
-    "embedding": ({"targets": ["embed_tokens"]}, "is an embedding: a table that is looked up"),
-    "embedding by pattern": ({"targets": r".*(embed_tokens|q_proj)"}, "is an embedding"),
-    "head": ({"targets": ["lm_head"]}, "'lm_head' is not adapted"),
-    "everything": ({"targets": ".*"}, "'model.embed_tokens' is an embedding"),
     "no such layer": ({"layers": [1, 3]}, "layers: no layer 3: this model has 0 to 2"),
     "layers of a pattern": ({"targets": ".*q_proj", "layers": [1]}, "layers: cannot be combined"),
     "rank pattern": ({"rank_pattern": {"k_proj": 2, "kproj": 3}}, "rank_pattern: 'kproj' matches none"),
@@ -59,6 +55,27 @@ class TestTargets:
             add_adapter(model, LoRAConfig(rank=2, **given))
         assert repr(model) == shown
         assert model.adapter is None
+
+
+TABLES = {
+    "embedding": (["embed_tokens"], "is an embedding: a table that is looked up"),
+    "embedding by pattern": (r".*(embed_tokens|q_proj)", "is an embedding"),
+    "head": (["lm_head"], "'lm_head' is not a linear layer of the blocks: LoRA alone adapts the head"),
+    "everything": (".*", "'model.embed_tokens' is an embedding"),
+}
+
+
+@pytest.mark.parametrize(("targets", "said"), TABLES.values(), ids=list(TABLES))
+def test_lora_alone_adapts_embedding_and_head(decoder, targets, said):
+    model = decoder("llama")
+    for config in (VeRAConfig(2, targets=targets), IA3Config(targets=targets)):
+        with pytest.raises(InputError, match=re.escape(said)):
+            add_adapter(model, config)
+    wanted = [name for name, m in model.named_modules() if hasattr(m, "weight") and re.search("embed|head|proj", name)]
+    if targets == ".*":
+        assert add_adapter(model, LoRAConfig(2, targets=targets)).modules == wanted
+    else:
+        assert {*add_adapter(model, LoRAConfig(2, targets=targets)).modules} & {"model.embed_tokens", "lm_head"}
 
 
 @pytest.mark.parametrize(

@@ -170,11 +170,27 @@ def test_a_method_that_cannot_be_merged_is_refused_with_prompts_too(model, confi
         minipeft.merge_adapter(model, check=PROMPTS, tokenizer=Letters())
 
 
-@pytest.mark.parametrize("targets", [("lm_head",), ".*lm_head"], ids=["name", "pattern"])
-def test_a_tied_head_is_never_adapted_so_never_merged(decoder, targets):
+PARTS = {
+    "LoRA": {"targets": ("q_proj", "lm_head")},
+    "whole": {"modules_to_save": ("lm_head",)},
+    "rows": {"trainable_token_indices": (1, 2, 3)},
+    "embedding": {"targets": ("q_proj", "embed_tokens"), "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("given", PARTS.values(), ids=list(PARTS))
+def test_a_merge_of_a_tied_table_is_compared_with_the_unmerged_head(decoder, stir, given):
     model = decoder("llama", tie_word_embeddings=True)
-    with pytest.raises(InputError, match="'lm_head' is not adapted: the loss and the tied embedding use its weight"):
-        add_adapter(model, LoRAConfig(targets=targets))
+    add_adapter(model, LoRAConfig(4, **{"targets": ("q_proj",), **given}))
+    stir(model, scale=0.05)
+    unmerged = copy.deepcopy(model).eval()
+    report = minipeft.merge_adapter(model, check=PROMPTS, tokenizer=Letters(), new_tokens=NEW)
+    kl, tokens, answers = measured(unmerged, model.eval())
+    assert report.tokens == len(kl)
+    assert report.max_kl < 1e-9
+    assert (report.changed_tokens, report.changed_answers) == (tokens, answers) == (0, 0)
+    assert model.config.tie_word_embeddings == ("trainable_token_indices" in given)
+    assert (model.lm_head.weight is model.embedding.weight) == model.config.tie_word_embeddings
 
 
 def test_one_merged_weight_at_a_time_stands_in_memory(decoder, monkeypatch):

@@ -66,12 +66,20 @@ def test_a_merge_that_overflows(exhibit, twins, stir):
         peer.right = bool(model.merge_and_unload().model.layers[0].self_attn.q_proj.weight.isfinite().all())
 
 
-def test_a_tied_head(exhibit, twins, stir):
+def test_a_tied_head(exhibit, twins, stir, tmp_path):
     """huggingface/peft#2018, huggingface/transformers#45127, hiyouga/LlamaFactory#8859: an adapter on the head of a
     tied model changes the embedding too when it is merged, or is lost when the model is saved."""
     both = twins(tie_word_embeddings=True)
-    with exhibit.refused("'lm_head' is not adapted: the loss and the tied embedding use its weight"):
-        add_adapter(both.ours, LoRAConfig(4, targets=("lm_head",)))
+    ids = torch.arange(20)[None]
+    add_adapter(both.ours, LoRAConfig(4, targets=("lm_head",)))
+    stir(both.ours)
+    with torch.no_grad():
+        table, tuned = both.ours.embedding.weight.clone(), both.ours(ids)
+        merge_adapter(both.ours)
+        assert torch.equal(both.ours.embedding.weight, table)
+        assert (both.ours(ids) - tuned).abs().max() <= 1e-5 * tuned.abs().max()
+    save_model(both.ours, tmp_path / "ours")
+    assert torch.equal(load_model(tmp_path / "ours").lm_head.weight, both.ours.lm_head.weight)
     with exhibit.theirs("peft", warning="tie_word_embeddings|tied") as peer:
         model = peft.get_peft_model(both.theirs, peft.LoraConfig(r=4, target_modules=["lm_head"]))
         before = both.theirs.model.embed_tokens.weight.clone()

@@ -33,14 +33,15 @@ def test_every_exhibit_has_its_place():
 
 def test_minipeft_is_never_wrong():
     """Right, refused by name, or not offered."""
-    assert {ours for ours, _ in ROW.findall(PAGE.read_text(encoding="utf-8"))} == {"right", "refused", "not offered"}
+    assert {ours for ours, _ in ROW.findall(PAGE.read_text(encoding="utf-8"))} <= {"right", "refused", "not offered"}
 
 
 def test_the_readme_counts_them():
     found = Counter(ours for ours, _ in ROW.findall(PAGE.read_text(encoding="utf-8")))
     said = " ".join((FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())
     assert f"{found.total()} failures that users of the field reported" in said
-    counts = f"right in {found['right']}, refuses {found['refused']} by name and does not offer {found['not offered']}"
+    rest = f" and does not offer {found['not offered']}" if found["not offered"] else ""
+    counts = f"right in {found['right']} and refuses {found['refused']} by name{rest}"
     assert counts in said
 
 
