@@ -217,10 +217,10 @@ def test_pissa_of_a_large_weight_leaves_nearly_the_best_residual(shape, monkeypa
     U, V = (torch.linalg.qr(torch.randn(n, min(shape), generator=draw)).Q for n in shape)
     W = (U * flat) @ V.t()
     best = torch.linalg.svdvals(W)[8:].norm()
-    whole = pissa.principal(W, 8, 2.0)
+    whole = pissa.compute_principal(W, 8, 2.0)
     monkeypatch.setattr(pissa, "LARGE", 64)
-    A, B = pissa.principal(W, 8, 2.0)
+    A, B = pissa.compute_principal(W, 8, 2.0)
     assert not torch.equal(A, whole[0])
     assert best <= (W - 2.0 * B @ A).norm() * 1.00001 <= 1.002 * best
-    assert torch.equal(A, pissa.principal(W, 8, 2.0)[0])  # the same draw each time
+    assert torch.equal(A, pissa.compute_principal(W, 8, 2.0)[0])  # the same draw each time
     assert (A @ A.t() - torch.diag((A @ A.t()).diag())).abs().max() < 1e-4  # rows along singular vectors
