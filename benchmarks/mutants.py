@@ -38,7 +38,7 @@ TESTS = {
     "data/rows.py": ["data/test_packing.py"],
     "training/loop.py": ["training/test_loop.py"],
     "training/movement.py": ["training/test_movement.py"],
-    "adapters/lora.py": ["adapters/test_lora.py", "adapters/test_surgery.py"],
+    "adapters/lora.py": ["adapters/test_lora.py", "adapters/test_surgery.py", "adapters/test_inits.py"],
     "adapters/prefix.py": ["adapters/test_prefix.py", "adapters/test_virtual.py", "adapters/test_reparam.py"],
     "adapters/prompt.py": ["adapters/test_prompt.py", "adapters/test_reparam.py", "adapters/test_virtual.py"],
     "generation.py": ["test_generation.py"],

@@ -21,6 +21,7 @@ an open file more, memory that grows. (Where memory runs out before minipeft its
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -131,15 +132,17 @@ class Soak:
         files = sorted({row["open_files"] for row in cycles[1:]})
         self.wrong += [f"open files of the neighbour: {files}"] if len(files) > 1 else []
         memory = [row["resident_bytes"] for row in cycles]
-        third = len(memory) // 3
-        before, after = (statistics.median(part or [0]) for part in (memory[third : 2 * third], memory[2 * third :]))
-        if third and after - before > max(SMALL if len(memory) < 30 else 0, GROWTH * before):
-            self.wrong.append(f"memory of the neighbour grew from {before:,.0f} to {after:,.0f} bytes")
+        allocated = [row["allocated_bytes"] or 0 for row in cycles]
+        resident, held = compare_thirds(memory), compare_thirds(allocated)
+        for kind, (before, after) in (("resident", resident), ("allocated", held)):
+            if len(memory) >= 3 and after - before > max(SMALL if len(memory) < 30 else 0, GROWTH * before):
+                self.wrong.append(f"{kind} memory of the neighbour grew from {before:,.0f} to {after:,.0f} bytes")
         summary = {
             "minutes": round((time.monotonic() - self.begun) / 60, 2), "seed": self.options.seed, "rounds": rounds,
             "harmed": dict(sorted(self.count.items())), "small_disk": "disk" in self.harms,
             "neighbour": {"cycles": len(cycles), "open_files": files, "resident_bytes_first": memory[:1],
-                          "resident_bytes_middle_third": before, "resident_bytes_last_third": after},
+                          "resident_bytes_middle_third": resident[0], "resident_bytes_last_third": resident[1],
+                          "allocated_bytes_middle_third": held[0], "allocated_bytes_last_third": held[1]},
             "wrong": self.wrong, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
             "python": platform.python_version(),
         }  # fmt: skip
@@ -202,12 +205,13 @@ class Soak:
         last = re.sub(r"/\S*/site-packages", "PACKAGES", last)[-300:]
         if harm == "none":
             self.seconds[kind] = seconds if kind not in self.seconds else (self.seconds[kind] + seconds) / 2
-        row = {"command": kind, "harm": harm, "after": round(delay, 2), "status": status, "seconds": round(seconds, 2)}
-        self.note(row | ({"said": last} if status not in (0, -signal.SIGKILL) else {}))
-        self.count[f"{kind}, {harm}: {status}"] += 1
         early = harm == "memory" and status == 1 and b"run_command" not in said  # Python itself was still being loaded
-        if (status not in EXPECTED[harm] | {0} and not early) or (status == 2 and not last.startswith("error: ")):
-            self.wrong.append(f"{kind} after {harm} ended with {status}: {last}")
+        wrong = (status not in EXPECTED[harm] | {0} and not early) or (status == 2 and not last.startswith("error: "))
+        row = {"command": kind, "harm": harm, "after": round(delay, 2), "status": status, "seconds": round(seconds, 2)}
+        row |= {"said": last} if status not in (0, -signal.SIGKILL) else {}
+        self.note(row | ({"stderr": "\n".join(lines)[-4000:]} if wrong else {}))
+        self.count[f"{kind}, {harm}: {status}"] += 1
+        self.wrong += [f"{kind} after {harm} ended with {status}: {last}"] if wrong else []
         return printed
 
     def do_harm(self, process: int, harm: str) -> None:
@@ -229,6 +233,13 @@ class Soak:
 
     def note(self, row: dict[str, Any]) -> None:
         note(self.log, {"at": round(time.monotonic() - self.begun, 1), **row})
+
+
+def compare_thirds(values: list[int]) -> tuple[float, float]:
+    """The medians of the middle third of the values and of the last."""
+    third = len(values) // 3
+    middle, last = (statistics.median(part or [0]) for part in (values[third : 2 * third], values[2 * third :]))
+    return middle, last
 
 
 def limit(process: int, what: int, value: int) -> None:
@@ -287,9 +298,24 @@ def live_long(place: Path, out: Path) -> int:
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         row = {"cycle": cycle, "at": round(time.monotonic() - begun, 1), "open_files": len(os.listdir("/proc/self/fd")),
-               "resident_bytes": pages * resource.getpagesize(), "digest": digest_of(found)}  # fmt: skip
+               "resident_bytes": pages * resource.getpagesize(), "allocated_bytes": count_allocated(),
+               "digest": digest_of(found)}  # fmt: skip
         note(out / "log.jsonl", row)
     return 0
+
+
+def count_allocated() -> int | None:
+    """The bytes that malloc has handed out and not got back; unlike the resident ones, no matter of the allocator.
+
+    By glibc's mallinfo2 (2.33 on): ten size_t, of which the 5th counts what is mapped alone and the 8th all else.
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return None
+    fields = [(f"n{number}", ctypes.c_size_t) for number in range(10)]
+    mallinfo2.restype = type("Counts", (ctypes.Structure,), {"_fields_": fields})
+    counts = mallinfo2()
+    return int(counts.n4 + counts.n7)
 
 
 def do_cycle(folder: Path, pairs: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -63,6 +64,12 @@ def check_inside(file: Path, folder: Path) -> None:
         homes.append(folder.resolve().parent.parent / "blobs")
     if target.parent not in homes:
         raise InputError(f"is a link that leaves the model folder, to {target}", file=file)
+
+
+def hash_file(file: Path) -> str:
+    """The sha256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_object(file: Path) -> dict[str, Any]:

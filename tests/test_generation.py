@@ -8,7 +8,7 @@ import transformers
 
 import minipeft
 from minipeft.errors import InputError
-from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left
+from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left, stream
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
 from minipeft.models.checkpoint import load_model, make_config_json, save_model
 from minipeft.models.config import parse_config
@@ -51,6 +51,62 @@ class Letters:
 
 
 PROMPTS = ["bcdefghij" * 2, "q", "hello", "abcdabcda"]
+
+
+def every(**given):
+    """All answers of a small GPT-2."""
+    return list(answer(MAKERS["gpt2"](), Letters(), PROMPTS, **{"config": GenerateConfig(2), **given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"config": {"max_new_tokens": 2}}, "config: {'max_new_tokens': 2} must be a GenerateConfig"),
+        ({"only": 1}, "only: 1 must be a list of numbers"),
+        ({"only": [0.0]}, "only: 0.0 must be an integer in [0, 4)"),
+        ({"only": [-1]}, "only: -1 must be an integer in [0, 4)"),
+        ({"only": [4]}, "only: 4 must be an integer in [0, 4)"),
+        ({"adapters": ["a"] * 4}, "adapters: the model holds no bank of adapters. bank = AdapterBank(model)"),
+    ],
+)
+def test_arguments_are_checked_before_any_answer(given, said):
+    with pytest.raises(InputError) as error:
+        every(**given)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("abcd", "adapters: must be a list of 4 names, one for each prompt"),
+        (["a"] * 3, "adapters: must be a list of 4 names, one for each prompt"),
+        (4, "adapters: 4 must be a list of names"),
+        (["a", None, "b", "a"], "adapters: the bank does not hold 'a' (it holds: nothing)"),
+    ],
+)
+def test_the_names_of_a_bank_are_checked_before_any_answer(names, said):
+    model = MAKERS["gpt2"]()
+    minipeft.AdapterBank(model)
+    with pytest.raises(InputError) as error:
+        answer(model, Letters(), PROMPTS, GenerateConfig(2), adapters=names)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "prompt: has no tokens"),
+        ([1, 500], "prompt: has id 500, but the model has 60 tokens. The tokenizer belongs to another model"),
+        (
+            [1] * 95,
+            "prompt: 95 tokens and 2 new ones exceed the context, 96. Cut it to 94 tokens or lower max_new_tokens",
+        ),
+    ],
+)
+def test_a_streamed_prompt_is_checked_as_an_answered_one(prompt, said):
+    with pytest.raises(InputError) as error:
+        "".join(stream(MAKERS["gpt2"](), Letters(), prompt, GenerateConfig(2)))
+    assert str(error.value) == said
 
 
 @pytest.fixture(params=MAKERS)

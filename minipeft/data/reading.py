@@ -75,7 +75,7 @@ def find_source(
             raise InputError(f"is a directory without data files ({', '.join(ENDINGS)})", file=folder)
     else:
         paths = [folder]
-    digests = [hash_file(path) for path in paths]
+    digests = [hash_source(path) for path in paths]
     if len(paths) == 1:
         return Source(str(paths[0]), tuple(paths), digests[0])
     named = "".join(f"{path.name}\0{digest}\n" for path, digest in zip(paths, digests))
@@ -111,7 +111,7 @@ def find_demo_file(split: str) -> Path:
 NAMED: dict[str, Callable[[str], Path]] = {"conala": fetch_conala, "demo": find_demo_file}
 
 
-def hash_file(path: Path) -> str:
+def hash_source(path: Path) -> str:
     """The sha256 of a plain file within the size limit that no process is writing."""
     check_plain(path)
     digest, read = hashlib.sha256(), 0

@@ -162,6 +162,18 @@ def put_bos(backend: tokenizers.Tokenizer, bos: int) -> None:
     backend.post_processor = processors.TemplateProcessing(single="BOS:0 $A:0", special_tokens=[("BOS", bos)])
 
 
+def disable_cache(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Disable the library's cache of words and return the tokenizer.
+
+    The cache is kept by thread and outlives the tokenizer: 0.3 MB for 600 short texts, for each tokenizer loaded
+    (tokenizers 0.23.3). Encoding 4.4 MB of Python takes the same time without it.
+    """
+    resize = getattr(backend.model, "_resize_cache", None)  # of BPE and Unigram; named like this since 0.21
+    if resize is not None:
+        resize(0)
+    return backend
+
+
 def call_library(action: Callable[[], T], file: Path, where: str | None = None) -> T:
     """Call the Rust library; its errors and panics become an InputError.
 

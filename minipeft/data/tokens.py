@@ -37,6 +37,7 @@ from minipeft.data.tokenizer_files import (
     VOCAB,
     WHOLE,
     call_library,
+    disable_cache,
     find_special_id,
     make_special,
     put_bos,
@@ -66,7 +67,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, file: Path, definition: bytes, special: dict[str, int | None]):
-        self.backend = backend
+        self.backend = disable_cache(backend)
         self.file = file
         self.definition = definition
         self.chosen_eos: str | None = None  # by with_eos; the files name another, or none
@@ -87,9 +88,9 @@ class Tokenizer:
             raise InputError(problem, file=file, where="post_processor")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a setting that the library drops in copies and pickles."""
+        """Restore two settings that the library drops in copies and pickles."""
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True
+        disable_cache(self.backend).encode_special_tokens = True
 
     @property
     def fingerprint(self) -> str:
@@ -193,7 +194,7 @@ class Tokenizer:
             if token["special"]:
                 token["content"] = f"{OPEN}{token['id']}{CLOSE}"
             named[token["content"]] = token["id"]
-        backend = call_library(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), self.file)
+        backend = disable_cache(call_library(lambda: tokenizers.Tokenizer.from_str(json.dumps(spec)), self.file))
         ids = {int(backend.token_to_id(name) or 0): number for name, number in named.items()}
         if taken := ids.keys() & (set(backend.get_vocab(with_added_tokens=False).values()) - set(ids.values())):
             raise InputError(f"id {min(taken)} would be given twice: the vocabulary has gaps", file=self.file)
@@ -218,7 +219,7 @@ class Tokenizer:
         changed = copy.copy(self)
         for made in ("special", "marked"):  # of the other backend
             changed.__dict__.pop(made, None)
-        changed.backend = copy.deepcopy(self.backend)
+        changed.backend = disable_cache(copy.deepcopy(self.backend))
         changed.backend.encode_special_tokens = True
         changed.eos = make_special(changed.backend, token, self.file, "eos token")
         changed.chosen_eos = token

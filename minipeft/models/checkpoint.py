@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError, check_kind, check_path, check_value, format_value, has_type
-from minipeft.files import check_inside, read_object, write_json
+from minipeft.files import check_inside, hash_file, read_object, write_json
 from minipeft.hub import fetch, list_names, read_commit
 from minipeft.models import FAMILIES, REFUSED, Decoder, Family
 from minipeft.models.config import parse_config
@@ -333,15 +333,16 @@ def fingerprint(source: str | Path, revision: str | None = None) -> str:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob(LEGACY)]):
         check_inside(file, folder)
         stat = file.stat()
-        digest.update(f"{file.name} {hash_file(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)}".encode())
+        digest.update(
+            f"{file.name} {hash_version(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)}".encode()
+        )
     return digest.hexdigest()
 
 
 @cache
-def hash_file(file: Path, size: int, changed: int, inode: int) -> str:
+def hash_version(file: Path, size: int, changed: int, inode: int) -> str:
     """The sha256 of a file; `size`, `changed` (nanoseconds) and `inode` are the cache key."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hash_file(file)
 
 
 class Saved(Protocol):

@@ -35,7 +35,7 @@ from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError, check_path
-from minipeft.files import read_object, write_json
+from minipeft.files import hash_file, read_object, write_json
 from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, load_model, read_config, save_model
@@ -531,12 +531,6 @@ def save_trained(
         save_adapter(model, place)
     form.write(place)
     return {f"{place.name}/{file.name}": hash_file(file) for file in sorted(place.iterdir()) if file.name != CARD}
-
-
-def hash_file(file: Path) -> str:
-    """The sha256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_result(folder: Path, result: dict[str, Any], peak_bytes: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Inits of LoRA: each does what its paper promises, and OLoRA's files are PEFT's."""
 
+import copy
 import re
 import warnings
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import minipeft
 from minipeft.adapters import LoRAConfig, add_adapter, pissa, remove_adapter
 from minipeft.adapters.inits import initialize_eva, initialize_loftq
-from minipeft.adapters.lora import find_lora_layers
+from minipeft.adapters.lora import LoRALinear, find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
@@ -40,6 +41,19 @@ def test_orthogonal_changes_nothing_and_trains_both_matrices_at_once(model, ids,
     remove_adapter(model)
     with pytest.raises(InputError, match="rank: 3 is odd"):
         add_adapter(model, LoRAConfig(3, init="orthogonal"))
+
+
+def test_orthogonal_has_pefts_scale_and_rank():
+    """4 x 1024 Gaussians each: the norms differ by 2 % at most (three standard deviations), rank 4 of 8."""
+    wide = torch.nn.Sequential(torch.nn.Linear(1024, 1024))
+    config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights="orthogonal")
+    theirs = peft.get_peft_model(copy.deepcopy(wide), config).base_model.model[0]
+    ours = LoRALinear(wide[0], 8, 8.0, LoRAConfig(8))
+    ours.initialize("orthogonal", torch.Generator().manual_seed(0))
+    pairs = [(ours.lora_A, theirs.lora_A["default"].weight), (ours.lora_B, theirs.lora_B["default"].weight)]
+    for own, other in pairs:
+        assert torch.linalg.matrix_norm(own).item() == pytest.approx(torch.linalg.matrix_norm(other).item(), rel=0.05)
+        assert torch.linalg.matrix_rank(own) == torch.linalg.matrix_rank(other) == 4
 
 
 def test_olora_starts_from_an_orthonormal_part_of_the_weight(model, ids):
@@ -203,10 +217,10 @@ def test_pissa_of_a_large_weight_leaves_nearly_the_best_residual(shape, monkeypa
     U, V = (torch.linalg.qr(torch.randn(n, min(shape), generator=draw)).Q for n in shape)
     W = (U * flat) @ V.t()
     best = torch.linalg.svdvals(W)[8:].norm()
-    whole = pissa.principal(W, 8, 2.0)
+    whole = pissa.compute_principal(W, 8, 2.0)
     monkeypatch.setattr(pissa, "LARGE", 64)
-    A, B = pissa.principal(W, 8, 2.0)
+    A, B = pissa.compute_principal(W, 8, 2.0)
     assert not torch.equal(A, whole[0])
     assert best <= (W - 2.0 * B @ A).norm() * 1.00001 <= 1.002 * best
-    assert torch.equal(A, pissa.principal(W, 8, 2.0)[0])  # the same draw each time
+    assert torch.equal(A, pissa.compute_principal(W, 8, 2.0)[0])  # the same draw each time
     assert (A @ A.t() - torch.diag((A @ A.t()).diag())).abs().max() < 1e-4  # rows along singular vectors
