@@ -492,7 +492,9 @@ def set_steps(config: RunConfig, batches: int) -> TrainConfig:
     return replace(config.train, steps=max(1, round(config.epochs * batches / config.train.accumulate)))
 
 
-def identify(config: RunConfig, prepared: Prepared, processes: Processes) -> tuple[dict[str, Any], dict[str, Any]]:
+def identify(
+    config: RunConfig, prepared: Prepared, processes: Processes | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build run.json: the settings that determine a run's bits and must match at resume, and the others.
 
     The number of processes is not among them; that they sum gradients in another order than one process is.
