@@ -43,6 +43,7 @@ from minipeft.hub import fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, load_model
 from minipeft.runs.config import DTYPES, ModelConfig
+from minipeft.runs.folder import check_alike
 from minipeft.training.processes import Processes, check_processes
 
 
@@ -180,6 +181,7 @@ def answer_data(model: Decoder, tokenizer: Tokenizer, config: AnswersConfig, pro
     identity = {"settings": asdict(config.generate), **about, "data_sha256": data.sha256, "questions": len(items)}
     if asking.format != PAIRS:
         identity |= {"form": asking.format.form, "template": asking.format.template}
+    check_alike(identity, processes)
     part = out.with_name(out.name + ".part")
     done: dict[int, dict[str, Any]] = {}
 

@@ -49,7 +49,7 @@ from minipeft.runs.estimates import (
     describe_slow_dtype,
     estimate,
 )
-from minipeft.runs.folder import RESULT, RUN, TIMING, check_folder, writing
+from minipeft.runs.folder import RESULT, RUN, TIMING, check_alike, check_folder, writing
 from minipeft.runs.planning import adapt_on_meta
 from minipeft.runs.process import Stopped, explain_memory, make_deterministic, peak_memory, stopping
 from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, train, trained
@@ -103,6 +103,7 @@ def finetune(
             prepared = prepare(config.model, config.data)
             processes.lead(lambda: check_disk(config, out))
             identity, about = identify(config, prepared, processes)
+            check_alike(identity, processes)
         except InputError:
             if fresh and processes.rank == 0:
                 with suppress(OSError):  # another process has written there

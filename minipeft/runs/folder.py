@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from minipeft.errors import InputError, check_fields, format_value, option
 from minipeft.files import lock_folder, make_folder, read_object, refuse_link, remove, sync_folder, write_json
+from minipeft.training.processes import Processes
 
 LOCK, RUN, LOG, RESULT, TIMING = ".lock", "run.json", "log.jsonl", "result.json", "timing.json"
 OWN = (
@@ -144,6 +145,19 @@ def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Pa
         listed = ", ".join(f"{name}: {format_value(old)} -> {format_value(new)}" for name, old, new in changed)
         hint = "Give the run's own arguments, or another --out"
         raise InputError(f"this run was started differently ({listed})", file=file, hint=hint)
+
+
+def check_alike(identity: Mapping[str, Any], processes: Processes) -> None:
+    """Check that all processes of a training have the same arguments, data, model and versions.
+
+    Raises:
+        InputError: on all of them; names the first rank that differs from rank 0, and in what.
+    """
+    first, *others = processes.exchange(identity)
+    for rank, other in enumerate(others, 1):
+        if names := [name for name, _, _ in find_differences(first, other)]:
+            hint = "All processes need the same arguments, files, torch and number of threads"
+            raise InputError(f"differs from rank 0 in {', '.join(names)}", where=f"rank {rank}", hint=hint)
 
 
 def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

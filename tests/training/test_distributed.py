@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minipeft.errors import InputError
 from minipeft.generation import GenerateConfig
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
@@ -147,3 +148,24 @@ def test_answers_are_those_of_one_process(size: int, place: Path, tmp_path: Path
     assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert (tmp_path / "one.jsonl").read_bytes().count(b"\n") == 14
     assert not (tmp_path / "many.jsonl.part").exists()
+
+
+def test_other_data_on_one_machine_is_refused_on_all(place: Path, tmp_path: Path) -> None:
+    """Each rank reads its own copy of the data: with another one its gradients would be of other rows."""
+    rows = (place / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(rows[:-1]))
+
+    def act() -> object:
+        data = tmp_path if os.environ["RANK"] == "1" else place
+        try:
+            joined(lambda processes: train(place, tmp_path / "run", processes, data=str(data / "pairs.jsonl")))
+        except InputError as error:
+            print(error)
+            return 2
+        return None
+
+    assert wait_all(start_all(2, tmp_path, act)) == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"rank-{rank}.txt").read_text()
+        assert said.startswith("rank 1: differs from rank 0 in data_sha256. All processes need the same arguments")
+    assert not (tmp_path / "run").exists()
