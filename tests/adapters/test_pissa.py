@@ -52,7 +52,7 @@ def test_the_error_in_bfloat16_is_no_larger_than_pefts(decoder, family, moved, t
     add_adapter(model, LoRAConfig(8, 16.0, init="pissa"))
     modules = dict(theirs.named_modules())
     with torch.no_grad():
-        for path, layer in lora_layers(model).items():
+        for path, layer in find_lora_layers(model).items():
             twin = modules[f"base_model.model.{path}"]
             pairs = {"ours": (layer.lora_B, layer.lora_A)}
             pairs["theirs"] = tuple(getattr(twin, f"lora_{letter}")["default"].weight for letter in "BA")
