@@ -15,7 +15,7 @@ from torch import Tensor
 import minipeft
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter
 from minipeft.adapters.embedding import LoRAEmbedding
-from minipeft.adapters.lora import all_layers
+from minipeft.adapters.lora import find_all_layers
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
 from tests import clients
@@ -94,7 +94,7 @@ def save(folder: Path, config: Any, baked: bool) -> tuple[Tensor, dict[str, Tens
     minipeft.save_adapter(model, folder, baked=baked)
     updates = {}
     if isinstance(config, LoRAConfig):
-        for path, layer in all_layers(model).items():
+        for path, layer in find_all_layers(model).items():
             if isinstance(layer, LoRAEmbedding):
                 updates[path] = layer.scale * (layer.lora_embedding_B @ layer.lora_embedding_A).T
             elif hasattr(layer, "part"):

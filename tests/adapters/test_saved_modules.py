@@ -34,6 +34,11 @@ PARTS = {
 }
 
 
+@pytest.fixture(params=["gpt2", "llama"])
+def family(request):
+    return request.param
+
+
 @pytest.fixture(params=PARTS)
 def config(request, family):
     return PARTS[request.param](*Q[family != "gpt2"])
