@@ -15,7 +15,8 @@ its open files must stay what they are, and its memory must not grow.
 
 log.jsonl gets a line for each command, round and cycle as they end; summary.json says what came of it. The exit status
 is 1 where something was wrong: other bytes, a status that the harm does not explain, an error without its line, a hang,
-an open file more, memory that grows. (Where memory runs out before minipeft itself is loaded, Python says so.)
+an open file more, memory that grows. (Where memory runs out before minipeft itself is loaded, Python says so; where it
+does in a library's C++ that may not throw, the process is aborted.)
 """
 
 from __future__ import annotations
@@ -206,7 +207,11 @@ class Soak:
         if harm == "none":
             self.seconds[kind] = seconds if kind not in self.seconds else (self.seconds[kind] + seconds) / 2
         early = harm == "memory" and status == 1 and b"run_command" not in said  # Python itself was still being loaded
-        wrong = (status not in EXPECTED[harm] | {0} and not early) or (status == 2 and not last.startswith("error: "))
+        native = (
+            harm == "memory" and status == -signal.SIGABRT and b"std::bad_alloc" in said
+        )  # in C++ that may not throw
+        explained = status in EXPECTED[harm] | {0} or early or native
+        wrong = not explained or (status == 2 and not last.startswith("error: "))
         row = {"command": kind, "harm": harm, "after": round(delay, 2), "status": status, "seconds": round(seconds, 2)}
         row |= {"said": last} if status not in (0, -signal.SIGKILL) else {}
         self.note(row | ({"stderr": "\n".join(lines)[-4000:]} if wrong else {}))
