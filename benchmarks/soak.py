@@ -15,7 +15,8 @@ its open files must stay what they are, and its memory must not grow.
 
 log.jsonl gets a line for each command, round and cycle as they end; summary.json says what came of it. The exit status
 is 1 where something was wrong: other bytes, a status that the harm does not explain, an error without its line, a hang,
-an open file more, memory that grows. (Where memory runs out before minipeft itself is loaded, Python says so.)
+an open file more, memory that grows. (Where memory runs out before minipeft itself is loaded, Python says so; C++ that
+may not throw aborts, and C code of Python that loses its MemoryError ends in SystemError.)
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ GENERATE = {"max_new_tokens": 16, "batch": 2}
 HARMS = ("kill", "stop", "memory", "file", "disk")
 EXPECTED = {"kill": {-signal.SIGKILL}, "stop": {143, -signal.SIGTERM}, "memory": {2}, "file": {2}, "disk": {2},
             "none": {0}}  # fmt: skip
+NATIVE = {b"std::bad_alloc": -signal.SIGABRT, b"SystemError: error return without exception set": 1}  # lost in C or C++
 TIMED = ("timing.json", ".lock")  # what says how long it took and whose it was
 GROWTH = 0.03  # of the neighbour's memory, from the middle third of its cycles to the last: more is a leak
 SMALL = 32 * 2**20  # bytes of growth that say nothing in a short soak
@@ -206,7 +208,9 @@ class Soak:
         if harm == "none":
             self.seconds[kind] = seconds if kind not in self.seconds else (self.seconds[kind] + seconds) / 2
         early = harm == "memory" and status == 1 and b"run_command" not in said  # Python itself was still being loaded
-        wrong = (status not in EXPECTED[harm] | {0} and not early) or (status == 2 and not last.startswith("error: "))
+        native = harm == "memory" and any(text in said and status == end for text, end in NATIVE.items())
+        explained = status in EXPECTED[harm] | {0} or early or native
+        wrong = not explained or (status == 2 and not last.startswith("error: "))
         row = {"command": kind, "harm": harm, "after": round(delay, 2), "status": status, "seconds": round(seconds, 2)}
         row |= {"said": last} if status not in (0, -signal.SIGKILL) else {}
         self.note(row | ({"stderr": "\n".join(lines)[-4000:]} if wrong else {}))
