@@ -23,7 +23,7 @@ from minipeft.training.watch import LOST_STATUS, LostProcess
 SETTINGS = {"method": "lora", "targets": ("c_attn",), "rank": 2, "dropout": 0.2, "steps": 4, "accumulate": 4,
             "length": 64, "held_out": 3, "evaluate_every": 2, "save_every": 1}  # fmt: skip
 IGNORED = {"timing.json", ".lock"}
-LIMIT = 60.0  # seconds after which processes that hang are killed, and the test fails
+LIMIT = 180.0  # seconds after which processes that hang are killed, and the test fails
 
 
 def start(rank: int, size: int, port: int, out: Path, action: Callable[[], object]) -> int:
