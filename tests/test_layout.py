@@ -53,6 +53,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "__init__": "tests/test_imports.py",
     "models/quantized": "tests/models/test_quantize.py",
     "data/messages": "tests/data/test_forms.py",
+    "runs/preparation": "tests/runs/test_finetune.py",
     "data/sandbox": "tests/data/test_chat.py",
     "data/rows": "tests/data/test_packing.py",
     "data/tokenizer_files": "tests/data/test_tokens.py",

@@ -22,7 +22,7 @@ from minipeft.errors import InputError, check_fields, escape, option
 from minipeft.hub import fetch
 from minipeft.models.checkpoint import read_config
 from minipeft.runs.config import DataConfig, ModelConfig
-from minipeft.runs.finetune import prepare
+from minipeft.runs.preparation import prepare
 
 PERCENTILES = (0, 25, 50, 75, 95, 99, 100)
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"  # on a terminal; elsewhere brackets mark the supervised text

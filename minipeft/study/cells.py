@@ -35,7 +35,8 @@ from minipeft.generation import GenerateConfig
 from minipeft.metrics.scores import Scores, score_texts
 from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_answers
 from minipeft.runs.config import RunConfig
-from minipeft.runs.finetune import finetune, pack_held_out
+from minipeft.runs.finetune import finetune
+from minipeft.runs.preparation import pack_held_out
 from minipeft.runs.process import Stopped, peak_memory
 from minipeft.study.data import QUESTIONS, encode_rows
 from minipeft.study.rows import Row, Training

@@ -12,7 +12,7 @@ from minipeft.data.packing import PackConfig, pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
 from minipeft.runs.config import collect_settings
-from minipeft.runs.finetune import pack_held_out
+from minipeft.runs.preparation import pack_held_out
 from minipeft.study import prefix_experiment as experiment
 from minipeft.study.prefix_experiment import Trial, conclude, format_loss, make_grids
 from minipeft.study.presets import Base, StudyConfig, make_cells

@@ -16,6 +16,7 @@ import transformers
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
 from minipeft.runs import finetune as tuning
+from minipeft.runs import preparation
 from minipeft.runs.config import run_config
 from minipeft.training import loop
 from minipeft.training.processes import Processes
@@ -87,7 +88,7 @@ def test_no_rank_holds_a_copy_of_the_base(place: Path, tmp_path: Path) -> None:
     assert whole > 60e6
     write_tokenizer(tmp_path / "model")
     config = run_config("lora", model=str(tmp_path / "model"), data=str(place / "pairs.jsonl"), rank=2)
-    tokenizer = tuning.load_tokens(config.model)
+    tokenizer = preparation.load_tokens(config.model)
 
     def measure(action: Callable[[], object]) -> int:
         """How far the anonymous memory rises at most while an action runs."""
@@ -110,12 +111,12 @@ def test_no_rank_holds_a_copy_of_the_base(place: Path, tmp_path: Path) -> None:
         ctypes.CDLL(None).mallopt(
             -3, 2**16
         )  # M_MMAP_THRESHOLD: return freed tensors at once, as it does those above 32 MB
-        peak = measure(lambda: tuning.load_adapted(config, tokenizer, processes))
+        peak = measure(lambda: preparation.load_adapted(config, tokenizer, processes))
         assert peak < 0.4 * whole, (peak, whole)  # its quarter, and a block
         if processes.rank == 1:  # the control: a copy would be seen
-            assert measure(lambda: [p.detach().clone() for p in tuning.load_base(config, tokenizer).parameters()]) > (
-                0.75 * whole
-            )
+            assert measure(
+                lambda: [p.detach().clone() for p in preparation.load_base(config, tokenizer).parameters()]
+            ) > (0.75 * whole)
 
     run_joined(4, tmp_path / "logs", act, shard=True)
 

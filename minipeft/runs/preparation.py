@@ -1,0 +1,163 @@
+"""What a training run starts from: data, tokenizer, the model with its adapter, and the packed rows.
+
+Where several processes shard the base's weights, rank 0 alone loads them (training/sharding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minipeft.adapters import AdapterReport, add_adapter
+from minipeft.data.chat import ChatTemplate, load_chat_template
+from minipeft.data.encoded import Encoded
+from minipeft.data.examples import count_shared, split_by_question
+from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
+from minipeft.data.packing import Batch, Batches, PackConfig, pack
+from minipeft.data.tokens import Tokenizer, load_tokenizer
+from minipeft.errors import InputError
+from minipeft.hub import fetch
+from minipeft.models import Decoder
+from minipeft.models.checkpoint import load_model, read_config
+from minipeft.runs.config import DTYPES, DataConfig, ModelConfig, RunConfig
+from minipeft.runs.estimates import choose_row_length
+from minipeft.runs.planning import adapt_on_meta
+from minipeft.training.loop import TrainConfig
+from minipeft.training.processes import Processes
+
+HELD_OUT_LENGTH = 1024  # tokens of a row of held-out pairs
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, the model's tokenizer and, for chats, its chat template."""
+
+    data: Data
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+
+    @property
+    def format(self) -> DataFormat:
+        """Form and template, as the adapter's folder keeps them."""
+        return self.data.format if self.chat is None else DataFormat(CHAT, self.chat.text)
+
+
+def prepare(model: ModelConfig, given: DataConfig) -> Prepared:
+    """Read the data, the tokenizer and, for chats, the chat template."""
+    data = load_data(given.source, template=given.template, file=given.file, revision=given.revision)
+    chat = load_chat_template(model.source, revision=model.revision) if data.format.form == CHAT else None
+    return Prepared(data, load_tokens(model), chat)
+
+
+def load_tokens(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model."""
+    tokenizer = load_tokenizer(model.source, revision=model.revision)
+    return tokenizer if model.eos_token is None else tokenizer.with_eos(model.eos_token)
+
+
+def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
+    """Load the model to train; full tuning loads float32 weights."""
+    given = config.model
+    dtype = DTYPES[given.dtype] if given.dtype else torch.float32 if config.method.trains_base else None
+    model = load_model(
+        given.source,
+        dtype=dtype,
+        device=given.device,
+        revision=given.revision,
+        legacy_bin=given.legacy_bin,
+        quantize=given.quantize,
+    )
+    tokenizer.check_fits(model.config.vocab_size, given.source)
+    return model
+
+
+def in_host_memory(config: RunConfig) -> RunConfig:
+    """The config with a model that is loaded into host memory."""
+    return replace(config, model=replace(config.model, device="cpu"))
+
+
+def check_sharding(config: RunConfig, processes: Processes) -> None:
+    """Check that the base can be sharded, before it is loaded.
+
+    Raises:
+        InputError: it is quantized.
+    """
+    if processes.shards and config.model.quantize is not None:
+        problem = f"the codes and scales of a base in {config.model.quantize} cannot be sharded"
+        raise InputError(problem, where="shard", hint="Give --shard or --quantize: both save memory")
+
+
+def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) -> tuple[Decoder, AdapterReport]:
+    """Load the model and add the adapter; of sharded weights rank 0 alone, and the others build both without values."""
+    given, found = config.model, list[tuple[Decoder, AdapterReport]]()
+
+    def load() -> str:
+        model = load_base(in_host_memory(config) if processes.shards else config, tokenizer)
+        found.append((model, add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)))
+        return str(model.embedding.weight.dtype).removeprefix("torch.")
+
+    dtype = processes.lead(load) if processes.shards else load()
+    if not found:
+        base = read_config(fetch(given.source, ["config.json"], revision=given.revision) / "config.json")
+        found.append(adapt_on_meta(base, config.adapter, getattr(torch, dtype)))
+    model, report = found[0]
+    return model.eval(), report
+
+
+def load_whole(config: RunConfig, tokenizer: Tokenizer, whole: Mapping[str, Tensor]) -> Decoder:
+    """The tuned model in host memory, from its whole weights."""
+    model = load_base(in_host_memory(config), tokenizer)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(whole[name])
+    return model
+
+
+def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -> tuple[Batches, list[Batch]]:
+    """The batches to train on, and those held out."""
+    wanted, packing, data = config.data.held_out, config.packing, prepared.data
+    kept, held_out = split_by_question(data, wanted) if wanted else (data, None)
+    if held_out is not None and (shared := count_shared(kept, held_out)):
+        found = f"{shared} of the {len(held_out)} {data.format.noun} held out are also trained on"
+        say(f"warning: {found}: the held-out loss is too low")
+    batches = pack(
+        encode_data(kept, data.format, prepared.tokenizer, prepared.chat),
+        prepared.tokenizer,
+        length=choose_row_length(packing, model),
+        batch=packing.batch,
+        virtual_tokens=model.virtual_tokens,
+        seed=config.train.seed,
+        loss_mask=packing.loss_mask,
+        isolate=packing.isolate,
+    )
+    if held_out is None:
+        return batches, []
+    encoded = encode_data(held_out, data.format, prepared.tokenizer, prepared.chat)
+    return batches, pack_held_out(packing, model, prepared.tokenizer, encoded)
+
+
+def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, held_out: Encoded) -> list[Batch]:
+    """Pack the held-out examples into isolated rows, so that packing does not change the loss; the same for every seed.
+    The row length does not depend on the training rows', so that one is cut only if it exceeds HELD_OUT_LENGTH."""
+    rows = pack(
+        held_out,
+        tokenizer,
+        length=min(HELD_OUT_LENGTH, model.config.context),
+        batch=1,
+        virtual_tokens=model.virtual_tokens,
+        loss_mask=packing.loss_mask,
+        shuffle=False,
+    )
+    return list(rows)
+
+
+def set_steps(config: RunConfig, batches: int) -> TrainConfig:
+    """Set the number of training steps from the epochs, if the config gives none."""
+    if config.train.steps is not None:
+        return config.train
+    return replace(config.train, steps=max(1, round(config.epochs * batches / config.train.accumulate)))
