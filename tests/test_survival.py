@@ -513,7 +513,7 @@ def test_what_is_not_finite_is_never_saved(where: str, value: float, place: Path
 def test_an_ended_run_is_left_alone(place: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     out = place / "wanted"
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
-    monkeypatch.setattr(tuning, "load_model", None)  # not even the model is loaded
+    monkeypatch.setattr("minipeft.runs.preparation.load_model", None)  # not even the model is loaded
     lines: list[str] = []
     result = run(place, out, say=lines.append)
     assert lines == ["the run is complete: 0 steps left, nothing is written"]
@@ -608,7 +608,7 @@ def test_overwrite_starts_anew(place: Path, stopped: Path, wanted: dict[str, byt
 
 
 def test_a_bad_folder_is_found_before_the_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "load_model", None)
+    monkeypatch.setattr("minipeft.runs.preparation.load_model", None)
     (tmp_path / "file").write_text("")
     for out, said in (
         (tmp_path / "file", "is a file"),
