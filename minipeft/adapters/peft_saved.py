@@ -6,9 +6,9 @@
     base_model.model.<path>.lora_embedding_A [r, V]                   .lora_embedding_B [C, r]
 
 Which modules a file holds whole is read from its tensors: PEFT writes embedding and head by itself where the vocabulary
-was resized. For some of these files it also writes tensors that say nothing new; they are checked and left out:
+was resized. For some of these files it also writes tensors that hold nothing new, which are left out:
 
-    .modules_to_save.weight, .original_module.weight    beside .weight
+    .modules_to_save.weight, .original_module.weight    beside .weight: the same again, and the base's
     .base_layer.weight                                  of an adapted embedding or head: must be the base's own
     .token_adapter.base_layer.weight                    of a resized table, into which the trained rows go
 """
