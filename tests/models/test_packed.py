@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import minipeft
 from minipeft.generation import GenerateConfig, choose, generate
 from minipeft.models import FAMILIES, packed
-from minipeft.models.config import config_from
+from minipeft.models.config import parse_config
 from minipeft.models.packed import ROWS, PackedModel, PackedWeight, pack_weight
 from tests.test_generation import MAKERS, PROMPTS, SIZES, Letters
 
@@ -153,7 +153,7 @@ def test_the_nucleus_is_the_same_from_the_first_candidates_and_from_all(monkeypa
 
 
 def test_configs_of_other_sizes_pack_too():
-    config = config_from(FAMILIES["llama"].config, {**SIZES, "tie_word_embeddings": True})
+    config = parse_config(FAMILIES["llama"].config, {**SIZES, "tie_word_embeddings": True})
     model = FAMILIES["llama"].decoder(config)
     model.initialize(torch.Generator().manual_seed(0))
     model.bfloat16().float()
