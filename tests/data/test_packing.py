@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.data.encoded import Encoded, Example
+from minipeft.data.encoded import Encoded, Example, as_arrays
 from minipeft.data.packing import Batches, PackConfig, pack
 from minipeft.data.rows import fill_rows
 from minipeft.documents import IGNORED, PADDING, derive_seed
@@ -292,3 +292,15 @@ def test_a_chat_is_trained_on_where_it_says() -> None:
         assert (batches.report.targets, batches.report.left_out) == (3, 1)
     with pytest.raises(InputError, match="example 0: must end with EOS, which separates joined documents"):
         pack(chats, TOKENIZER, length=4, isolate=False)
+
+
+def test_what_is_no_tokenizer_is_refused() -> None:
+    with pytest.raises(InputError, match="tokenizer: 5 must be a Tokenizer"):
+        pack([Example([1, 2, 3], 1)], 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strange", [7, -1])
+def test_the_first_id_beyond_the_vocabulary_is_named_in_flat_arrays_too(strange: int) -> None:
+    tokenizer = SimpleNamespace(size=7, eos=2, pad=None, require_eos=lambda: 2)
+    with pytest.raises(InputError, match=f"examples: id {strange} is not one of the tokenizer's 7"):
+        pack(as_arrays([Example([1, strange, 6], 1)]), tokenizer)  # type: ignore[arg-type]
