@@ -96,11 +96,13 @@ class PackedModel:
 
 
 def can_pack(model: Decoder) -> bool:
-    """Whether this build of torch has the product for the model's device, and the memory has room for the copies."""
+    """Whether this build of torch has the product for the model's device, and the machine's memory holds weights and
+    copies in three quarters; not whether it is free now, so that a machine gives the same answers each time."""
     if model.embedding.weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return 4 * sum(module.weight.numel() for module in find_modules(model)) < free  # type: ignore[operator, misc]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    held = sum(p.nbytes for p in model.parameters() if not isinstance(p, QuantizedWeight))
+    return held + 2 * sum(module.weight.numel() for module in find_modules(model)) < 0.75 * memory  # type: ignore[operator, misc]
 
 
 def find_modules(model: Decoder) -> list[nn.Module]:
