@@ -29,6 +29,7 @@ CONFIGS: dict[str, Any] = {
     "pissa": minipeft.LoRAConfig(rank=2, init="pissa"),
     "ia3": minipeft.IA3Config(),
     "vera": minipeft.VeRAConfig(rank=4),
+    "ln_tuning": minipeft.LNTuningConfig(),
     "prefix": minipeft.PrefixConfig(3, reparam=4),
     "gated prefix": minipeft.PrefixConfig(3, gate=True),
     "prompt": minipeft.PromptConfig(3),

@@ -48,7 +48,8 @@ CLI = ("chat", "data", "flags", "generate", "inspect", "plan", "score", "streams
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys([f"models/{name}" for name in FAMILY_FILES], "tests/models/test_families.py"),
     **dict.fromkeys(
-        ("adapters/peft_ia3", "adapters/peft_targets", "adapters/peft_vera"), "tests/adapters/test_peft_format.py"
+        ("adapters/peft_ia3", "adapters/peft_ln_tuning", "adapters/peft_targets", "adapters/peft_vera"),
+        "tests/adapters/test_peft_format.py",
     ),
     "__init__": "tests/test_imports.py",
     "models/quantized": "tests/models/test_quantize.py",

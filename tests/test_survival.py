@@ -641,6 +641,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"dropout": 0.3},
     "lora, checkpointing": {"activation_checkpointing": True, "batch": 2},
+    "ln_tuning": {"method": "ln_tuning", "targets": "default"},
     "prefix": {"method": "prefix", "virtual_tokens": 3, "reparam_width": 8},
     "prompt": {"method": "prompt", "virtual_tokens": 3},
     "prompt, network": {"method": "prompt", "virtual_tokens": 3, "reparam_width": 8, "loss_mask": "response"},

@@ -6,6 +6,7 @@ LoRA      linears: W -> W + (alpha/r) B A            LoRAConfig     lora.py
 prefix    attention: [prefix_k ; k], [prefix_v ; v]  PrefixConfig   prefix.py
 prompt    embedding: [prompt ; x]                    PromptConfig   prompt.py
 VeRA      linears: W -> W + diag(b) B diag(d) A      VeRAConfig     vera.py
+LN        norms: trained gains and biases            LNTuningConfig ln_tuning.py
 
 `METHODS` holds one record for each; adding, removing, merging, saving, loading, planning and training read it.
 """
@@ -22,10 +23,18 @@ import torch
 from minipeft.adapters.embedding import describe_untied
 from minipeft.adapters.full import FullConfig, add_full, full_recipe, remove_full
 from minipeft.adapters.ia3 import IA3Config, add_ia3, ia3_recipe, merge_ia3, remove_ia3
+from minipeft.adapters.ln_tuning import (
+    LNTuningConfig,
+    add_ln_tuning,
+    ln_tuning_recipe,
+    merge_ln_tuning,
+    remove_ln_tuning,
+)
 from minipeft.adapters.lora import LoRAConfig, find_backend, lora_recipe, merge_lora, remove_lora
 from minipeft.adapters.lora_variants import add_lora
 from minipeft.adapters.method import Encoder, Method
 from minipeft.adapters.peft_ia3 import IA3_FORMAT
+from minipeft.adapters.peft_ln_tuning import LN_TUNING_FORMAT
 from minipeft.adapters.peft_lora import LORA_FORMAT
 from minipeft.adapters.peft_vera import VERA_FORMAT
 from minipeft.adapters.peft_virtual import PREFIX_FORMAT, PROMPT_FORMAT
@@ -54,8 +63,12 @@ IA3 = Method("ia3", "(IA)3", IA3Config, add_ia3, remove_ia3, ia3_recipe, merge_i
 PREFIX = Method("prefix", "prefix-tuning", PrefixConfig, add_prefix, remove_prefix, prefix_recipe, peft=PREFIX_FORMAT)
 PROMPT = Method("prompt", "prompt-tuning", PromptConfig, add_prompt, remove_prompt, prompt_recipe, peft=PROMPT_FORMAT)
 VERA = Method("vera", "VeRA", VeRAConfig, add_vera, remove_vera, vera_recipe, merge_vera, VERA_FORMAT)
+LN_TUNING = Method(
+    "ln_tuning", "LN-tuning", LNTuningConfig, add_ln_tuning, remove_ln_tuning, ln_tuning_recipe, merge_ln_tuning,
+    LN_TUNING_FORMAT,
+)  # fmt: skip
 
-METHODS: dict[str, Method] = {method.name: method for method in (FULL, LORA, IA3, PREFIX, PROMPT, VERA)}
+METHODS: dict[str, Method] = {method.name: method for method in (FULL, LORA, IA3, PREFIX, PROMPT, VERA, LN_TUNING)}
 AdapterConfig = Any  # the config of one of METHODS
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def fit_ia3(
     config: IA3Config, given: Mapping[str, Any], model: Decoder, header: Mapping[str, TensorInfo]
 ) -> tuple[IA3Config, list[str]]:
     """Read target_modules and exclude_modules; an excluded linear is not scaled at its input either."""
-    config, notes = fit_targets(config, given, model, "ia3")
+    config, notes = fit_targets(
+        config, given, model, partial(find_targets, default=model.family.default_targets["ia3"])
+    )
     if given.get("exclude_modules") and config.feedforward:
         inner = find_targets(model, config.feedforward, model.family.default_targets["ia3_feedforward"])
         config = dataclasses.replace(config, feedforward=tuple(path for path in inner if path in config.targets))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from minipeft.adapters.peft_saved import (
 )
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
 from minipeft.adapters.pissa import RESIDUAL
-from minipeft.adapters.targets import list_embeddings
+from minipeft.adapters.targets import find_targets, list_embeddings
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 from minipeft.tensor_files import TensorInfo
@@ -151,7 +152,8 @@ def fit_lora(
     config: LoRAConfig, given: Mapping[str, Any], model: Decoder, header: Mapping[str, TensorInfo]
 ) -> tuple[LoRAConfig, list[str]]:
     """Read the targets and the parts of the base as the tensors show them; ensure_weight_tying adds the head."""
-    config, notes = fit_targets(config, given, model, "lora", tables=True)
+    find = partial(find_targets, default=model.family.default_targets["lora"], tables=True)
+    config, notes = fit_targets(config, given, model, find)
     if given.get("ensure_weight_tying") and f"{ROOT}lm_head.lora_A.weight" in header:
         paths = list(choose_ranks(model, config))
         config = dataclasses.replace(config, targets=(*(path for path in paths if path != "lm_head"), "lm_head"))

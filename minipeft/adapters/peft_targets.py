@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minipeft.adapters.patterns import match_paths
-from minipeft.adapters.targets import Targets, find_targets
+from minipeft.adapters.targets import Targets, is_named
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 
@@ -47,10 +47,15 @@ def read_layers(given: Mapping[str, Any]) -> Any:
 
 
 def fit_targets(
-    config: Any, given: Mapping[str, Any], model: Decoder, method: str, *, tables: bool = False
+    config: Any,
+    given: Mapping[str, Any],
+    model: Decoder,
+    find: Callable[[Decoder, Targets], list[str]],
+    kind: str = "linear layer",
 ) -> tuple[Any, list[str]]:
     """Read target_modules as PEFT does, where the tensors say what is adapted: a name that matches nothing counts for
-    nothing, if another one matches, and the linears of exclude_modules are taken away. Returns notes on the first.
+    nothing, if another one matches, and the modules of exclude_modules are taken away. Returns notes on the first.
+    `find` finds the paths that targets name, modules of this `kind`.
 
     Raises:
         InputError: exclude_modules is malformed, or leaves no target.
@@ -63,17 +68,12 @@ def fit_targets(
             targets = tuple(name for name in targets if name not in unmatched)
             notes.append(f"target_modules: {', '.join(map(repr, unmatched))} matches nothing in this model")
     if excluded := given.get("exclude_modules"):
-        paths = find_targets(model, targets, model.family.default_targets[method], tables=tables)
+        paths = find(model, targets)
         out = read_excluded(paths, excluded)
         targets = tuple(path for path in paths if path not in out)
         if not targets:
-            raise InputError(f"{excluded!r} leaves no linear layer", where="exclude_modules")
+            raise InputError(f"{excluded!r} leaves no {kind}", where="exclude_modules")
     return dataclasses.replace(config, targets=targets), notes
-
-
-def is_named(path: str, name: str) -> bool:
-    """Whether a path is this name, or ends in it."""
-    return path == name or path.endswith("." + name)
 
 
 def read_excluded(paths: list[str], excluded: Any) -> set[str]:

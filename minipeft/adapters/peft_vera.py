@@ -7,6 +7,7 @@ base_model.vera_A [r, widest in]                  base_model.vera_B [widest out,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from minipeft.adapters.method import PeftFormat
 from minipeft.adapters.peft_targets import ROOT, check_blocks, fit_targets, make_targets_json, read_layers, read_targets
+from minipeft.adapters.targets import find_targets
 from minipeft.adapters.vera import Projection, VeRAConfig, find_shapes, find_vera_layers
 from minipeft.models import Decoder
 
@@ -91,7 +93,8 @@ VERA_FORMAT = PeftFormat(
     tensors=own_tensors,
     fill=fill_vera,
     check=check_blocks,
-    fit=lambda config, given, model, header: fit_targets(config, given, model, "lora"),
+    fit=lambda config, given, model, header: fit_targets(
+        config, given, model, partial(find_targets, default=model.family.default_targets["lora"])),
     describe=lambda given, header: {"rank": given.get("r"), "targets": given.get("target_modules")},
     fields={"rank": "r", "dropout": "vera_dropout", "targets": "target_modules", "layers": "layers_to_transform"},
     known=frozenset({"d_initial", "fan_in_fan_out", "init_weights", "layers_pattern", "layers_to_transform",

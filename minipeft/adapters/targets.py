@@ -119,7 +119,7 @@ def find_by_pattern(model: Decoder, pattern: str, paths: list[str], refused: lis
 
 def find_by_name(model: Decoder, name: str, paths: list[str], refused: list[str]) -> list[str]:
     """The paths that are `name` or end in it."""
-    named = lambda paths: [path for path in paths if path == name or path.endswith("." + name)]
+    named = lambda paths: [path for path in paths if is_named(path, name)]
     found = named(paths)
     if not found:
         for path in named(refused):
@@ -127,6 +127,11 @@ def find_by_name(model: Decoder, name: str, paths: list[str], refused: list[str]
         known = sorted({path.rsplit(".", 1)[-1] for path in list_linears(model)})
         raise InputError(f"no linear layer is named {name!r}; this model has {known}", where="targets")
     return found
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a path is this name, or ends in it."""
+    return path == name or path.endswith("." + name)
 
 
 def refuse(model: Decoder, path: str) -> None:

@@ -26,6 +26,7 @@ class Family:
     blocks: str = "model.layers"
     norm: str = "model.norm"  # the last one, before the head
     layers_field: str = "num_hidden_layers"  # of config.json
+    tuned_norms: tuple[str, ...] = ()  # LN-tuning's default, where HF PEFT trains not all norms of the residual stream
     transposed: tuple[str, ...] = ()  # suffixes of weights stored as [in, out]
     optional_prefix: str = ""  # prefix of every name but the head's, which some files omit
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # suffixes of tensors in old files that are not parameters

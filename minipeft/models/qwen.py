@@ -21,6 +21,7 @@ from minipeft.models.layered import LayeredConfig
 from minipeft.models.llama import Attention, Block, Llama, RMSNorm
 
 TARGETS = {"lora": ("q_proj", "v_proj"), "ia3": ("q_proj", "v_proj", "down_proj"), "ia3_feedforward": ("down_proj",)}
+TUNED_NORMS = ("post_attention_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -93,5 +94,5 @@ class Qwen3(Llama):
     block = Qwen3Block
 
 
-Qwen2.record = QWEN2 = Family("qwen2", Qwen2Config, Qwen2, TARGETS)
-Qwen3.record = QWEN3 = Family("qwen3", Qwen3Config, Qwen3, TARGETS)
+Qwen2.record = QWEN2 = Family("qwen2", Qwen2Config, Qwen2, TARGETS, tuned_norms=TUNED_NORMS)
+Qwen3.record = QWEN3 = Family("qwen3", Qwen3Config, Qwen3, TARGETS, tuned_norms=TUNED_NORMS)

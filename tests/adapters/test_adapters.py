@@ -11,6 +11,7 @@ import minipeft
 from minipeft.adapters import (
     FullConfig,
     IA3Config,
+    LNTuningConfig,
     LoRAConfig,
     PrefixConfig,
     PromptConfig,
@@ -32,6 +33,7 @@ LINEARS = {
     "gaussian": LoRAConfig(rank=4, alpha=8.0, init="gaussian", targets="default"),
     "vera": VeRAConfig(rank=8, targets="all-linear"),
     "ia3": IA3Config(),
+    "ln_tuning": LNTuningConfig(),
 }
 EVERY = {
     **LINEARS,

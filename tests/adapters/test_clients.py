@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 import minipeft
-from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter
+from minipeft.adapters import IA3Config, LNTuningConfig, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter
 from minipeft.adapters.embedding import LoRAEmbedding
 from minipeft.adapters.lora import find_all_layers
 from minipeft.models import FAMILIES
@@ -45,6 +45,7 @@ ADAPTERS: dict[str, tuple[Any, bool]] = {  # the config, and whether it is saved
     "trainable_token_indices": (lora(trainable_token_indices=(3, 7)), False),
     "(IA)3": (IA3Config(), False),
     "VeRA": (VeRAConfig(8), False),
+    "LN-tuning": (LNTuningConfig(), False),
     "prefix": (PrefixConfig(3, init="peft"), False),
     "gated prefix": (PrefixConfig(3, init="peft", gate=True), False),
     "prompt": (PromptConfig(3, init="vocab"), False),

@@ -14,7 +14,16 @@ import transformers
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 
-from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter, remove_adapter
+from minipeft.adapters import (
+    IA3Config,
+    LNTuningConfig,
+    LoRAConfig,
+    PrefixConfig,
+    PromptConfig,
+    VeRAConfig,
+    add_adapter,
+    remove_adapter,
+)
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
@@ -30,6 +39,7 @@ ALL = {"gpt2": ["c_attn", "c_proj", "c_fc"],
        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}  # fmt: skip
 PATTERNS = {"gpt2": ("attn.c_proj", "1.mlp.c_fc"), "llama": ("v_proj", "1.mlp.gate_proj")}
 REGEX = {"gpt2": r".*\.[02]\.attn\.c_(attn|proj)", "llama": r"model\.layers\.[02]\.self_attn\.(q|o)_proj"}
+LAST = {"gpt2": r".*\.(2\.ln_1|ln_f)", "llama": r"model\.(layers\.2\.input_layer)?norm"}
 STABLE = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
     "lora_dropout", "target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights",
@@ -64,6 +74,7 @@ def lora_cases(kind):
 def cases(kind):
     inner = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"]}[kind]
     ia3 = lambda **given: peft.IA3Config(task_type="CAUSAL_LM", **given)
+    norms = lambda **given: peft.LNTuningConfig(task_type="CAUSAL_LM", **given)
     vera = lambda **given: peft.VeraConfig(task_type="CAUSAL_LM", **given)
     key = {"projection_prng_key": 5, "save_projection": False}
     return {
@@ -77,6 +88,8 @@ def cases(kind):
             vera(r=8, target_modules=ALL[kind], d_initial=0.3, **key),
             VeRAConfig(8, targets="all-linear", d_initial=0.3, **key),
         ),
+        "ln_tuning": (norms(), LNTuningConfig()),
+        "ln_tuning regex": (norms(target_modules=LAST[kind]), LNTuningConfig(LAST[kind])),
         "ia3": (ia3(), IA3Config()),
         "ia3 inner": (
             ia3(target_modules=inner, feedforward_modules=inner),

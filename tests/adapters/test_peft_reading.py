@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BASE = "model.layers.0.self_attn"
 lora = lambda **given: peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, **given})
 ia3 = lambda **given: peft.IA3Config(task_type="CAUSAL_LM", **given)
+ln_tuning = lambda **given: peft.LNTuningConfig(task_type="CAUSAL_LM", **given)
 vera = lambda **given: peft.VeraConfig(task_type="CAUSAL_LM", r=8, **given)
 QKV, ALL = ["q_proj", "k_proj", "v_proj"], "all-linear"
 READ = {  # PEFT's config, keys that another tool adds to it, and the note
@@ -38,6 +39,8 @@ READ = {  # PEFT's config, keys that another tool adds to it, and the note
     "exclude of the default": (lora(exclude_modules=["0.self_attn.q_proj"]), {}, None),
     "exclude and layers": (lora(target_modules=QKV, exclude_modules=["k_proj"], layers_to_transform=[0, 2]), {}, None),
     "ia3 exclude": (ia3(exclude_modules=["1.mlp.down_proj", "k_proj"]), {}, None),
+    "ln_tuning exclude": (ln_tuning(exclude_modules=["1.input_layernorm", "norm"]), {}, None),
+    "ln_tuning with one": (ln_tuning(target_modules=["norm", "x"]), {}, "target_modules: 'x' matches nothing"),
     "vera with one": (vera(target_modules=["o_proj", "x"]), {}, "target_modules: 'x' matches nothing"),
     "a name of other models": (lora(target_modules=[*QKV, "W_pack"]), {},
                                "target_modules: 'W_pack' matches nothing in this model"),

@@ -12,7 +12,16 @@ import torch
 import transformers
 
 import minipeft
-from minipeft.adapters import FullConfig, IA3Config, LoRAConfig, PrefixConfig, PromptConfig, VeRAConfig, add_adapter
+from minipeft.adapters import (
+    FullConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoRAConfig,
+    PrefixConfig,
+    PromptConfig,
+    VeRAConfig,
+    add_adapter,
+)
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.switching import AdapterSet, disabled
@@ -31,6 +40,7 @@ METHODS = {
     "lora_bias": LoRAConfig(4, 8.0, lora_bias=True),
     "ia3": IA3Config(),
     "vera": VeRAConfig(8, targets="all-linear"),
+    "ln_tuning": LNTuningConfig(),
     "prefix": PrefixConfig(3, init="peft"),
     "prefix with MLP": PrefixConfig(3, init="peft", reparam=8, windowed=True),
     "gated prefix": PrefixConfig(3, init="peft", gate=True),

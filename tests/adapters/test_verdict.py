@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import minipeft
-from minipeft.adapters import FULL, IA3Config, LoRAConfig, PrefixConfig, VeRAConfig, add_adapter
+from minipeft.adapters import FULL, IA3Config, LNTuningConfig, LoRAConfig, PrefixConfig, VeRAConfig, add_adapter
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.verdict import MergeReport
 from minipeft.errors import InputError
@@ -41,6 +41,7 @@ METHODS = {
     "pissa": LoRAConfig(rank=4, init="pissa"),
     "ia3": IA3Config(),
     "vera": VeRAConfig(rank=8),
+    "ln_tuning": LNTuningConfig(),
 }
 
 

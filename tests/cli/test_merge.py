@@ -112,5 +112,5 @@ def test_a_prompt_adapter_is_refused(folder: Path, tmp_path: Path, run: Run) -> 
     words = ["--model", folder / "model", "--adapter", tmp_path / "prompt", "--data", "demo"]
     status, _, err = run("merge", *words, "--out", tmp_path / "out")
     assert status == 2
-    assert "merge_adapter: the model holds prompt; only LoRA and (IA)3 and VeRA merge into weights" in err
+    assert "merge_adapter: the model holds prompt; only LoRA and (IA)3 and VeRA and LN-tuning merge into weights" in err
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import minipeft
+from minipeft.adapters.ln_tuning import list_default_names
 from minipeft.documents import PADDING, VIRTUAL
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, REFUSED
@@ -92,6 +93,7 @@ METHODS = {
     "lora": minipeft.LoRAConfig(rank=3, targets="all-linear"),
     "dora": minipeft.LoRAConfig(rank=3, targets="all-linear", dora=True),
     "ia3": minipeft.IA3Config(),
+    "ln_tuning": minipeft.LNTuningConfig(),
     "prefix": minipeft.PrefixConfig(length=4),
     "prompt": minipeft.PromptConfig(length=4),
 }
@@ -403,7 +405,7 @@ class TestAdapters:
         assert torch.equal(again.eval()(rows()), model.eval()(rows()))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "ln_tuning")])
 @pytest.mark.parametrize("family", PEERS)
 def test_a_quantized_base_is_the_base_of_its_values(family, method):
     """Every answer and gradient is that of a plain base which holds the dequantized values."""
@@ -431,7 +433,8 @@ def test_a_quantized_base_is_the_base_of_its_values(family, method):
         assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt"])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln_tuning", "prefix", "prompt"])
 @pytest.mark.parametrize("family", PEERS)
 class TestFilesOfPeft:
     @torch.no_grad()
@@ -468,6 +471,8 @@ def peft_config(family, method):
     if method == "ia3":
         return peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets["ia3"],
                               feedforward_modules=targets["ia3_feedforward"])  # fmt: skip
+    if method == "ln_tuning":
+        return peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=list(list_default_names(rich_model(family))))
     if method == "prefix":
         return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     if method == "prompt":

@@ -18,6 +18,7 @@ METHODS = {
     "dora": {"rank": 3},
     "pissa": {"rank": 3},
     "ia3": {},
+    "ln_tuning": {},
     "prefix": {"virtual_tokens": 3},
     "prefix, MLP": {"virtual_tokens": 3, "reparam_width": 7},
     "prefix, gate": {"virtual_tokens": 3, "gate": True, "init": "normal"},
