@@ -143,14 +143,15 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     state, clock = restore(run, model, config.model.device, processes)
     for note in run.notes:
         say(f"note: {note}")
-    say(estimate(config, settings, model, batches, held_out))
     if slow := describe_slow_dtype(model):
         say(f"note: {slow}")
     for line in describe_sharing(settings.accumulate, processes):
         say(line)
     work = Work(config, settings, model, batches, held_out, state, clock, processes)
-    with explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device):
-        result = train_and_save(run, work)
+    memory = explain_memory(config.packing.batch, choose_row_length(config.packing, model), config.model.device)
+    with stopping() as signals, memory:  # from the estimate on, a signal ends the run with a saved step
+        say(estimate(config, settings, model, batches, held_out))
+        result = train_and_save(run, work, signals)
     sharded = processes.shards and config.method.trains_base
     whole = processes.gather_whole(trained(model)) if sharded else {}
 
@@ -241,8 +242,8 @@ class Work:
     processes: Processes
 
 
-def train_and_save(run: Run, work: Work) -> dict[str, Any]:
-    """Train to the end: log each step, evaluate and save at their intervals, stop at a signal."""
+def train_and_save(run: Run, work: Work, signals: list[int]) -> dict[str, Any]:
+    """Train to the end: log each step, evaluate and save at their intervals, stop once `signals` holds one."""
     config, settings, model, state, processes = work.config, work.settings, work.model, work.state, work.processes
     every = choose_evaluation_interval(config, work.batches)
     resumed_at, clock = state.step, work.clock
@@ -264,7 +265,7 @@ def train_and_save(run: Run, work: Work) -> dict[str, Any]:
         run.save(model, *held)
         clock = clock.write(run)
 
-    with stopping() as signals, show_steps(settings, state, processes) as bar:
+    with show_steps(settings, state, processes) as bar:
         if state.step == 0 and work.held_out:
             loss = evaluate(model, work.held_out, processes)
             processes.lead(lambda: run.log({"step": 0, "dev_loss": loss}))

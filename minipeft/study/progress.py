@@ -173,5 +173,8 @@ def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float,
 
 
 def count_lines(file: Path) -> int:
-    """Count the lines of a file; 0 for a missing one."""
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    """Count the lines of a file; 0 for a missing one, or one that its cell is just renaming."""
+    try:
+        return file.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0

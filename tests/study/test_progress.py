@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from minipeft.study.presets import Base, StudyConfig, make_cells
-from minipeft.study.progress import Forecast, estimate_work
+from minipeft.study.progress import Forecast, count_lines, estimate_work
 
 QUESTIONS = 168
 DEMO = Base("demo", 4_339_200, "gpt2", 190, 512)
@@ -90,3 +90,9 @@ def test_two_workers_halve_the_time_left():
     for cell in "bc":
         two.finish(cell, 8.0)
     assert two.seconds_left(8.0) == pytest.approx(10 * 1.6), "a single cell has one worker"
+
+
+def test_a_file_that_is_renamed_while_it_is_counted_has_no_lines(tmp_path, monkeypatch):
+    """A cell renames its answers when they are complete; a study on a busy machine ended there."""
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    assert count_lines(tmp_path / "predictions.jsonl.part") == 0
