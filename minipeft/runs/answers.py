@@ -35,15 +35,16 @@ from minipeft.data.forms import (
     read_format,
 )
 from minipeft.data.templates import read_template
-from minipeft.data.tokens import Tokenizer, load_tokenizer
+from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError, check_fields, check_path, option
 from minipeft.files import name_type, parse_json, read_text, write_whole
 from minipeft.generation import Answer, GenerateConfig, answer, generate
 from minipeft.hub import fetch
 from minipeft.models import Decoder
-from minipeft.models.checkpoint import check_device, load_model
-from minipeft.runs.config import DTYPES, ModelConfig
+from minipeft.models.checkpoint import check_device
+from minipeft.runs.config import ModelConfig
 from minipeft.runs.folder import check_alike
+from minipeft.runs.preparation import load_checked, load_tokens
 from minipeft.training.processes import Processes, check_processes
 
 
@@ -125,19 +126,8 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
     """Load the model, its adapter if given, and the tokenizer; `say` gets the notes on the adapter's files."""
     given = config.model
     check_device(given.device)
-    tokenizer = load_tokenizer(given.source, revision=given.revision)
-    if given.eos_token is not None:
-        tokenizer = tokenizer.with_eos(given.eos_token)
-    dtype = None if given.dtype is None else DTYPES[given.dtype]
-    model = load_model(
-        given.source,
-        dtype=dtype,
-        device=given.device,
-        revision=given.revision,
-        legacy_bin=given.legacy_bin,
-        quantize=given.quantize,
-    )
-    tokenizer.check_fits(model.config.vocab_size, given.source)
+    tokenizer = load_tokens(given)
+    model = load_checked(given, tokenizer)
     if config.adapter is not None:
         report = load_adapter(
             model, config.adapter, revision=config.adapter_revision, legacy_bin=config.model.legacy_bin

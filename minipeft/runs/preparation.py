@@ -63,10 +63,15 @@ def load_tokens(model: ModelConfig) -> Tokenizer:
 def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
     """Load the model to train; full tuning loads float32 weights."""
     given = config.model
-    dtype = DTYPES[given.dtype] if given.dtype else torch.float32 if config.method.trains_base else None
+    return load_checked(given, tokenizer, torch.float32 if config.method.trains_base and not given.dtype else None)
+
+
+def load_checked(given: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> Decoder:
+    """Load a model as its config says, with the tokenizer's ids checked against its vocabulary. `dtype` holds where the
+    config names none; None is the file's own."""
     model = load_model(
         given.source,
-        dtype=dtype,
+        dtype=DTYPES[given.dtype] if given.dtype else dtype,
         device=given.device,
         revision=given.revision,
         legacy_bin=given.legacy_bin,

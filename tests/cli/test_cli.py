@@ -350,8 +350,8 @@ def limited(*arguments, **named):
     resource.setrlimit(resource.RLIMIT_AS, (held + 2**20, held + 2**20))
     return load(*arguments, **named)
 
-from minipeft.runs import answers
-load, answers.load_model = answers.load_model, limited
+from minipeft.runs import preparation
+load, preparation.load_model = preparation.load_model, limited
 sys.exit(cli.main(sys.argv[1:]))
 """
 
