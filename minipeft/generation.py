@@ -33,7 +33,7 @@ from minipeft.errors import (
 from minipeft.models import Decoder
 from minipeft.models.packed import PackedModel
 
-PACKED_FROM = 16  # max_new_tokens from which packing costs less time than it saves
+PACKED_FROM = 16  # max_new_tokens from which the weights are packed, which takes time itself
 CANDIDATES = 64  # tokens in which the nucleus is looked for first
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 

@@ -82,7 +82,7 @@ class Rows:
 
 
 def cut_each(encoded: Encoded, responses: bool, width: int) -> Documents:
-    """Each example as a document, cut to `width`."""
+    """Take each example as a document, truncated to `width` tokens."""
     return Documents(encoded, encoded.starts[:-1], np.minimum(encoded.lengths, width), responses)
 
 

@@ -7,7 +7,7 @@ in float32. Nothing is rounded if every weight is a float16, up to one power of 
     y = x (2^k W)^T 2^-k        k: the largest |2^k w| lies in [2^14, 2^15)
 
 Weights that were stored in bfloat16 or float16 are (a bfloat16 down to 2^-32 of the largest). A tensor that is not is
-left as it is. The copy takes two bytes a weight while the context is open.
+left as it is. The copies take two bytes a weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from minipeft.models.decoder import Decoder
 from minipeft.models.quantized import QuantizedWeight
 
-ROWS = 64  # rows of x up to which the packed product is used; from there on the plain one is as fast
+ROWS = 64  # rows of x up to which the packed product is used: decoding, not the pass over the prompts
 
 
 class PackedWeight(Tensor):

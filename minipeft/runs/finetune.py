@@ -230,7 +230,7 @@ def finish(
 
 @dataclass(frozen=True)
 class Work:
-    """The parts of a run: config, training settings, model, data, state, the time that it took so far, processes."""
+    """The parts of a run: config, training settings, model, data, training state, elapsed time and processes."""
 
     config: RunConfig
     settings: TrainConfig

@@ -1,4 +1,4 @@
-"""The processes of one training: what the loop asks of them, and the answers of a process that trains alone.
+"""The interface of the processes that share a training, and its implementation for a single process.
 
 Data parallel training: each of W processes (rank 0 ... W - 1) holds the whole model and computes the gradients of
 every W-th micro-batch of a step; the sums reach all of them, and all take the same optimizer step. Rank 0 alone reads
@@ -35,7 +35,7 @@ class ParallelConfig:
 
 
 class Processes(Protocol):
-    """What a training asks of the processes that share it."""
+    """The interface between the training loop and the processes that share a training."""
 
     rank: int
     size: int
@@ -51,13 +51,13 @@ class Processes(Protocol):
         """[function(0), ..., function(count - 1)], each computed by one process."""
 
     def lead(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 alone; all get its value (of JSON), or raise its InputError."""
+        """Run `action` on rank 0 alone; every process returns its value (JSON) or raises its InputError."""
 
     def exchange(self, value: T) -> list[T]:
-        """The values (of JSON) that all give, in the order of their ranks."""
+        """Gather a JSON value from every process, in rank order."""
 
     def agree(self, number: int) -> int:
-        """The largest number that any process gives."""
+        """Return the largest number that any process passes."""
 
     def share(self, tensors: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
         """Copy rank 0's `whole` tensors into `tensors`, of a sharded one each its shard."""
@@ -73,7 +73,7 @@ class Processes(Protocol):
 
 
 class Alone:
-    """One process that trains alone."""
+    """A single process, which trains alone."""
 
     rank, size, exact, shards = 0, 1, True, False
 
