@@ -44,7 +44,7 @@ from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device
 from minipeft.runs.config import ModelConfig
 from minipeft.runs.folder import check_alike
-from minipeft.runs.preparation import load_checked, load_tokens
+from minipeft.runs.preparation import load_given, load_tokens
 from minipeft.training.processes import Processes, check_processes
 
 
@@ -127,13 +127,14 @@ def load_tuned(config: AnswersConfig, say: Callable[[str], None] = print) -> tup
     given = config.model
     check_device(given.device)
     tokenizer = load_tokens(given)
-    model = load_checked(given, tokenizer)
+    model = load_given(given)
     if config.adapter is not None:
         report = load_adapter(
             model, config.adapter, revision=config.adapter_revision, legacy_bin=config.model.legacy_bin
         )
         for note in report.notes:
             say(f"note: {note}")
+    tokenizer.check_fits(model.config.vocab_size, given.source)  # after the adapter, which may have resized it
     if config.merge:
         merge_adapter(model)
     return model, tokenizer

@@ -60,16 +60,15 @@ def load_tokens(model: ModelConfig) -> Tokenizer:
     return tokenizer if model.eos_token is None else tokenizer.with_eos(model.eos_token)
 
 
-def load_base(config: RunConfig, tokenizer: Tokenizer) -> Decoder:
+def load_base(config: RunConfig) -> Decoder:
     """Load the model to train; full tuning loads float32 weights."""
     given = config.model
-    return load_checked(given, tokenizer, torch.float32 if config.method.trains_base and not given.dtype else None)
+    return load_given(given, torch.float32 if config.method.trains_base and not given.dtype else None)
 
 
-def load_checked(given: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> Decoder:
-    """Load a model as its config says, with the tokenizer's ids checked against its vocabulary. `dtype` holds where the
-    config names none; None is the file's own."""
-    model = load_model(
+def load_given(given: ModelConfig, dtype: torch.dtype | None = None) -> Decoder:
+    """Load a model as its config says. `dtype` holds where the config names none; None is the file's own."""
+    return load_model(
         given.source,
         dtype=DTYPES[given.dtype] if given.dtype else dtype,
         device=given.device,
@@ -77,8 +76,6 @@ def load_checked(given: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype | 
         legacy_bin=given.legacy_bin,
         quantize=given.quantize,
     )
-    tokenizer.check_fits(model.config.vocab_size, given.source)
-    return model
 
 
 def in_host_memory(config: RunConfig) -> RunConfig:
@@ -98,12 +95,18 @@ def check_sharding(config: RunConfig, processes: Processes) -> None:
 
 
 def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) -> tuple[Decoder, AdapterReport]:
-    """Load the model and add the adapter; of sharded weights rank 0 alone, and the others build both without values."""
+    """Load the model and add the adapter; of sharded weights rank 0 alone, and the others build both without values.
+
+    Raises:
+        InputError: the tokenizer has ids beyond the vocabulary, which the adapter may have resized.
+    """
     given, found = config.model, list[tuple[Decoder, AdapterReport]]()
 
     def load() -> str:
-        model = load_base(in_host_memory(config) if processes.shards else config, tokenizer)
-        found.append((model, add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)))
+        model = load_base(in_host_memory(config) if processes.shards else config)
+        report = add_adapter(model, config.adapter, tokenizer, seed=config.train.seed)
+        tokenizer.check_fits(model.config.vocab_size, given.source)
+        found.append((model, report))
         return str(model.embedding.weight.dtype).removeprefix("torch.")
 
     dtype = processes.lead(load) if processes.shards else load()
@@ -114,9 +117,9 @@ def load_adapted(config: RunConfig, tokenizer: Tokenizer, processes: Processes) 
     return model.eval(), report
 
 
-def load_whole(config: RunConfig, tokenizer: Tokenizer, whole: Mapping[str, Tensor]) -> Decoder:
+def load_whole(config: RunConfig, whole: Mapping[str, Tensor]) -> Decoder:
     """The tuned model in host memory, from its whole weights."""
-    model = load_base(in_host_memory(config), tokenizer)
+    model = load_base(in_host_memory(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(whole[name])
