@@ -88,6 +88,11 @@ class Run:
         self.lock.truncate(0)
         self.lock.close()
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether this process began the run and has logged and saved nothing yet."""
+        return self.lock is not None and not self.resumed and self.written is None and not self.log_bytes
+
     def log(self, entry: Mapping[str, object]) -> None:
         """Append a line to the log; it survives a resume once the next checkpoint is written."""
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()

@@ -44,7 +44,7 @@ from minipeft.runs.estimates import (
     describe_slow_dtype,
     estimate,
 )
-from minipeft.runs.folder import RESULT, RUN, TIMING, check_alike, check_folder, writing
+from minipeft.runs.folder import RESULT, RUN, TIMING, check_alike, check_folder, withdraw_run, writing
 from minipeft.runs.preparation import (
     Prepared,
     Say,
@@ -124,6 +124,10 @@ def finetune(
                 say("the run is complete: 0 steps left, nothing is written")
                 return result
             return do_run(run, config, prepared, say, processes)
+        except InputError:
+            if run.is_untouched:  # the model, adapter and rows were refused: the same command, mended, starts afresh
+                withdraw_run(out, fresh)
+            raise
         finally:
             run.close()
 
@@ -156,7 +160,7 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     whole = processes.gather_whole(trained(model)) if sharded else {}
 
     def end() -> dict[str, Any]:
-        tuned = replace(work, model=load_whole(config, tokenizer, whole)) if sharded else work
+        tuned = replace(work, model=load_whole(config, whole)) if sharded else work
         return finish(run, tuned, prepared, movement, report, result, say)
 
     return processes.lead(end)
@@ -209,7 +213,7 @@ def finish(
     """Measure how far training moved the tensors, save them, and write the result; returns it."""
     config, settings, model, tokenizer = work.config, work.settings, work.model, prepared.tokenizer
     place = in_host_memory(config) if work.processes.shards else config
-    base = load_base(place, tokenizer).state_dict() if movement.tensors is None else None
+    base = load_base(place).state_dict() if movement.tensors is None else None
     moved = movement.measure(model, settings, base)
     for warning in moved.warnings:
         say(f"warning: {warning}")

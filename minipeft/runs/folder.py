@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -136,6 +136,15 @@ def remove_run(folder: Path) -> None:
                 remove(folder / name)
         for name in (RESULT, TIMING, LOG, f"{LOG}.damaged", RUN):
             (folder / name).unlink(missing_ok=True)
+
+
+def withdraw_run(folder: Path, made: bool) -> None:
+    """Remove a locked run that was refused before its first step; the folder too if this process made it."""
+    remove_run(folder)
+    if made:
+        (folder / LOCK).unlink()
+        with suppress(OSError):  # somebody else has written there
+            folder.rmdir()
 
 
 def compare_identity(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import minipeft
 from minipeft.models.quantized import find_quantization
@@ -88,7 +89,7 @@ def test_the_seconds_of_a_resumed_run_count_what_came_before(folder: Path, monke
 
 
 def test_bad_input_leaves_no_folder_behind(folder: Path) -> None:
-    for changes in ({"data": "nope.json"}, {"model": "nope/"}):
+    for changes in ({"data": "nope.json"}, {"model": "nope/"}, {"targets": ("nope",)}):
         given = config(folder).change(**changes)
         with pytest.raises(minipeft.InputError):
             finetune(given, folder / "out", say=lambda _: None)
@@ -97,6 +98,9 @@ def test_bad_input_leaves_no_folder_behind(folder: Path) -> None:
     with pytest.raises(minipeft.InputError):
         finetune(config(folder, data="nope.json"), folder / "mine", say=lambda _: None)
     assert (folder / "mine").is_dir()  # it was there before
+    with pytest.raises(minipeft.InputError):
+        finetune(config(folder, targets=("nope",)), folder / "mine", say=lambda _: None)
+    finetune(config(folder), folder / "mine", say=lambda _: None)  # neither resume nor overwrite
 
 
 def test_pairs_held_out_and_trained_on_are_counted(folder: Path) -> None:
@@ -167,3 +171,28 @@ def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_its_adapter_answers(
 def test_full_tuning_of_a_quantized_base_is_refused(folder: Path) -> None:
     with pytest.raises(minipeft.InputError, match="weights themselves, and quantized weights cannot be trained"):
         config(folder, "full", quantize="nf4")
+
+
+def test_a_tokenizer_with_new_tokens_needs_a_larger_vocabulary(folder: Path) -> None:
+    """The token's row exists from add_adapter on: it is trained, saved, loaded and merged."""
+    file = folder / "model/tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.add_special_tokens(["<plus>"])
+    backend.save(str(file))
+    rows = [{"text": f"x <plus> {n}"} for n in range(8)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(minipeft.InputError, match=r"'<plus>' has id 257, but .* has 257 tokens.*--vocabulary N"):
+        finetune(config(folder, template="<plus>{text}"), folder / "out", say=lambda _: None)
+    assert not (folder / "out").exists()
+    given = config(folder, vocabulary=258, template="<plus>{text}", held_out=0)
+    finetune(given, folder / "out", say=lambda _: None)
+    answers = {}
+    for merge in (False, True):
+        asked = AnswersConfig(given.model, adapter=folder / "out/adapter", merge=merge)
+        model, tokenizer = load_tuned(asked)
+        assert tokenizer.size == model.config.vocab_size == 258
+        greedy = minipeft.GenerateConfig(max_new_tokens=3, temperature=0.0)
+        answers[merge] = minipeft.generate(model, tokenizer, ["x"], greedy)
+    assert answers[False] == answers[True]
+    row = minipeft.load_model(folder / "model").embedding.weight.mean(0)
+    assert not torch.equal(model.embedding.weight[257], row), "the new token's row did not train"
