@@ -259,7 +259,7 @@ class Tokenizer:
             raise InputError(
                 f"token {self.backend.id_to_token(last)!r} has id {last}, but {model} has {vocab_size} tokens",
                 file=self.file,
-                hint="This tokenizer belongs to another model, or has new tokens: train with `vocabulary` (--vocabulary N)",
+                hint="This tokenizer belongs to another model, or has new tokens: train with --vocabulary N",
             )
 
 
