@@ -117,9 +117,9 @@ def test_no_rank_holds_a_copy_of_the_base(place: Path, tmp_path: Path) -> None:
         peak = measure(lambda: preparation.load_adapted(config, tokenizer, processes))
         assert peak < 0.4 * whole, (peak, whole)  # its quarter, and a block
         if processes.rank == 1:  # the control: a copy would be seen
-            assert measure(
-                lambda: [p.detach().clone() for p in preparation.load_base(config).parameters()]
-            ) > (0.75 * whole)
+            assert measure(lambda: [p.detach().clone() for p in preparation.load_base(config).parameters()]) > (
+                0.75 * whole
+            )
 
     run_joined(4, tmp_path / "logs", act, shard=True)
 
