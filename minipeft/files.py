@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -238,7 +239,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
     """Lock a folder until the returned file is closed or the process ends, by any means.
 
     Raises:
-        InputError: another process holds the lock (its id is given), or the lock is a link or cannot be written.
+        InputError: another process holds the lock (its id and host are given), or it is a link or cannot be written.
     """
     file = folder / name
     refuse_link(file)
@@ -250,16 +251,16 @@ def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+        holder = lock.read(300).strip() or "unknown"
         lock.close()
         raise InputError(f"in use by process {holder}", file=folder, hint="One process at a time") from error
-    number = str(os.getpid())
+    holder = f"{os.getpid()} on {socket.gethostname()}"
     try:
         lock.truncate(0)
-        lock.write(number)
+        lock.write(holder)
         lock.flush()
     except OSError as error:
         with suppress(OSError):  # the unwritten bytes are still in the buffer
             lock.close()
-        raise InputError(f"cannot write {len(number)} bytes: {error.strerror}", file=file) from error
+        raise InputError(f"cannot write {len(holder)} bytes: {error.strerror}", file=file) from error
     return lock

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import socket
 import stat
 import subprocess
 import sys
@@ -191,7 +192,8 @@ def test_a_folder_is_locked_by_one_process(tmp_path: Path) -> None:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(InputError) as error:
             lock_folder(tmp_path)
-        assert str(error.value) == f"{tmp_path}: in use by process {other.pid}. One process at a time"
+        holder = f"process {other.pid} on {socket.gethostname()}"
+        assert str(error.value) == f"{tmp_path}: in use by {holder}. One process at a time"
         other.kill()
     lock = lock_folder(tmp_path)
     with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):

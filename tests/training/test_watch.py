@@ -65,7 +65,7 @@ def test_a_run_of_torchrun_is_killed_and_goes_on(place: Path, tmp_path: Path) ->
     log, begun = tmp_path / "run/log.jsonl", time.monotonic()
     while not (log.exists() and log.read_bytes().count(b"\n") > 10) and time.monotonic() - begun < LIMIT:
         time.sleep(0.05)
-    first = int((tmp_path / "run/.lock").read_text())
+    first = int((tmp_path / "run/.lock").read_text().split()[0])
     os.kill(first, signal.SIGKILL)
     killed = time.monotonic()
     said = started.communicate(timeout=LIMIT)[1]
