@@ -47,6 +47,20 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         InputError: not a safetensors file (the error says what it looks like), truncated, overlapping offsets,
             malformed, or more than MOST_TENSORS tensors.
     """
+    return parse_header(file)[0]
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the texts that a safetensors file's header holds beside its tensors.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    return parse_header(file)[1]
+
+
+def parse_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check tensors and metadata of a header."""
     check_plain(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -77,7 +91,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if end != size - 8 - length:
         fault = "data incomplete" if end > size - 8 - length else "trailing bytes"
         raise InputError(f"{fault}: needs {8 + length + end} bytes, has {size} (download broken?)", file=file)
-    return tensors
+    return tensors, metadata
 
 
 def check_tensors(count: int, file: Path) -> None:
@@ -151,16 +165,18 @@ def guess_format(start: bytes, size: int, length: int) -> str:
     return f"not safetensors, or truncated: its header says {length} bytes, the file has {size}"
 
 
-def make_tensor_writer(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Callable[[IO[bytes]], None]:
+def make_tensor_writer(
+    tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str] | None = None
+) -> Callable[[IO[bytes]], None]:
     """Return a function that writes these tensors to a stream as safetensors, one at a time, without copying all.
 
-    A sequence of tensors of one dtype is written as one flat tensor.
+    A sequence of tensors of one dtype is written as one flat tensor. `metadata` joins Hugging Face's in the header.
     """
     parts = {name: [t] if isinstance(t, Tensor) else list(t) for name, t in tensors.items()}
     order = sorted(
         parts, key=lambda name: (-parts[name][0].element_size(), name)
     )  # as the safetensors library: by alignment, then by name
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         count = sum(t.numel() for t in parts[name])
@@ -178,6 +194,6 @@ def make_tensor_writer(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> Call
     return write
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with Hugging Face's metadata atomically."""
-    write_whole(file, make_tensor_writer(tensors))
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with Hugging Face's metadata, and `metadata`, atomically."""
+    write_whole(file, make_tensor_writer(tensors, metadata))

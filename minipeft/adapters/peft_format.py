@@ -2,7 +2,8 @@
 
     LoRA     peft_lora.py        (IA)3    peft_ia3.py        prefix, prompt    peft_virtual.py
 
-The config has PEFT's own keys and none of ours. Loading is strict: a missing or unexpected entry, a wrong shape, a
+The config has PEFT's own keys and none of ours; what a quantized base was stands in the header of the tensors, which
+PEFT does not read. Loading is strict: a missing or unexpected entry, a wrong shape, a
 non-finite value or an unsupported feature is an error that names file and entry.
 """
 
@@ -34,10 +35,12 @@ from minipeft.files import read_object, write_json
 from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import info_of, read_legacy
-from minipeft.tensor_files import TensorInfo, check_header, read_header, write_tensors
+from minipeft.models.quantized import find_quantization
+from minipeft.tensor_files import TensorInfo, check_header, read_header, read_metadata, write_tensors
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
+QUANTIZED = "quantized_base"  # metadata of the tensors: nf4 or int8
 # keys of every PEFT config that have no effect on a loaded adapter
 SHARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
           "runtime_config", "task_type"}  # fmt: skip
@@ -70,7 +73,8 @@ def save_adapter(model: Decoder, folder: str | Path, *, baked: bool = False) -> 
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InputError("holds NaN or Inf, and is not saved", where=name)
-    write_tensors(folder / WEIGHTS, tensors)
+    quantization = find_quantization(model)
+    write_tensors(folder / WEIGHTS, tensors, {QUANTIZED: quantization} if quantization else None)
     write_json(folder / CONFIG, dict(sorted({**make_shared_json(model), **given}.items())))
     if peft.write_extra is None:  # another adapter's, in the same folder
         for name in (OWN, STATE):
@@ -183,6 +187,11 @@ def read_adapter(
     base = given.get("base_model_name_or_path")
     if base and model.source and Path(str(base)).name != Path(model.source).name:
         notes.append(f"trained on {base}, loaded on {model.source}")
+    trained_on = None if legacy else read_metadata(file).get(QUANTIZED)
+    if trained_on is not None and trained_on != (loaded_on := find_quantization(model)):
+        notes.append(
+            f"trained on a base in {format_value(trained_on)}, loaded on one in {loaded_on or 'full precision'}"
+        )
     if any(info.dtype == "F64" for info in raw.values()):
         notes.append("float64 in the file, float32 here")
     return config, peft.settle(given, read_finite(file, header, legacy), model, file), tuple(notes)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 
 import minipeft
 from minipeft.errors import InputError
@@ -288,6 +289,11 @@ def test_peft_on_bitsandbytes_reads_the_adapter_and_answers_the_same(model, tmp_
     minipeft.save_adapter(ours, tmp_path / "adapter")
     kept = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert kept["peft_type"] == "LORA"
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "quantized_base": "nf4"}
+    for quantize, said in ((None, "full precision"), ("int8", "int8"), ("nf4", "")):
+        report = minipeft.load_adapter(load_model(tmp_path / "base", quantize=quantize), tmp_path / "adapter")
+        assert report.notes == ((f"trained on a base in 'nf4', loaded on one in {said}",) if said else ())
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
