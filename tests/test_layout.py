@@ -57,6 +57,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "runs/preparation": "tests/runs/test_finetune.py",
     "data/sandbox": "tests/data/test_chat.py",
     "data/rows": "tests/data/test_packing.py",
+    "data/streaming": "tests/data/test_token_file.py",
     "data/tokenizer_files": "tests/data/test_tokens.py",
     "adapters/full": "tests/adapters/test_adapters.py",
     "adapters/lora_variants": "tests/adapters/test_lora.py",
