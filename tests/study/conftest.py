@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minipeft.files import write_json
+from minipeft.runs import planning
 from minipeft.study import cells, runner
 
 
@@ -40,7 +41,8 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def inside(monkeypatch) -> list[str]:
-    """Run cells in this process, which is faster; yields the names of those that ran."""
+    """Run cells in this process, which is faster, with a short probe; yields the names of those that ran."""
+    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.001)
     ran = []
 
     def here(cell, out, threads, bar, stop):

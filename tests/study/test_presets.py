@@ -7,7 +7,8 @@ import pytest
 from minipeft.adapters import list_method_names
 from minipeft.errors import InputError
 from minipeft.study.cells import Cell
-from minipeft.study.presets import PRESETS, Base, StudyConfig, label_models, make_cells
+from minipeft.study.drafts import Base, label_models, make_cells
+from minipeft.study.presets import PRESETS, StudyConfig
 
 
 @pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 46)])
