@@ -93,14 +93,15 @@ def measure_untrained(run: RunConfig, name: tuple[str, str, str, int]) -> CellPl
 def measure_trained(run: RunConfig, name: tuple[str, str, str, int]) -> CellPlan:
     """Parameters, and memory and FLOPs of training. A row holds its virtual tokens, as in pack."""
     base, _ = read_base(run.model)
-    bare = replace(run.adapter, reparam=None) if getattr(run.adapter, "reparam", None) else run.adapter
-    model, report = adapt_on_meta(base, bare, torch.float32)
-    row = run.packing.length or min(1024, base.context)
-    packing = replace(run.packing, length=min(row, base.context) - model.virtual_tokens)
+    virtual = run.adapter.length if hasattr(run.adapter, "reparam") else 0  # a prefix or prompt
+    packing = replace(run.packing, length=min(run.packing.length or 1024, base.context) - virtual)
     found = plan_step(run.model, run.adapter, packing, run.train.activation_checkpointing)
-    steps, batches = run.train.steps or 0, run.train.accumulate
+    stored = found.trainable
+    if getattr(run.adapter, "reparam", None) is not None:
+        stored = adapt_on_meta(base, replace(run.adapter, reparam=None), torch.float32)[1].trainable
+    total, steps, batches = found.total - found.trainable + stored, run.train.steps or 0, run.train.accumulate
     return CellPlan(
-        *name, found.trainable, report.trainable, report.total, steps, found.rows * batches, found.length, found.dtype,
+        *name, found.trainable, stored, total, steps, found.rows * batches, found.length, found.dtype,
         found.weights, found.peak, steps * batches * found.flops,
     )  # fmt: skip
 
