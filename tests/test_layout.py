@@ -71,6 +71,9 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "metrics/sandbox": "tests/metrics/test_execution.py",
     "study/scoring": "tests/cli/test_cli.py",
     "study/executed": "tests/study/test_runner.py",
+    **dict.fromkeys(("study/drafts", "study/trials"), "tests/study/test_presets.py"),
+    **dict.fromkeys(("study/plans", "runs/gpus"), "tests/study/test_paper.py"),
+    "study/rates_report": "tests/study/test_rates_experiment.py",
     "study/cells": "tests/study/test_runner.py",
 }
 

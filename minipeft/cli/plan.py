@@ -10,7 +10,8 @@ from minipeft.cli.streams import show
 
 HELP = "predict parameters, memory and time of training from config.json alone"
 EXAMPLE = """minipeft plan gpt2 --method lora --length 1024 --batch 4
-  minipeft plan --preset paper --activation-checkpointing"""
+  minipeft plan --preset paper --activation-checkpointing
+  minipeft study --preset paper --plan   # the cells as the study runs them"""
 SKIP = ("model", "legacy-bin", "eos-token")  # settings of a model that a plan does not use
 ROWS = ("isolate", "loss-mask")  # settings of packing without effect on a plan: each row counts as one document
 AGAIN = "activation-checkpointing"

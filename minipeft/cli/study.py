@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from minipeft.cli.flags import add_fields, read_typed
 from minipeft.cli.streams import report, show
 from minipeft.cli.train import add_run_flags, read_run_settings
+from minipeft.errors import InputError
 
 HELP = "train and compare methods, and write a table and a report; the same command resumes"
 EXAMPLE = """minipeft study --out study
-  minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study"""
+  minipeft study --model gpt2 --method lora prefix --data conala --seeds 3 --out study
+  minipeft study --preset paper --recipe paper --plan --gpu H100"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +24,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.study.presets import OWN, StudyConfig
 
     add_fields(parser, FolderConfig, skip=("resume", "overwrite"))  # a study always resumes
+    for action in parser._actions:
+        action.required = action.required and action.dest != "out"  # --plan needs none
+    parser.add_argument("--plan", action="store_true", help="print what each cell would cost, and run nothing")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     add_fields(parser, StudyConfig, several="+")
     add_fields(parser, ProcessConfig)
@@ -29,17 +34,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Status 0, or 2 where a cell failed."""
+    """Status 0, or 2 where a cell failed, or with --plan does not fit the GPU."""
     from minipeft.runs.process import ProcessConfig
+    from minipeft.study.plans import as_json, as_table
     from minipeft.study.presets import OWN, StudyConfig
     from minipeft.study.report import as_terminal, write_report
     from minipeft.study.results import assemble
-    from minipeft.study.runner import conduct
+    from minipeft.study.runner import conduct, plan_study
 
     process = ProcessConfig(**read_typed(ProcessConfig, options))
     config = StudyConfig(
         **read_typed(StudyConfig, options), settings=read_run_settings(options, skip=OWN), process=process
     )
+    if options.plan:
+        plans, errors = plan_study(config)
+        show(json.dumps(as_json(plans), indent=2) if options.json else as_table(plans, config.gpu))
+        for error in errors.values():
+            report(f"error: {error}")
+        return 2 if errors or any(one.problem for one in plans) else 0
+    if not hasattr(options, "out"):
+        raise InputError("must be given: the study's folder", where="out")
     try:
         outcomes = conduct(config, options.out, say=report)
     except (KeyboardInterrupt, SystemExit):
@@ -61,7 +75,7 @@ def format_command(options: argparse.Namespace) -> str:
     add_flags(parser)
     words = ["minipeft", "study"]
     for action in parser._actions:
-        if action.dest not in ("json", "help") and hasattr(options, action.dest):
+        if action.dest not in ("json", "help", "plan") and hasattr(options, action.dest):
             words += make_words(action, getattr(options, action.dest))
     return shlex.join(words)
 

@@ -49,10 +49,12 @@ def bootstrap_bleu(
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
+    draw_runs: bool = False,
 ) -> Interval:
     """The interval of a system's mean BLEU over its runs, or of its difference to `base` on the same questions.
 
-    `runs` and `base` hold BLEU counts [Q, 10], one array a seed. The same `seed` gives the same interval.
+    `runs` and `base` hold BLEU counts [Q, 10], one array a seed. The same `seed` gives the same interval. `draw_runs`:
+    each resample also draws each system's runs with replacement, so that the interval covers other runs as well.
     Raises: InputError where two runs have different numbers of questions.
     """
     runs = check_counts(runs, "runs")
@@ -65,9 +67,10 @@ def bootstrap_bleu(
         if len(counts) != number:
             raise InputError(f"paired systems have {number} and {len(counts)} questions", where="base")
     whole, draws = draw_questions(number, resamples, seed)
-    value, values = compute_mean_bleu(runs, whole), compute_mean_bleu(runs, draws)  # [1], [R]
+    generator = np.random.default_rng(seed + 1) if draw_runs else None
+    value, values = compute_mean_bleu(runs, whole), compute_mean_bleu(runs, draws, generator)  # [1], [R]
     if base is not None:
-        value, values = value - compute_mean_bleu(base, whole), values - compute_mean_bleu(base, draws)
+        value, values = value - compute_mean_bleu(base, whole), values - compute_mean_bleu(base, draws, generator)
     return summarize(value, values, confidence, compared=base is not None)
 
 
@@ -118,6 +121,15 @@ def check_counts(runs: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
     return arrays
 
 
-def compute_mean_bleu(runs: Sequence[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """Compute the mean BLEU over runs for each resample. S times [Q, 10], [R, Q] -> [R]"""
-    return np.mean([score_counts(draws @ counts)[0] for counts in runs], axis=0)
+def compute_mean_bleu(
+    runs: Sequence[np.ndarray], draws: np.ndarray, generator: np.random.Generator | None = None
+) -> np.ndarray:
+    """Compute the mean BLEU over runs for each resample; `generator` draws the runs of each, with replacement.
+
+    S times [Q, 10], [R, Q] -> [R]
+    """
+    bleu = np.stack([score_counts(draws @ counts)[0] for counts in runs])  # [S, R]
+    if generator is not None:
+        picked = generator.integers(len(runs), size=bleu.shape)  # [S, R]
+        bleu = np.take_along_axis(bleu, picked, axis=0)  # [S, R]
+    return np.asarray(bleu.mean(axis=0))

@@ -11,6 +11,7 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ def collect_settings(method: str = "lora") -> dict[str, Setting]:
     return table
 
 
-def list_settings(kind: type, section: str) -> list[Setting]:
+@cache
+def list_settings(kind: type, section: str) -> tuple[Setting, ...]:
     """List the fields of a config that have a flag; of RunConfig those that are not configs themselves."""
     hints, found = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
@@ -161,7 +163,7 @@ def list_settings(kind: type, section: str) -> list[Setting]:
         name = flag or field.name.replace("_", "-")
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         found.append(Setting(name, section, field.name, hints[field.name], made, field.metadata))
-    return found
+    return tuple(found)
 
 
 def is_required(setting: Setting) -> bool:

@@ -20,6 +20,7 @@ from minipeft.runs.config import DTYPES, ModelConfig, RunConfig
 from minipeft.runs.planning import (
     EFFICIENCY,
     MOST_LAYERS,
+    Plan,
     adapt_on_meta,
     count_forward_flops,
     count_train_flops,
@@ -46,18 +47,7 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
         InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
     """
     check_device(model.device)
-    file = fetch(model.source, ["config.json"], revision=model.revision) / "config.json"
-    base, given = read_config(file), read_object(file)
-    stored = given.get("dtype") or given.get("torch_dtype")
-    found = plan(
-        base,
-        adapter,
-        rows=packing.batch,
-        length=packing.length,
-        dtype=DTYPES[model.dtype or ("fp32" if stored in (None, "float32") else "bf16")],
-        activation_checkpointing=activation_checkpointing,
-        quantize=model.quantize,
-    )
+    found = plan_step(model, adapter, packing, activation_checkpointing)
     dtype = getattr(torch, found.dtype)
     return {
         "model": model.source,
@@ -67,6 +57,36 @@ def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_c
         "activation_checkpointing": activation_checkpointing,
         "seconds": found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(model.device))),
     }
+
+
+def plan_step(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> Plan:
+    """Plan a step from the model's config.json; `packing.length` is that of the text alone.
+
+    Raises:
+        InputError: as `plan_row`.
+    """
+    base, dtype = read_base(model)
+    return plan(
+        base,
+        adapter,
+        rows=packing.batch,
+        length=packing.length,
+        dtype=dtype,
+        activation_checkpointing=activation_checkpointing,
+        quantize=model.quantize,
+    )
+
+
+def read_base(model: ModelConfig) -> tuple[Any, torch.dtype]:
+    """Read a model's config.json, and the dtype that it is loaded in: the given one, or that of the file.
+
+    Raises:
+        InputError: config.json cannot be read.
+    """
+    file = fetch(model.source, ["config.json"], revision=model.revision) / "config.json"
+    base, given = read_config(file), read_object(file)
+    stored = given.get("dtype") or given.get("torch_dtype")
+    return base, DTYPES[model.dtype or ("fp32" if stored in (None, "float32") else "bf16")]
 
 
 def choose_row_length(packing: PackConfig, model: Decoder) -> int:

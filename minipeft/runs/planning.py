@@ -238,9 +238,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    sides = ("<",) * 4 + (">",) * (len(heads) - 4)
-    lines = ["  ".join(f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths)).rstrip() for line in cells]
+    lines = align(cells, left=4)
     legend = (
         "peak = weights + AdamW's moments + the most that a step adds (activations, gradients), in GB of 10^9 bytes;\n"
         "the process itself comes on top. TFLOP and seconds are those of one step."
@@ -253,3 +251,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['model']}, {row['method']}: {share} are trained, if a byte of codes counts as a parameter"
             )
     return "\n".join([*lines, "", legend, *counts])
+
+
+def align(cells: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Format the rows of a table as lines; the first `left` columns are flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    sides = ("<",) * left + (">",) * (len(widths) - left)
+    return ["  ".join(f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths)).rstrip() for line in cells]

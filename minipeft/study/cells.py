@@ -70,6 +70,11 @@ class Cell:
         return self.model, self.method, self.variant
 
     @property
+    def is_silent(self) -> bool:
+        """Whether it is trained for its held-out loss alone, and answers nothing."""
+        return self.run is not None and self.generate is None
+
+    @property
     def steps(self) -> int | None:
         return self.run.train.steps if self.run else None
 

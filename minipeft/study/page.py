@@ -18,6 +18,7 @@ from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
 from minipeft.study.charts import PATTERNS, Bar, draw_bars, draw_intervals, draw_pairs, escape
 from minipeft.study.curves import MOST_TOGETHER, Curve, Line, Point, draw_by_rate, draw_cost, draw_legend, draw_losses
 from minipeft.study.prefix_experiment import MEANING, Grid, find_several_seeds, make_grids
+from minipeft.study.rates_report import list_tables
 from minipeft.study.rows import Group, Results
 from minipeft.study.table import (
     Column,
@@ -79,6 +80,7 @@ def make_sections(
         draw_all_columns(groups),
         make_section("Cost against quality", draw_costs(groups), "Lines: 95 % intervals. Dashed: the best baseline."),
         make_section("Loss", draw_losses(curves), losses),
+        *(make_section(title, draw_text_table(rows), meaning) for title, meaning, rows in list_tables(results)),
         *(make_section(f"Prefixes after {grid.steps} steps", draw_grid(grid), MEANING) for grid in make_grids(groups)),
         *(
             make_section(f"Held-out loss after {steps} steps", draw_seeds(rows), over_seeds)
@@ -225,13 +227,19 @@ def draw_grid(grid: Grid) -> str:
     ]
     title = "Held-out loss by learning rate and init"
     drawn = draw_by_rate(grid.rates, lines, [(loss, name) for name, loss in grid.others], title)
-    head, *rows = grid.texts()
-    heads = "<th></th>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head[1:])
+    return drawn + draw_text_table(grid.texts())
+
+
+def draw_text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Render rows of text as a table, header first."""
+    head, *rest = rows
+    first = f'<th scope="col">{escape(head[0])}</th>' if head[0] else "<th></th>"
+    heads = first + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head[1:])
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
+        for row in rest
     )
-    return drawn + frame(heads, body)
+    return frame(heads, body)
 
 
 def draw_seeds(rows: Sequence[tuple[str, str, Group]]) -> str:

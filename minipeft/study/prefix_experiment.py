@@ -18,6 +18,7 @@ from typing import Any
 from minipeft.adapters import PrefixConfig
 from minipeft.study.rows import Group, Results
 from minipeft.study.table import name_groups, name_method, show_init
+from minipeft.study.trials import Wanted
 
 RATES = (2e-4, 1e-3, 5e-3, 3e-2)
 WIDTH = 512  # of the reparameterization MLP, as in Li & Liang 2021
@@ -35,6 +36,7 @@ class Trial:
     steps: int = 60
     seed: int = 0
     examples: int = 4  # a step
+    answers: bool = False  # the test questions
 
     @property
     def variant(self) -> str:
@@ -74,6 +76,13 @@ def list_long_runs(steps: int = 300, seeds: int = 3) -> list[Trial]:
     """Part 2, seed by seed."""
     kinds = (PAPERS, *OURS, *OTHERS)
     return [replace(trial, steps=steps, seed=seed) for seed in range(seeds) for trial in kinds]
+
+
+def list_trials(wanted: Wanted) -> list[Trial]:
+    """Both parts, with the caller's number of steps if given; of the long runs the first seed answers."""
+    steps = {name: value for name, value in wanted.settings.items() if name == "steps"}
+    long = [replace(trial, answers=trial.seed == 0) for trial in list_long_runs(seeds=wanted.seeds)]
+    return [replace(trial, **steps) for trial in (*list_grid(), *long) if trial.method in wanted.methods]
 
 
 @dataclass(frozen=True)

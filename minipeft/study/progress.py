@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minipeft.errors import escape
 from minipeft.study.cells import ANSWERS, ZERO_SHOT, Cell
-from minipeft.study.presets import Base
+from minipeft.study.drafts import Base
 
 DECODING = 2.0  # cost of a decoded token over that of one in a forward pass of training: 1.7 to 2.7 on the demo model
 FADE = 1 / 2  # recent cells weigh most: the load of the machine changes
@@ -55,6 +55,17 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+
+    def add(self, cells: Sequence[Cell], bases: Mapping[str, Base | None], finished: Collection[str]) -> None:
+        """Add cells that were not expected at the start."""
+        with self.lock:
+            for cell in cells:
+                if cell.name not in self.parts:
+                    self.parts[cell.name] = estimate_work(cell, bases.get(cell.model), self.questions)
+                    work = self.forecast.work[cell.name] = sum(self.parts[cell.name])
+                    self.bar.total = (self.bar.total or 0) + work
+                    if cell.name in finished:
+                        self.move(self.forecast.finish(cell.name, time.monotonic()))
 
     def begin(self, cell: Cell) -> None:
         """Show which cell runs, the last one begun of several."""
@@ -114,7 +125,7 @@ class Forecast:
     """Forecast the time of the remaining cells from those that ran; `work` is that of each cell."""
 
     def __init__(self, work: Mapping[str, float], finished: Collection[str], workers: int = 1):
-        self.work, self.over, self.workers = work, set(finished), workers
+        self.work, self.over, self.workers = dict(work), set(finished), workers
         self.measured, self.seconds = 0.0, 0.0  # work and time of the cells that ran, each counted FADE of the next
         self.running: dict[str, Running] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
+from minipeft.study.rates_report import conclude as conclude_rates
+from minipeft.study.rates_report import list_tables
 from minipeft.study.rows import Results
 from minipeft.study.table import (
     as_line,
@@ -55,7 +58,7 @@ def summarize(results: Results) -> list[str]:
     named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
-    text = decide(results.groups) + conclude(results)
+    text = decide(results.groups) + conclude(results) + conclude_rates(results)
     silent = [(name, group) for name, group in done if group.scores is None]
     if silent:
         name, best = min(silent, key=lambda pair: pair[1].dev_loss)
@@ -97,6 +100,7 @@ def draw_markdown(results: Results) -> str:
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups, main),
         f"## All columns\n\n{as_markdown(groups)}",
+        *(f"## {title}\n\n{meaning}\n\n{as_markdown_table(rows)}" for title, meaning, rows in list_tables(results)),
         *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in make_grids(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"
@@ -111,11 +115,16 @@ def draw_markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def as_markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows of text as a Markdown table, header first."""
+    head, *rest = [[as_line(cell) for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rest]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def draw_grid(grid: Grid) -> str:
     """Format a grid as Markdown."""
-    head, *rows = grid.texts()
-    lines = [head, ["---", *["---:"] * len(grid.rates)], *rows]
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    text = as_markdown_table(grid.texts())
     return text + "\n\nTo compare with: " + as_line(", ".join(name for name, _ in grid.others)) + "."
 
 

@@ -18,6 +18,7 @@ from minipeft.study.cells import ZERO_SHOT, Cell
 from minipeft.study.effects import add_effects
 from minipeft.study.paper import find_reported
 from minipeft.study.presets import PRESETS, StudyConfig
+from minipeft.study.rates_experiment import LABELS
 from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import Outcome
 from minipeft.study.statistics import compute_mean_and_sd, flag
@@ -25,7 +26,7 @@ from minipeft.study.statistics import compute_mean_and_sd, flag
 
 def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, command: str) -> Results:
     """Build the results of a study."""
-    rows = {outcome.cell.name: make_row(outcome) for outcome in outcomes}
+    rows = {outcome.cell.name: make_row(outcome, config.recipe) for outcome in outcomes}
     trivial = [(row.method, row.scores["bleu"] or 0.0) for row in rows.values() if not row.model and row.scores]
     floor = max(trivial, key=lambda pair: pair[1])
     bases: dict[str, list[Scores]] = {}  # of each model the scores of its untrained cells, one a seed
@@ -37,7 +38,8 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
             rows[name] = replace(row, difference=compute_difference(row, row.scores, bases), flags=flag(row, floor))
     alike: dict[tuple[object, ...], list[Row]] = {}
     for outcome in outcomes:
-        alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
+        if not (PRESETS[config.preset].searches and outcome.cell.is_silent):
+            alike.setdefault(outcome.cell.key, []).append(rows[outcome.cell.name])
     groups = add_effects([make_group(same, bases) for same in alike.values()])
     return Results(
         command,
@@ -49,11 +51,14 @@ def assemble(outcomes: Sequence[Outcome], config: StudyConfig, out: Path, comman
     )
 
 
-def make_row(outcome: Outcome) -> Row:
+def make_row(outcome: Outcome, recipe: str) -> Row:
     """Make a cell's row; that of a failed cell has its name and error alone."""
     cell: Cell = outcome.cell
     row = outcome.row or Row(cell.name, cell.model, cell.method, cell.seed)
-    return replace(row, cell=cell.name, error=outcome.error, paper=find_reported(cell.model, cell.method) or None)
+    if row.training.recipe is not None and recipe != "best":
+        row = replace(row, training=replace(row.training, recipe=recipe))
+    paper = find_reported(cell.model, cell.method) or None
+    return replace(row, cell=cell.name, variant=cell.variant, error=outcome.error, paper=paper)
 
 
 def compute_difference(row: Row, scores: Scores | None, bases: dict[str, list[Scores]]) -> Interval | None:
@@ -72,6 +77,7 @@ def make_group(rows: Sequence[Row], bases: dict[str, list[Scores]]) -> Group:
         first.method,
         seeds=tuple(row.seed for row in rows),
         cells=tuple(row.cell for row in rows),
+        label=LABELS.get(first.variant or first.method, ""),
         paper=first.paper,
     )
     if not done:

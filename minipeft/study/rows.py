@@ -72,11 +72,12 @@ class Row:
     flags: tuple[str, ...] = ()
     error: str | None = None
     paper: Mapping[str, float] | None = None  # what the paper reports
+    variant: str = ""  # what differs from the other cells of its method
 
     def as_json(self, *, counts: bool = False) -> dict[str, Any]:
         """The row as one flat object; `counts`: with the BLEU counts by question."""
         own = ("cell", "model", "method", "seed")
-        rest = ("loss", "resumed_at", "adapter_movement")
+        rest = ("loss", "resumed_at", "adapter_movement", "variant")
         row = {name: getattr(self, name) for name in own} | vars(self.training)
         row |= {name: getattr(self, name) for name in rest} | list_verdicts(self)
         if counts and self.scores is not None:
@@ -115,6 +116,7 @@ class Group:
     reference: str = ""  # name of the baseline or untrained model with the highest BLEU
     effect: Interval | None = None  # BLEU difference to the reference, paired by question
     behind: Interval | None = None  # BLEU difference to the best tuned group (None for that group)
+    label: str = ""  # its name in tables, where it is not the method's
 
     @property
     def is_tuned(self) -> bool:
@@ -132,7 +134,8 @@ class Group:
 
     def as_json(self) -> dict[str, Any]:
         """The group as one flat object."""
-        own = {"model": self.model, "method": self.method, "seeds": list(self.seeds), "cells": list(self.cells)}
+        own = {"model": self.model, "method": self.method, "label": self.label, "seeds": list(self.seeds),
+               "cells": list(self.cells)}  # fmt: skip
         spread = {"bleu_sd": self.bleu_sd, "dev_loss_sd": self.dev_loss_sd}
         effects = {"reference": self.reference, "effect": as_object(self.effect), "behind": as_object(self.behind)}
         return own | vars(self.training) | spread | list_verdicts(self) | effects

@@ -9,7 +9,6 @@ DIR/study.json    which questions the study answers; a non-empty folder without 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -47,8 +46,10 @@ from minipeft.runs.process import stopping
 from minipeft.study.baselines import BASELINES, PYTHON_ONLY
 from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, RESULT, ZERO_SHOT, Cell, score_file
 from minipeft.study.data import as_pairs, encode_rows, find_split, load_study_data, write_data
+from minipeft.study.drafts import Base, is_folder, label_models, make_cells
 from minipeft.study.executed import execute_row
-from minipeft.study.presets import PRESETS, Base, StudyConfig, is_folder, label_models, make_cells, read_share
+from minipeft.study.plans import CellPlan, plan_cells, refuse_unfit
+from minipeft.study.presets import PRESETS, StudyConfig, read_share
 from minipeft.study.progress import Bar, estimate_work
 from minipeft.study.rows import Row
 
@@ -67,6 +68,43 @@ class Outcome:
     waiting: bool = False
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a study will do: its data, its models (None: unreadable, with the error), and every cell it expects."""
+
+    train: Data
+    test: Data
+    held_out: int
+    bases: Mapping[str, Base | None]
+    errors: Mapping[str, str]
+    cells: Sequence[Cell]
+
+
+def prepare(config: StudyConfig) -> Prepared:
+    """Read the data and the models' small files, and make the cells.
+
+    Raises:
+        InputError: the data cannot be used, or no model can.
+    """
+    check_device(config.device)
+    preset = PRESETS[config.preset]
+    train, test = load_study_data(config.data or preset.data, config.limit, config.settings)
+    held_out = config.settings.get("held_out", find_split(train, min(HELD_OUT, len(train) // 10)))
+    models = label_models(config.model or preset.models)
+    bases, errors = read_models(models, train, held_out, config.settings.get("length"))
+    return Prepared(train, test, held_out, bases, errors, make_cells(config, bases, held_out))
+
+
+def plan_study(config: StudyConfig) -> tuple[list[CellPlan], Mapping[str, str]]:
+    """Plan every cell of a study without running it; returns the plans, and the errors of models that cannot be read.
+
+    Raises:
+        InputError: as `prepare`; the adapter or the rows do not fit a model.
+    """
+    found = prepare(config)
+    return plan_cells(found.cells, len(found.test), config.gpu), found.errors
+
+
 def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) -> list[Outcome]:
     """Run the unfinished cells of a study in the folder `out`; returns the outcome of every cell, baselines first.
 
@@ -75,36 +113,61 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
         KeyboardInterrupt, SystemExit: stopped by a signal; the same call resumes.
     """
     out = check_path(out, "out")
-    check_device(config.device)
-    preset = PRESETS[config.preset]
-    train, test = load_study_data(config.data or preset.data, config.limit, config.settings)
-    held_out = config.settings.get("held_out", find_split(train, min(HELD_OUT, len(train) // 10)))
-    bases, errors = read_models(label_models(config.model or preset.models), train, held_out)
-    cells = make_cells(config, bases, held_out)
+    prepared = prepare(config)
+    train, test, cells = prepared.train, prepared.test, prepared.cells
+    unfit = refuse_unfit(cells, len(test), config.gpu)
     with open_folder(out, train, test, config.cell), stopping() as stop:
-        check_settings(out, cells)
         outcomes = [Outcome(cell, answer_trivially(out, cell, train, test)) for cell in make_baselines(test)]
-        rows = {cell.name: row for cell in cells if (row := read_finished(out / "cells" / cell.name, say)) is not None}
-        own = cells if config.cell is None else take_share(cells, bases, len(test), *read_share(config.cell))
-        done = {cell.name for cell in own if cell.name in rows}
-        with Bar(own, bases, out, len(test), done, config.workers) as bar:
+        ended: dict[str, list[Outcome]] = {}  # by cell
+        rows: dict[str, Row | None] = {}  # None: it failed
+        own = cells if config.cell is None else take_share(cells, prepared.bases, len(test), *read_share(config.cell))
+        with Bar(own, prepared.bases, out, len(test), list_finished(own, out), config.workers) as bar:
 
             def work(cell: Cell) -> list[Outcome]:
                 exit_if_signalled(stop)
-                if cell not in own and cell.name not in rows:
+                done = read_finished(out / "cells" / cell.name, say) is not None
+                if cell.name not in bar.parts and not done:
                     return [Outcome(cell, None, "not finished by its share", waiting=True)]
-                error = errors.get(cell.model)
-                if error is None and cell.name not in rows:
-                    error = run_cell(cell, out, config.threads, bar, stop)
-                if cell in own:
+                error = prepared.errors.get(cell.model)
+                if error is None and not done:
+                    error = unfit.get(cell.key) or run_cell(cell, out, config.threads, bar, stop)
+                if cell.name in bar.parts:
                     bar.finish(cell)
                 return read_outcomes(cell, out, error, say)
 
-            outcomes += itertools.chain.from_iterable(run_each(work, cells, config.workers))
+            for new in list_rounds(config, prepared, rows):
+                check_settings(out, new)
+                if PRESETS[config.preset].searches:
+                    bar.add(new, prepared.bases, list_finished(new, out))
+                ended |= {cell.name: found for cell, found in zip(new, run_each(work, new, config.workers))}
+                rows |= {name: found[0].row for name, found in ended.items()}
+        places = {cell.name: place for place, cell in enumerate(cells)}  # of what was not expected: the last
+        for name in sorted(ended, key=lambda name: places.get(name, len(places))):
+            outcomes += ended[name]
         exit_if_signalled(stop)
         if config.execute:
             outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
     return outcomes
+
+
+def list_rounds(config: StudyConfig, prepared: Prepared, rows: Mapping[str, Row | None]) -> Iterator[list[Cell]]:
+    """The cells in rounds: those that depend on no other, then those that the held-out losses of `rows` ask for."""
+    seen: dict[str, Cell] = {}
+    while True:
+        losses: dict[str, dict[tuple[str, str], float | None]] = {}
+        for name, cell in seen.items():
+            row = rows.get(name)
+            losses.setdefault(cell.model, {})[cell.method, cell.variant] = row.training.dev_loss if row else None
+        cells = make_cells(config, prepared.bases, prepared.held_out, losses)
+        if not (new := [cell for cell in cells if cell.name not in seen]):
+            return
+        seen |= {cell.name: cell for cell in new}
+        yield new
+
+
+def list_finished(cells: Sequence[Cell], out: Path) -> set[str]:
+    """The names of the cells whose result.json is valid."""
+    return {cell.name for cell in cells if read_finished(out / "cells" / cell.name) is not None}
 
 
 def run_each(work: Callable[[Cell], list[Outcome]], cells: Sequence[Cell], workers: int) -> list[list[Outcome]]:
@@ -140,7 +203,9 @@ def exit_if_signalled(stop: list[int]) -> None:
         raise SystemExit(128 + stop[0])
 
 
-def read_models(models: dict[str, str], train: Data, held_out: int) -> tuple[dict[str, Base | None], dict[str, str]]:
+def read_models(
+    models: dict[str, str], train: Data, held_out: int, length: int | None = None
+) -> tuple[dict[str, Base | None], dict[str, str]]:
     """Read each model's config.json and tokenizer; returns Base or None for each, and the errors of the latter.
 
     Raises:
@@ -151,7 +216,7 @@ def read_models(models: dict[str, str], train: Data, held_out: int) -> tuple[dic
     for label, model in models.items():
         source = str(Path(model).resolve()) if is_folder(model) else model
         try:
-            bases[label] = read_base(source, train, held_out)
+            bases[label] = read_base(source, train, held_out, length)
         except InputError as error:
             bases[label], errors[label], first = None, str(error), first or error
     if first is not None and len(errors) == len(bases):
@@ -159,15 +224,16 @@ def read_models(models: dict[str, str], train: Data, held_out: int) -> tuple[dic
     return bases, errors
 
 
-def read_base(source: str, train: Data, held_out: int) -> Base:
-    """Read the size of a model, and the number of rows that its tokenizer makes of the training pairs.
+def read_base(source: str, train: Data, held_out: int, length: int | None = None) -> Base:
+    """Read the size of a model, and the number of rows that its tokenizer makes of the training pairs, of `length`
+    tokens or what the model has room for.
 
     Raises:
         InputError: config.json or the tokenizer cannot be read.
     """
     tokenizer, config = load_tokenizer(source), read_config(fetch(source, ["config.json"]) / "config.json")
     kept = split_by_question(train, held_out)[0] if held_out else train
-    rows = pack(encode_rows(kept, source, tokenizer), tokenizer, length=min(1024, config.context), batch=1)
+    rows = pack(encode_rows(kept, source, tokenizer), tokenizer, length=min(length or 1024, config.context), batch=1)
     size = sum(p.numel() for p in build_on_meta(config).parameters())
     return Base(source, size, config.model_type, len(rows), config.context)
 

@@ -1,6 +1,7 @@
-"""The spread of scores over seeds, and flags on cells whose training or answers look wrong.
+"""The spread over seeds, what a study can detect, and flags on cells whose training or answers look wrong.
 
-The intervals themselves are a bootstrap over questions (metrics/bootstrap.py).
+The intervals of scores are a bootstrap over questions (metrics/bootstrap.py). A loss has one value a seed, so its
+interval is Student's: mean +- t s / sqrt(n), with n - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minipeft.metrics.bootstrap import Interval
 from minipeft.metrics.scores import ARTEFACT
 from minipeft.study.rows import Row
 
@@ -24,6 +26,27 @@ DEGENERATE = {
 def compute_mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; a single value has no deviation."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+# The 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+Z_INTERVAL, Z_POWER = 1.960, 0.842  # normal quantiles of a 95 % interval and of a power of 80 %
+
+
+def compute_t_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean of the seeds' values with its 95 % interval, (mean, low, high); None for fewer than two values."""
+    mean, sd = compute_mean_and_sd(values) if values else (0.0, None)
+    if sd is None:
+        return None
+    t = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
+    half = t * sd / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def find_detectable(difference: Interval) -> float:
+    """The difference that a study with this interval's width finds with a power of 80 %: (1.96 + 0.84) standard errors,
+    of which the 95 % interval is 2 x 1.96 wide."""
+    return (Z_INTERVAL + Z_POWER) * (difference.high - difference.low) / (2 * Z_INTERVAL)
 
 
 def flag(row: Row, floor: tuple[str, float] | None) -> tuple[str, ...]:

@@ -191,11 +191,11 @@ def name_method(method: str) -> str:
 def name_groups(groups: Sequence[Group]) -> list[str]:
     """Name each group: its model if there are several, its method, and settings where a method has several groups."""
     several = len({group.model for group in groups if group.model}) > 1
-    plain = [(group.model, group.method) for group in groups]
+    plain = [(group.model, group.label or name_method(group.method)) for group in groups]
     found = []
     for group, own in zip(groups, plain):
         parts = [group.model.rsplit("/", 1)[-1]] if several and group.model else []
-        parts.append(name_method(group.method))
+        parts.append(own[1])
         rate = group.training.learning_rate
         if plain.count(own) > 1 and rate is not None:
             how = f"{show_init(group)} init, " if show_init(group) else ""

@@ -1,14 +1,12 @@
 """Fixtures of the study tests: a small real model, a few pairs, and cells that run in this process."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from minipeft.files import write_json
-from minipeft.study import cells, runner
+from tests.study.inside import patch
 
 
 @pytest.fixture(scope="session")
@@ -40,18 +38,5 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def inside(monkeypatch) -> list[str]:
-    """Run cells in this process, which is faster; yields the names of those that ran."""
-    ran = []
-
-    def here(cell, out, threads, bar, stop):
-        ran.append(cell.name)
-        write_json(out / "cells" / cell.name / "cell.json", cell.as_json())
-        before = os.getcwd()
-        try:
-            status = cells.main([str(out), f"cells/{cell.name}"])
-        finally:
-            os.chdir(before)
-        return None if status == 0 else f"exit status {status}"
-
-    monkeypatch.setattr(runner, "run_cell", here)
-    return ran
+    """Run cells in this process, with a short probe; yields the names of those that ran."""
+    return patch(monkeypatch.setattr)

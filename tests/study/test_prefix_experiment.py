@@ -14,8 +14,9 @@ from minipeft.models.checkpoint import load_model
 from minipeft.runs.config import collect_settings
 from minipeft.runs.preparation import pack_held_out
 from minipeft.study import prefix_experiment as experiment
+from minipeft.study.drafts import Base, make_cells
 from minipeft.study.prefix_experiment import Trial, conclude, format_loss, make_grids
-from minipeft.study.presets import Base, StudyConfig, make_cells
+from minipeft.study.presets import StudyConfig
 from minipeft.study.report import write_report
 from minipeft.study.results import assemble
 from minipeft.study.rows import Data, Group, Results, Training

@@ -7,7 +7,10 @@ import pytest
 from minipeft.adapters import list_method_names
 from minipeft.errors import InputError
 from minipeft.study.cells import Cell
-from minipeft.study.presets import PRESETS, Base, StudyConfig, label_models, make_cells
+from minipeft.study.data import load_study_data
+from minipeft.study.drafts import Base, label_models, make_cells
+from minipeft.study.presets import PRESETS, StudyConfig
+from minipeft.study.runner import read_base
 
 
 @pytest.mark.parametrize(("preset", "number"), [("demo", 5), ("paper", 40), ("prefix", 46)])
@@ -70,3 +73,15 @@ def test_what_a_config_refuses():
     ):
         with pytest.raises(InputError, match=text):
             StudyConfig(**wrong)
+
+
+def test_the_epochs_do_not_depend_on_the_rows_of_a_step():
+    base = {"demo": Base("demo", 4_339_200, "gpt2", 190, 512)}
+    steps = lambda **chosen: make_cells(StudyConfig(method=("lora",), settings=chosen), base, 100)[1].steps
+    assert (steps(), steps(batch=2), steps(accumulate=5), steps(batch=2, accumulate=5)) == (380, 190, 76, 38)
+
+
+def test_shorter_rows_are_more_rows():
+    train, _ = load_study_data("demo")
+    whole, short = (read_base("demo", train, 0, length).rows for length in (None, 128))
+    assert short > 4 * whole - 10

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from minipeft.study.presets import Base, StudyConfig, make_cells
+from minipeft.study.drafts import Base, make_cells
+from minipeft.study.presets import StudyConfig
 from minipeft.study.progress import Forecast, count_lines, estimate_work
 
 QUESTIONS = 168
