@@ -27,7 +27,7 @@ from mutation import list_changes
 from minipeft.tour.exercises import checking, folder, record
 from minipeft.tour.exercises.definitions import find_definition
 
-SECONDS = 60
+SECONDS = 30
 
 
 @dataclass

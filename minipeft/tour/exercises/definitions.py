@@ -8,7 +8,6 @@ function uses are imported above it, from where the library has them.
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib.util
 import textwrap
 from dataclasses import dataclass
@@ -76,23 +75,24 @@ def find_module(name: str) -> tuple[str, Path]:
 
 
 def find_imports(tree: ast.Module, function: ast.FunctionDef, module: str, package: str) -> tuple[str, ...]:
-    """Statements that bind the names of the module that a function uses."""
+    """Statements that bind the names of the module that a function uses, and all modules that its module imports:
+    an answer may use torch where the solution has only methods."""
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - {function.name}
-    found: dict[str, str] = {}
+    plain: list[str] = []
+    found: dict[str, tuple[str, ast.alias]] = {}  # by the bound name: the module, and the name in it
     for node in tree.body:
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                bound = alias.asname or alias.name.partition(".")[0]
-                found[bound] = ast.unparse(ast.Import([alias]))
+            plain += [ast.unparse(ast.Import([alias])) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
-            origin = resolve(node, package)
-            for alias in node.names:
-                found[alias.asname or alias.name] = ast.unparse(ast.ImportFrom(origin, [alias], 0))
+            found |= {alias.asname or alias.name: (resolve(node, package), alias) for alias in node.names}
         else:
-            for name in list_bound(node):
-                found[name] = f"from {module} import {name}"
-    needed = {found[name] for name in used if name in found and not hasattr(builtins, name)}
-    return tuple(sorted(needed, key=lambda line: (line.startswith("from minipeft"), line.startswith("from"), line)))
+            found |= {name: (module, ast.alias(name)) for name in list_bound(node)}
+    needed: dict[str, list[ast.alias]] = {}
+    for name in sorted(used & found.keys()):
+        needed.setdefault(found[name][0], []).append(found[name][1])
+    froms = [ast.unparse(ast.ImportFrom(origin, aliases, 0)) for origin, aliases in needed.items()]
+    ours = [line for line in froms if line.startswith("from minipeft")]
+    return tuple(sorted(plain) + sorted(set(froms) - set(ours)) + sorted(ours))
 
 
 def resolve(node: ast.ImportFrom, package: str) -> str:

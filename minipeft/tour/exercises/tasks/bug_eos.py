@@ -9,7 +9,7 @@ fails with the bug in it. --check runs it both ways.
 
     make_example("abc")                        a document: the ids of the letters, and EOS
     LETTERS                                  the tokenizer; its `pad` is its `eos`
-    pack(examples, LETTERS, length=8)        batches; batches[0] has ids, labels and documents, [B, T] each
+    pack(examples, LETTERS, length=8)          batches; batches[0] has ids, labels and documents, [B, T] each
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Write `probe`, a test without arguments that calls the library: it returns with 
 fails with the bug in it. --check runs it both ways.
 
     make_example("abc")                                  a document: the ids of the letters, and EOS
-    batches = pack(examples, LETTERS, length=4, batch=1, seed=0)       batches[i], any i >= 0
+    batches = pack(examples, LETTERS, length=4, batch=1, seed=0)         batches[i], any i >= 0
     batches[i].ids                                       [B, T]; of epoch i // len(batches)
 """
 

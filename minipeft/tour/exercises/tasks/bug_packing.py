@@ -9,7 +9,7 @@ fails with the bug in it. --check runs it both ways.
 
     make_model()                               a small Llama with 27 tokens
     make_example("abc")                        a document: the ids of the letters, and EOS
-    pack(examples, LETTERS, length=32)       batches; batches[0] has ids, labels and documents, [B, T] each
+    pack(examples, LETTERS, length=32)         batches; batches[0] has ids, labels and documents, [B, T] each
     model.loss(ids, labels, documents)         the sum of the losses of the supervised tokens
 """
 

@@ -10,6 +10,8 @@ whatever else is in the batch:
 
     chosen = the first kept token whose cumulative probability, over that of all kept ones, is greater than u
 
+A u that was rounded up to 1 gives the last kept token.
+
 `choose(logits [B, V], draw [B], config)` returns one token a row, int64 [B]. `config.temperature` divides the logits
 before the softmax; temperature 0 means the most probable token, and u plays no part. `sort_best(probabilities, top_p)`
 sorts as above, and gives probabilities and tokens, two of [B, n]; n may be less than V where the rest cannot be kept.
@@ -93,6 +95,14 @@ def check_boundary(choose: Answer) -> None:
     equal = torch.zeros(4, 4)
     at = torch.tensor([0.0, 0.25, 0.5, 0.75])
     require_close(choose(equal, at, settings(1.0, 1.0)), torch.tensor([0, 1, 2, 3]), "the tokens at u = 0, 1/4, ...", 0)
+
+
+def check_rounded(choose: Answer) -> None:
+    """u = 1, as a draw in a narrower dtype may be rounded: the last token that is kept, not one that is not."""
+    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log()
+    for top_p, last in ((0.4, 1), (0.7, 3), (0.8, 0), (1.0, 2)):
+        chosen = choose(logits, torch.ones(1), settings(1.0, top_p))
+        require_close(chosen, torch.tensor([last]), f"the token at u = 1, top_p = {top_p}", 0)
 
 
 def check_random(choose: Answer) -> None:
