@@ -27,7 +27,8 @@ from mutation import list_changes
 from minipeft.tour.exercises import checking, folder, record
 from minipeft.tour.exercises.definitions import find_definition
 
-SECONDS = 30
+SECONDS = 30  # of one answer
+LONGEST = 120  # characters of a reason in the table
 
 
 @dataclass
@@ -97,7 +98,8 @@ def try_answer(task: record.Task, kind: str, source: str, line: int = 0, before:
         checking.answer_file(Path(place), task).write_text(source, encoding="utf-8")
         checking.test_file(Path(place), task).write_text(folder.make_test(task), encoding="utf-8")
         said = run_forked(Path(place), task)
-    return Found(task.name, kind, line, before, after, said is None, said or "", round(time.monotonic() - begun, 2))
+    reason = (said or "").partition("\n")[0][:LONGEST]
+    return Found(task.name, kind, line, before, after, said is None, reason, round(time.monotonic() - begun, 2))
 
 
 def run_forked(place: Path, task: record.Task) -> str | None:
