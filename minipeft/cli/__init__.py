@@ -13,12 +13,13 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from minipeft.cli import chat, data, generate, inspect, merge, plan, push, score, study, train
+from minipeft.cli import chat, data, exercise, generate, inspect, merge, plan, push, score, study, train
 from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
 COMMANDS: dict[str, Any] = {"study": study, "data": data, "train": train, "generate": generate, "chat": chat,
-            "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push}  # fmt: skip
+            "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push,
+            "exercise": exercise}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

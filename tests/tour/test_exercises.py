@@ -1,0 +1,228 @@
+"""The exercises: each solution passes its checks, each hole fails in words, seeded mutants are caught; and the command.
+
+MINIPEFT_EXERCISE_MUTANTS=40 tries that many mutants of each solution (results/exercises); one is tried without it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minipeft import cli
+from minipeft.errors import InputError
+from minipeft.tour.exercises import bugs, checking, folder, record
+from minipeft.tour.exercises.definitions import cut_body, find_definition
+
+ROOT = Path(__file__).resolve().parents[2]
+MUTANTS = int(os.environ.get("MINIPEFT_EXERCISE_MUTANTS", "1"))
+LORA = record.NAMES.index("merge_lora") + 1
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    """What the checks said of each solution, each hole and some mutants: one process for all imports torch once."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / "benchmarks/exercise_mutants.py"), "--each", str(MUTANTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600 + 3600 * (MUTANTS > 1), check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_each_solution_passes_its_checks(found):
+    solutions = {entry["exercise"]: entry for entry in found if entry["kind"] == "solution"}
+    assert set(solutions) == set(record.NAMES)
+    assert not [entry for entry in solutions.values() if not entry["passed"]]
+    assert max(entry["seconds"] for entry in solutions.values()) < 30  # aim: 2; beside other tests it may take longer
+
+
+def test_each_hole_fails_and_says_so(found):
+    holes = {entry["exercise"]: entry for entry in found if entry["kind"] == "hole"}
+    assert set(holes) == set(record.NAMES)
+    for number, name in enumerate(record.NAMES, 1):
+        assert not holes[name]["passed"]
+        assert holes[name]["said"].startswith("the hole is still empty. Write its body")
+        assert f"exercise_{number}.py, line " in holes[name]["said"]
+
+
+def test_mutants_are_caught(found):
+    """The sample is seeded, and the command of results/exercises/README.md tries 40 of each solution."""
+    mutants = [entry for entry in found if entry["kind"] == "mutant"]
+    assert len({entry["exercise"] for entry in mutants}) == sum(not name.startswith("bug_") for name in record.NAMES)
+    missed = [f"{entry['exercise']}: {entry['before']} -> {entry['after']}" for entry in mutants if entry["passed"]]
+    assert len(missed) <= 0.05 * len(mutants), missed
+
+
+@pytest.mark.parametrize("name", [name for name in record.NAMES if name.startswith("bug_")])
+def test_the_bug_fails_an_assertion_of_the_solution(name):
+    """The patch applies, the library is whole again afterwards, and the failure is the test's own."""
+    module = __import__(f"{record.TASKS}.{name}", fromlist=["probe"])
+    module.probe()
+    bug = record.load_exercise(name).bug
+    with bugs.planted(bug), pytest.raises(AssertionError):
+        module.probe()
+    module.probe()
+
+
+def test_a_probe_that_notices_nothing_fails():
+    with pytest.raises(AssertionError, match="your test also passes with the bug"):
+        bugs.require_caught(lambda: None, "bug_eos")
+
+
+def test_a_patch_that_no_longer_fits_is_refused():
+    with (
+        pytest.raises(InputError, match="0 places hold 'nothing of it', not one"),
+        bugs.planted(record.Bug("minipeft.documents.visible", "nothing of it", "")),
+    ):
+        pass
+
+
+def test_every_exercise_has_a_text_hints_and_checks():
+    for number, name in enumerate(record.NAMES, 1):
+        task = record.find_task(number)
+        assert task.name == name
+        assert len(task.body) > 200, name
+        assert len(record.load_exercise(name).hints) >= 2, name
+        test = folder.make_test(task)
+        compile(test, name, "exec")
+        assert test.count("\ndef check_") >= 2, name
+        assert "EXERCISE" not in test, name
+        assert "def probe" not in test, name
+    assert {file.stem for file in (ROOT / "minipeft/tour/exercises/tasks").glob("[a-z]*.py")} == set(record.NAMES)
+
+
+def test_the_hole_is_the_library_function_without_its_body():
+    text = find_definition("minipeft.documents.visible").text
+    hole = cut_body(text)
+    assert text.startswith(hole.removesuffix("    raise NotImplementedError\n"))
+    source = folder.make_answer(record.find_task(record.NAMES.index("visibility") + 1))
+    assert "import torch\n" in source
+    assert "from minipeft.documents import VIRTUAL\n" in source
+    assert "@torch.no_grad()\ndef " in cut_body(find_definition("minipeft.adapters.dora.compute_row_norms").text)
+
+
+def test_a_name_that_is_nowhere_is_refused():
+    with pytest.raises(InputError, match=r"minipeft\.documents has no function 'nothing'"):
+        find_definition("minipeft.documents.nothing")
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Run `minipeft exercise` in a folder: the status and what it said."""
+    status = cli.main(["exercise", *map(str, words), "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def fill(tmp_path: Path, body: str) -> None:
+    """Write an answer into the hole of merge_lora."""
+    file = tmp_path / f"exercise_{LORA}.py"
+    file.write_text(file.read_text().replace("raise NotImplementedError", body))
+
+
+def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys):
+    status, said = run(tmp_path, capsys, LORA)
+    assert status == 0
+    assert "W' = W + s B A" in said
+    assert f"minipeft exercise {LORA} --check" in said
+    assert f"{LORA:>2}  Merge LoRA into the weight  [begun]" in run(tmp_path, capsys)[1]
+
+    hints = [run(tmp_path, capsys, LORA, "--hint")[1] for _ in range(4)]
+    assert [hint.split(":")[0] for hint in hints] == ["hint 1 of 3", "hint 2 of 3", "hint 3 of 3", "hint 3 of 3"]
+    assert "def merged(self)" in run(tmp_path, capsys, LORA, "--solution")[1]
+
+    fill(tmp_path, "return self.weight, self.bias")
+    status, said = run(tmp_path, capsys, LORA, "--check")
+    assert status == 1
+    assert "WRONG A plain linear with W' and b' computes what the layer computes.\n" in said
+    assert "the output of the merged linear is wrong at [" in said
+    assert "3 more checks were not run" in said
+
+    run(tmp_path, capsys, LORA, "--overwrite")
+    fill(tmp_path, "W, b, A, B, s = self.part()\n    return W.float() + s * (B @ A), None if b is None else b.float()")
+    status, said = run(tmp_path, capsys, LORA, "--check")
+    assert status == 0
+    assert said.count("  ok  ") == 4
+    assert f"exercise {LORA} is done" in said
+    assert f"1 of {len(record.NAMES)} done" in run(tmp_path, capsys)[1]
+
+    file = tmp_path / f"exercise_{LORA}.py"
+    file.write_text(file.read_text() + "\n")
+    assert "[changed since it was done]" in run(tmp_path, capsys)[1]
+
+
+def test_an_answer_is_not_overwritten(tmp_path, capsys):
+    run(tmp_path, capsys, LORA)
+    fill(tmp_path, "return 1")
+    status, said = run(tmp_path, capsys, LORA)
+    assert status == 2
+    assert f"exercise_{LORA}.py: is there already. minipeft exercise {LORA} --check runs its checks" in said
+    assert "return 1" in (tmp_path / f"exercise_{LORA}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((99,), "exercise 99: there are "),
+        (("--check",), "exercise: needs the number of an exercise"),
+        ((LORA, "--check"), f"exercise_{LORA}.py: is missing. minipeft exercise {LORA} writes it"),
+    ],
+    ids=["number", "no-number", "no-file"],
+)
+def test_what_cannot_be_done_is_refused(tmp_path, capsys, words, text):
+    status, said = run(tmp_path, capsys, *words)
+    assert status == 2
+    assert text in said
+
+
+def test_without_triton_the_kernel_chapter_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: None)
+    status, said = run(tmp_path, capsys, record.NAMES.index("kernel_add") + 1)
+    assert status == 2
+    assert "exercise kernel_add: needs triton, which is not installed. pip install minipeft[kernels]" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_notes_are_refused(tmp_path, capsys):
+    (tmp_path / "exercises.json").write_text('{"done": 3}')
+    status, said = run(tmp_path, capsys)
+    assert status == 2
+    assert "exercises.json: done: must be an object" in said
+
+
+def explain(tmp_path: Path, body: str) -> str:
+    """What is told of an answer to merge_lora, in this process."""
+    task = record.find_task(LORA)
+    folder.write_exercise(tmp_path, task, overwrite=True)
+    fill(tmp_path, body)
+    file = checking.answer_file(tmp_path, task)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  a student's code may raise anything
+        list(checking.run_checks(tmp_path, task))
+    return checking.explain(caught.value, file)
+
+
+def test_failures_are_told_in_words(tmp_path):
+    """An exception of the answer, a result that is missing, one of another shape, and a file that is no Python."""
+    assert explain(tmp_path, "return 1 / 0").startswith(
+        "your code raised ZeroDivisionError: division by zero (exercise_"
+    )
+    assert "None" in explain(tmp_path, "return None")
+    assert "the bias is None exactly where the layer has none" in explain(tmp_path, "return self.weight, None")
+    assert "is not Python" in explain(tmp_path, "return (")
+    transposed = explain(tmp_path, "return self.part()[0].t(), self.bias")
+    assert transposed.startswith("the check could not use what your function returned: RuntimeError")
+
+
+def test_an_endless_loop_is_stopped_and_an_early_end_is_told(tmp_path):
+    task = record.find_task(LORA)
+    folder.write_exercise(tmp_path, task, overwrite=True)
+    fill(tmp_path, "import time\n    time.sleep(1000)")
+    verdict = checking.check_answer(tmp_path, task, seconds=5)
+    assert "not done after 5 seconds: is there an endless loop?" in verdict.reason
+    assert not verdict.done
+
+    folder.write_exercise(tmp_path, task, overwrite=True)
+    fill(tmp_path, "raise SystemExit(3)")
+    assert checking.check_answer(tmp_path, task).reason == (
+        "the process ended before the check was over (exit status 3)"
+    )
