@@ -32,7 +32,8 @@ KNOWS = {  # package: what of minipeft it may import
 }
 KNOWS["runs"] = {"runs", "generation", "training"} | KNOWS["adapters"] | KNOWS["training"]
 KNOWS["study"] = {"study", "metrics"} | KNOWS["runs"]
-KNOWS["cli"] = {"cli"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli the study
+KNOWS["tour"] = {"tour", "study"} | KNOWS["study"]  # of the study, its plots and their style alone
+KNOWS["cli"] = {"cli", "tour"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli and tour the study
 PEERS = {"transformers", "peft", "trl", "datasets", "codebleu", "accelerate", "bitsandbytes"}
 LAZY = [
     "transformers",
@@ -98,8 +99,16 @@ def test_each_knows_only_what_it_may(package):
 def test_the_rule_is_for_every_room():
     rooms = {name.split(".")[1] for name in modules() if name.startswith("minipeft.")}
     assert rooms - {"__main__"} == set(KNOWS)
-    assert not any({"cli", "study"} & knows for room, knows in KNOWS.items() if room not in ("cli", "study"))
-    assert "study" not in set().union(*(KNOWS[room] for room in KNOWS if room not in ("cli", "study")))
+    above = ("cli", "study", "tour")
+    assert not any(set(above) & knows for room, knows in KNOWS.items() if room not in above)
+    assert "tour" not in KNOWS["study"]
+
+
+def test_the_tour_draws_with_the_studys_plots_and_knows_nothing_else_of_it():
+    for name in modules():
+        if name.startswith("minipeft.tour"):
+            known = {other for other in ours(name) if other.startswith("minipeft.study")}
+            assert known <= {"minipeft.study", "minipeft.study.charts", "minipeft.study.curves"}, name
 
 
 def test_metrics_know_no_tensor():

@@ -1,0 +1,1 @@
+"""The guided tour: a book made from the source, with numbers that are computed when it is built."""
