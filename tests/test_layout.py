@@ -72,6 +72,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "study/scoring": "tests/cli/test_cli.py",
     "study/executed": "tests/study/test_runner.py",
     "study/cells": "tests/study/test_runner.py",
+    **dict.fromkeys(("cli/compare", "runs/peer"), "tests/runs/test_comparison.py"),
     **dict.fromkeys(
         ("cli/tour", "tour/bench", "tour/drawings", *(f"tour/measures/{name}" for name in MEASURES)),
         "tests/tour/test_book.py",

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from minipeft.cli import chat, data, generate, inspect, merge, plan, push, score, study, tour, train
+from minipeft.cli import chat, compare, data, generate, inspect, merge, plan, push, score, study, tour, train
 from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
 COMMANDS: dict[str, Any] = {"study": study, "data": data, "train": train, "generate": generate, "chat": chat,
-            "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push, "tour": tour}  # fmt: skip
+            "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push,
+            "compare": compare, "tour": tour}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
