@@ -29,7 +29,7 @@ LINEAR, TRITON = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton
 ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the parts of a kernel are tested through it
     **dict.fromkeys(("choice", "dropout", "onednn", "reference", "rows"), LINEAR),
     **dict.fromkeys(("compile_check", "decode", "fused", "hybrid", "launch", "tiles"), TRITON),
-    **dict.fromkeys(("triton_blocks", "triton_decode", "triton_kernels"), TRITON),
+    **dict.fromkeys(("triton_blocks", "triton_decode", "triton_kernels", "vector_add"), TRITON),
 }
 FAMILY_FILES = (
     "qwen",
@@ -45,6 +45,7 @@ FAMILY_FILES = (
     "rotary",
 )
 CLI = ("chat", "data", "flags", "generate", "inspect", "plan", "score", "streams", "study", "train")
+MEASURES = ("__init__", "adapters", "answers", "machine", "rows", "scores", "training", "virtual")
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys([f"models/{name}" for name in FAMILY_FILES], "tests/models/test_families.py"),
     **dict.fromkeys(
@@ -75,6 +76,11 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     **dict.fromkeys(("study/plans", "runs/gpus"), "tests/study/test_paper.py"),
     "study/rates_report": "tests/study/test_rates_experiment.py",
     "study/cells": "tests/study/test_runner.py",
+    **dict.fromkeys(("cli/compare", "runs/peer"), "tests/runs/test_comparison.py"),
+    **dict.fromkeys(
+        ("cli/tour", "tour/bench", "tour/drawings", *(f"tour/measures/{name}" for name in MEASURES)),
+        "tests/tour/test_book.py",
+    ),
 }
 
 

@@ -41,6 +41,8 @@ from minipeft_kernels import (
 from minipeft_kernels import RowGroups as RowGroups  # for the bank: adapters/ imports minipeft_kernels here alone
 from minipeft_kernels import group_rows as group_rows
 from minipeft_kernels import lora_rows as lora_rows
+from minipeft_kernels import make_dropout as make_dropout  # for the tour
+from minipeft_kernels import make_keep_mask as make_keep_mask
 from torch import Tensor, nn
 
 from minipeft.adapters.embedding import find_table_layers

@@ -1,4 +1,4 @@
-"""The command line: `minipeft study`, `data`, `train`, `generate`, `chat`, ..., `push`; one file for each command.
+"""The command line: `minipeft study`, `data`, `train`, `generate`, `chat`, ..., `tour`; one file for each command.
 
 Exit status: 0 done, 2 bad input (one line, `error: FILE: WHERE: PROBLEM. HINT`), 130 or 143 stopped by a signal with
 the run saved, 75 another process of the training is lost. `--debug` shows the traceback instead of the line.
@@ -13,13 +13,13 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from minipeft.cli import chat, data, exercise, generate, inspect, merge, plan, push, score, study, train
+from minipeft.cli import chat, compare, data, exercise, generate, inspect, merge, plan, push, score, study, tour, train
 from minipeft.cli.streams import report
 from minipeft.errors import InputError
 
 COMMANDS: dict[str, Any] = {"study": study, "data": data, "train": train, "generate": generate, "chat": chat,
             "score": score, "plan": plan, "inspect": inspect, "merge": merge, "push": push,
-            "exercise": exercise}  # fmt: skip
+             "compare": compare, "tour": tour, "exercise": exercise}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

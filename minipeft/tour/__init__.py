@@ -1,1 +1,1 @@
-"""The guided tour and the exercises: how parameter-efficient fine-tuning works, shown and tried on this library."""
+"""The guided tour, a book made from the source whose numbers are computed when it is built, and the exercises."""

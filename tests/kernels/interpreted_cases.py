@@ -21,6 +21,7 @@ from minipeft_kernels import (
     make_dropout,
     make_keep_mask,
     tiles,
+    vector_add,
 )
 from test_lora_linear import compute_gradients, compute_peft, problem
 from test_lora_linear import exact as exact_by_autograd
@@ -279,3 +280,9 @@ def train_losses(family: str, backend: str) -> list[float]:
     batch = minipeft.Batch(ids, ids, torch.zeros_like(ids))
     config_ = minipeft.TrainConfig(steps=20, learning_rate=3e-2, seed=3)
     return [step.loss for step in minipeft.train(model, [batch] * 20, config_)]
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 700])
+def test_the_first_kernel_adds_vectors_of_any_length(length: int) -> None:
+    x, y = draw(length, seed=1, dtype=torch.float32), draw(length, seed=2, dtype=torch.float32)
+    assert torch.equal(vector_add.add(x, y), x + y)

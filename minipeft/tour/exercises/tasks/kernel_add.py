@@ -28,7 +28,7 @@ from minipeft.tour.exercises.judging import require, require_close
 from minipeft.tour.exercises.record import Answer, Exercise
 
 EXERCISE = Exercise(
-    solution="minipeft_kernels.vector_add.add",
+    solution="minipeft_kernels.vector_add.add_block",
     hints=(
         "The program's places: at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).",
         "inside = at < N is a vector of true and false: the mask of both loads and of the store.",

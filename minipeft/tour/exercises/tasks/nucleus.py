@@ -12,8 +12,8 @@ whatever else is in the batch:
 
 A u that was rounded up to 1 gives the last kept token.
 
-`choose(logits [B, V], draw [B], config)` returns one token a row, int64 [B]. `config.temperature` divides the logits
-before the softmax; temperature 0 means the most probable token, and u plays no part. `sort_best(probabilities, top_p)`
+`choose(logits [B, V], draw [B], temperature, top_p)` returns one token a row, int64 [B]. `temperature` divides the
+logits before the softmax; temperature 0 means the most probable token, and u plays no part. `sort_best(probabilities, top_p)`
 sorts as above, and gives probabilities and tokens, two of [B, n]; n may be less than V where the rest cannot be kept.
 """
 
@@ -23,12 +23,11 @@ import math
 
 import torch
 
-from minipeft.generation import GenerateConfig
 from minipeft.tour.exercises.judging import require, require_close, require_dtype
 from minipeft.tour.exercises.record import Answer, Exercise
 
 EXERCISE = Exercise(
-    solution="minipeft.generation.choose",
+    solution="minipeft.sampling.choose",
     hints=(
         "ordered.cumsum(dim=1) - ordered is the sum before each token.",
         "Set the probabilities that are not kept to 0; the cumulative sum of the rest ends at the mass that is kept.",
@@ -59,15 +58,11 @@ def choose_in_loops(logits: list[float], u: float, temperature: float, top_p: fl
     return kept[-1]
 
 
-def settings(temperature: float, top_p: float) -> GenerateConfig:
-    return GenerateConfig(temperature=temperature, top_p=top_p)
-
-
 def check_by_hand(choose: Answer) -> None:
     """Probabilities 1/2, 1/4, 1/8, 1/8 and top_p = 0.8: three are kept, with 4/7, 2/7 and 1/7."""
     logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log().repeat(6, 1)
     draw = torch.tensor([0.0, 0.56, 0.58, 0.84, 0.87, 0.999])
-    chosen = choose(logits, draw, settings(1.0, 0.8))
+    chosen = choose(logits, draw, 1.0, 0.8)
     require_dtype(chosen, torch.int64, "the tokens")
     require_close(chosen, torch.tensor([1, 1, 3, 3, 0, 0]), "the tokens", 0)
 
@@ -76,32 +71,32 @@ def check_greedy(choose: Answer) -> None:
     """Temperature 0 takes the most probable token, whatever u is."""
     torch.manual_seed(0)
     logits = torch.randn(20, 9)
-    require_close(choose(logits, torch.rand(20), settings(0.0, 0.9)), logits.argmax(dim=1), "the tokens", 0)
+    require_close(choose(logits, torch.rand(20), 0.0, 0.9), logits.argmax(dim=1), "the tokens", 0)
 
 
 def check_small_nucleus(choose: Answer) -> None:
     """A tiny top_p keeps the first token alone; top_p = 1 keeps all."""
     logits = torch.tensor([[0.3, 0.4, 0.3]]).log().repeat(3, 1)
     draw = torch.tensor([0.0, 0.5, 0.9999])
-    require_close(choose(logits, draw, settings(1.0, 0.01)), torch.tensor([1, 1, 1]), "the tokens, top_p = 0.01", 0)
-    require_close(choose(logits, draw, settings(1.0, 1.0)), torch.tensor([1, 0, 2]), "the tokens, top_p = 1", 0)
+    require_close(choose(logits, draw, 1.0, 0.01), torch.tensor([1, 1, 1]), "the tokens, top_p = 0.01", 0)
+    require_close(choose(logits, draw, 1.0, 1.0), torch.tensor([1, 0, 2]), "the tokens, top_p = 1", 0)
 
 
 def check_boundary(choose: Answer) -> None:
     """Powers of two, where sums are exact: a token that begins at top_p is not kept, and u at a bound is the next."""
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log().repeat(4, 1)
     draw = torch.tensor([0.0, 0.4999, 0.5001, 0.9999])
-    require_close(choose(logits, draw, settings(1.0, 0.5)), torch.tensor([0, 0, 0, 0]), "the tokens, top_p = 0.5", 0)
+    require_close(choose(logits, draw, 1.0, 0.5), torch.tensor([0, 0, 0, 0]), "the tokens, top_p = 0.5", 0)
     equal = torch.zeros(4, 4)
     at = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    require_close(choose(equal, at, settings(1.0, 1.0)), torch.tensor([0, 1, 2, 3]), "the tokens at u = 0, 1/4, ...", 0)
+    require_close(choose(equal, at, 1.0, 1.0), torch.tensor([0, 1, 2, 3]), "the tokens at u = 0, 1/4, ...", 0)
 
 
 def check_rounded(choose: Answer) -> None:
     """u = 1, as a draw in a narrower dtype may be rounded: the last token that is kept, not one that is not."""
     logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log()
     for top_p, last in ((0.4, 1), (0.7, 3), (0.8, 0), (1.0, 2)):
-        chosen = choose(logits, torch.ones(1), settings(1.0, top_p))
+        chosen = choose(logits, torch.ones(1), 1.0, top_p)
         require_close(chosen, torch.tensor([last]), f"the token at u = 1, top_p = {top_p}", 0)
 
 
@@ -112,7 +107,7 @@ def check_random(choose: Answer) -> None:
         for top_p in (0.2, 0.7, 0.95):
             logits, draw = torch.randn(50, 12, generator=generator), torch.rand(50, generator=generator)
             wanted = [choose_in_loops(row, u, temperature, top_p) for row, u in zip(logits.tolist(), draw.tolist())]
-            chosen = choose(logits, draw, settings(temperature, top_p))
+            chosen = choose(logits, draw, temperature, top_p)
             what = f"the tokens at temperature {temperature}, top_p {top_p}"
             require_close(chosen, torch.tensor(wanted), what, 0)
 
@@ -121,6 +116,6 @@ def check_shares(choose: Answer) -> None:
     """Over 40,000 draws each token comes as often as its probability says."""
     probabilities = torch.tensor([0.1, 0.6, 0.3])
     draw = (torch.arange(40_000) + 0.5) / 40_000
-    chosen = choose(probabilities.log().repeat(40_000, 1), draw, settings(1.0, 1.0))
+    chosen = choose(probabilities.log().repeat(40_000, 1), draw, 1.0, 1.0)
     require(chosen.shape == (40_000,), f"the tokens have the shape {list(chosen.shape)}")
     require_close(torch.bincount(chosen, minlength=3) / 40_000, probabilities, "the shares", 1e-3)
