@@ -46,6 +46,7 @@ FAMILY_FILES = (
 )
 CLI = ("chat", "data", "flags", "generate", "inspect", "plan", "score", "streams", "study", "train")
 MEASURES = ("__init__", "adapters", "answers", "machine", "rows", "scores", "training", "virtual")
+EXERCISES = "tests/tour/test_exercises.py"
 TOGETHER = {  # what has no meaning by itself is tested where it is used: the report as a page, signals by whole runs
     **dict.fromkeys([f"models/{name}" for name in FAMILY_FILES], "tests/models/test_families.py"),
     **dict.fromkeys(
@@ -76,6 +77,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     **dict.fromkeys(("study/plans", "runs/gpus"), "tests/study/test_paper.py"),
     "study/rates_report": "tests/study/test_rates_experiment.py",
     "study/cells": "tests/study/test_runner.py",
+    "cli/exercise": EXERCISES,
     **dict.fromkeys(("cli/compare", "runs/peer"), "tests/runs/test_comparison.py"),
     **dict.fromkeys(
         ("cli/tour", "tour/bench", "tour/drawings", *(f"tour/measures/{name}" for name in MEASURES)),
@@ -112,7 +114,8 @@ def test_every_source_file_has_a_test_file_of_its_path():
         else:
             stem = path.parent.name if path.stem == "__init__" else path.stem  # a package: test_PACKAGE.py inside it
             place = Path("tests", *path.parts[1:-1], f"test_{stem}.py").as_posix()
-            place = TOGETHER.get(Path(*path.parts[1:]).with_suffix("").as_posix(), place)
+            inner = Path(*path.parts[1:]).with_suffix("").as_posix()
+            place = TOGETHER.get(inner, EXERCISES if inner.startswith("tour/exercises/") else place)
         if holds_code(tree) and not (ROOT / place).exists():
             missing.append(f"{name} -> {place}")
     assert not missing, "\n".join(missing)
