@@ -36,9 +36,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Status 0, or 2 where a cell failed, or with --plan does not fit the GPU."""
     from minipeft.runs.process import ProcessConfig
-    from minipeft.study.plans import as_json, as_table
+    from minipeft.study.plans import as_table, list_objects
     from minipeft.study.presets import OWN, StudyConfig
-    from minipeft.study.report import as_terminal, write_report
+    from minipeft.study.report import as_json, as_terminal, write_report
     from minipeft.study.results import assemble
     from minipeft.study.runner import conduct, plan_study
 
@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     )
     if options.plan:
         plans, errors = plan_study(config)
-        show(json.dumps(as_json(plans), indent=2) if options.json else as_table(plans, config.gpu))
+        show(json.dumps(list_objects(plans), indent=2) if options.json else as_table(plans, config.gpu))
         for error in errors.values():
             report(f"error: {error}")
         return 2 if errors or any(one.problem for one in plans) else 0
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
         return 2 if failed else 0
     results = assemble(outcomes, config, options.out, format_command(options))
     write_report(results, options.out)
-    show(json.dumps(results.as_json(), indent=2) if options.json else as_terminal(results, options.out))
+    show(json.dumps(as_json(results), indent=2) if options.json else as_terminal(results, options.out))
     return 2 if failed else 0
 
 

@@ -128,7 +128,7 @@ def refuse_unfit(cells: Sequence[Cell], questions: int, gpu: str | None) -> dict
     return {(one.model, one.method, one.variant): f"{one.problem}. {HINT}" for one in plans if one.problem}
 
 
-def as_json(plans: Sequence[CellPlan]) -> list[dict[str, Any]]:
+def list_objects(plans: Sequence[CellPlan]) -> list[dict[str, Any]]:
     """The plans as JSON objects."""
     return [{**asdict(one), "percent": one.percent} for one in plans]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from minipeft.metrics.bootstrap import Interval, bootstrap_bleu
 from minipeft.study.rates_experiment import LABELS, find_rung, get_rate
-from minipeft.study.rows import Results
+from minipeft.study.rows import Results, as_object
 from minipeft.study.statistics import compute_t_interval, find_detectable
 from minipeft.study.table import name_method, show_difference
 
@@ -158,6 +159,20 @@ def draw_differences(results: Results) -> list[list[str]]:
         for one in found
     ]
     return [head, *rows] if rows else []
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """What results.json holds of this experiment, beside what every study has; nothing for another preset."""
+    if results.preset != "rates":
+        return {}
+    searches = [
+        {"model": one.model, "name": one.name, "best": one.best, "losses": {f"{r:g}": v for r, v in one.losses.items()}}
+        for one in find_searches(results)
+    ]
+    differences = [
+        {**vars(one), "bleu": as_object(one.bleu), "verdict": one.verdict} for one in find_differences(results)
+    ]
+    return {"searches": searches, "differences": differences}
 
 
 def list_tables(results: Results) -> list[tuple[str, str, list[list[str]]]]:

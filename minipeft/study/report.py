@@ -11,6 +11,7 @@ from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.metrics.scores import TEXT_ONLY
 from minipeft.runs.answers import read_answer_lines
+from minipeft.study import rates_report
 from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
@@ -19,8 +20,6 @@ from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
 from minipeft.study.page import draw_page
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
-from minipeft.study.rates_report import conclude as conclude_rates
-from minipeft.study.rates_report import list_tables
 from minipeft.study.rows import Results
 from minipeft.study.table import (
     as_line,
@@ -34,6 +33,7 @@ from minipeft.study.table import (
     name_groups,
 )
 
+MOST_SHOWN = 24  # cells with answers; the page of the demo's nine methods and five seeds would have 5 MB
 NOTES = (
     "Intervals are percentile bootstraps over questions; pairs of one question are resampled together. A difference "
     "whose interval excludes 0 generalizes to questions like these; with one seed it says nothing about other seeds.",
@@ -46,11 +46,16 @@ NOTES = (
 
 def write_report(results: Results, out: Path) -> None:
     """Write results.json, report.md and report.html into the study's folder."""
-    write_json(out / "results.json", results.as_json())
+    write_json(out / "results.json", as_json(results))
     text = draw_markdown(results)
     write_whole(out / "report.md", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
     page = draw_page(results, summarize(results), NOTES, read_curves(results, out), read_all_answers(results, out))
     write_whole(out / "report.html", lambda stream: stream.write(page.encode("utf-8", "backslashreplace")))
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """results.json: the results, and what the preset's experiment found."""
+    return results.as_json() | rates_report.as_json(results)
 
 
 def summarize(results: Results) -> list[str]:
@@ -58,7 +63,7 @@ def summarize(results: Results) -> list[str]:
     named = list(zip(name_groups(results.groups), results.groups))
     done = [(name, group) for name, group in named if group.error is None]
     data = results.data
-    text = decide(results.groups) + conclude(results) + conclude_rates(results)
+    text = decide(results.groups) + conclude(results) + rates_report.conclude(results)
     silent = [(name, group) for name, group in done if group.scores is None]
     if silent:
         name, best = min(silent, key=lambda pair: pair[1].dev_loss)
@@ -100,7 +105,10 @@ def draw_markdown(results: Results) -> str:
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups, main),
         f"## All columns\n\n{as_markdown(groups)}",
-        *(f"## {title}\n\n{meaning}\n\n{as_markdown_table(rows)}" for title, meaning, rows in list_tables(results)),
+        *(
+            f"## {title}\n\n{meaning}\n\n{as_markdown_table(rows)}"
+            for title, meaning, rows in rates_report.list_tables(results)
+        ),
         *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in make_grids(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"
@@ -135,13 +143,22 @@ def name_cells(results: Results) -> dict[str, str]:
     return {cell: name + seeds[cell] for name, group in named for cell in group.cells}
 
 
+def choose_shown(results: Results) -> set[str]:
+    """The cells whose curves and answers the page shows: those of the tables, or, of many, their first seed."""
+    grouped = {cell for group in results.groups for cell in group.cells}
+    done = [row for row in results.cells if row.error is None and row.cell in grouped]
+    first = {group.cells[0] for group in results.groups if group.cells}
+    many = sum(row.scores is not None for row in done) > MOST_SHOWN
+    return {row.cell for row in done if not many or row.cell in first or row.scores is None}
+
+
 def read_curves(results: Results, out: Path) -> list[Curve]:
     """The losses of each trained cell, from its log; where any cell answered, only of those that did."""
-    found, called = [], name_cells(results)
+    found, called, shown = [], name_cells(results), choose_shown(results)
     answered = any(row.scores is not None and row.training.steps for row in results.cells)
     for row in results.cells:
         file = out / "cells" / row.cell / "run" / "log.jsonl"
-        if row.error is not None or not file.exists() or (answered and row.scores is None):
+        if row.error is not None or not file.exists() or (answered and row.scores is None) or row.cell not in shown:
             continue
         entries = [parse_json(line, file) for line in read_text(file).splitlines()]
         pick = lambda name, entries=entries: [(e["step"], e[name]) for e in entries if e.get(name) is not None]
@@ -151,11 +168,11 @@ def read_curves(results: Results, out: Path) -> list[Curve]:
 
 def read_all_answers(results: Results, out: Path) -> list[Answered]:
     """Of each cell whose answers are worth reading its name and its answers, in the order of the questions."""
-    called = name_cells(results)
+    called, shown = name_cells(results), choose_shown(results)
     return [
         Answered(called[row.cell], read_cell_answers(out / "cells" / row.cell), row.scores.language)
         for row in results.cells
-        if row.error is None and row.scores is not None and row.method not in SAME_EACH_TIME
+        if row.cell in shown and row.scores is not None and row.method not in SAME_EACH_TIME
     ]
 
 

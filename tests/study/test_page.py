@@ -14,9 +14,9 @@ from minipeft.study.charts import Bar, choose_log_ticks, choose_ticks, draw_bars
 from minipeft.study.curves import Curve, Point, draw_cost, draw_losses, smooth
 from minipeft.study.page import draw_costs
 from minipeft.study.presets import StudyConfig
-from minipeft.study.report import write_report
+from minipeft.study.report import MOST_SHOWN, choose_shown, write_report
 from minipeft.study.results import assemble
-from minipeft.study.rows import Group, Training
+from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import conduct
 
 HOSTILE = [
@@ -52,6 +52,16 @@ class Reader(HTMLParser):
             self.answers[-1] += data
         if self.open and self.open[-1] == "script":
             self.script += data
+
+
+def test_of_many_cells_the_page_shows_the_first_seed():
+    answered = lambda cell, seed: Row(cell, "m", "lora", seed, scores=score_texts(["x"], ["x"]))
+    rows = tuple(answered(f"lora-{seed}", seed) for seed in range(MOST_SHOWN + 1))
+    silent = Row("search", "m", "lora", variant="@0.1")
+    group = Group("m", "lora", tuple(range(len(rows))), tuple(row.cell for row in rows))
+    made = lambda rows: Results("", "rates", Data("", 1, 1, "", ""), {}, (*rows, silent), (group,))
+    assert choose_shown(made(rows)) == {"lora-0"}
+    assert choose_shown(made(rows[:-1])) == {row.cell for row in rows[:-1]}
 
 
 @pytest.fixture

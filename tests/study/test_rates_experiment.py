@@ -159,6 +159,13 @@ def test_a_small_study_of_rates(inside, pairs, tmp_path, capsys, monkeypatch):
         assert 0 < best < len(tried) - 1 or len(tried) == 4
         first = rows[group["cells"][0]]
         assert first["dev_loss"] == tried[group["learning_rate"]]  # seed 0 again
+    assert [one["name"] for one in results["searches"]] == ["LoRA", "LoRA+"]
+    assert results["searches"][0]["best"] == names["lora", ""]["learning_rate"]
+    (plus,) = results["differences"]
+    apart = [rows[a]["dev_loss"] - rows[b]["dev_loss"]
+             for a, b in zip(names["lora", "LoRA+"]["cells"], names["lora", ""]["cells"])]  # fmt: skip
+    assert plus["loss"][0] == pytest.approx(sum(apart) / 2)
+    assert plus["bleu"]["value"] == pytest.approx(names["lora", "LoRA+"]["bleu"] - names["lora", ""]["bleu"])
     kinds = ["@" in rows[name]["variant"] for name in inside]
     assert kinds.index(True) < len(kinds) - 1 - kinds[::-1].index(False)
     assert kinds[-1] is False
