@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     actions.add_argument("--hint", action="store_true", help="show a hint, another one each time")
     actions.add_argument("--solution", action="store_true", help="show the library's own function")
     actions.add_argument("--overwrite", action="store_true", help="write the files again, without your answer")
+    parser.add_argument("--json", action="store_true", help="print the list, or what a check found, as JSON")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="your folder (default: this one)")
 
 
@@ -35,37 +37,45 @@ def main(options: argparse.Namespace) -> int:
     if options.number is None:
         if options.check or options.hint or options.solution or options.overwrite:
             raise InputError("needs the number of an exercise", where="exercise", hint="minipeft exercise lists them")
-        return list_all(options.out)
+        return list_all(options.out, options.json)
     task = find_task(options.number)
     load_exercise(task.name)
-    for wanted, action in ((options.check, check), (options.hint, hint), (options.solution, solve)):
-        if wanted:
-            return action(options.out, task)
+    if options.check:
+        return check(options.out, task, options.json)
+    if options.hint:
+        return hint(options.out, task)
+    if options.solution:
+        return solve(task)
     written = write_exercise(options.out, task, options.overwrite)
     show(f"Exercise {task.number}, {task.chapter}: {task.title}\n\n{task.body}\n")
     show(f"wrote {' and '.join(map(str, written))}\nnext: write it, then minipeft exercise {task.number} --check")
     return 0
 
 
-def list_all(folder: Path) -> int:
+def list_all(folder: Path, as_json: bool) -> int:
     """Print all exercises by chapter, with their state in this folder."""
     from minipeft.tour.exercises.folder import find_state, read_notes
     from minipeft.tour.exercises.record import NAMES, find_task
 
-    notes, chapter, done = read_notes(folder), "", 0
-    for number in range(1, len(NAMES) + 1):
-        task = find_task(number)
+    notes = read_notes(folder)
+    tasks = [find_task(number) for number in range(1, len(NAMES) + 1)]
+    states = [find_state(folder, task, notes) for task in tasks]
+    if as_json:
+        fields = ("number", "chapter", "title")
+        rows = [{name: getattr(task, name) for name in fields} | {"state": state} for task, state in zip(tasks, states)]
+        show(json.dumps(rows, indent=2))
+        return 0
+    chapter = ""
+    for task, state in zip(tasks, states):
         if task.chapter != chapter:
+            show(f"\n{task.chapter}" if chapter else task.chapter)
             chapter = task.chapter
-            show(f"\n{chapter}" if number > 1 else chapter)
-        state = find_state(folder, task, notes)
-        done += state == "done"
-        show(f"  {number:>2}  {task.title}{f'  [{state}]' if state else ''}")
-    show(f"\n{done} of {len(NAMES)} done. minipeft exercise N writes exercise N here.")
+        show(f"  {task.number:>2}  {task.title}{f'  [{state}]' if state else ''}")
+    show(f"\n{states.count('done')} of {len(tasks)} done. minipeft exercise N writes exercise N here.")
     return 0
 
 
-def check(folder: Path, task: Task) -> int:
+def check(folder: Path, task: Task, as_json: bool) -> int:
     """Run the checks and say what they found."""
     from minipeft.files import hash_file
     from minipeft.tour.exercises.checking import answer_file, check_answer
@@ -73,9 +83,12 @@ def check(folder: Path, task: Task) -> int:
     from minipeft.tour.exercises.record import NAMES
 
     verdict = check_answer(folder, task)
+    note(folder, "done", task, hash_file(answer_file(folder, task)) if verdict.done else None)
+    if as_json:
+        show(json.dumps({"number": task.number, "done": verdict.done, **vars(verdict)}, indent=2))
+        return 0 if verdict.done else 1
     for claim in verdict.passed:
         show(f"  ok    {flatten(claim)}")
-    note(folder, "done", task, hash_file(answer_file(folder, task)) if verdict.done else None)
     if verdict.done:
         show(f"exercise {task.number} is done ({task.title})")
         if task.number < len(NAMES):
@@ -104,7 +117,7 @@ def hint(folder: Path, task: Task) -> int:
     return 0
 
 
-def solve(folder: Path, task: Task) -> int:
+def solve(task: Task) -> int:
     """Print the library's own function, and the patch of a bug."""
     from minipeft.tour.exercises.definitions import find_definition
     from minipeft.tour.exercises.record import load_exercise

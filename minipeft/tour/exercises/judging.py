@@ -20,19 +20,18 @@ def require_equal(mine: Any, expected: Any, what: str) -> None:
     if isinstance(expected, Tensor):
         require_close(mine, expected, what, tolerance=0)
         return
-    require(type(mine) is type(expected) or mine == expected, f"{what} is {describe(mine)}, not {describe(expected)}")
-    require(mine == expected, f"{what} is {mine!r}; it should be {expected!r}")
+    require(mine == expected, f"{what}: yours {mine!r}, expected {expected!r}")
 
 
 def require_close(mine: Any, expected: Tensor | float, what: str, tolerance: float) -> None:
     """Assert that a tensor (or number) has the expected shape, and differs by at most `tolerance` times the largest
     expected entry (at least 1e-30)."""
     require_given(mine, what)
-    require(isinstance(mine, Tensor | float | int), f"{what} is {describe(mine)}, not {describe(expected)}")
+    require(isinstance(mine, Tensor | float | int), f"{what}: {describe(mine)}; it should be {describe(expected)}")
     got, want = (torch.as_tensor(value).detach() for value in (mine, expected))
-    require(got.shape == want.shape, f"{what} has the shape {list(got.shape)}; it should be {list(want.shape)}")
+    require(got.shape == want.shape, f"{what}: the shape is {list(got.shape)}; it should be {list(want.shape)}")
     if not want.is_floating_point():
-        require(not got.is_floating_point(), f"{what} is {got.dtype}; it should be {want.dtype}")
+        require(not got.is_floating_point(), f"{what}: {got.dtype}; it should be {want.dtype}")
     got, want = got.double(), want.double()
     same = (got == want) | (got.isnan() & want.isnan())
     apart = torch.where(same, 0.0, (got - want).abs())
@@ -41,23 +40,23 @@ def require_close(mine: Any, expected: Tensor | float, what: str, tolerance: flo
     allowed = tolerance * max(float(finite.abs().max()) if finite.numel() else 0.0, 1e-30)
     if not apart.numel() or float(apart.max()) <= allowed:
         return
-    place = int(apart.flatten().argmax())
-    at = [int(part) for part in torch.unravel_index(torch.tensor(place), apart.shape)]
-    values = f"yours {float(got.flatten()[place]):.6g}, expected {float(want.flatten()[place]):.6g}"
-    count = int((apart > allowed).sum())
-    where = f" at {at} ({count} of {apart.numel()} entries differ)" if at else ""
-    raise AssertionError(f"{what} is wrong{where}: {values} (allowed difference {allowed:.2g})")
+    wrong = (apart > allowed).nonzero().tolist()
+    at = tuple(wrong[0])
+    values = f"yours {float(got[at]):.6g}, expected {float(want[at]):.6g}"
+    where = f" at {list(at)}" if at else ""
+    others = f"; {len(wrong)} of {apart.numel()} entries differ" if at else ""
+    raise AssertionError(f"{what}: wrong{where}: {values} (allowed difference {allowed:.2g}{others})")
 
 
 def require_dtype(mine: Tensor, dtype: torch.dtype, what: str) -> None:
     """Assert a tensor's dtype."""
     require_given(mine, what)
-    require(mine.dtype == dtype, f"{what} is {mine.dtype}; it should be {dtype}")
+    require(mine.dtype == dtype, f"{what}: {mine.dtype}; it should be {dtype}")
 
 
 def require_given(mine: Any, what: str) -> None:
     """Assert that there is a value."""
-    require(mine is not None, f"{what} is None: does your function return it?")
+    require(mine is not None, f"{what}: None; does your function return it?")
 
 
 def describe(value: Any) -> str:
