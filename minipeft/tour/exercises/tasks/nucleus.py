@@ -14,8 +14,8 @@ A u that was rounded up to 1 gives the last kept token.
 
 `choose(logits [B, V], draw [B], temperature, top_p)` returns one token a row, int64 [B]. `temperature` divides the
 logits before the softmax; temperature 0 means the most probable token, and u plays no part.
-`sort_best(probabilities, top_p)` sorts as above, and gives probabilities and tokens, two of [B, n]; n may be less than V
-where the rest cannot be kept.
+`sort_best(probabilities, top_p)` sorts as above, and gives probabilities and tokens, two of [B, n]; n may be less than
+V where the rest cannot be kept.
 """
 
 from __future__ import annotations
