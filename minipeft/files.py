@@ -235,8 +235,9 @@ def write_json(file: Path, value: object) -> None:
     write_whole(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
-def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
-    """Lock a folder until the returned file is closed or the process ends, by any means.
+def lock_folder(folder: Path, name: str = ".lock", *, wait: bool = False) -> IO[str]:
+    """Lock a folder until the returned file is closed or the process ends, by any means; with `wait` after any other
+    process that holds the lock.
 
     Raises:
         InputError: another process holds the lock (its id and host are given), or it is a link or cannot be written.
@@ -248,7 +249,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> IO[str]:
     except OSError as error:
         raise InputError(f"cannot write: {error.strerror}", file=file) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         lock.seek(0)
         holder = lock.read(300).strip() or "unknown"

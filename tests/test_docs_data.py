@@ -56,9 +56,10 @@ def test_the_blocks_run_one_after_the_other(
     monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
     capsys.readouterr()
     said = [run_block(kind, text, place, capsys) for kind, text in BLOCKS]
-    assert [kind for kind, _ in BLOCKS] == ["bash"] * 4 + ["python"]
+    assert [kind for kind, _ in BLOCKS] == ["bash"] * 4 + ["python"] + ["bash"]
     assert "s:Answer in code.<|endoftext|>u:one more<|endoftext|>a:[x += 1<|endoftext|>]" in said[0]
     assert "u:twice<|endoftext|>a:[x *= 2<|endoftext|>]" in said[0]
     assert "2 of the 2 rows held out are also trained on" in said[2]
     assert said[4].startswith("x -= 1x *= 2\n3 documents of ")
+    assert re.fullmatch(r"tokens-[0-9a-f]{64}\.safetensors", said[5].splitlines()[-1])
     assert (place / "runs/qa/adapter/minipeft_data.json").exists()

@@ -22,7 +22,7 @@ KNOWS = {  # package: what of minipeft it may import
     "files": {"errors"},
     "tensor_files": {"errors", "files"},
     "hub": {"errors", "files"},
-    "data": {"data", "documents", "errors", "files", "hub"},
+    "data": {"data", "documents", "errors", "files", "tensor_files", "hub"},
     "models": {"models", "documents", "errors", "files", "tensor_files", "hub"},
     "metrics": {"metrics", "errors", "files"},
     "adapters": {"adapters", "models", "documents", "errors", "files", "tensor_files", "hub"},

@@ -32,16 +32,22 @@ class Example:
 
 
 class Encoded(Sequence[Example]):
-    """Examples in flat arrays; `encoded[i]` is one of them as an Example."""
+    """Examples in flat arrays; `encoded[i]` is one of them as an Example.
 
-    def __init__(self, ids: Array, starts: Array, prompts: Array, trained: Array | None):
+    `chosen`: the numbers of the examples in use, ascending; the arrays may hold others between them.
+    """
+
+    def __init__(
+        self, ids: Array, starts: Array, prompts: Array, trained: Array | None = None, chosen: Array | None = None
+    ):
         self.ids = ids  # [N] int32
-        self.starts = starts  # [examples + 1] int64
-        self.prompts = prompts  # [examples] int32
+        self.starts = starts  # [held + 1] int64
+        self.prompts = prompts  # [held] int32
         self.trained = trained  # [N] bool, or None
+        self.chosen = np.arange(len(prompts)) if chosen is None else chosen  # [examples] int64
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, number: int) -> Example: ...
@@ -52,7 +58,7 @@ class Encoded(Sequence[Example]):
     def __getitem__(self, number: int | slice) -> Example | list[Example]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        place = range(len(self))[number]
+        place = int(self.chosen[range(len(self))[number]])
         start, stop = self.starts[place : place + 2].tolist()
         trained = None if self.trained is None else self.trained[start:stop].tolist()
         return Example(self.ids[start:stop].tolist(), int(self.prompts[place]), trained)
@@ -60,10 +66,27 @@ class Encoded(Sequence[Example]):
     @property
     def lengths(self) -> Array:
         """The tokens of each example. -> [examples] int64"""
-        return np.diff(self.starts)
+        return np.diff(self.starts)[self.chosen]
+
+    def select(self, kept: Array) -> Encoded:
+        """The examples where `kept` [examples] is true. The arrays are shared, and copied only where less than half of
+        what they hold is kept."""
+        found = Encoded(self.ids, self.starts, self.prompts, self.trained, self.chosen[kept])
+        return found if 2 * len(found) >= len(self.prompts) else found.compact()
+
+    def compact(self) -> Encoded:
+        """The same examples in arrays that hold no others."""
+        if len(self) == len(self.prompts):
+            return self
+        held = np.zeros(len(self.prompts), np.bool_)
+        held[self.chosen] = True
+        tokens = np.repeat(held, np.diff(self.starts))  # [N]
+        trained = None if self.trained is None else self.trained[tokens]
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        return Encoded(self.ids[tokens], starts, self.prompts[held], trained)
 
     def supervised(self, first: int, last: int) -> Array:
-        """Whether each token of the examples first .. last - 1 is supervised, where only responses are.
+        """Whether each token of the held examples first .. last - 1 is supervised, where only responses are.
         -> [tokens] bool"""
         starts = self.starts[first : last + 1]
         if self.trained is not None:

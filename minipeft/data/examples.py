@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minipeft.data.encoded import Encoded, Example, as_arrays, take_together
+import numpy as np
+
+from minipeft.data.encoded import Array, Encoded, Example, as_arrays, take_together
 from minipeft.data.reading import find_source
 from minipeft.data.templates import TEMPLATE, format_prompt
 from minipeft.data.tokens import Piece, Tokenizer
@@ -145,35 +147,55 @@ def check_text(text: str, place: str, where: str, longest: int) -> None:
 def split_by_question(pairs: P, held_out: int = 100, seed: int = 0) -> tuple[P, P]:
     """Split into (train, dev) with exactly `held_out` pairs in dev and no question in both; the order is kept.
 
-    Questions are ordered by sha256(seed, question), which does not depend on a random-number library, and the first
-    that add up to `held_out` are taken. Bit n of `sums[k]`: whether some of the first k questions have n pairs in all.
-
     Raises:
         InputError: `held_out` is not below the number of pairs, or no set of whole questions makes it up.
     """
     check_methods(pairs, ("items", "file", "sha256"), "Pairs", "pairs")
     check_value(held_out, int, {}, "held_out")
     check_value(seed, int, {}, "seed")
-    if not 0 <= held_out < len(pairs):
-        raise InputError(f"cannot hold out {held_out} of {len(pairs)} pairs", file=pairs.file, where="held_out")
-    groups: dict[str, list[int]] = {}
-    for number, pair in enumerate(pairs.items):
-        key = f"line {number}" if pair.question_id is None else str(pair.question_id)
-        groups.setdefault(key, []).append(number)
-    questions = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    digests = b"".join(hash_question(pair.question_id, number, seed) for number, pair in enumerate(pairs.items))
+    dev = choose_held_out(digests, held_out, pairs.file, "pairs").tolist()
+    kept = tuple(pair for pair, held in zip(pairs.items, dev) if not held)
+    return replace(pairs, items=kept), replace(pairs, items=tuple(p for p, held in zip(pairs.items, dev) if held))
+
+
+def hash_question(question_id: int | None, number: int, seed: int = 0) -> bytes:
+    """sha256(seed, question) of row `number`: questions are held out in the order of these, which does not depend on a
+    random-number library."""
+    key = f"line {number}" if question_id is None else str(question_id)
+    return hashlib.sha256(f"{seed}/{key}".encode()).digest()
+
+
+def choose_held_out(digests: bytes | bytearray, held_out: int, file: str, noun: str = "rows") -> Array:
+    """Choose exactly `held_out` rows: the first whole questions, in the order of `digests`, that add up. -> [rows] bool
+
+    `digests`: `hash_question` of each row, 32 bytes. Bit n of `sums[k]`: whether some of the first k questions have n
+    rows in all.
+
+    Raises:
+        InputError: as `split_by_question`.
+    """
+    words = np.frombuffer(digests, ">u8").reshape(-1, 4)  # [rows, 4]
+    if not 0 <= held_out < len(words):
+        raise InputError(f"cannot hold out {held_out} of {len(words)} {noun}", file=file, where="held_out")
+    order = np.lexsort(words.T[::-1])
+    begins = np.flatnonzero(np.append(True, (words[order[1:]] != words[order[:-1]]).any(axis=1)))
+    stops = np.append(begins[1:], len(order))
     sums = [1]
-    for key in questions:
-        sums.append((sums[-1] | sums[-1] << len(groups[key])) & ((2 << held_out) - 1))
+    for many in (stops - begins).tolist():
+        if sums[-1] >> held_out & 1:
+            break
+        sums.append((sums[-1] | sums[-1] << many) & ((2 << held_out) - 1))
     most = sums[-1].bit_length() - 1
     if most != held_out:
-        problem = f"whole questions make {most} pairs, not {held_out}"
-        raise InputError(problem, file=pairs.file, where="held_out", hint=f"Hold out {most}")
-    dev: set[int] = set()
-    for k in reversed(range(len(questions))):
-        if not sums[k] >> (held_out - len(dev)) & 1:  # those before it do not suffice: this one is needed
-            dev.update(groups[questions[k]])
-    kept = tuple(pair for number, pair in enumerate(pairs.items) if number not in dev)
-    return replace(pairs, items=kept), replace(pairs, items=tuple(pairs.items[number] for number in sorted(dev)))
+        problem = f"whole questions make {most} {noun}, not {held_out}"
+        raise InputError(problem, file=file, where="held_out", hint=f"Hold out {most}")
+    dev, left = np.zeros(len(words), np.bool_), held_out
+    for k in reversed(range(len(sums) - 1)):
+        if not sums[k] >> left & 1:  # those before it do not suffice: this one is needed
+            dev[order[begins[k] : stops[k]]] = True
+            left -= int(stops[k] - begins[k])
+    return dev
 
 
 def count_shared(pairs: Iterable[Any], others: Iterable[Any]) -> int:

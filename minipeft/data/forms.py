@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from minipeft.data.chat import ChatTemplate
 from minipeft.data.encoded import Encoded, Example, as_arrays, take_together
 from minipeft.data.examples import LONGEST_FIELD, TOGETHER, encode_texts, read_field, read_pair, read_question_id
 from minipeft.data.messages import read_messages, read_tools
-from minipeft.data.reading import find_source
+from minipeft.data.reading import Source, find_source
 from minipeft.data.templates import TEMPLATE, Template, parse_template, read_template
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError
@@ -148,24 +149,70 @@ def load_data(
     Raises:
         InputError: `FILE:LINE: ...`: a row cannot be used, or is of another form than the rows before it.
     """
+    stream = open_data(
+        source, template=template, split=split, file=file, revision=revision, longest_field=longest_field
+    )
+    return Data(tuple(stream), stream.file, stream.sha256, stream.format, stream.notes)
+
+
+class DataStream:
+    """The rows of a data set, read and checked one after the other, once; `format` is that of the first.
+
+    `part` selects the rows of one split from a file that holds several.
+    """
+
+    def __init__(self, found: Source, form: DataFormat | None, part: str | None, longest_field: int):
+        self.file, self.sha256, self.part, self.longest_field = found.name, found.sha256, part, longest_field
+        rows = (row for row in found.rows(20 * longest_field) if part is None or row[2]["split"] == part)
+        first = next(rows, None)
+        if first is None:
+            raise InputError("holds no examples", file=found.name)
+        self.first, _, held = first  # its place
+        self.chosen, self.format = form, form or find_form(held, self.first)
+        self.rows = chain([first], rows)
+        self.count = self.replaced = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        """Read the rows.
+
+        Raises:
+            InputError: as `load_data`.
+        """
+        for place, line, row in self.rows:
+            own = self.chosen or find_form(row, place)
+            if own != self.format:
+                problem = f"holds {own.form}, but {self.first} holds {self.format.form}"
+                raise InputError(problem, file=place, hint="One form in a data set")
+            item, was_null = read_item(row, own, place, line, self.longest_field)
+            self.count += 1
+            self.replaced += was_null
+            yield item
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What reading changed in the rows so far."""
+        if not self.replaced:
+            return ()
+        return (f"{self.replaced} of {self.count} rows have no rewritten_intent; their intent was used",)
+
+
+def open_data(
+    source: str | Path,
+    *,
+    template: str | None = None,
+    split: str = "train",
+    file: str | None = None,
+    revision: str | None = None,
+    longest_field: int = LONGEST_FIELD,
+) -> DataStream:
+    """Open a data set as `load_data` does, to read it row by row.
+
+    Raises:
+        InputError: no such file, a hub id without a revision, or no rows; the first row is of no known form.
+    """
     chosen = None if template is None else DataFormat("template", read_template(template).text)
-    found = find_source(source, split, file, revision)
-    items, replaced, form, first = [], 0, None, ""
-    for place, line, row in found.rows(20 * longest_field):
-        if source == "demo" and row["split"] != split:
-            continue
-        own = chosen or find_form(row, place)
-        if form is not None and own != form:
-            problem = f"holds {own.form}, but {first} holds {form.form}"
-            raise InputError(problem, file=place, hint="One form in a data set")
-        form, first = own, first or place
-        item, was_null = read_item(row, own, place, line, longest_field)
-        items.append(item)
-        replaced += was_null
-    if form is None:
-        raise InputError("holds no examples", file=found.name)
-    notes = (f"{replaced} of {len(items)} rows have no rewritten_intent; their intent was used",) if replaced else ()
-    return Data(tuple(items), found.name, found.sha256, form, notes)
+    part = split if source == "demo" else None
+    return DataStream(find_source(source, split, file, revision), chosen, part, longest_field)
 
 
 def find_form(row: Any, place: str) -> DataFormat:

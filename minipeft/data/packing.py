@@ -249,7 +249,7 @@ def make_report(
     virtual_tokens: int,
 ) -> PackReport:
     """Count the tokens that went into the rows, and those that did not."""
-    tokens_in = len(encoded.ids)
+    tokens_in = int(encoded.lengths.sum())
     tokens_cut = tokens_in - int(documents.lengths.sum())
     tokens_out = int(kept.lengths.sum())
     return PackReport(

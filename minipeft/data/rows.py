@@ -83,12 +83,12 @@ class Rows:
 
 def cut_each(encoded: Encoded, responses: bool, width: int) -> Documents:
     """Take each example as a document, truncated to `width` tokens."""
-    return Documents(encoded, encoded.starts[:-1], np.minimum(encoded.lengths, width), responses)
+    return Documents(encoded, encoded.starts[encoded.chosen], np.minimum(encoded.lengths, width), responses)
 
 
 def join(encoded: Encoded, tokenizer: Tokenizer, responses: bool, width: int) -> Documents:
     """All examples, each ended by EOS, as one text cut every `width` tokens; the tail is a shorter row."""
-    eos = tokenizer.require_eos()
+    eos, encoded = tokenizer.require_eos(), encoded.compact()
     unended = np.flatnonzero((encoded.ids[encoded.starts[1:] - 1] != eos) | (encoded.lengths == 0))
     if len(unended):
         raise InputError("must end with EOS, which separates joined documents", where=f"example {unended[0]}")

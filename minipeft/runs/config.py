@@ -61,6 +61,9 @@ class DataConfig:
     )
     file: str | None = option(None, "file of the data set on the hub", flag="data-file")
     revision: str | None = option(None, "commit of the data set on the hub", flag="data-revision")
+    token_cache: str | None = option(
+        None, "folder that keeps the encoded data; a later run of the same data and tokenizer reads it"
+    )
     held_out: int = option(100, "rows held out for evaluation; rows of one question stay together", least=0)
 
     def __post_init__(self) -> None:

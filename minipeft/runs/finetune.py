@@ -62,10 +62,9 @@ from minipeft.training.loop import Step, TrainConfig, TrainState, evaluate, trai
 from minipeft.training.movement import Movement
 from minipeft.training.processes import Processes, check_accumulation, check_processes
 
-MAY_DIFFER = (
-    "data",
-    "save_every",
-)  # settings that may change at resume: the data set's name (not its hash) and the checkpoint interval
+# settings that may change at resume: the names of the data set (not its hash) and of a folder of its tokens, and the
+# checkpoint interval
+MAY_DIFFER = ("data", "token_cache", "save_every")
 TIMED = ("resumed_at", "train_seconds", "tokens_per_second")  # in timing.json
 
 SHARD_BYTES = 5 * 10**9  # of a file of a model that was trained in shards: transformers' size for many years
@@ -227,7 +226,9 @@ def finish(
     }
     kind = "model" if config.method.trains_base else "adapter"
     about = read_object(run.folder / RUN)
-    begun = config.change(**{name: about[name] for name in MAY_DIFFER})  # the card of a resumed run is the same
+    begun = config.change(
+        **{name: about[name] for name in MAY_DIFFER if name in about}
+    )  # the card of a resumed run is the same
     write_card(run.folder / kind, make_training_card(begun, about, result))
     return write_result(run.folder, result, peak_memory(config.model.device))
 

@@ -5,8 +5,10 @@ Where several processes shard the base's weights, rank 0 alone loads them (train
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from torch import Tensor
 from minipeft.adapters import AdapterReport, add_adapter
 from minipeft.data.chat import ChatTemplate, load_chat_template
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import count_shared, split_by_question
-from minipeft.data.forms import CHAT, Data, DataFormat, encode_data, load_data
+from minipeft.data.forms import CHAT, DataFormat, open_data
 from minipeft.data.packing import Batch, Batches, PackConfig, pack
+from minipeft.data.streaming import EncodedData, encode_stream
+from minipeft.data.token_file import load_encoded
 from minipeft.data.tokens import Tokenizer, load_tokenizer
 from minipeft.errors import InputError
 from minipeft.hub import fetch
@@ -29,15 +32,16 @@ from minipeft.training.loop import TrainConfig
 from minipeft.training.processes import Processes
 
 HELD_OUT_LENGTH = 1024  # tokens of a row of held-out pairs
+LONG_ENCODING = 10.0  # seconds, after which a run names --token-cache
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run, the model's tokenizer and, for chats, its chat template."""
+    """The encoded data of a run, the model's tokenizer and, for chats, its chat template."""
 
-    data: Data
+    data: EncodedData
     tokenizer: Tokenizer
     chat: ChatTemplate | None
 
@@ -48,10 +52,22 @@ class Prepared:
 
 
 def prepare(model: ModelConfig, given: DataConfig) -> Prepared:
-    """Read the data, the tokenizer and, for chats, the chat template."""
-    data = load_data(given.source, template=given.template, file=given.file, revision=given.revision)
-    chat = load_chat_template(model.source, revision=model.revision) if data.format.form == CHAT else None
-    return Prepared(data, load_tokens(model), chat)
+    """Read the tokenizer and, for chats, the chat template, and read and encode the data.
+
+    Raises:
+        InputError: one of them cannot be read; a row cannot be encoded.
+    """
+    stream = open_data(given.source, template=given.template, file=given.file, revision=given.revision)
+    chat = load_chat_template(model.source, revision=model.revision) if stream.format.form == CHAT else None
+    tokenizer = load_tokens(model)
+    if given.token_cache is not None:
+        return Prepared(load_encoded(stream, tokenizer, Path(given.token_cache), chat), tokenizer, chat)
+    begin = time.monotonic()
+    data = encode_stream(stream, tokenizer, chat)
+    if (seconds := time.monotonic() - begin) > LONG_ENCODING:
+        note = f"encoding took {seconds:.0f} s; --token-cache FOLDER keeps the tokens for the next run"
+        data = replace(data, notes=(*data.notes, note))
+    return Prepared(data, tokenizer, chat)
 
 
 def load_tokens(model: ModelConfig) -> Tokenizer:
@@ -129,12 +145,12 @@ def load_whole(config: RunConfig, whole: Mapping[str, Tensor]) -> Decoder:
 def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -> tuple[Batches, list[Batch]]:
     """The batches to train on, and those held out."""
     wanted, packing, data = config.data.held_out, config.packing, prepared.data
-    kept, held_out = split_by_question(data, wanted) if wanted else (data, None)
-    if held_out is not None and (shared := count_shared(kept, held_out)):
+    kept, held_out, shared = data.hold_out(wanted)
+    if shared:
         found = f"{shared} of the {len(held_out)} {data.format.noun} held out are also trained on"
         say(f"warning: {found}: the held-out loss is too low")
     batches = pack(
-        encode_data(kept, data.format, prepared.tokenizer, prepared.chat),
+        kept,
         prepared.tokenizer,
         length=choose_row_length(packing, model),
         batch=packing.batch,
@@ -143,10 +159,7 @@ def pack_data(config: RunConfig, model: Decoder, prepared: Prepared, say: Say) -
         loss_mask=packing.loss_mask,
         isolate=packing.isolate,
     )
-    if held_out is None:
-        return batches, []
-    encoded = encode_data(held_out, data.format, prepared.tokenizer, prepared.chat)
-    return batches, pack_held_out(packing, model, prepared.tokenizer, encoded)
+    return batches, pack_held_out(packing, model, prepared.tokenizer, held_out) if wanted else []
 
 
 def pack_held_out(packing: PackConfig, model: Decoder, tokenizer: Tokenizer, held_out: Encoded) -> list[Batch]:

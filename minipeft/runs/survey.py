@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from minipeft.data.encoded import Encoded
-from minipeft.data.examples import count_shared, split_by_question
-from minipeft.data.forms import Data, encode_data
 from minipeft.data.packing import LENGTH, PackConfig, PackReport, pack
 from minipeft.data.rows import cut_each
+from minipeft.data.streaming import EncodedData
 from minipeft.data.tokens import Tokenizer
 from minipeft.errors import InputError, check_fields, escape, option
 from minipeft.hub import fetch
@@ -86,7 +85,7 @@ def survey(config: SurveyConfig) -> Survey:
     """
     prepared = prepare(config.model, config.data)
     data, tokenizer = prepared.data, prepared.tokenizer
-    encoded = encode_data(data, data.format, tokenizer, prepared.chat)
+    encoded = data.examples
     base = read_config(fetch(config.model.source, ["config.json"], revision=config.model.revision) / "config.json")
     length = config.packing.length or min(LENGTH, base.context)
     packed = pack(encoded, tokenizer, length=length, batch=config.packing.batch, loss_mask=config.packing.loss_mask)
@@ -99,7 +98,7 @@ def survey(config: SurveyConfig) -> Survey:
         lengths={f"{percent} %": int(tokens) for percent, tokens in zip(PERCENTILES, found)},
         length=length,
         packed=packed.report,
-        repeated=len(data) - len({hash(item.content) for item in data}),
+        repeated=data.repeated,
         held_out=held_out,
         shared=shared,
         notes=(*data.notes, *notes),
@@ -108,15 +107,15 @@ def survey(config: SurveyConfig) -> Survey:
     )  # fmt: skip
 
 
-def measure_split(data: Data, wanted: int) -> tuple[int | None, int | None, Sequence[str]]:
+def measure_split(data: EncodedData, wanted: int) -> tuple[int | None, int | None, Sequence[str]]:
     """Count held-out rows and those that are also trained on, and report what training would refuse."""
     if not wanted:
         return None, None, ()
     try:
-        kept, held_out = split_by_question(data, wanted)
+        _, held_out, shared = data.hold_out(wanted)
     except InputError as error:
         return None, None, (f"training would refuse --held-out {wanted}: {error}",)
-    return len(held_out), count_shared(kept, held_out), ()
+    return len(held_out), shared, ()
 
 
 def find_runs(encoded: Encoded, number: int, mask: str, length: int, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer
 
 import minipeft
+from minipeft.data import token_file
 from minipeft.models.quantized import find_quantization
-from minipeft.runs import estimates
+from minipeft.runs import estimates, preparation
 from minipeft.runs import finetune as tuning
 from minipeft.runs.answers import AnswersConfig, load_tuned
 from minipeft.runs.checkpoints import Run
@@ -110,6 +111,24 @@ def test_pairs_held_out_and_trained_on_are_counted(folder: Path) -> None:
     said: list[str] = []
     finetune(config(folder, held_out=1), folder / "out", say=said.append)
     assert any(line.startswith("warning: 1 of the 1 pairs held out are also trained on") for line in said)
+
+
+def test_a_token_cache_changes_no_byte(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run encodes nothing, and a resumed one may name another folder."""
+    said: list[str] = []
+    monkeypatch.setattr(preparation, "LONG_ENCODING", -1.0)
+    finetune(config(folder), folder / "plain", say=said.append)
+    assert "note: encoding took 0 s; --token-cache FOLDER keeps the tokens for the next run" in said
+    finetune(config(folder, token_cache=str(folder / "cache")), folder / "first", say=said.append)
+    monkeypatch.setattr(token_file, "encode_stream", None)
+    finetune(config(folder, token_cache=str(folder / "cache")), folder / "second", say=said.append)
+    assert sum("encoding took" in line for line in said) == 1
+    for name in ("log.jsonl", "result.json", "adapter/adapter_model.safetensors"):
+        wanted = (folder / "plain" / name).read_bytes()
+        assert [(folder / run / name).read_bytes() for run in ("first", "second")] == [wanted] * 2
+    (folder / "second/result.json").unlink()
+    finetune(config(folder, token_cache=str(folder / "cache") + "/"), folder / "second", resume=True, say=said.append)
+    assert (folder / "second/result.json").read_bytes() == (folder / "plain/result.json").read_bytes()
 
 
 def test_deterministic_is_put_back_and_is_part_of_what_a_run_is(folder: Path) -> None:
