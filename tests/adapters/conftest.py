@@ -5,14 +5,17 @@ position shows as 1, not as 1e-3.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from minipeft.data.packing import Batch
 from minipeft.models import FAMILIES
+from minipeft.models.checkpoint import save_model
 from minipeft.models.loss import count_targets, cross_entropy
 
 GPT2 = {"vocab_size": 61, "n_positions": 96, "n_embd": 32, "n_layer": 3, "n_head": 4,
@@ -49,6 +52,18 @@ def decoder() -> Callable[..., nn.Module]:
 def model(decoder: Callable[..., nn.Module], family: str) -> nn.Module:
     """A tiny decoder of each family in turn."""
     return decoder(family)
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> Callable[[nn.Module], nn.Module]:
+    """Makes transformers' model of the same weights, from the folder `base` that our model is saved to."""
+
+    def make(model: nn.Module) -> nn.Module:
+        save_model(model, tmp_path / "base")
+        read = transformers.AutoModelForCausalLM.from_pretrained
+        return read(tmp_path / "base", attn_implementation="eager").eval()
+
+    return make
 
 
 @pytest.fixture

@@ -308,6 +308,38 @@ def test_the_seed_decides_the_start(decoder):
     assert not torch.equal(drawn[0], drawn[2])
 
 
+TRAINED = {"vera": VeRAConfig(8, dropout=0.5, targets="all-linear"), "ia3": IA3Config(), "ln_tuning": LNTuningConfig()}
+
+
+@pytest.mark.parametrize("config", TRAINED.values(), ids=list(TRAINED))
+def test_packed_is_separate_and_cached_is_uncached(model, packed, separate, gradients, apart, stir, ids, config):
+    """LoRA's, a prefix's and a prompt's are in their own tests."""
+    add_adapter(model, config)
+    stir(model)
+    loss, together = gradients(model, [packed])
+    alone, wanted = gradients(model, separate)
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert max(apart(together[name], wanted[name]) for name in wanted) <= 2e-5
+    with torch.no_grad():
+        cache = model.new_cache(2, 30)
+        pieces = [model(piece, cache=cache) for piece in ids.split([9, 1, 1, 1, 18], dim=1)]
+        assert apart(torch.cat(pieces, dim=1), model(ids)) <= 1e-5
+
+
+@pytest.mark.parametrize("config", TRAINED.values(), ids=list(TRAINED))
+def test_checkpointed_activations_give_the_same_bits(model, packed, gradients, stir, config):
+    """Dropout's included, which another seed changes."""
+    add_adapter(model, config)
+    stir(model).train()
+    found = []
+    for seed, model.activation_checkpointing in ((11, False), (11, True), (12, True)):
+        torch.manual_seed(seed)
+        found.append(gradients(model, [packed]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())
+    assert (found[2][0] != found[0][0]) == (config == TRAINED["vera"])
+
+
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_full_tuning_packed_is_separate(model, packed, separate, gradients, apart, activation_checkpointing):
     add_adapter(model, FullConfig())

@@ -1,4 +1,4 @@
-"""(IA)3: its equation, packed as separate, and what its config refuses; its files are in test_peft_format.py."""
+"""(IA)3: its equation, and what its config refuses; what every method has is in test_adapters.py."""
 
 import pytest
 import torch
@@ -21,19 +21,6 @@ def test_each_site_computes_its_equation(model, stir):
         else:
             wanted = layer.ia3_l * F.linear(x, layer.weight, layer.bias)
         torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_packed_is_separate_and_cached_is_uncached(model, packed, separate, gradients, apart, stir, ids):
-    add_adapter(model, IA3Config())
-    stir(model)
-    loss, together = gradients(model, [packed])
-    alone, wanted = gradients(model, separate)
-    assert loss == pytest.approx(alone, rel=1e-5)
-    assert max(apart(together[name], wanted[name]) for name in wanted) <= 2e-5
-    with torch.no_grad():
-        cache = model.new_cache(2, 30)
-        pieces = [model(ids[:, :12], cache=cache), *(model(ids[:, i : i + 1], cache=cache) for i in range(12, 30))]
-        assert apart(torch.cat(pieces, dim=1), model(ids)) <= 1e-5
 
 
 def test_what_a_config_refuses(decoder):

@@ -1,4 +1,4 @@
-"""LN-tuning: PEFT's gradients and targets, packed as separate, its refusals; its files are in test_peft_format.py."""
+"""LN-tuning: PEFT's gradients and targets, and its refusals; what every method has is in test_adapters.py."""
 
 import copy
 import json
@@ -17,7 +17,6 @@ from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.adapters.saved_modules import find_saved_modules
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES
-from minipeft.models.checkpoint import save_model
 from minipeft.models.quantized import dequantize_model, is_quantized, quantize_model
 from minipeft.training.loop import TrainConfig, train
 
@@ -34,10 +33,8 @@ def empty(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_logits_and_gradients_are_pefts(model, ids, apart, stir, tmp_path):
-    save_model(model, tmp_path / "base")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
-    theirs = peft.get_peft_model(peer, peft.LNTuningConfig(task_type="CAUSAL_LM"))
+def test_logits_and_gradients_are_pefts(model, ids, apart, stir, twin):
+    theirs = peft.get_peft_model(twin(model), peft.LNTuningConfig(task_type="CAUSAL_LM"))
     report = add_adapter(model, LNTuningConfig())
     stir(model)
     modules, layers = dict(theirs.named_modules()), find_saved_modules(model)
@@ -79,30 +76,6 @@ def test_every_norm_of_a_family_can_be_named():
         "model.layers.0.self_attn.q_norm", "model.layers.1.self_attn.q_norm", "model.layers.1.input_layernorm",
     ]  # fmt: skip
     assert add_adapter(empty("qwen3"), LNTuningConfig(("q_norm",))).trainable == 2 * 128
-
-
-def test_packed_is_separate_and_cached_is_uncached(model, packed, separate, gradients, apart, stir, ids):
-    add_adapter(model, LNTuningConfig())
-    stir(model)
-    loss, together = gradients(model, [packed])
-    alone, wanted = gradients(model, separate)
-    assert loss == pytest.approx(alone, rel=1e-5)
-    assert max(apart(together[name], wanted[name]) for name in wanted) <= 2e-5
-    with torch.no_grad():
-        cache = model.new_cache(2, 30)
-        pieces = [model(ids[:, :9], cache=cache), model(ids[:, 9:], cache=cache)]
-        assert apart(torch.cat(pieces, dim=1), model(ids)) <= 1e-5
-
-
-def test_checkpointed_activations_give_the_same_bits(model, packed, gradients, stir):
-    add_adapter(model, LNTuningConfig())
-    stir(model)
-    model.train()
-    found = []
-    for model.activation_checkpointing in (False, True):
-        found.append(gradients(model, [packed]))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())
 
 
 def test_a_quantized_base_trains_as_the_base_of_its_values(decoder, packed, gradients, apart, stir):

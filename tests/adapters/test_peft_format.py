@@ -28,7 +28,6 @@ from minipeft.adapters.lora import find_lora_layers
 from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
-from minipeft.models.checkpoint import save_model
 from minipeft.training.loop import TrainConfig, train
 
 transformers.logging.set_verbosity_error()
@@ -120,11 +119,9 @@ NAMES = list(cases("gpt2"))
 
 
 @pytest.fixture
-def pair(model, family, tmp_path):
+def pair(model, twin):
     """A tiny decoder, and transformers' of the same weights."""
-    save_model(model, tmp_path / "base")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
-    return model, peer
+    return model, twin(model)
 
 
 def kind_of(family):

@@ -49,12 +49,10 @@ READ = {  # PEFT's config, keys that another tool adds to it, and the note
 
 
 @pytest.fixture
-def base(decoder, tmp_path):
+def base(decoder, twin):
     """A tiny Llama, its folder, and transformers' of the same weights."""
     model = decoder("llama")
-    save_model(model, tmp_path / "base")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
-    return model, peer
+    return model, twin(model)
 
 
 def saved_by_peft(peer, given, stir, folder: Path, ids, changes=None):

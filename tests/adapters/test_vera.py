@@ -1,4 +1,4 @@
-"""VeRA: its equation, PEFT's gradients and projections, packed as separate; its files are in test_peft_format.py."""
+"""VeRA: its equation, PEFT's gradients and projections; what every method has is in test_adapters.py."""
 
 import warnings
 
@@ -10,7 +10,6 @@ import transformers
 from minipeft.adapters import LoRAConfig, VeRAConfig, add_adapter
 from minipeft.adapters.vera import find_vera_layers
 from minipeft.errors import InputError
-from minipeft.models.checkpoint import save_model
 
 transformers.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", module="peft")
@@ -36,11 +35,11 @@ def test_each_site_computes_its_equation_with_its_part_of_the_shared_pair(model,
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("targets", ["default", "all-linear"])
-def test_projections_and_gradients_are_pefts(model, family, ids, apart, stir, targets, tmp_path):
-    save_model(model, tmp_path / "base")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+def test_projections_and_gradients_are_pefts(model, family, ids, apart, stir, targets, twin):
     given = {} if targets == "default" else {"target_modules": targets}
-    theirs = peft.get_peft_model(peer, peft.VeraConfig(task_type="CAUSAL_LM", r=8, projection_prng_key=3, **given))
+    theirs = peft.get_peft_model(
+        twin(model), peft.VeraConfig(task_type="CAUSAL_LM", r=8, projection_prng_key=3, **given)
+    )
     add_adapter(model, VeRAConfig(8, targets=targets, projection_prng_key=3))
     stir(model)
     modules = dict(theirs.named_modules())
@@ -58,33 +57,6 @@ def test_projections_and_gradients_are_pefts(model, family, ids, apart, stir, ta
     for path, layer in find_vera_layers(model).items():
         for name in ("vera_lambda_b", "vera_lambda_d"):
             assert apart(getattr(layer, name).grad, getattr(twins[path], name)["default"].grad) <= 2e-4, (path, name)
-
-
-def test_packed_is_separate_and_cached_is_uncached(model, packed, separate, gradients, apart, stir, ids):
-    add_adapter(model, CONFIG)
-    stir(model)
-    loss, together = gradients(model, [packed])
-    alone, wanted = gradients(model, separate)
-    assert loss == pytest.approx(alone, rel=1e-5)
-    assert max(apart(together[name], wanted[name]) for name in wanted) <= 2e-5
-    with torch.no_grad():
-        cache = model.new_cache(2, 30)
-        pieces = [model(ids[:, :9], cache=cache), model(ids[:, 9:], cache=cache)]
-        assert apart(torch.cat(pieces, dim=1), model(ids)) <= 1e-5
-
-
-def test_checkpointed_activations_give_the_same_bits_with_dropout(model, packed, gradients, stir):
-    add_adapter(model, VeRAConfig(8, dropout=0.5))
-    stir(model)
-    model.train()
-    found = []
-    for model.activation_checkpointing in (False, True):
-        torch.manual_seed(11)
-        found.append(gradients(model, [packed]))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())
-    torch.manual_seed(12)
-    assert gradients(model, [packed])[0] != found[0][0]
 
 
 def test_the_seed_of_the_projection_decides_and_nothing_else(decoder):
