@@ -3,9 +3,8 @@
     prompts of different lengths in one batch, padded on the left:      . . 0 0 0 | 0 0 ...
     (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
 
-Nucleus sampling (Holtzman et al. 2020): sort the tokens by probability, keep the smallest set whose probabilities sum
-to `top_p` or more, and sample from it. Each prompt has its own random stream, seeded by (seed, index): its answer does
-not depend on its batch. A model with a bank of adapters may use another adapter in each row.
+The next token is the likeliest or one of the nucleus (sampling.py). Each prompt has its own random stream, so that its
+answer does not depend on its batch. A model with a bank of adapters may use another adapter in each row.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
-from minipeft.documents import PADDING, derive_seed
+from minipeft.documents import PADDING
 from minipeft.errors import (
     InputError,
     check_characters,
@@ -32,9 +30,9 @@ from minipeft.errors import (
 )
 from minipeft.models import Decoder
 from minipeft.models.packed import PackedModel
+from minipeft.sampling import choose, draw_uniforms
 
 PACKED_FROM = 16  # max_new_tokens from which the weights are packed, which takes time itself
-CANDIDATES = 64  # tokens in which the nucleus is looked for first
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 
 
@@ -152,14 +150,15 @@ def stream(
     stops = find_end_tokens(model, tokenizer).union(ends)
     device, shown, made = model.embedding.weight.device, "", list[int]()
     cache = model.new_cache(1, len(prompt) + config.max_new_tokens)
-    draws = draw_uniforms(config, 0).to(device)  # [max_new_tokens]
+    draws = draw_uniforms(config.seed, 0, config.max_new_tokens).to(device)  # [max_new_tokens]
     ids = torch.tensor([prompt])  # [1, T]
     packed = pack_for(model, config) if packed is None else packed
     model.eval()
     for step in range(config.max_new_tokens):
         with torch.no_grad(), packed.used():
             hidden = model.hidden(ids.to(device), cache=cache)  # [1, T, C], then [1, 1, C]
-            ids = choose(model.logits(hidden[:, -1]).float(), draws[None, step], config)[:, None]  # [1, 1]
+            logits = model.logits(hidden[:, -1]).float()  # [1, V]
+            ids = choose(logits, draws[None, step], config.temperature, config.top_p)[:, None]  # [1, 1]
         token = int(ids)
         if token in stops:
             break
@@ -259,14 +258,15 @@ def decode(
     device = model.embedding.weight.device
     ids, documents = pad_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
     cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
-    draws = torch.stack([draw_uniforms(config, number) for number in numbers]).to(device)  # [B, max_new_tokens]
+    drawn = [draw_uniforms(config.seed, number, config.max_new_tokens) for number in numbers]
+    draws = torch.stack(drawn).to(device)  # [B, max_new_tokens]
     made: list[list[int]] = [[] for _ in rows]
     ended = ["limit"] * len(rows)
     live = list(range(len(rows)))  # the batch row of each cache row
     hidden = model.hidden(ids.to(device), documents.to(device), cache)  # [B, T, C]
     for step in range(config.max_new_tokens):
         logits = model.logits(hidden[:, -1]).float()  # [B, V]
-        chosen = choose(logits, draws[live, step], config)  # [B]
+        chosen = choose(logits, draws[live, step], config.temperature, config.top_p)  # [B]
         for place, token in enumerate(chosen.tolist()):
             row = live[place]
             if ended[row] != "limit":
@@ -302,40 +302,6 @@ def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
     documents = torch.tensor([[PADDING] * (width - len(row)) + [0] * len(row) for row in rows])
     return ids, documents
-
-
-def draw_uniforms(config: GenerateConfig, number: int) -> Tensor:
-    """Draw the uniform random numbers of prompt `number`. -> [max_new_tokens], in [0, 1)"""
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, number))
-    return torch.rand(config.max_new_tokens, generator=generator)
-
-
-def choose(logits: Tensor, draw: Tensor, config: GenerateConfig) -> Tensor:
-    """Choose one token per row: greedily, or by inverting the nucleus' CDF at the uniform `draw`. [B, V], [B] -> [B]"""
-    if config.temperature == 0:
-        return logits.argmax(dim=1)
-    probabilities = F.softmax(logits / config.temperature, dim=1)  # [B, V]
-    ordered, tokens = sort_best(probabilities, config.top_p)  # [B, n]
-    before = ordered.cumsum(dim=1) - ordered  # probability before each token
-    kept = torch.where(before < config.top_p, ordered, 0.0)  # the nucleus; it always holds the first token
-    upto = kept.cumsum(dim=1)  # [B, n]
-    place = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True)  # [B, 1]
-    return tokens.gather(1, place.clamp(max=(kept > 0).sum(dim=1, keepdim=True) - 1))[:, 0]
-
-
-def sort_best(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sort the tokens of each row by probability, then id: the first CANDIDATES, or all if the nucleus needs more.
-
-    [B, V] -> two of [B, n]: probabilities and tokens. Sorting 50,000 takes longer than the rest of the choice.
-    """
-    if probabilities.shape[1] > CANDIDATES:
-        tokens = probabilities.topk(CANDIDATES, dim=1).indices.sort(dim=1).values  # [B, n]
-        ordered, order = probabilities.gather(1, tokens).sort(dim=1, descending=True, stable=True)
-        before = ordered.cumsum(dim=1) - ordered
-        last = ordered == ordered[:, -1:]  # of tokens that tie with these, topk may have left out any
-        if not (last & (before < top_p)).any():
-            return ordered, tokens.gather(1, order)
-    return probabilities.sort(dim=1, descending=True, stable=True)
 
 
 def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:

@@ -8,7 +8,7 @@ import transformers
 
 import minipeft
 from minipeft.errors import InputError
-from minipeft.generation import GenerateConfig, answer, choose, generate, pad_left, stream
+from minipeft.generation import GenerateConfig, answer, generate, pad_left, stream
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
 from minipeft.models.checkpoint import load_model, make_config_json, save_model
 from minipeft.models.config import parse_config
@@ -240,33 +240,6 @@ def test_several_end_tokens_in_the_config_are_honoured():
     model.config = type(model.config)(**{**SIZES, **fields})
     made = next(answer(model, Letters(), [Letters().decode([5, 6, 7])], GenerateConfig(40, temperature=0)))
     assert made.ids == whole[: whole.index(whole[2])]
-
-
-def test_the_nucleus_is_drawn_from_by_probability():
-    """Against the definition, token by token: the fewest likeliest tokens that hold top_p, renormalised."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, 12, generator=generator) * 2
-    config = GenerateConfig(temperature=0.7, top_p=0.8)
-    p = (logits[0] / 0.7).softmax(0)
-    kept, mass = {}, 0.0
-    for token in sorted(range(12), key=lambda t: -p[t]):
-        if mass >= 0.8:
-            break
-        kept[token], mass = p[token].item(), mass + p[token].item()
-    draws = torch.linspace(0, 1, 20_001)[:-1]
-    chosen = choose(logits.expand(len(draws), -1), draws, config)
-    counts = torch.bincount(chosen, minlength=12) / len(draws)
-    for token in range(12):
-        assert counts[token].item() == pytest.approx(kept.get(token, 0.0) / mass, abs=2e-4)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4), (1.0, 4), (1e-6, 1)])
-def test_the_nucleus_ends_where_it_holds_top_p(top_p, kept):
-    """Four tokens of a quarter each, exactly: the fewest that hold 0.5 are two, not three."""
-    draws = torch.linspace(0, 1, 1001)[:-1]
-    chosen = choose(torch.zeros(len(draws), 4), draws, GenerateConfig(temperature=1.0, top_p=top_p))
-    assert chosen.unique().tolist() == list(range(kept))
-    assert torch.bincount(chosen).tolist() == pytest.approx([1000 / kept] * kept, abs=1)
 
 
 def test_a_mode_and_an_adapter_survive():

@@ -27,10 +27,11 @@ KNOWS = {  # package: what of minipeft it may import
     "metrics": {"metrics", "errors", "files"},
     "adapters": {"adapters", "models", "documents", "errors", "files", "tensor_files", "hub"},
     "training": {"training", "models", "data", "documents", "errors", "files", "hub"},
-    "generation": {"models", "data", "documents", "errors", "files"},
+    "sampling": {"documents"},
+    "generation": {"models", "data", "sampling", "documents", "errors", "files"},
     "demo": {"demo", "errors", "files"},
 }
-KNOWS["runs"] = {"runs", "generation", "training"} | KNOWS["adapters"] | KNOWS["training"]
+KNOWS["runs"] = {"runs", "generation", "sampling", "training"} | KNOWS["adapters"] | KNOWS["training"]
 KNOWS["study"] = {"study", "metrics"} | KNOWS["runs"]
 KNOWS["cli"] = {"cli"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli the study
 PEERS = {"transformers", "peft", "trl", "datasets", "codebleu", "accelerate", "bitsandbytes"}
