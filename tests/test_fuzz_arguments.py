@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import minipeft
 from minipeft.adapters import METHODS
-from minipeft.data.examples import Example, Pairs, count_shared, split_by_question
+from minipeft.data.examples import Example, Pairs, split_by_question
 from minipeft.data.packing import PackConfig
 from minipeft.data.templates import format_prompt
 from minipeft.data.tokens import Tokenizer
@@ -213,7 +213,6 @@ FUNCTIONS: dict[str, Sound] = {
     "encode_pairs": lambda p: (minipeft.encode_pairs, {"pairs": p.pairs, "tokenizer": p.tokenizer,
                                                        "template": "{intent}:"}),
     "split_by_question": lambda p: (split_by_question, {"pairs": p.pairs, "held_out": 2, "seed": 0}),
-    "count_shared": lambda p: (count_shared, {"pairs": p.pairs, "others": list(p.pairs)}),
     "format_prompt": lambda p: (format_prompt, {"intent": "a", "template": "{intent}"}),
     "pack": lambda p: (lambda **given: minipeft.pack(**given)[0], {
         "examples": p.examples, "tokenizer": p.tokenizer, "length": 48, "batch": 2, "virtual_tokens": 0, "seed": 0,

@@ -6,7 +6,6 @@ CoNaLa (Yin et al. 2018) holds 2,379 + 500 of them, mined from Stack Overflow. T
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from minipeft.data.encoded import Array, Encoded, Example, as_arrays, take_toget
 from minipeft.data.reading import find_source
 from minipeft.data.templates import TEMPLATE, format_prompt
 from minipeft.data.tokens import Piece, Tokenizer
-from minipeft.errors import InputError, check_fields, check_items, check_kind, check_methods, check_path, check_value
+from minipeft.errors import InputError, check_fields, check_items, check_methods, check_path, check_value
 from minipeft.files import name_type
 
 TOGETHER = 4096  # texts that are encoded at a time
@@ -37,11 +36,6 @@ class Pair:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def content(self) -> tuple[str, str]:
-        """The texts; two pairs with equal content are the same."""
-        return self.intent, self.snippet
 
 
 @dataclass(frozen=True)
@@ -196,21 +190,6 @@ def choose_held_out(digests: bytes | bytearray, held_out: int, file: str, noun: 
             dev[order[begins[k] : stops[k]]] = True
             left -= int(stops[k] - begins[k])
     return dev
-
-
-def count_shared(pairs: Iterable[Any], others: Iterable[Any]) -> int:
-    """How many of `others` (a test set) are also in `pairs` (the training set): same intent, same snippet; of other
-    forms the same content. Rows are remembered by their hashes."""
-    seen = hash_each(pairs, "pairs")
-    return sum(many for number, many in hash_each(others, "others").items() if number in seen)
-
-
-def hash_each(rows: Iterable[Any], where: str) -> dict[int, int]:
-    """Hash each row's content and count the rows per hash, to find duplicates."""
-    for number, row in enumerate(rows := check_items(rows, object, where, "Pair")):
-        if not hasattr(row, "content"):
-            check_kind(row, Pair, f"{where}[{number}]")
-    return Counter(hash(row.content) for row in rows)
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, *, template: str = TEMPLATE) -> Encoded:

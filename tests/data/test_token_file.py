@@ -12,7 +12,7 @@ import pytest
 
 from minipeft.data import token_file
 from minipeft.data.chat import load_chat_template
-from minipeft.data.examples import count_shared, split_by_question
+from minipeft.data.examples import split_by_question
 from minipeft.data.forms import encode_data, load_data, open_data
 from minipeft.data.packing import pack
 from minipeft.data.streaming import encode_stream
@@ -76,7 +76,8 @@ def test_rows_are_those_of_load_data(source: Path, tokenizer: Tokenizer, tmp_pat
         for count in (0, 2, 4, len(data) - 2):  # the last copies the rows that are kept
             kept, held = split_by_question(data, count)
             ours, ours_held, shared = found.hold_out(count)
-            assert shared == count_shared(kept, held)
+            contents = [item.content for item in kept]
+            assert shared == sum(item.content in contents for item in held)
             for examples, items in ((ours, kept), (ours_held, held)):
                 encoded = encode_data(items, data.format, tokenizer, chat)
                 assert list(examples) == list(encoded)
@@ -89,6 +90,16 @@ def test_rows_are_those_of_load_data(source: Path, tokenizer: Tokenizer, tmp_pat
             found.hold_out(99)
     assert isinstance(mapped.examples.ids.base, np.memmap)
     assert not mapped.examples.ids.flags.writeable
+
+
+def test_rows_held_out_and_trained_on_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Equal in all fields but question_id."""
+    rows = [{"intent": "a", "snippet": "x", "question_id": n} for n in range(3)]
+    rows += [{"intent": "a", "snippet": "y", "question_id": 4}, {"intent": "b", "snippet": "x", "question_id": 5}]
+    data = encode_stream(open_data(put(tmp_path / "rows.jsonl", rows)), tokenizer)
+    held = data.hold_out(2)[1]
+    twins = sum(example in list(data.examples)[:3] for example in held)
+    assert (data.repeated, data.hold_out(2)[2]) == (2, twins)
 
 
 def test_a_second_run_encodes_nothing(
