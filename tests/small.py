@@ -10,6 +10,7 @@ from minipeft.adapters import LoRAConfig, add_adapter
 from minipeft.adapters.peft_format import save_adapter
 from minipeft.models import FAMILIES
 from minipeft.models.checkpoint import load_model, save_model
+from minipeft.models.config import parse_config
 
 TOKENS = 257  # all bytes, and the end of text
 GPT2 = {"vocab_size": TOKENS, "n_positions": 96, "n_embd": 16, "n_layer": 2, "n_head": 2,
@@ -29,11 +30,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 
 
-def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2) -> Path:
-    """A random model of a layer or two with its tokenizer."""
+def write_small_model(folder: Path, family: str = "gpt2", layers: int = 2, **changes: int) -> Path:
+    """A random model of a layer or two with its tokenizer; `changes` go over its config's fields."""
     config, decoder = FAMILIES[family].config, FAMILIES[family].decoder
     given = GPT2 | {"n_layer": layers} if family == "gpt2" else LLAMA | {"num_hidden_layers": layers}
-    model = decoder(config(**given))
+    model = decoder(parse_config(config, given | changes))
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model.eval(), folder)
     write_tokenizer(folder)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.small import write_small_model
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -14,15 +16,12 @@ def blocks(kind):
 
 
 def test_the_example_runs(tmp_path):
-    """With the demo's model and data in place of the hub's, and 2 steps in place of 600."""
+    """With a small random Qwen 2 and the demo's data in place of the hub's, and 2 steps in place of 600."""
+    write_small_model(tmp_path / "qwen", "qwen2", layers=1, max_position_embeddings=512)
     (code,) = blocks("python")
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 15
-    for name, put in (
-        ('"HuggingFaceTB/SmolLM2-135M-Instruct"', '"demo"'),
-        ('"conala"', '"demo"'),
-        ("steps=600", "steps=2"),
-    ):
+    for name, put in (('"Qwen/Qwen2.5-Coder-0.5B"', '"qwen"'), ('"conala"', '"demo"'), ("steps=600", "steps=2")):
         assert name in code
         code = code.replace(name, put)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
