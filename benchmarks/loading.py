@@ -1,6 +1,7 @@
 """From the start of a process to a loaded model and a first token, beside transformers, in processes of their own.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py --model FOLDER --out benchmarks/results/loading-cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/loading.py --random qwen3-0.6b --tokenizer FOLDER
 
 Processor seconds of: importing the library (torch included), loading the model, loading the tokenizer and generating
 one token; and how much memory the load added, as a multiple of the weights' file.
@@ -12,9 +13,14 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import measure
+import torch
+from steps import CASES, decoder, draw_weights
+
+import minipeft
 
 OURS = """
 import minipeft, tokenizers
@@ -51,11 +57,29 @@ PHASES = ("import", "load", "first token")
 
 
 def main() -> None:
-    """Start processes of both sides in turn and write the rows."""
+    """Measure a model, given or random."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=5)
-    parser.add_argument("--model", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model")
+    source.add_argument("--random", choices=CASES, metavar="CASE", help="random bfloat16 weights of a case of steps.py")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer for --random")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.random is not None:
+            write_random(options.random, options.tokenizer, folder)
+            options.model = folder
+        compare(options)
+
+
+def write_random(case: str, tokenizer: str, folder: str) -> None:
+    """Write a model folder of random weights."""
+    model = decoder(CASES[case], draw_weights(CASES[case], torch.bfloat16, "cpu"))
+    minipeft.save_model(model, folder, minipeft.load_tokenizer(tokenizer))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Start processes of both sides in turn and write the rows."""
     if not options.busy:
         measure.wait_for_rest()
     size = sum(file.stat().st_size for file in Path(options.model).glob("*.safetensors"))
@@ -71,22 +95,15 @@ def main() -> None:
                     seconds[phase, v].append(marks[phase] - (marks["import"] if phase == "load" else 0.0))
                 growth[v].append((memory["load"] - memory["import"]) / size)
     rows = [
-        measure.Row(
+        measure.make_row(
+            v,
+            t,
+            seconds[phase, "transformers"],
             benchmark=phase,
-            variant=v,
-            median=statistics.median(t),
-            p20=measure.interpolate_quantile(t, 0.2),
-            p80=measure.interpolate_quantile(t, 0.8),
-            rounds=options.rounds,
-            calls=1,
-            ratio=statistics.median(a / b for a, b in zip(seconds[phase, "transformers"], t)),
-            shape=f"{size / 1e6:,.0f} MB",
+            shape=f"{size / 1e6:,.0f} MB" if options.random is None else f"{options.random}, {size / 1e6:,.0f} MB",
             dtype="stored",
-            device=measure.describe_device("cpu"),
             memory_bytes=round(statistics.median(growth[v]) * size),
             versions=measure.read_versions(("transformers",)),
-            commit=measure.read_commit(),
-            command=measure.format_command(),
             note="processor seconds, but for load from the start of the process; memory_bytes: what load adds",
             extra={"memory over file": statistics.median(growth[v])},
         )

@@ -8,10 +8,11 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME.json
 
 import argparse
 import json
-import re
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from performance_table import RESULTS, fill_markers
+
 Row = dict[str, object]
 FLOORS = ("frozen", "base", "plain torch")
 
@@ -23,24 +24,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.into:
         page = Path(arguments.into)
-        page.write_text(fill_tables(page.read_text()))
+        page.write_text(fill_markers(page.read_text(), "table", table))
         return
     for path in sorted(RESULTS.glob("lora-*.json")):
-        print(f"{path.stem}\n\n{table(path.stem)}\n")
+        print(f"{path.stem}\n\n{table(json.loads(path.read_text()))}\n")
 
 
-def fill_tables(page: str) -> str:
-    """Return the page with the table between each pair of markers regenerated."""
-    pattern = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
-
-
-def table(name: str) -> str:
+def table(rows: list[Any]) -> str:
     """Return the Markdown table of a file of rows: a line for each shape and setting, a column for each variant."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return f"No rows yet: benchmarks/results/{name}.json is not there."
-    rows = json.loads(path.read_text())
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         variant, graph, _ = row["variant"].partition(", graph")  # a graph's times are a line of their own

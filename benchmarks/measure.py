@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "numpy")  # their versions are in every row; a benchmark adds its peers'
 AGAIN = "the first variant again"
@@ -125,7 +126,7 @@ def measure(
     noise = max(
         abs(statistics.median(twice) - 1), (interpolate_quantile(twice, 0.8) - interpolate_quantile(twice, 0.2)) / 2
     )
-    shared = {
+    shared: dict[str, Any] = {
         "shape": shape,
         "dtype": dtype,
         "device": describe_device(device),
@@ -133,25 +134,44 @@ def measure(
         "commit": read_commit(),
         "command": format_command(),
         "note": note,
-        "rounds": rounds,
         "surroundings": {"clock": _clock_name(device, clock), **around, "noise": round(noise, 4)},
     }
     return [
-        Row(
+        make_row(
+            label,
+            taken,
+            base,
             benchmark=name,
-            variant=label,
-            median=statistics.median(taken),
-            p20=interpolate_quantile(taken, 0.2),
-            p80=interpolate_quantile(taken, 0.8),
             best=min(taken),
             ratios={other: statistics.median(a / b for a, b in zip(times[other], taken)) for other in times},
             calls=counts[label],
-            ratio=statistics.median(a / b for a, b in zip(base, taken)),
             memory_bytes=memory[label],
-            **shared,  # type: ignore[arg-type]
+            **shared,
         )
         for label, taken in times.items()
     ]
+
+
+def make_row(variant: str, taken: Sequence[float], first: Sequence[float], **about: Any) -> Row:
+    """Return the row of a variant from its seconds in each round and those of the first variant; `about`: other fields,
+    of which the versions, the place and the load have defaults."""
+    shared = {
+        "rounds": len(taken),
+        "calls": 1,
+        "device": describe_device("cpu"),
+        "versions": read_versions(),
+        "commit": read_commit(),
+        "command": format_command(),
+        "surroundings": {"load": round(os.getloadavg()[0], 1), "busy": measure_overload() > 0},
+    }
+    return Row(
+        variant=variant,
+        median=statistics.median(taken),
+        p20=interpolate_quantile(taken, 0.2),
+        p80=interpolate_quantile(taken, 0.8),
+        ratio=statistics.median(a / b for a, b in zip(first, taken)),
+        **{**shared, **about},
+    )
 
 
 def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
@@ -197,6 +217,7 @@ def read_versions(packages: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def read_commit() -> str:
     """Return the measured commit, with "+changes" if tracked files differ from it."""
     here = Path(__file__).resolve().parent

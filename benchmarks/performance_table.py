@@ -8,24 +8,27 @@ A table stands between `<!-- rows NAME -->` and `<!-- end -->`, where NAME.json 
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def fill_tables(page: str) -> str:
-    """Return the page with the table between each pair of markers regenerated."""
-    pattern = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: f"{found[1]}{make_table(found[2])}\n{found[3]}", page)
+def fill_markers(page: str, word: str, make: Callable[[Any], str]) -> str:
+    """Return the page with what `make` makes of benchmarks/results/NAME.json between each `<!-- word NAME -->` and
+    `<!-- end -->`."""
+
+    def fill(found: re.Match[str]) -> str:
+        path = RESULTS / f"{found[2]}.json"
+        absent = f"No rows yet: benchmarks/results/{path.name} is not there."
+        return f"{found[1]}{make(json.loads(path.read_text())) if path.exists() else absent}\n{found[3]}"
+
+    return re.sub(rf"(<!-- {word} (\S+) -->\n).*?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-def make_table(name: str) -> str:
+def make_table(rows: Any) -> str:
     """Return the Markdown table of a file: seconds or the rows of benchmarks/breakdown.py."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return f"No rows yet: benchmarks/results/{name}.json is not there."
-    rows = json.loads(path.read_text())
     return make_breakdown(rows) if isinstance(rows, dict) else make_rows(rows)
 
 
@@ -72,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, required=True, help="page with the markers")
     page = parser.parse_args().into
-    page.write_text(fill_tables(page.read_text()))
+    page.write_text(fill_markers(page.read_text(), "rows", make_table))
 
 
 if __name__ == "__main__":

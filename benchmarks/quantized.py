@@ -12,7 +12,6 @@ nats per supervised token.
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -88,21 +87,14 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
     for process in children.values():
         process.communicate()
     return [
-        measure.Row(
+        measure.make_row(
+            v,
+            t,
+            times[job, "bf16"],
             benchmark="LoRA step" if job == "step" else f"{DECODED} tokens decoded at batch 1",
-            variant=v,
-            median=statistics.median(t),
-            p20=measure.interpolate_quantile(t, 0.2),
-            p80=measure.interpolate_quantile(t, 0.8),
-            rounds=options.rounds,
-            calls=1,
-            ratio=statistics.median(a / b for a, b in zip(times[job, "bf16"], t)),
             shape=f"1x{LENGTH}" if job == "step" else "1x1",
             dtype=VARIANTS[v][0],
-            device=measure.describe_device("cpu"),
             memory_bytes=about[v]["held"],
-            versions=measure.read_versions(),
-            commit=measure.read_commit(),
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/quantized.py",
             note="ratio: bf16's time over this one's, processor seconds; memory_bytes: of the blocks' linears",
             extra={"bits a weight": 8 * about[v]["held"] / about[v]["weights"], "untuned loss": about[v]["loss"]},

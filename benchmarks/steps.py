@@ -1,6 +1,7 @@
 """Training steps of one decoder layer, GPT-2 124M and, on a GPU, a 7B: ours, HF transformers + PEFT, and frozen.
 
     python benchmarks/steps.py --compile --out benchmarks/results/lora-steps-cpu.json                # 6 minutes
+    python benchmarks/steps.py --cases qwen3-0.6b --steps 2 --rounds 3 --dropout 0                   # 10 minutes
     python benchmarks/steps.py --device cuda --out benchmarks/results/lora-steps-h200.json
     python benchmarks/steps.py --device cuda --cases 7b --rows 1 --length 8192 --activation-checkpointing
 
@@ -40,13 +41,19 @@ LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads":
 SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 ONE = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 512, "max_position_embeddings": 8192}
 WHOLE = {"model_type": "llama", "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 8192}
+QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+         "max_position_embeddings": 40960, "tie_word_embeddings": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
 CASES: dict[str, Config] = {  # name -> config.json; a single layer has a small vocabulary, whose head takes little time
     "layer": ONE | SMOL,
     "layer, GPU": ONE | MISTRAL,
     "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 50257},
     "7b": WHOLE | LLAMA,
+    "qwen3-0.6b": QWEN3,
 }
-CPU = (("layer", 1, 256), ("gpt2", 1, 256))  # case, rows, tokens of a row
+CPU = (("layer", 1, 256), ("gpt2", 1, 256), ("qwen3-0.6b", 1, 128))  # case, rows, tokens of a row
+NAMED = ("qwen3-0.6b",)  # cases that are measured only if they are named
 GPU = (("layer, GPU", 4, 2048), ("gpt2", 8, 1024), ("7b", 4, 2048))
 STEPS = 20  # training steps before the losses are compared
 RATE = 1e-3
@@ -80,7 +87,7 @@ def main() -> None:
     """Measure each case, and write and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=7)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all cases of the device")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all of the device but " + ", ".join(NAMED))
     parser.add_argument("--rows", type=int, help="rows of a batch (default: those of the case)")
     parser.add_argument("--length", type=int, help="tokens of a row (default: those of the case)")
     parser.add_argument("--layers", type=int, help="decoder layers (default: those of the case)")
@@ -95,7 +102,7 @@ def main() -> None:
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     found: list[measure.Row] = []
     for threads, (case, rows, length) in itertools.product(options.threads, GPU if gpu else CPU):
-        if options.cases and case not in options.cases:
+        if case not in options.cases if options.cases else case in NAMED:
             continue
         torch.set_num_threads(threads)
         rows_of_case = compare(case, options.rows or rows, options.length or length, threads, options)

@@ -128,21 +128,15 @@ def compare(variants: list[str], options: argparse.Namespace) -> list[measure.Ro
     for process in children.values():
         process.communicate()
     return [
-        measure.Row(
+        measure.make_row(
+            v,
+            t,
+            times[variants[0]],
             benchmark="training step",
-            variant=v,
-            median=statistics.median(t),
-            p20=measure.interpolate_quantile(t, 0.2),
-            p80=measure.interpolate_quantile(t, 0.8),
-            rounds=options.rounds,
-            calls=1,
-            ratio=statistics.median(a / b for a, b in zip(times[variants[0]], t)),
             shape=f"1x{LENGTH}",
             dtype=v.split()[2],
-            device=measure.describe_device("cpu"),
             memory_bytes=memory[v],
             versions=measure.read_versions(("transformers", "peft")),
-            commit=measure.read_commit(),
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/training.py",
             note="ratio: to the first variant of the group",
             extra={"tokens_per_second": statistics.median(rates[v])},
