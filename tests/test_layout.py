@@ -78,6 +78,7 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "study/rates_report": "tests/study/test_rates_experiment.py",
     "study/cells": "tests/study/test_runner.py",
     "cli/exercise": EXERCISES,
+    "study/adapter_page": "tests/adapters/test_microscope.py",
     **dict.fromkeys(("cli/compare", "runs/peer"), "tests/runs/test_comparison.py"),
     **dict.fromkeys(
         ("cli/tour", "tour/bench", "tour/drawings", *(f"tour/measures/{name}" for name in MEASURES)),

@@ -21,17 +21,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="MODEL_A", help="folder or hub id of a checkpoint, or demo")
     parser.add_argument("second", metavar="MODEL_B", help="the model to compare it with")
     add_fields(parser, CompareConfig, skip=SKIP)
-    parser.add_argument("--all", action="store_true", help="print every tensor, not those around the first difference")
     parser.add_argument("--json", action="store_true", help="print all tensors as JSON")
 
 
 def main(options: argparse.Namespace) -> int:
     from minipeft.runs.comparison import STAGES, CompareConfig, as_text, compare
 
-    found = compare(CompareConfig(options.first, options.second, **read_typed(CompareConfig, options, skip=SKIP)))
+    config = CompareConfig(options.first, options.second, **read_typed(CompareConfig, options, skip=SKIP))
+    found = compare(config)
     if options.json:
         parted = {stage: dataclasses.asdict(row) for stage in STAGES if (row := found.first(stage))}
         show(json.dumps({"equal": found.equal, "first": parted, **dataclasses.asdict(found)}, indent=2))
     else:
-        show(as_text(found, options.all))
+        show(as_text(found, config.every))
     return 0

@@ -56,6 +56,7 @@ class CompareConfig:
         None, "relative difference from which two tensors differ; default 1e-4, in bf16 5e-2", above=0
     )
     device: str = option("cpu", "cpu, cuda, ...")
+    every: bool = option(False, "print every tensor, not those around the first difference alone", flag="all")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -89,9 +89,10 @@ def test_flags_that_no_config_declares() -> None:
             found[file.stem] = names
     assert found == {
         "__init__": ["--debug"],
+        "compare": ["first", "second", "--json"],
         "data": ["source", "--json"],
         "generate": ["prompts"],
-        "inspect": ["folder", "--json"],
+        "inspect": ["folder", "other", "--json"],
         "merge": ["--json"],
         "plan": ["models", "--json"],
         "push": ["folder", "hub_id"],
