@@ -1,6 +1,6 @@
 """Where the time of a LoRA step goes, ours and PEFT's, by kind of operator, beside the time its products must take.
 
-    OMP_NUM_THREADS=1 python benchmarks/breakdown.py --model FOLDER --out benchmarks/results/breakdown-cpu.json
+    python benchmarks/breakdown.py --model FOLDER --out benchmarks/results/breakdown-cpu.json
 
 One row of `--length` random tokens, one document, rank 16 on all linears, float32: forward, backward and AdamW. torch's
 profiler adds up the time of each operator itself, without the operators that it calls. `limit`: the step's floating
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the best of each kind is kept (default: %(default)s)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the profiler adds up the time of operators, and measure_peak that of all threads
     ids = torch.randint(0, 1000, (1, options.length), generator=torch.Generator().manual_seed(0))
     sides = {"PEFT": make_theirs(options.model, ids), "minipeft": make_ours(options.model, ids)}
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}

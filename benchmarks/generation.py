@@ -1,9 +1,9 @@
 """Greedy decoding beside transformers and PEFT, in one run: the same prompts, the same number of tokens, the same ids.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py --model FOLDER --out benchmarks/results/generation-cpu.json
+    python benchmarks/generation.py --model FOLDER --out benchmarks/results/generation-cpu.json
 
 A call answers `--batch` prompts of 40 random tokens with 32 tokens each, the pass over the prompts included; EOS does
-not end an answer. Packing the weights, which `generate` does once, has a row of its own.
+not end an answer. One thread. Packing the weights, which `generate` does once, has a row of its own.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 25])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     options = parser.parse_args()
-    rows = []
+    torch.set_num_threads(1)
+    rows: list[measure.Row] = []
     for name in options.dtypes:
         for adapted in (False, True):
             peer = "peft, LoRA" if adapted else "transformers"
@@ -84,7 +85,7 @@ def main() -> None:
                 if batch != options.batch[0]:
                     variants.pop("packing")
                 want, got = theirs(ids), ours["minipeft"](ids)
-                rows += measure.measure(
+                found = measure.measure(
                     {label: partial(call, ids) for label, call in variants.items()},
                     name="decoding",
                     shape=f"{batch} x ({PROMPT} + {NEW})",
@@ -96,9 +97,10 @@ def main() -> None:
                     note=f"greedy; {int((want == got).sum())} of {want.numel()} ids equal the peer's",
                     busy=options.busy,
                 )
-    measure.show_rows(rows)
-    if options.out:
-        measure.write_rows(Path(options.out), rows)
+                measure.show_rows(found)
+                rows += found
+                if options.out:
+                    measure.write_rows(Path(options.out), rows)
 
 
 if __name__ == "__main__":
