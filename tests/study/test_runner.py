@@ -191,6 +191,7 @@ def test_what_is_refused(inside, tmp_path, model, pairs, capsys):
     refused([*words, "--out", str(pairs)], "is a file")
     elsewhere = line(tmp_path / "new", "./nope", pairs)
     refused(elsewhere, "nope: no such folder")
+    refused(["study"], "out: must be given: the study's folder")
     refused([*words, "--seeds", "0"], "seeds: 0 must be an integer >= 1")
     refused([*words, "--model", str(model), str(model)], "is given twice")
     assert not (tmp_path / "new").exists()
