@@ -22,11 +22,12 @@ TRAINED_PAIRS, HELD_OUT_PAIRS = 400, 18
 
 
 class Bench:
-    """A fresh demo model for each experiment; data are read once. `quick`: fewer steps and shorter rows."""
+    """A fresh demo model for each experiment; data are read once. `quick`: fewer steps and pairs, shorter rows."""
 
     def __init__(self, quick: bool = False):
         self.quick = quick
         self.length = 96 if quick else LENGTH  # of the rows that are trained on
+        self.held_out_pairs = 6 if quick else HELD_OUT_PAIRS
 
     def model(self, dtype: torch.dtype = torch.float32) -> Decoder:
         """The demo model, in eval mode."""
@@ -58,6 +59,6 @@ class Bench:
     @torch.no_grad()
     def held_out_loss(self, model: Decoder) -> float:
         """Nats per supervised token on pairs that `tune` does not train on."""
-        batches = self.pack(self.pairs[-HELD_OUT_PAIRS:], model.virtual_tokens)
+        batches = self.pack(self.pairs[-self.held_out_pairs :], model.virtual_tokens)
         total = sum(model.loss(batch.ids, batch.labels, batch.documents).item() for batch in batches)
         return total / sum(count_targets(batch.labels) for batch in batches)

@@ -26,6 +26,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def measure_lora(bench: Bench) -> Mapping[str, Value]:
+    """The derivative by hand beside autograd's, and the parameters that LoRA trains."""
     x, W, A, B, s = draw(7, 12, seed=0), draw(9, 12, seed=1), draw(2, 12, seed=2), draw(9, 2, seed=3), 1.5
     dy = draw(7, 9, seed=4)
     leaves = [t.clone().requires_grad_() for t in (x, A, B)]
@@ -53,6 +54,7 @@ def measure_lora(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_zero_b(bench: Bench) -> Mapping[str, Value]:
+    """Loss and gradients before the first step, for three inits of A and B."""
     base = bench.held_out_loss(bench.model())
     found: dict[str, dict[str, Any]] = {}
     for name in ("B = 0", "A = B = 0", "A, B random"):
@@ -82,6 +84,7 @@ def measure_zero_b(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_merge(bench: Bench) -> Mapping[str, Value]:
+    """What a merge loses in three dtypes, in weights and in answers."""
     tuned, steps = bench.tune(LoRAConfig(rank=8), 20, 3e-3)
     state = {name: p.detach().clone() for name, p in tuned.named_parameters() if "lora_" in name}
     prompts = [f"### Instruction:\n{pair.intent}\n### Response:\n" for pair in bench.pairs[-2 if bench.quick else -6 :]]
@@ -113,6 +116,7 @@ def measure_merge(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_ia3(bench: Bench) -> Mapping[str, Value]:
+    """(IA)3's size, its loss before and after training, and after a merge."""
     model = bench.model()
     report = add_adapter(model, IA3Config())
     lora = add_adapter(bench.model(), LoRAConfig(rank=8))
@@ -137,6 +141,7 @@ def measure_ia3(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_dora(bench: Bench) -> Mapping[str, Value]:
+    """The row norms without the sum, and a short training beside LoRA's."""
     W, A, B, s = draw(9, 12, seed=1), draw(2, 12, seed=2), draw(9, 2, seed=3), 1.5
     formed = (W + s * B @ A).norm(dim=1)
     error = largest(compute_row_norms(W, A, B, s).double(), formed)

@@ -26,6 +26,7 @@ SEVEN_B = {  # config.json of CodeLlama-7B
 
 
 def measure_kernel(bench: Bench) -> Mapping[str, Value]:
+    """The first kernel, run in Triton's interpreter if Triton is installed."""
     ran, found = "was not run, because Triton is not installed", {"entries": 1000, "block": 256, "programs": 4}
     if importlib.util.find_spec("triton") is not None:
         found = run_interpreted("minipeft_kernels.vector_add")
@@ -56,6 +57,7 @@ def run_interpreted(module: str) -> dict[str, int]:
 
 
 def measure_memory(bench: Bench) -> Mapping[str, Value]:
+    """The memory of a training step by method, counted on the meta device."""
     config = bench.model().config if bench.quick else FAMILIES["llama"].config(**SEVEN_B)
     rows: list[tuple[Plain, ...]] = []
     plans = {}

@@ -22,6 +22,7 @@ EXPLORED_PREFIX, EXPLORED_WINDOW = 4, 12  # virtual tokens, and the tokens of a 
 
 
 def measure_tokens(bench: Bench) -> Mapping[str, Value]:
+    """One training text as tokens, and back."""
     pair, tokenizer = bench.pairs[0], bench.tokenizer
     prompt = format_prompt(pair.intent)
     example = encode_pairs([pair], tokenizer)[0]
@@ -41,6 +42,7 @@ def measure_tokens(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_packed_row(bench: Bench) -> Mapping[str, Value]:
+    """Rows of the demo's pairs: how full they are, and the border between two documents."""
     pairs = bench.pairs[:400]
     isolated, separate = bench.pack(pairs, shuffle=False), encode_pairs(pairs, bench.tokenizer)
     lengths = [len(example.ids) for example in separate]
@@ -72,12 +74,13 @@ def measure_packed_row(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_visibility(bench: Bench) -> Mapping[str, Value]:
+    """The rule's mask, and the loss of documents alone, packed by the rule, and packed without it."""
     owners = [VIRTUAL, VIRTUAL, 0, 0, 0, 1, 1, PADDING]
     documents = torch.tensor([owners])  # [1, S]
     seen = visible(documents, positions_in(documents), 8, None, False)[0, 0]  # [T, S]
     signs = [sign_owner(owner) for owner in owners]
     words = "Who sees whom: a query's row has a filled cell for each column it sees. V virtual, . padding."
-    model, pairs = bench.model(), bench.pairs[:24]
+    model, pairs = bench.model(), bench.pairs[: 10 if bench.quick else 24]
     packed = bench.pack(pairs, shuffle=False)
     alone = [bench.pack([pair], shuffle=False)[0] for pair in pairs]
     with torch.no_grad():

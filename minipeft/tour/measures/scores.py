@@ -13,6 +13,7 @@ from minipeft.tour.values import Output, Table, Value, claim
 
 
 def measure_bleu(bench: Bench) -> Mapping[str, Value]:
+    """BLEU of one answer, by hand and by the library."""
     reference = "words.sort(key=len, reverse=True)"
     prediction = "words.sort(key=len)"
     tokens, wanted = tokenize_conala(prediction), tokenize_conala(reference)
@@ -43,6 +44,7 @@ def measure_bleu(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_codebleu(bench: Bench) -> Mapping[str, Value]:
+    """CodeBLEU of useless and useful answers, strict and as the package computes it."""
     references = ["total = sum(n * n for n in numbers)", "best = max(d.values())\nprint(best)", "a, b = b, a"]
     answers = {
         "nothing": [""] * 3,

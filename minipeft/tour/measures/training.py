@@ -23,6 +23,7 @@ from minipeft.training.loop import Step, TrainConfig, TrainState, learning_rate_
 
 
 def measure_loss(bench: Bench) -> Mapping[str, Value]:
+    """The size of the logits, and the loss in chunks beside torch's."""
     model = bench.model()
     batch = bench.pack(bench.pairs[:24])[0]
     hidden = model.hidden(batch.ids, batch.documents).detach()  # [B, T, C]
@@ -43,6 +44,7 @@ def measure_loss(bench: Bench) -> Mapping[str, Value]:
 
 
 def measure_step(bench: Bench) -> Mapping[str, Value]:
+    """Some steps, the same with a stop in between, and the learning-rate schedule."""
     config = TrainConfig(steps=6 if bench.quick else 12, learning_rate=3e-3)
     batches = bench.pack(bench.pairs[:60], length=bench.length)
     make = lambda: (model := bench.model(), add_adapter(model, LoRAConfig(rank=8, dropout=0.1)))[0]
@@ -105,6 +107,7 @@ def draw_rates(rates: list[tuple[int, float]], height: int = 110) -> str:
 
 
 def measure_dropout(bench: Bench) -> Mapping[str, Value]:
+    """The statistics of a mask that a hash computes."""
     drop = make_dropout(0.1, seed=7)
     assert drop is not None
     mask = make_keep_mask(drop, 512, 768)
@@ -143,6 +146,7 @@ def draw_mask(mask: torch.Tensor) -> Drawing:
 
 
 def measure_saving(bench: Bench) -> Mapping[str, Value]:
+    """A write that fails halfway, in place and whole."""
     old, new = b"old" * 1000, b"new" * 1000
 
     def fail_halfway(stream: IO[bytes]) -> None:

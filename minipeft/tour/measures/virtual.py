@@ -20,6 +20,7 @@ SLOW, FAST = 2e-4, 3e-2
 
 
 def measure_prefix(bench: Bench) -> Mapping[str, Value]:
+    """Prefixes from noise and from text: softmax mass, loss, movement."""
     base = bench.held_out_loss(bench.model())
     inits = {"N(0, 1)": PrefixConfig(length=LENGTH, init="peft"), "text": PrefixConfig(length=LENGTH)}
     before, mass = {}, {}
@@ -87,6 +88,7 @@ def measure_movement(tuned: Decoder, config: PrefixConfig, bench: Bench) -> floa
 
 
 def measure_prompt(bench: Bench) -> Mapping[str, Value]:
+    """A prompt and a prefix of one text: size, and loss before and after training."""
     found: dict[str, tuple[int, float, float]] = {}
     for name, config in (("prefix", PrefixConfig(length=LENGTH)), ("prompt", PromptConfig(length=LENGTH))):
         model = bench.model()
