@@ -104,8 +104,10 @@ def test_the_hole_is_the_library_function_without_its_body():
 
 
 def test_a_name_that_is_nowhere_is_refused():
-    with pytest.raises(InputError, match=r"minipeft\.documents has no function 'nothing'"):
+    with pytest.raises(InputError, match=r"minipeft\.documents defines no 'nothing'"):
         find_definition("minipeft.documents.nothing")
+    with pytest.raises(InputError, match=r"'VIRTUAL' of minipeft\.documents is no function"):
+        find_definition("minipeft.documents.VIRTUAL")
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:

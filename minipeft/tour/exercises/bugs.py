@@ -5,17 +5,18 @@ with the library as it is, and fails with the bug.
 """
 
 from __future__ import annotations
-import __future__
 
 import importlib
-import sys
+import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 from minipeft.errors import InputError
-from minipeft.tour.exercises.definitions import find_definition
+from minipeft.tour.exercises.checking import load_file
+from minipeft.tour.exercises.definitions import find_definition, make_module
 from minipeft.tour.exercises.judging import require
 from minipeft.tour.exercises.record import Bug, load_exercise
 
@@ -26,34 +27,37 @@ FAILURES = (AssertionError, ArithmeticError, LookupError, RuntimeError, TypeErro
 def planted(bug: Bug) -> Iterator[None]:
     """Context manager: the library with the bug, wherever the function or method is used.
 
+    The patched source is loaded from a file, like an exercise, and its code object takes the place of the function's:
+    whoever holds the function runs it, with the function's own globals.
+
     Raises:
         InputError: the text that the patch replaces is not there exactly once.
     """
     definition = find_definition(bug.name)
     if definition.text.count(bug.before) != 1:
         raise InputError(f"{definition.text.count(bug.before)} places hold {bug.before!r}, not one", where=bug.name)
-    module = importlib.import_module(definition.module)
-    made: dict[str, Any] = {}
-    code = definition.text.replace(bug.before, bug.after)
-    flags = __future__.annotations.compiler_flag
-    exec(compile(code, f"<{bug.name} with a bug>", "exec", flags=flags), vars(module), made)
-    parent, _, name = definition.path.rpartition(".")
-    owner = getattr(module, parent) if parent else module
-    places = [(owner, name)] if parent else find_uses(getattr(owner, name))
-    kept = getattr(owner, name)
+    held: Any = importlib.import_module(definition.module)
+    for part in definition.path.split("."):
+        held = getattr(held, part)
+    with tempfile.TemporaryDirectory(prefix="minipeft-bug-") as folder:
+        file = Path(folder, f"patched_{definition.name}.py")
+        file.write_text(make_module(definition, definition.text.replace(bug.before, bug.after), ""), encoding="utf-8")
+        patched = inspect.unwrap(getattr(load_file(file), definition.name))
+    function = inspect.unwrap(held)
+    kept = function.__code__
     try:
-        for place, bound in places:
-            setattr(place, bound, made[name])
+        function.__code__ = patched.__code__
+        forget(held)
         yield
     finally:
-        for place, bound in places:
-            setattr(place, bound, kept)
+        function.__code__ = kept
+        forget(held)
 
 
-def find_uses(function: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
-    """Every module, and the name in it, that is bound to a function."""
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is function]
+def forget(function: Any) -> None:
+    """Empty the cache of a function that has one."""
+    if hasattr(function, "cache_clear"):
+        function.cache_clear()
 
 
 def require_caught(test: Callable[[], None], exercise: str) -> None:

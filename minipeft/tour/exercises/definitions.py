@@ -8,14 +8,12 @@ function uses are imported above it, from where the library has them.
 from __future__ import annotations
 
 import ast
-import importlib.util
-import textwrap
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from minipeft.errors import InputError
 from minipeft.files import read_text
+from minipeft.tour.sources import find_module, find_source
 
 EMPTY = "raise NotImplementedError"
 
@@ -39,39 +37,17 @@ def find_definition(name: str) -> Definition:
     """Find a function or method by its dotted name.
 
     Raises:
-        InputError: no module holds it.
+        InputError: no module defines it, or it is no function.
     """
+    text = find_source(name).text + "\n"
     module, file = find_module(name)
-    tree = ast.parse(text := read_text(file))
     path = name[len(module) + 1 :]
-    found: ast.AST | None = tree
-    for part in path.split("."):
-        body = getattr(found, "body", [])
-        found = next((node for node in body if getattr(node, "name", None) == part), None)
-    if not isinstance(found, ast.FunctionDef):
-        raise InputError(f"{module} has no function {path!r}", where=name)
-    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
-    lines = text.splitlines(keepends=True)[first - 1 : found.end_lineno]
+    function = ast.parse(text).body[0]
+    if not isinstance(function, ast.FunctionDef):
+        raise InputError(f"{path!r} of {module} is no function", where=name)
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    return Definition(module, path, textwrap.dedent("".join(lines)), find_imports(tree, found, module, package))
-
-
-def find_module(name: str) -> tuple[str, Path]:
-    """The module that holds a dotted name, and its file; only the top package is imported.
-
-    Raises:
-        InputError: there is none.
-    """
-    parts = name.split(".")
-    spec = importlib.util.find_spec(parts[0])
-    if spec is None or spec.origin is None:
-        raise InputError(f"no package is named {parts[0]!r}", where=name)
-    for end in range(len(parts) - 1, 0, -1):
-        place = Path(spec.origin).parent.joinpath(*parts[1:end])
-        for file in (place.with_suffix(".py"), place / "__init__.py"):
-            if file.is_file():
-                return ".".join(parts[:end]), file
-    raise InputError("no module holds it", where=name)
+    imports = find_imports(ast.parse(read_text(file)), function, module, package)
+    return Definition(module, path, text, imports)
 
 
 def find_imports(tree: ast.Module, function: ast.FunctionDef, module: str, package: str) -> tuple[str, ...]:
