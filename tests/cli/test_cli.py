@@ -91,13 +91,14 @@ def test_flags_that_no_config_declares() -> None:
         "__init__": ["--debug"],
         "compare": ["first", "second", "--json"],
         "data": ["source", "--json"],
+        "exercise": ["number", "--check", "--hint", "--solution", "--overwrite", "--json", "--out"],
         "generate": ["prompts"],
         "inspect": ["folder", "other", "--json"],
         "merge": ["--json"],
         "plan": ["models", "--json"],
         "push": ["folder", "hub_id"],
         "score": ["file", "--json"],
-        "study": ["--json"],
+        "study": ["--plan", "--json"],
         "train": ["--method", "--json"],
     }
 

@@ -131,6 +131,7 @@ def measure_ia3(bench: Bench) -> Mapping[str, Value]:
     return {
         "trainable": report.trainable,
         "lora": lora.trainable,
+        "rank": 8,
         "ratio": lora.trainable / report.trainable,
         "before": before,
         "after": after,

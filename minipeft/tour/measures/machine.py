@@ -14,7 +14,7 @@ import torch
 from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES
-from minipeft.runs.planning import plan
+from minipeft.runs.planning import count_train_flops, plan
 from minipeft.tour.bench import Bench
 from minipeft.tour.values import Plain, Table, Value, claim
 
@@ -72,6 +72,7 @@ def measure_memory(bench: Bench) -> Mapping[str, Value]:
         rows.append(
             (name, p.trainable, p.percent, *(f"{size / 1e9:.2f}" for size in (p.weights, p.moments, p.step, p.peak)))
         )
+    full_again = count_train_flops(config, ROW, ROW, full=True, activation_checkpointing=True)
     again = plan(config, settings["lora"], rows=1, length=ROW, dtype=torch.bfloat16, activation_checkpointing=True)
     claim(plans["full"].moments > 10 * plans["lora"].moments, "AdamW's moments are what LoRA saves")
     claim(again.step < 0.7 * plans["lora"].step, "activation checkpointing saves activations")
@@ -85,5 +86,7 @@ def measure_memory(bench: Bench) -> Mapping[str, Value]:
         "lora_percent": plans["lora"].percent,
         "step": plans["lora"].step / 1e9,
         "again": again.step / 1e9,
+        "more": 100 * (again.flops / plans["lora"].flops - 1),
+        "more_full": 100 * (full_again / plans["full"].flops - 1),
         "layers": config.layers,
     }

@@ -29,6 +29,8 @@ def measure_bleu(bench: Bench) -> Mapping[str, Value]:
     found = bleu([prediction], [reference])
     claim(abs(found.score - score) < 1e-12, "the score by hand is the library's")
     claim(found.brevity_penalty < min(found.precisions), "brevity costs more than any precision")
+    claim(abs(score - 0.5) < 0.05, "the score is close to a half")
+    missed = max(total - match for _, match, total, _ in rows)
     return {
         "prediction": prediction,
         "reference": reference,
@@ -38,6 +40,7 @@ def measure_bleu(bench: Bench) -> Mapping[str, Value]:
         "wanted": len(wanted),
         "brevity": brevity,
         "mean": math.exp(sum(logs) / 4),
+        "missed": missed,
         "score": score,
         "signature": Output(found.signature),
     }
@@ -61,6 +64,9 @@ def measure_codebleu(bench: Bench) -> Mapping[str, Value]:
                      score.compat, score.score))  # fmt: skip
     nothing = found["nothing"]
     claim(nothing.score == 0 and nothing.compat == 0.25, "an empty answer scores a quarter in the package and 0 here")
+    claim(
+        found["another's reference"].compat < nothing.compat, "an answer with a shared variable scores less than none"
+    )
     return {
         "quarter": nothing.compat,
         "strict": f"{nothing.score:g}",
