@@ -93,6 +93,15 @@ def test_every_exercise_has_a_text_hints_and_checks():
     assert {file.stem for file in (ROOT / "minipeft/tour/exercises/tasks").glob("[a-z]*.py")} == set(record.NAMES)
 
 
+def test_the_pages_count_the_exercises():
+    bugs_planted = sum(name.startswith("bug_") for name in record.NAMES)
+    assert f"{len(record.NAMES)} exercises" in (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/exercises.md").read_text(encoding="utf-8")
+    assert bugs_planted == 9
+    assert "nine public bugs" in page
+    assert all(f"| {chapter} |" in page for chapter in record.CHAPTERS)
+
+
 def test_the_hole_is_the_library_function_without_its_body():
     text = find_definition("minipeft.documents.visible").text
     hole = cut_body(text)
