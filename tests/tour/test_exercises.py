@@ -132,7 +132,7 @@ def fill(tmp_path: Path, body: str) -> None:
     file.write_text(file.read_text().replace("raise NotImplementedError", body))
 
 
-def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys):
+def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys, monkeypatch):
     status, said = run(tmp_path, capsys, LORA)
     assert status == 0
     assert "W' = W + s B A" in said
@@ -143,11 +143,12 @@ def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys):
     assert [hint.split(":")[0] for hint in hints] == ["hint 1 of 3", "hint 2 of 3", "hint 3 of 3", "hint 3 of 3"]
     assert "def merged(self)" in run(tmp_path, capsys, LORA, "--solution")[1]
 
-    fill(tmp_path, "return self.weight, self.bias")
-    status, said = run(tmp_path, capsys, LORA, "--check")
+    fill(tmp_path, "return 1 / 0")
+    monkeypatch.chdir(tmp_path)
+    status, said = run(Path(), capsys, LORA, "--check")
     assert status == 1
     assert "WRONG A plain linear with W' and b' computes what the layer computes.\n" in said
-    assert "the output of the merged linear: wrong at [" in said
+    assert f"your code raised ZeroDivisionError: division by zero (exercise_{LORA}.py, line " in said
     assert "3 more checks were not run" in said
 
     run(tmp_path, capsys, LORA, "--overwrite")
@@ -256,6 +257,8 @@ def test_failures_are_told_in_words(tmp_path):
         "your code raised ZeroDivisionError: division by zero (exercise_"
     )
     assert "None" in explain(tmp_path, "return None")
+    plain = explain(tmp_path, "return self.weight, self.bias")
+    assert plain.startswith("the output of the merged linear: wrong at [")
     assert "the bias is None exactly where the layer has none" in explain(tmp_path, "return self.weight, None")
     assert "is not Python" in explain(tmp_path, "return (")
     transposed = explain(tmp_path, "return self.part()[0].t(), self.bias")
