@@ -93,6 +93,15 @@ def test_every_exercise_has_a_text_hints_and_checks():
     assert {file.stem for file in (ROOT / "minipeft/tour/exercises/tasks").glob("[a-z]*.py")} == set(record.NAMES)
 
 
+def test_the_pages_count_the_exercises():
+    bugs_planted = sum(name.startswith("bug_") for name in record.NAMES)
+    assert f"{len(record.NAMES)} exercises" in (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/exercises.md").read_text(encoding="utf-8")
+    assert bugs_planted == 9
+    assert "nine public bugs" in page
+    assert all(f"| {chapter} |" in page for chapter in record.CHAPTERS)
+
+
 def test_the_hole_is_the_library_function_without_its_body():
     text = find_definition("minipeft.documents.visible").text
     hole = cut_body(text)
@@ -123,7 +132,7 @@ def fill(tmp_path: Path, body: str) -> None:
     file.write_text(file.read_text().replace("raise NotImplementedError", body))
 
 
-def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys):
+def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys, monkeypatch):
     status, said = run(tmp_path, capsys, LORA)
     assert status == 0
     assert "W' = W + s B A" in said
@@ -134,11 +143,12 @@ def test_an_exercise_from_the_first_hint_to_done(tmp_path, capsys):
     assert [hint.split(":")[0] for hint in hints] == ["hint 1 of 3", "hint 2 of 3", "hint 3 of 3", "hint 3 of 3"]
     assert "def merged(self)" in run(tmp_path, capsys, LORA, "--solution")[1]
 
-    fill(tmp_path, "return self.weight, self.bias")
-    status, said = run(tmp_path, capsys, LORA, "--check")
+    fill(tmp_path, "return 1 / 0")
+    monkeypatch.chdir(tmp_path)
+    status, said = run(Path(), capsys, LORA, "--check")
     assert status == 1
     assert "WRONG A plain linear with W' and b' computes what the layer computes.\n" in said
-    assert "the output of the merged linear: wrong at [" in said
+    assert f"your code raised ZeroDivisionError: division by zero (exercise_{LORA}.py, line " in said
     assert "3 more checks were not run" in said
 
     run(tmp_path, capsys, LORA, "--overwrite")
@@ -247,6 +257,8 @@ def test_failures_are_told_in_words(tmp_path):
         "your code raised ZeroDivisionError: division by zero (exercise_"
     )
     assert "None" in explain(tmp_path, "return None")
+    plain = explain(tmp_path, "return self.weight, self.bias")
+    assert plain.startswith("the output of the merged linear: wrong at [")
     assert "the bias is None exactly where the layer has none" in explain(tmp_path, "return self.weight, None")
     assert "is not Python" in explain(tmp_path, "return (")
     transposed = explain(tmp_path, "return self.part()[0].t(), self.bias")

@@ -56,7 +56,7 @@ def check_answer(folder: Path, task: Task, seconds: float = SECONDS) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="minipeft-exercise-") as place:
         report = Path(place, "report")
         report.touch()
-        command = [sys.executable, "-m", __name__, str(folder), str(task.number), str(report)]
+        command = [sys.executable, "-m", __name__, str(folder.resolve()), str(task.number), str(report)]
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             status: int | None = process.wait(seconds)

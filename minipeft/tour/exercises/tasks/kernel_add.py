@@ -5,12 +5,12 @@ A Triton kernel is the code of ONE program, and a launch starts many of them; ea
     entry      0 1 2 3 | 4 5 6 7 | 8 9              N = 10, BLOCK = 4: three programs
     program    0       | 1       | 2    . .         the last one has two lanes beyond the end
 
-x, y and out are pointers to N numbers. Within a kernel:
+x, y and z are pointers to N numbers, and z = x + y. Within a kernel:
 
     tl.program_id(0)                             which program this is: 0, 1, 2, ...
     tl.arange(0, BLOCK)                          0, 1, ..., BLOCK - 1, a vector
     tl.load(x + at, mask=inside, other=0.0)      the numbers at `at`; nothing is read where the mask is false
-    tl.store(out + at, value, mask=inside)       write them
+    tl.store(z + at, value, mask=inside)         write them
 
 What lies beyond N belongs to somebody else: reading it is an error on a GPU, and writing it destroys data. So every
 load and store needs the mask. The check runs the kernel in Triton's interpreter, on the CPU. Source: Tillet et al.
@@ -44,32 +44,32 @@ def guard(values: Tensor) -> Tensor:
     return whole[: len(values)]
 
 
-def run(add: Any, n: int, block: int) -> None:
+def run(add_block: Any, n: int, block: int) -> None:
     """Add two vectors of n numbers, and compare."""
     torch.manual_seed(n)
     x, y, out = guard(torch.randn(n)), guard(torch.randn(n)), torch.full((n + 64,), 7.0)
-    add[(-(-n // block),)](x, y, out, n, BLOCK=block)
+    add_block[(-(-n // block),)](x, y, out, n, BLOCK=block)
     require_close(out[:n], x + y, f"out for N = {n}, BLOCK = {block}", 0)
     require(bool((out[n:] == 7).all()), f"the kernel wrote beyond N = {n}")
 
 
-def check_whole_blocks(add: Answer) -> None:
+def check_whole_blocks(add_block: Answer) -> None:
     """64 numbers in blocks of 16."""
-    run(add, 64, 16)
+    run(add_block, 64, 16)
 
 
-def check_one_program(add: Answer) -> None:
+def check_one_program(add_block: Answer) -> None:
     """One program, with as many lanes as numbers, and with more."""
-    run(add, 16, 16)
-    run(add, 5, 16)
+    run(add_block, 16, 16)
+    run(add_block, 5, 16)
 
 
-def check_ragged(add: Answer) -> None:
+def check_ragged(add_block: Answer) -> None:
     """Numbers that fill no whole block: nothing is written beyond them."""
     for n in (1, 17, 31, 100):
-        run(add, n, 16)
+        run(add_block, n, 16)
 
 
-def check_large(add: Answer) -> None:
+def check_large(add_block: Answer) -> None:
     """5,000 numbers in blocks of 128."""
-    run(add, 5000, 128)
+    run(add_block, 5000, 128)

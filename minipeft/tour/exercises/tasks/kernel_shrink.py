@@ -67,8 +67,8 @@ def check_one_adapter(kernel: Answer) -> None:
 
 def check_ragged(kernel: Answer) -> None:
     """K = 37 and R = 5 fill no whole blocks; R = 20 takes two blocks."""
-    run(kernel, 3, 1, 37, 5, None)
-    run(kernel, 2, 1, 20, 20, None)
+    run(kernel, 2, 1, 37, 5, None)
+    run(kernel, 1, 1, 20, 20, None)
 
 
 def check_owners(kernel: Answer) -> None:
@@ -78,5 +78,5 @@ def check_owners(kernel: Answer) -> None:
 
 def check_split(kernel: Answer) -> None:
     """K is divided among three programs, each of which writes its own part."""
-    run(kernel, 2, 2, 100, 6, [1, 0], split=3)
+    run(kernel, 2, 1, 70, 6, [1, 0], split=3)
     run(kernel, 1, 1, 20, 4, None, split=4)

@@ -1,8 +1,10 @@
 """Where LoRA starts: B A = 0.
 
-An adapter that has just been added must not change the model, so the update B A is 0 at first. But A and B must not
-both be 0: dL/dA = s B^T ... and dL/dB = ... A^T would then be 0 too, for ever. `initialize(self, init, generator)`
-fills `self.lora_A` [r, in] and `self.lora_B` [out, r], two Parameters that hold zeros, in place:
+An adapter that has just been added must not change the model, so the update s B A is 0 at first. But A and B must not
+both be 0: with dY the gradient of the output, dL/dA = s B^T dY^T x and dL/dB = s dY^T x A^T would both be 0, for ever.
+
+`initialize(self, init, generator)` fills `self.lora_A` [r, in] and `self.lora_B` [out, r], two Parameters that hold
+zeros, in place:
 
     "uniform"      A ~ U(-1/sqrt(in), 1/sqrt(in)),   B stays 0            He et al. 2015, as HF PEFT
     "gaussian"     A ~ N(0, 1/r^2),                  B stays 0
