@@ -60,7 +60,31 @@ def rates() -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("make", [taught, hard, conala, rates])
+def searched() -> list[str]:
+    """A row a method: its held-out loss at each learning rate, the best in bold."""
+    found = read("rates-demo")["searches"]
+    all_rates = sorted({rate for one in found for rate in one["losses"]}, key=float)
+    lines = ["| held-out loss | " + " | ".join(all_rates) + " |"]
+    for one in found:
+        show = lambda rate, one=one: (
+            "" if (loss := one["losses"].get(rate)) is None
+            else f"**{loss:.3f}**" if float(rate) == one["best"] else f"{loss:.3f}"
+        )  # fmt: skip
+        lines.append(f"| {one['name']} | " + " | ".join(map(show, all_rates)) + " |")
+    return lines
+
+
+def differing() -> list[str]:
+    """A row a method: its difference to LoRA, each at its own best learning rate."""
+    lines = []
+    for one in read("rates-demo")["differences"]:
+        value, low, high = (100 * one["bleu"][name] for name in ("value", "low", "high"))
+        bleu = f"{value:+.1f} [{low:+.1f}, {high:+.1f}] | {100 * one['detectable']:.1f}"
+        lines.append(f"| {one['name']} | {one['learning_rate']:g} | {bleu} | {one['verdict']} |")
+    return lines
+
+
+@pytest.mark.parametrize("make", [taught, hard, conala, rates, searched, differing])
 def test_each_row_is_in_the_results(make):
     assert make()
     for line in make():
