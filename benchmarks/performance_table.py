@@ -35,13 +35,12 @@ def make_table(rows: Any) -> str:
 def make_rows(rows: list[dict[str, Any]]) -> str:
     """A line a row: what, shape, dtype, variant, time, how many times as fast as the first variant of its group."""
     lines = ["| | shape | dtype | variant | time | times as fast | |", "|---|---|---|---|---:|---:|---|"]
-    seen: set[tuple[str, str, str]] = set()
+    before: tuple[str, str, str] | None = None
     for row in rows:
         group = (row["benchmark"], row["shape"], row["dtype"])
-        what = group if group not in seen else ("", "", "")
-        ratio = f"{row['ratio']:.2f}" if group in seen else ""
-        note = row["note"] if group not in seen else ""
-        seen.add(group)
+        begins, before = group != before, group
+        what, note = (group, row["note"]) if begins else (("", "", ""), "")
+        ratio = "" if begins else f"{row['ratio']:.2f}"
         lines.append(f"| {' | '.join([*what, row['variant'], format_time(row['median']), ratio, note])} |")
     return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])
 

@@ -32,7 +32,9 @@ from minipeft.models import Decoder
 from minipeft.models.packed import PackedModel
 from minipeft.sampling import choose, draw_uniforms
 
-PACKED_FROM = 16  # max_new_tokens from which the weights are packed, which takes time itself
+# Decoding steps of a call from which its weights are packed. Packing takes as long as it saves in 71 steps of one row, 25
+# of eight (SmolLM2-135M, one thread, docs/performance.md), and answers end before max_new_tokens.
+PACKED_FROM = 128
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 
 
@@ -228,7 +230,7 @@ def answer_batches(
     ends: Collection[int],
 ) -> Iterator[list[Answer]]:
     """Answer the prompts of each batch together; the weights are packed once, before the first."""
-    packed = pack_for(model, config)
+    packed = pack_for(model, config, len(rows))  # not by those left: a resumed call has the bits of a whole one
     for numbers in batches:
         was_training = model.training
         model.eval()
@@ -240,9 +242,10 @@ def answer_batches(
         yield [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
 
 
-def pack_for(model: Decoder, config: GenerateConfig) -> PackedModel:
-    """Pack the weights for decoding, if the config wants it and answers may be long enough for it to pay."""
-    return PackedModel(model, empty=not config.pack or config.max_new_tokens < PACKED_FROM)
+def pack_for(model: Decoder, config: GenerateConfig, prompts: int = 1) -> PackedModel:
+    """Pack the weights for decoding, if the config wants it and so many answers may be long enough for it to pay."""
+    steps = config.max_new_tokens * -(-prompts // config.batch)
+    return PackedModel(model, empty=not config.pack or steps < PACKED_FROM)
 
 
 @torch.no_grad()

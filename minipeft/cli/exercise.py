@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from minipeft.tour.exercises.record import Task
 
 HELP = "exercises that check themselves: write functions of this library, and tests that find public bugs"
-EXAMPLE = """minipeft exercise              list them, and what is done in this folder
-  minipeft exercise 1            write exercise_1.py, a file with one hole, and its checks
-  minipeft exercise 1 --check    run them"""
+EXAMPLE = """minipeft exercise 1
+  minipeft exercise 1 --check"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("number", type=int, nargs="?", metavar="N", help="exercise; without it all are listed")
+    parser.add_argument(
+        "number",
+        type=int,
+        nargs="?",
+        metavar="N",
+        help="exercise to write, a file with one hole and its checks; without it all are listed",
+    )
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--check", action="store_true", help="run the checks; exit status 1 where one fails")
     actions.add_argument("--hint", action="store_true", help="show a hint, another one each time")
