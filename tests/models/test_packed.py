@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import minipeft
+from minipeft import generation
 from minipeft.generation import GenerateConfig, generate
 from minipeft.models import FAMILIES, packed
 from minipeft.models.config import parse_config
@@ -21,6 +22,12 @@ METHODS = {
     "prompt": minipeft.PromptConfig(length=5, init="normal"),
 }
 LONG = GenerateConfig(max_new_tokens=20, temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def packed_from(monkeypatch):
+    """Short answers are packed too: PACKED_FROM says only where it pays."""
+    monkeypatch.setattr(generation, "PACKED_FROM", 20)
 
 
 def make(family, method="none", dtype=torch.float32):
@@ -73,6 +80,8 @@ def test_the_copies_are_read_and_then_gone(monkeypatch):
     generate(model, Letters(), PROMPTS, GenerateConfig(max_new_tokens=20, pack=False))
     generate(model, Letters(), PROMPTS, GenerateConfig(max_new_tokens=15))
     assert not calls
+    generate(model, Letters(), PROMPTS, GenerateConfig(max_new_tokens=15, batch=1))  # 15 steps of each prompt
+    assert calls
 
 
 def test_weights_that_float16_does_not_hold_stay_as_they_are():
