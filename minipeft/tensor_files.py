@@ -50,17 +50,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return parse_header(file)[0]
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """Read the texts that a safetensors file's header holds beside its tensors.
+def parse_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check a header; returns its tensors, and the texts that it holds beside them.
 
     Raises:
         InputError: as `read_header`.
     """
-    return parse_header(file)[1]
-
-
-def parse_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read and check tensors and metadata of a header."""
     check_plain(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:

@@ -36,7 +36,7 @@ from minipeft.hub import OWNED, fetch
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import info_of, read_legacy
 from minipeft.models.quantized import find_quantization
-from minipeft.tensor_files import TensorInfo, check_header, read_header, read_metadata, write_tensors
+from minipeft.tensor_files import TensorInfo, check_header, parse_header, write_tensors
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -166,7 +166,7 @@ def read_adapter(
             raise InputError(f"holds only {LEGACY}, a pickle, which is not read", file=folder, hint=hint)
         file = folder / LEGACY
         legacy = read_legacy(file)
-    raw = {name: info_of(t, name, file) for name, t in legacy.items()} or read_header(file)
+    raw, metadata = ({name: info_of(t, name, file) for name, t in legacy.items()}, {}) if legacy else parse_header(file)
     header = {name.replace(".default.", "."): info for name, info in raw.items()}  # old PEFT's, by adapter name
     if len(header) < len(raw):
         raise InputError("a tensor is there twice, with and without '.default.'", file=file)
@@ -183,18 +183,20 @@ def read_adapter(
     check_vocabulary(header, wanted, model, file)
     hint = "Is the adapter for another model?"
     check_header(header, wanted | optional, file, dtypes=FLOATS, optional=optional, hint=hint)
-    notes += list_notes(given, peft)
-    base = given.get("base_model_name_or_path")
-    if base and model.source and Path(str(base)).name != Path(model.source).name:
-        notes.append(f"trained on {base}, loaded on {model.source}")
-    trained_on = None if legacy else read_metadata(file).get(QUANTIZED)
-    if trained_on is not None and trained_on != (loaded_on := find_quantization(model)):
-        notes.append(
-            f"trained on a base in {format_value(trained_on)}, loaded on one in {loaded_on or 'full precision'}"
-        )
+    notes += [*list_notes(given, peft), *compare_bases(given, metadata, model)]
     if any(info.dtype == "F64" for info in raw.values()):
         notes.append("float64 in the file, float32 here")
     return config, peft.settle(given, read_finite(file, header, legacy), model, file), tuple(notes)
+
+
+def compare_bases(given: Mapping[str, Any], metadata: Mapping[str, str], model: Decoder) -> Iterator[str]:
+    """Notes where the adapter was trained on another base than `model`, by name or by quantization."""
+    base = given.get("base_model_name_or_path")
+    if base and model.source and Path(str(base)).name != Path(model.source).name:
+        yield f"trained on {base}, loaded on {model.source}"
+    trained_on, loaded_on = metadata.get(QUANTIZED), find_quantization(model)
+    if trained_on not in (None, loaded_on):
+        yield f"trained on a base in {format_value(trained_on)}, loaded on one in {loaded_on or 'full precision'}"
 
 
 @contextmanager

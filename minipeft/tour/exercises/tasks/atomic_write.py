@@ -75,7 +75,7 @@ def check_written(write_whole: Answer) -> None:
 
 
 def check_readers(write_whole: Answer) -> None:
-    """While it is written, readers see the old content; one that has it open keeps the old file."""
+    """While it is written, readers see the old content; a reader that has it open keeps the old file."""
     with folder_with_file() as file, file.open("rb") as reader:
 
         def fill(stream: Any) -> None:

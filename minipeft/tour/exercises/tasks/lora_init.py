@@ -43,7 +43,7 @@ def start(initialize: Answer, init: str, seed: int = 0, width: int = 300, rank: 
 
 
 def check_uniform(initialize: Answer) -> None:
-    """uniform: A fills [-1/sqrt(in), 1/sqrt(in)] evenly, B is 0."""
+    """uniform: A is uniform on [-1/sqrt(in), 1/sqrt(in)], B is 0."""
     layer = start(initialize, "uniform")
     A, bound = layer.lora_A.detach(), 300**-0.5
     require_close(layer.lora_B, torch.zeros(200, 8), "B", 0)

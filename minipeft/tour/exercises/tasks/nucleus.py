@@ -114,7 +114,7 @@ def check_random(choose: Answer) -> None:
 
 
 def check_shares(choose: Answer) -> None:
-    """Over 40,000 draws each token comes as often as its probability says."""
+    """Over 40,000 draws the frequency of each token is its probability."""
     probabilities = torch.tensor([0.1, 0.6, 0.3])
     draw = (torch.arange(40_000) + 0.5) / 40_000
     chosen = choose(probabilities.log().repeat(40_000, 1), draw, 1.0, 1.0)
