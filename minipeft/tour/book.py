@@ -20,6 +20,7 @@ import torch
 
 from minipeft.errors import InputError, check_fields, check_path, option
 from minipeft.files import read_text, write_whole
+from minipeft.runs.folder import check_folder
 from minipeft.study import charts
 from minipeft.tour.bench import Bench
 from minipeft.tour.measures import MEASURES
@@ -55,11 +56,12 @@ def build_tour(config: TourConfig, say: Callable[[str], None] = print) -> list[P
     """Compute all stops and write tour.html and tour.md; returns their paths.
 
     Raises:
-        InputError: markdown-it-py is not installed, a stop's text and its values do not fit, or a sentence no longer
-            holds (values.claim).
+        InputError: the folder cannot be written, markdown-it-py is not installed, a stop's text and its values do not
+            fit, or a sentence no longer holds (values.claim).
     """
     folder = check_path(config.out, "out")
     render = load_markdown()
+    check_folder(folder)  # before a minute of work
     start, bench, measured = time.monotonic(), Bench(config.quick), []
     for stop in read_stops():
         measured.append(measure_stop(stop, bench))

@@ -82,3 +82,10 @@ def test_without_the_library_the_command_names_the_extra(monkeypatch, tmp_path, 
     assert main(["tour", "--out", str(tmp_path / "tour")]) == 2
     assert "needs markdown-it-py. pip install minipeft[docs]" in capsys.readouterr().err
     assert not (tmp_path / "tour").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "measure_stop", lambda *_: pytest.fail("a stop was computed"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: is a file"):
+        book.build_tour(book.TourConfig(out=str(tmp_path / "file")))
