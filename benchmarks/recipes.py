@@ -67,8 +67,8 @@ def train_ours(options: argparse.Namespace, folder: Path) -> Path:
     for name in (*SHARED, *RECIPES[options.recipe]):
         if name == "method":
             continue
-        flag, value = "--" + name.replace("_", "-"), config[name.replace("_", "-")]
-        flags += [("--" if value else "--no-") + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+        flag, value = name.replace("_", "-"), config[name]
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     resume = ["--resume"] if (folder / "run.json").exists() else []
     data = ["--model", options.model, "--data", options.data, "--seed", str(options.seed), "--threads", "1"]
     run("train", "--out", str(folder), *data, *flags, "--save-every", str(SAVE_EVERY), *resume)
