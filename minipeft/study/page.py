@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minipeft.files import read_text
+from minipeft.study import ranking, rates_report
 from minipeft.study.browser import Answered, browse
 from minipeft.study.cells import FIRST_LINE, ZERO_SHOT
 from minipeft.study.charts import PATTERNS, Bar, draw_bars, draw_intervals, draw_pairs, escape
 from minipeft.study.curves import MOST_TOGETHER, Curve, Line, Point, draw_by_rate, draw_cost, draw_legend, draw_losses
 from minipeft.study.prefix_experiment import MEANING, Grid, find_several_seeds, make_grids
-from minipeft.study.rates_report import list_tables
 from minipeft.study.rows import Group, Results
 from minipeft.study.table import (
     Column,
@@ -98,6 +98,11 @@ def make_sections(
         f'<p class="command"><code>{escape(results.command)}</code></p><p class="soft">{escape(environment)}</p>',
         browse(cells),
     ]
+
+
+def list_tables(results: Results) -> list[tuple[str, str, list[list[str]]]]:
+    """The tables beside the main one: title, meaning, and rows, header first."""
+    return ranking.list_tables(results) + rates_report.list_tables(results)
 
 
 def make_heading(results: Results) -> str:

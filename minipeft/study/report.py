@@ -11,14 +11,14 @@ from minipeft.errors import escape
 from minipeft.files import parse_json, read_text, write_json, write_whole
 from minipeft.metrics.scores import TEXT_ONLY
 from minipeft.runs.answers import read_answer_lines
-from minipeft.study import rates_report
+from minipeft.study import ranking, rates_report
 from minipeft.study.baselines import SAME_EACH_TIME
 from minipeft.study.browser import Answered
 from minipeft.study.cells import ANSWERS
 from minipeft.study.curves import Curve
 from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
-from minipeft.study.page import draw_page
+from minipeft.study.page import draw_page, list_tables
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
 from minipeft.study.rows import Results
 from minipeft.study.table import (
@@ -54,8 +54,8 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """results.json: the results, and what the preset's experiment found."""
-    return results.as_json() | rates_report.as_json(results)
+    """results.json: the results, their ranking, and what the preset's experiment found."""
+    return results.as_json() | ranking.as_json(results) | rates_report.as_json(results)
 
 
 def summarize(results: Results) -> list[str]:
@@ -105,10 +105,7 @@ def draw_markdown(results: Results) -> str:
         f"# Study: {results.preset}\n\n    {command}\n\n{summary}",
         as_markdown(groups, main),
         f"## All columns\n\n{as_markdown(groups)}",
-        *(
-            f"## {title}\n\n{meaning}\n\n{as_markdown_table(rows)}"
-            for title, meaning, rows in rates_report.list_tables(results)
-        ),
+        *(f"## {title}\n\n{meaning}\n\n{as_markdown_table(rows)}" for title, meaning, rows in list_tables(results)),
         *(f"## Prefixes after {grid.steps} steps\n\n{MEANING}\n\n{draw_grid(grid)}" for grid in make_grids(groups)),
         *(
             f"## Held-out loss after {steps} steps\n\n"

@@ -14,6 +14,7 @@ from minipeft.study.charts import Bar, choose_log_ticks, choose_ticks, draw_bars
 from minipeft.study.curves import Curve, Point, draw_cost, draw_losses, smooth
 from minipeft.study.page import draw_costs
 from minipeft.study.presets import StudyConfig
+from minipeft.study.ranking import MEANING
 from minipeft.study.report import MOST_SHOWN, choose_shown, write_report
 from minipeft.study.results import assemble
 from minipeft.study.rows import Data, Group, Results, Row, Training
@@ -121,7 +122,9 @@ def test_the_page_opens_with_what_won_and_has_the_meaning_of_each_column(page):
     verdict = re.search(r'<p class="verdict">([^<]+)</p>', page)[1]
     assert "prompt" in verdict
     assert "GB" in verdict
-    columns = re.findall(r'<th scope="col">([^<]+)</th>', page)
+    tables, _, ranking = page.partition("<h2>Ranking</h2>")
+    assert escape(MEANING) in ranking
+    columns = re.findall(r'<th scope="col">([^<]+)</th>', tables)
     meanings = [
         name for part in re.findall(r'<ul class="meanings">(.*?)</ul>', page) for name in re.findall("<b>([^<]+)", part)
     ]
