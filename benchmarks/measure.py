@@ -297,7 +297,7 @@ def measure_peak_rates(device: str, dtype: str, threads: int) -> dict[str, float
     ):
         call()
         seconds: list[float] = []
-        while len(seconds) < 10 and sum(seconds) < 6:
+        while len(seconds) < 10 and sum(seconds) < 2:
             seconds.append(_round(call, 1, device, choose_clock(threads)))
         best[name] = float(f"{work / min(seconds):.3g}")
     return best
