@@ -1,46 +1,51 @@
-"""The README's example runs on the demo's model and pairs; its commands exist; its links resolve."""
+"""The README's figures are those of committed results, its links resolve, and `.ci/run` calls its test command."""
 
+import argparse
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
-
-from tests.small import write_small_model
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/commands.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL)
-
-
-def test_the_example_runs(tmp_path):
-    """With a small random Qwen 2 and the demo's data in place of the hub's, and 2 steps in place of 600."""
-    write_small_model(tmp_path / "qwen", "qwen2", layers=1, max_position_embeddings=512)
-    (code,) = blocks("python")
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 15
-    for name, put in (('"Qwen/Qwen2.5-Coder-0.5B"', '"qwen"'), ('"conala"', '"demo"'), ("steps=600", "steps=2")):
-        assert name in code
-        code = code.replace(name, put)
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    assert ran.stdout.splitlines()[0].split() == ["method", "lora"]
+def read(file: str) -> Any:
+    return json.loads((ROOT / file).read_text(encoding="utf-8"))
 
 
 def test_the_commands_are_commands_with_such_flags():
+    """Those of the README and of docs/commands.md, which names every command."""
     from minipeft.cli import make_parser
 
-    parser = make_parser()
-    for line in re.findall(r"^(?:.*\.venv/bin/)?minipeft (.*)$", "\n".join(blocks("bash")), re.MULTILINE):
+    parser, named = make_parser(), set()
+    text = "\n".join([*re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL), *COMMANDS])
+    for line in re.findall(r"^(?:.*\.venv/bin/)?minipeft (.*)$", text, re.MULTILINE):
         parser.parse_args(line.split())
+        named.add(line.split()[0])
+    (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    assert named == set(commands)
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+def test_it_is_one_screen():
+    """One picture, one table, and lines for a screen."""
+    assert len(TEXT.splitlines()) <= 45
+    assert TEXT.count("![") == 1
+    assert len(re.findall(r"^\|---", TEXT, re.MULTILINE)) == 1
+
+
+def test_the_figures_are_those_of_committed_results():
+    rows = {row["variant"]: row for row in read("benchmarks/results/training-cpu.json")}
+    theirs, ours = rows["peft lora fp32"], rows["minipeft lora fp32"]
+    assert f"{ours['ratio']:.2f} times as fast" in TEXT
+    assert f"{ours['memory_bytes'] / 1e9:.1f} GB instead of {theirs['memory_bytes'] / 1e9:.1f} GB" in TEXT
+
+    groups = [group for group in read("results/prefix-135m/results.json")["groups"] if group["bleu"] is not None]
+    losses = {(group["method"], group["init"], group["learning_rate"]): group["dev_loss"] for group in groups}
+    text, noise = losses["prefix", "text", 0.03], losses["prefix", "peft", 0.0002]
+    assert f"held-out loss {text:.2f} nats with our init and {noise:.2f} with PEFT's" in TEXT
+    assert f"LoRA {losses['lora', None, 0.001]:.2f}" in TEXT
 
 
 def test_the_checks_call_the_test_command():

@@ -43,7 +43,16 @@ def hard() -> list[str]:
 
 def conala() -> list[str]:
     found = {entry["name"]: entry["scores"] for entry in read("conala-135m")["rows"]}
-    return [row(name, found[name], count(found[name], "exact_match")) for name in ("zero-shot", "full", "lora")]
+    cost = {entry["name"]: entry["training"] for entry in read("conala-135m")["rows"] if "training" in entry}
+    lines = []
+    for name in ("zero-shot", "full", "lora"):
+        counts = [count(found[name], score) for score in ("exact_match", "valid_python")]
+        codebleu = f"{found[name]['codebleu']:.3f} / {found[name]['codebleu_compat']:.3f}"
+        lines.append(row(name, found[name], *counts, codebleu))
+        if name in cost:
+            speed, peak = cost[name]["tokens_per_second"], cost[name]["peak_memory_bytes"]
+            lines[-1] += f" {speed:.0f} | {peak / 1e9:.1f} GB |"
+    return lines
 
 
 def rates() -> list[str]:
