@@ -44,7 +44,7 @@ def test_the_figures_are_those_of_committed_results():
     groups = [group for group in read("results/prefix-135m/results.json")["groups"] if group["bleu"] is not None]
     losses = {(group["method"], group["init"], group["learning_rate"]): group["dev_loss"] for group in groups}
     text, noise = losses["prefix", "text", 0.03], losses["prefix", "peft", 0.0002]
-    assert f"held-out loss {text:.2f} nats with our init and {noise:.2f} with PEFT's" in TEXT
+    assert f"held-out loss of {text:.2f} nats with our init and {noise:.2f} with PEFT's" in TEXT
     assert f"LoRA {losses['lora', None, 0.001]:.2f}" in TEXT
 
 
