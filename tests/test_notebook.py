@@ -12,9 +12,14 @@ from minipeft.data.forms import load_data
 from minipeft.data.packing import pack
 from minipeft.data.tokens import load_tokenizer
 from minipeft.models.checkpoint import load_model
+from minipeft.tour.bench import Bench
+from minipeft.tour.book import measure_stop
+from minipeft.tour.notebooks import list_cells, list_numbers
+from minipeft.tour.stops import read_stops
 from minipeft.training.loop import TrainConfig, TrainState, train
 from tests.small import write_adapter, write_pairs, write_small_model
 
+STOPS = ("tokens", "lora")  # of the tour
 CELLS = {
     "import": "import minipeft\nfrom minipeft import *\nfrom minipeft.data.forms import load_data",
     "load": "model = load_model('model'); tokenizer = load_tokenizer('model'); model",
@@ -40,15 +45,29 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shown(folder):
+def measured():
+    bench, stops = Bench(quick=True), {stop.name: stop for stop in read_stops()}
+    return {name: measure_stop(stops[name], bench) for name in STOPS}
+
+
+@pytest.fixture(scope="module")
+def tour(measured):
+    """The code of two of the tour's notebooks."""
+    cells = {name: list_cells(one, quick=True) for name, one in measured.items()}
+    return {name: [text for kind, text in mine if kind == "code"] for name, mine in cells.items()}
+
+
+@pytest.fixture(scope="module")
+def shown(folder, tour):
     """Each cell's outputs, executed in one kernel."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in CELLS.values()])
+    codes = CELLS | {f"{stop} {n}": code for stop, codes in tour.items() for n, code in enumerate(codes)}
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes.values()])
     resources = {"metadata": {"path": str(folder)}}
     given = {"timeout": 300, "startup_timeout": 300, "allow_errors": True, "resources": resources}
     nbclient.NotebookClient(book, kernel_name="python3", **given).execute()
-    return {name: cell.outputs for name, cell in zip(CELLS, book.cells)}
+    return {name: cell.outputs for name, cell in zip(codes, book.cells)}
 
 
 def text(outputs) -> str:
@@ -95,6 +114,16 @@ def test_training_shows_its_progress(shown):
     bar = "".join(output.text for output in shown["bar"] if output.output_type == "stream")
     assert "3/3" in bar
     assert "loss=" in bar
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_the_tours_notebooks_run_and_show_the_numbers_of_the_text(shown, tour, measured, stop):
+    outputs = [output for n in range(len(tour[stop])) for output in shown[f"{stop} {n}"]]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert len(outputs) == len(tour[stop]) - 1  # each but the imports shows something
+    texts = [output.data.get("text/markdown") for output in outputs]
+    assert list_numbers(measured[stop].values)._repr_markdown_() in texts
+    assert max(sum(map(len, output.data.values())) for output in outputs) < 50_000
 
 
 def test_the_reprs_of_an_ordinary_session(folder):
