@@ -49,6 +49,10 @@ class InputError(ValueError):
         whole = text if hint is None else f"{text}. {hint}"
         super().__init__(escape(whole))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and a notebook print instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def escape(text: str, kept: str = "") -> str:
     """Escape all unprintable characters except those in `kept`: a name from a file may hold a newline, a terminal

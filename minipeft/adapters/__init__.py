@@ -157,6 +157,9 @@ class AdapterReport:
         rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
 
 def add_adapter(
     model: Decoder, config: AdapterConfig, tokenizer: Encoder | None = None, *, seed: int = 0

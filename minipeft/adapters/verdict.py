@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,9 @@ class MergeReport:
             rows.append((f"in {self.format}", f"quantized again: {cost}"))
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
 
 class Comparison:

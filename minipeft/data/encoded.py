@@ -49,6 +49,9 @@ class Encoded(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def __repr__(self) -> str:
+        return f"Encoded({len(self):,} examples, {int(self.lengths.sum()):,} tokens)"
+
     @overload
     def __getitem__(self, number: int) -> Example: ...
 

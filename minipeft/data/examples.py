@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minipeft.data.encoded import Array, Encoded, Example, as_arrays, take_together
+from minipeft.data.preview import draw_rows
 from minipeft.data.reading import find_source
 from minipeft.data.templates import TEMPLATE, format_prompt
 from minipeft.data.tokens import Piece, Tokenizer
@@ -52,6 +53,12 @@ class Pairs:
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.items)
+
+    def __repr__(self) -> str:
+        return f"Pairs({len(self):,} pairs of {self.file})"
+
+    def _repr_html_(self) -> str:
+        return draw_rows(repr(self), ({"intent": pair.intent, "snippet": pair.snippet} for pair in self))
 
 
 P = TypeVar("P", bound=Any)  # Pairs, or Data of another form

@@ -22,6 +22,7 @@ from minipeft.data.chat import ChatTemplate
 from minipeft.data.encoded import Encoded, Example, as_arrays, take_together
 from minipeft.data.examples import LONGEST_FIELD, TOGETHER, encode_texts, read_field, read_pair, read_question_id
 from minipeft.data.messages import read_messages, read_tools
+from minipeft.data.preview import draw_rows
 from minipeft.data.reading import Source, find_source
 from minipeft.data.templates import TEMPLATE, Template, parse_template, read_template
 from minipeft.data.tokens import Tokenizer
@@ -47,6 +48,12 @@ class Item:
     def content(self) -> str:
         """Its texts or messages; two rows with equal content are duplicates."""
         return json.dumps([self.values, self.messages, self.tools], sort_keys=True)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """The texts of its fields; of a chat its turns as one text."""
+        turns = "\n".join(f"{message['role']}: {message.get('content')}" for message in self.messages)
+        return {CHAT: turns} if self.messages else self.values
 
     @property
     def question(self) -> str:
@@ -99,6 +106,12 @@ class Data:
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
+
+    def __repr__(self) -> str:
+        return f"Data({len(self):,} {self.format.noun} of {self.file})"
+
+    def _repr_html_(self) -> str:
+        return draw_rows(repr(self), (item.texts for item in self))
 
 
 PAIRS = DataFormat("pairs", TEMPLATE + "{snippet}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,10 @@ class Batch:
     labels: Tensor
     documents: Tensor
 
+    def __repr__(self) -> str:
+        shape = lambda value: list(value.shape) if isinstance(value, Tensor) else value
+        return f"Batch(ids {shape(self.ids)}, labels {shape(self.labels)}, documents {shape(self.documents)})"
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -96,6 +101,9 @@ class PackReport:
             lines.append(f"{self.virtual_tokens} positions of each row are reserved for virtual tokens")
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
 
 class Batches:
     """All batches of a training: `batches[i]` is a function of i >= 0 alone, so that training can go on from any step.
@@ -121,6 +129,10 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch)
+
+    def __repr__(self) -> str:
+        shape = f"{len(self):,} batches of {self.batch:,} rows of {self.width:,} tokens"
+        return f"Batches({shape}, {100 * self.report.fill:.1f} % full)"
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))

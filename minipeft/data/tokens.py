@@ -87,6 +87,9 @@ class Tokenizer:
             problem = f"puts id {max(self.before)} before a text, but the vocabulary ends at {self.size - 1}"
             raise InputError(problem, file=file, where="post_processor")
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.size:,} ids)"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore two settings that the library drops in copies and pickles."""
         self.__dict__.update(state)

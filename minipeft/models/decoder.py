@@ -11,6 +11,7 @@ pass differs overrides one of the small methods: `embed`, `rotations`, `check`, 
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -67,6 +68,16 @@ class Decoder(nn.Module):
         """What print(model) says of adapters that are not in their slots."""
         adapters = "" if self.adapters is None else f"adapters: {self.adapters}"
         return ", ".join(filter(None, [adapters, f"{self.disabled} disabled" if self.disabled else ""]))
+
+    def _repr_html_(self) -> str:
+        """A line on its parameters, and its modules folded, for a notebook."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        share = "all" if trained == total else f"{trained:,}" if trained else "none"
+        weight, source = self.embedding.weight, f" from {self.source}" if self.source else ""
+        kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        line = f"{type(self).__name__}{source}: {total:,} parameters, {share} trained, {kind}"
+        return f"<details><summary>{html.escape(line)}</summary><pre>{html.escape(repr(self))}</pre></details>"
 
     @property
     def family(self) -> Family:

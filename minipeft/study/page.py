@@ -44,10 +44,16 @@ COSTS = {  # field of a group's training -> title, unit, divisor
 
 
 def draw_page(
-    results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
+    results: Results,
+    summary: Sequence[str],
+    notes: Sequence[str],
+    curves: Sequence[Curve],
+    cells: Sequence[Answered],
+    packed: tuple[str, str] = ("", ""),
 ) -> str:
-    """Render the page."""
-    style, script = read_text(HERE / "page.css"), read_text(HERE / "page.js")
+    """Render the page. `packed`: the explorer of packed rows, and its caption."""
+    files = ("page", "explorer") if packed[0] else ("page",)
+    style, script = ("".join(read_text(HERE / f"{name}.{kind}") for name in files) for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
@@ -55,13 +61,18 @@ def draw_page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>minipeft study: {escape(results.preset)}</title><style>{style}</style></head>\n<body>{PATTERNS}<main>"
-        + "\n".join(part for part in make_sections(results, summary, notes, curves, cells) if part)
+        + "\n".join(part for part in make_sections(results, summary, notes, curves, cells, packed) if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )
 
 
 def make_sections(
-    results: Results, summary: Sequence[str], notes: Sequence[str], curves: Sequence[Curve], cells: Sequence[Answered]
+    results: Results,
+    summary: Sequence[str],
+    notes: Sequence[str],
+    curves: Sequence[Curve],
+    cells: Sequence[Answered],
+    packed: tuple[str, str],
 ) -> list[str]:
     """Render the sections of the page, in order; "" for one with nothing to show."""
     groups = results.groups
@@ -87,6 +98,7 @@ def make_sections(
             for steps, rows in find_several_seeds(results).items()
         ),
         make_section("Caveats", draw_flags(groups)),
+        make_section("Packed rows", *packed),
         fold("BLEU of all rows", draw_scores(groups), "Solid: tuned. Striped: untrained. Outlined: baseline."),
         fold(
             "CodeBLEU: strict and the package's",

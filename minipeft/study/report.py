@@ -18,6 +18,7 @@ from minipeft.study.cells import ANSWERS
 from minipeft.study.curves import Curve
 from minipeft.study.effects import decide
 from minipeft.study.executed import EXECUTED
+from minipeft.study.packed_rows import draw_packed_rows
 from minipeft.study.page import draw_page, list_tables
 from minipeft.study.prefix_experiment import MEANING, Grid, conclude, find_several_seeds, make_grids
 from minipeft.study.rows import Results
@@ -49,7 +50,9 @@ def write_report(results: Results, out: Path) -> None:
     write_json(out / "results.json", as_json(results))
     text = draw_markdown(results)
     write_whole(out / "report.md", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
-    page = draw_page(results, summarize(results), NOTES, read_curves(results, out), read_all_answers(results, out))
+    packed = draw_packed_rows(results, out, name_cells(results))
+    curves, answers = read_curves(results, out), read_all_answers(results, out)
+    page = draw_page(results, summarize(results), NOTES, curves, answers, packed)
     write_whole(out / "report.html", lambda stream: stream.write(page.encode("utf-8", "backslashreplace")))
 
 

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from minipeft.errors import InputError, check_fields, check_path, option
-from minipeft.files import read_text, write_whole
+from minipeft.files import write_whole
 from minipeft.runs.folder import check_folder
 from minipeft.study import charts
 from minipeft.tour.bench import Bench
 from minipeft.tour.measures import MEASURES
+from minipeft.tour.notebooks import require_nbformat, write_notebook
+from minipeft.tour.page import read_script, read_style
 from minipeft.tour.sources import find_source, mark_syntax
-from minipeft.tour.stops import DIRECTIVE, Stop, read_stops, split_value
+from minipeft.tour.stops import DIRECTIVE, Measured, Stop, fill, read_stops, show_inline
 from minipeft.tour.values import Drawing, Output, Plain, Table, Value, show
 
-HERE = Path(__file__).parent
 TITLE = "How parameter-efficient fine-tuning works"
 HELD = re.compile("\ue000(\\d+)\ue001")  # the place of a value in rendered text: private characters of Unicode
 
@@ -38,30 +39,26 @@ class TourConfig:
     """Where the tour goes, and how long its stops train."""
 
     out: str = option("tour", "folder of tour.html and tour.md")
+    notebooks: str | None = option(None, "also write each stop as a Jupyter notebook to this folder")
     quick: bool = option(False, "train for fewer steps; every number is still computed")
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A stop with the values that were computed for it."""
-
-    stop: Stop
-    values: Mapping[str, Value]
-
-
 def build_tour(config: TourConfig, say: Callable[[str], None] = print) -> list[Path]:
-    """Compute all stops and write tour.html and tour.md; returns their paths.
+    """Compute all stops and write tour.html, tour.md and, if asked for, the notebooks; returns their paths.
 
     Raises:
-        InputError: the folder cannot be written, markdown-it-py is not installed, a stop's text and its values do not
-            fit, or a sentence no longer holds (values.claim).
+        InputError: a folder cannot be written, markdown-it-py or nbformat is not installed, a stop's text and its
+            values do not fit, or a sentence no longer holds (values.claim).
     """
-    folder = check_path(config.out, "out")
+    folder, books = check_path(config.out, "out"), config.notebooks and check_path(config.notebooks, "notebooks")
     render = load_markdown()
-    check_folder(folder)  # before a minute of work
+    if books:
+        require_nbformat()
+    for wanted in (folder, books) if books else (folder,):
+        check_folder(wanted)  # before a minute of work
     start, bench, measured = time.monotonic(), Bench(config.quick), []
     for stop in read_stops():
         measured.append(measure_stop(stop, bench))
@@ -69,7 +66,8 @@ def build_tour(config: TourConfig, say: Callable[[str], None] = print) -> list[P
     files = {"tour.html": draw_book(measured, render), "tour.md": write_markdown(measured)}
     for name, text in files.items():
         write_whole(folder / name, lambda stream, text=text: stream.write(text.encode()))  # type: ignore[misc]
-    return [folder / name for name in files]
+    written = [folder / name for name in files]
+    return written + [write_notebook(books, one, config.quick) for one in measured if books]
 
 
 def load_markdown() -> Callable[[str], str]:
@@ -105,8 +103,7 @@ def measure_stop(stop: Stop, bench: Bench) -> Measured:
 
 def draw_book(measured: Sequence[Measured], render: Callable[[str], str]) -> str:
     """Render the page."""
-    style = read_text(Path(charts.__file__).parent / "page.css") + read_text(HERE / "page.css")
-    script = read_text(HERE / "page.js")
+    style, script = read_style(), read_script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     entries = "".join(f'<li><a href="#{m.stop.name}">{html.escape(drop_code(m.stop.title))}</a></li>' for m in measured)
@@ -160,19 +157,6 @@ def render_text(text: str, values: Mapping[str, Value], render: Callable[[str], 
     return HELD.sub(lambda match: f'<span class="n">{html.escape(shown[int(match[1])])}</span>', page)
 
 
-def show_inline(inner: str, values: Mapping[str, Value]) -> str:
-    """Format a value within a sentence.
-
-    Raises:
-        InputError: a table, drawing or output, which needs a line of its own.
-    """
-    name, form = split_value(inner)
-    value = values[name]
-    if isinstance(value, Table | Drawing | Output):
-        raise InputError(f"{name!r} needs a line of its own", where="tour")
-    return show(value, form)
-
-
 def draw_source(name: str) -> str:
     """Render a definition with its name and its place in the repository."""
     source = find_source(name)
@@ -218,12 +202,11 @@ def write_markdown(measured: Sequence[Measured]) -> str:
         parts.append(f"## {one.stop.number}. {one.stop.title}")
         for block in one.stop.blocks:
             if block.kind == "text":
-                parts.append(DIRECTIVE.sub(lambda match, one=one: show_inline(match[1], one.values), block.text))  # type: ignore[misc]
+                parts.append(fill(block.text, one.values))
             elif block.kind == "math":
                 parts.append(f"```text\n{block.text}\n```")
             elif block.kind == "source":
-                source = find_source(block.text)
-                parts.append(f"`{block.text}`, from {source.file}:\n\n```python\n{source.text}\n```")
+                parts.append(find_source(block.text)._repr_markdown_())
             else:
                 parts.append(write_value(one.values[block.text], block.form))
     return "\n\n".join(parts) + "\n"
@@ -236,6 +219,5 @@ def write_value(value: Value, form: str) -> str:
     if isinstance(value, Output):
         return f"```text\n{value.text}\n```"
     if isinstance(value, Table):
-        lines = [value.head, ["---"] * len(value.head), *value.rows]
-        return "\n".join("| " + " | ".join(show(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return value._repr_markdown_()
     return show(value, form)

@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 from minipeft.documents import PADDING, VIRTUAL
 from minipeft.study.charts import escape
+from minipeft.study.explorer import name_owner, show_blanks
 from minipeft.tour.values import Drawing
 
 SIDE = 22  # of a matrix' cell
-COLOURS = 3  # of documents, repeated
-
-
-def name_owner(owner: int) -> str:
-    """The class of a column's owner in page.css."""
-    return {PADDING: "dp", VIRTUAL: "dv"}.get(owner, f"d{owner % COLOURS}")
 
 
 def sign_owner(owner: int) -> str:
@@ -28,11 +23,6 @@ def draw_tokens(texts: Sequence[str], owners: Sequence[int], words: str) -> Draw
         f'<b class="{name_owner(owner)}">{escape(show_blanks(text))}</b>' for text, owner in zip(texts, owners)
     )
     return Drawing(f'<div class="cells">{cells}</div><p>{escape(words)}</p>', words)
-
-
-def show_blanks(text: str) -> str:
-    """Make blanks and line ends visible."""
-    return text.replace(" ", "·").replace("\n", "↵")
 
 
 def draw_row(owners: Sequence[int], words: str) -> Drawing:

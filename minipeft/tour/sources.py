@@ -40,6 +40,9 @@ class Source:
     line: int
     text: str
 
+    def _repr_markdown_(self) -> str:
+        return f"`{self.name}`, from {self.file}:\n\n```python\n{self.text}\n```"
+
 
 def find_source(name: str) -> Source:
     """Find a definition of minipeft or minipeft_kernels by its dotted name.
@@ -70,8 +73,8 @@ def list_names(node: ast.stmt) -> list[str]:
     """The names that a statement defines."""
     if isinstance(node, DEFINITIONS):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
 
 
 def find_module(name: str) -> tuple[str, Path]:

@@ -13,12 +13,13 @@ number. Everything else must come from a directive.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from minipeft.errors import InputError
 from minipeft.files import read_text
+from minipeft.tour.values import Drawing, Output, Table, Value, show
 
 FOLDER = Path(__file__).parent / "stops"
 DIRECTIVE = re.compile(r"\{\{([^{}]+)\}\}")
@@ -58,6 +59,14 @@ class Stop:
         found = {block.text for block in self.blocks if block.kind == "value"}
         texts = [block.text for block in self.blocks if block.kind == "text"]
         return found | {split_value(inner)[0] for text in texts for inner in DIRECTIVE.findall(text)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A stop with the values that were computed for it."""
+
+    stop: Stop
+    values: Mapping[str, Value]
 
 
 def read_stops(folder: Path = FOLDER) -> list[Stop]:
@@ -127,6 +136,24 @@ def split_value(inner: str) -> tuple[str, str]:
     """Split the inside of a directive into a value's name and its format."""
     name, _, form = inner.strip().partition(":")
     return name, form
+
+
+def show_inline(inner: str, values: Mapping[str, Value]) -> str:
+    """Format a value within a sentence.
+
+    Raises:
+        InputError: a table, drawing or output, which needs a line of its own.
+    """
+    name, form = split_value(inner)
+    value = values[name]
+    if isinstance(value, Table | Drawing | Output):
+        raise InputError(f"{name!r} needs a line of its own", where="tour")
+    return show(value, form)
+
+
+def fill(text: str, values: Mapping[str, Value]) -> str:
+    """Put the values into a stop's Markdown."""
+    return DIRECTIVE.sub(lambda match: show_inline(match[1], values), text)
 
 
 def check_prose(text: str, file: Path, line: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minipeft.errors import InputError
+from minipeft.tour.page import frame
 
 Plain = int | float | str
 
@@ -17,6 +19,10 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Plain]]
 
+    def _repr_markdown_(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join("| " + " | ".join(show(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -25,12 +31,18 @@ class Drawing:
     html: str
     words: str
 
+    def _repr_html_(self) -> str:
+        return frame(self.html)
+
 
 @dataclass(frozen=True)
 class Output:
     """Text as a program prints it."""
 
     text: str
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.text)
 
 
 Value = Plain | Table | Drawing | Output

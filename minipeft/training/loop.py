@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -31,7 +31,7 @@ from torch.optim.adamw import adamw
 
 from minipeft.data.packing import Batch
 from minipeft.documents import derive_seed
-from minipeft.errors import InputError, check_fields, check_items, check_kind, format_value, option
+from minipeft.errors import InputError, check_fields, check_items, check_kind, check_value, format_value, option
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
@@ -106,6 +106,10 @@ class Step:
     tokens: int  # tokens without padding
     targets: int  # supervised tokens
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        rate, norm = f"learning rate {self.learning_rate:.3g}", f"gradient norm {self.grad_norm:.3g}"
+        printer.text(f"Step({self.number}: loss {self.loss:.3f}, {rate}, {norm}, {self.tokens:,} tokens)")
+
 
 class TrainState:
     """The training state besides the trainable tensors: the step count and AdamW's moments by parameter name."""
@@ -115,6 +119,9 @@ class TrainState:
         self.step = 0
         self.exp_avg = {name: torch.zeros_like(p) for name, p in trained(model).items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+
+    def __repr__(self) -> str:
+        return f"TrainState(step {self.step:,}, {len(self.exp_avg)} trained tensors)"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -128,11 +135,12 @@ def train(
     config: TrainConfig,
     state: TrainState | None = None,
     processes: Processes | None = None,
+    progress: bool = False,
 ) -> Iterator[Step]:
     """Train the parameters that require gradients, from `state.step` to `config.steps`; yields after each step.
 
     `processes` (processes.py): those that share each step's micro-batches; None: this one trains alone. All of them
-    call `train` with the same arguments and get the same steps.
+    call `train` with the same arguments and get the same steps. `progress`: show a bar with the loss.
 
     If a step raises, the model's mode (train or eval) and activation checkpointing are restored. Trainings of two
     models in two threads alternate at each micro-batch, so that each draws the same dropout as alone.
@@ -148,6 +156,7 @@ def train(
         check_kind(given, kind, name)
     if not hasattr(batches, "__getitem__") or isinstance(batches, str | bytes | Mapping):
         raise InputError(f"{format_value(batches)} must be what pack returns, or a list of Batch", where="batches")
+    check_value(progress, bool, {}, "progress")
     check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
@@ -165,7 +174,20 @@ def train(
         raise InputError("holds the moments of other tensors than this model trains", where="state")
     processes = check_processes(processes)
     check_accumulation(config.accumulate, processes)
-    return take_steps(model, parameters, group_by_multiplier(parameters, config), batches, config, state, processes)
+    first, groups = state.step, group_by_multiplier(parameters, config)
+    steps = take_steps(model, parameters, groups, batches, config, state, processes)
+    return show_progress(steps, first, config.steps) if progress else steps
+
+
+def show_progress(steps: Iterator[Step], first: int, last: int) -> Iterator[Step]:
+    """Pass the steps on under a progress bar: a widget in a notebook that has ipywidgets, elsewhere text."""
+    from tqdm.auto import tqdm  # in a notebook without ipywidgets the import warns
+
+    with tqdm(total=last, initial=first, unit="step") as bar:
+        for step in steps:
+            bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+            bar.update()
+            yield step
 
 
 def group_by_multiplier(parameters: dict[str, nn.Parameter], config: TrainConfig) -> dict[float, list[str]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ from minipeft.tour import book
 from minipeft.tour.bench import Bench
 from minipeft.tour.measures import MEASURES
 from minipeft.tour.sources import find_source
-from minipeft.tour.stops import read_stop, read_stops
+from minipeft.tour.stops import FOLDER, read_stop, read_stops
 
 pytest.importorskip("markdown_it")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour")
-    assert main(["tour", "--quick", "--out", str(folder)]) == 0
+    assert main(["tour", "--quick", "--out", str(folder), "--notebooks", str(folder / "notebooks")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(folder):
     return (folder / "tour.html").read_text(), (folder / "tour.md").read_text()
 
 
@@ -61,6 +67,32 @@ def test_nothing_is_left_to_fill_in(built):
         assert "nan" not in re.findall(r'<span class="n">(.*?)</span>', prose)
 
 
+def test_each_stop_is_a_notebook_with_the_books_text(built, folder):
+    nbformat = pytest.importorskip("nbformat")
+    _, text = built
+    files = sorted((folder / "notebooks").iterdir())
+    assert [file.stem for file in files] == [stop.file.stem for stop in read_stops()]
+    for file in files:
+        book = nbformat.read(file, 4)
+        nbformat.validate(book)
+        title, *prose = [cell.source for cell in book.cells if cell.cell_type == "markdown"]
+        assert title.startswith("# ")
+        assert prose
+        assert all(part in text for part in prose)
+        sources = re.findall(r'^find_source\("([\w.]+)"\)$', "\n".join(c.source for c in book.cells), re.MULTILINE)
+        assert sources == [
+            block.text for block in read_stop(FOLDER / f"{file.stem}.md").blocks if block.kind == "source"
+        ]
+        assert not any(cell.get("outputs") for cell in book.cells)
+
+
+def test_without_nbformat_the_command_names_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "nbformat", None)
+    assert main(["tour", "--out", str(tmp_path / "tour"), "--notebooks", str(tmp_path / "notebooks")]) == 2
+    assert "needs nbformat. pip install minipeft[docs]" in capsys.readouterr().err
+    assert not (tmp_path / "tour").exists()
+
+
 def write(folder: Path, text: str):
     file = folder / "01-tokens.md"
     file.write_text("# Tokens\n" + text)
@@ -78,7 +110,7 @@ def test_text_and_values_must_fit(tmp_path):
 
 
 def test_without_the_library_the_command_names_the_extra(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "markdown_it", None)
+    monkeypatch.setitem(sys.modules, "markdown_it", None)
     assert main(["tour", "--out", str(tmp_path / "tour")]) == 2
     assert "needs markdown-it-py. pip install minipeft[docs]" in capsys.readouterr().err
     assert not (tmp_path / "tour").exists()

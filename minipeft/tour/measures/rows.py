@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -11,11 +11,9 @@ from minipeft.data.examples import encode_pairs
 from minipeft.data.packing import Batch, Batches
 from minipeft.data.templates import format_prompt
 from minipeft.documents import IGNORED, PADDING, VIRTUAL, positions_in, visible
-from minipeft.models import Decoder
-from minipeft.models.loss import count_targets
+from minipeft.study.explorer import PackedRow, average_loss, draw_explorer, name_owner, show_tokens
 from minipeft.tour.bench import LENGTH, Bench
-from minipeft.tour.drawings import draw_matrix, draw_row, draw_tokens, name_owner, sign_owner
-from minipeft.tour.explorer import Row, draw_explorer
+from minipeft.tour.drawings import draw_matrix, draw_row, draw_tokens, sign_owner
 from minipeft.tour.values import Drawing, Table, Value, claim
 
 EXPLORED_PREFIX, EXPLORED_WINDOW = 4, 12  # virtual tokens, and the tokens of a window, in the explorer
@@ -110,21 +108,10 @@ def explore(bench: Bench) -> Drawing:
         with torch.no_grad():
             for packing in ("rule", "naive"):
                 found[packing, prefix] = average_loss(model, [batch], packing == "rule")
-    texts = [bench.tokenizer.decode([token], skip_special=False) for token in batch.ids[0].tolist()]
-    owners = batch.documents[0].tolist()
-    texts = ["." if owner == PADDING else text for text, owner in zip(texts, owners)]
-    return draw_explorer(Row(texts, owners, EXPLORED_PREFIX, EXPLORED_WINDOW), found)
+    texts, owners = show_tokens(batch, 0, bench.tokenizer), batch.documents[0].tolist()
+    return Drawing(*draw_explorer(PackedRow(texts, owners, EXPLORED_PREFIX, EXPLORED_WINDOW), found))
 
 
 def find_row(batches: Batches, count: int) -> Batch:
     """The first row of `count` documents and padding."""
     return next(batch for batch in batches if len(set(batch.documents[0].tolist())) == count + 1)
-
-
-def average_loss(model: Decoder, batches: Iterable[Batch], isolated: bool) -> float:
-    """Nats per supervised token over all batches, with or without the documents of each row."""
-    total, targets = 0.0, 0
-    for batch in batches:
-        total += model.loss(batch.ids, batch.labels, batch.documents if isolated else None).item()
-        targets += count_targets(batch.labels)
-    return total / targets
