@@ -128,11 +128,17 @@ def build_reference(site: Path) -> None:
         for cls in module.classes:
             if dataclasses.is_dataclass(cls.obj):
                 for field in dataclasses.fields(cls.obj):
-                    cls.members[field.name].docstring = field.metadata.get("help", "")
+                    cls.members[field.name].docstring = describe(field)
     for name, module in modules.items():
         write(site / "api" / (name.replace(".", "/") + ".html"), pdoc.render.html_module(module, modules).encode())
     write(site / "api/index.html", pdoc.render.html_index(modules).encode())
     write(site / "api/search.js", pdoc.render.search_index(modules).encode())
+
+
+def describe(field: dataclasses.Field) -> str:
+    """The help of an option, with its choices."""
+    choices = field.metadata.get("choices")
+    return field.metadata.get("help", "") + (f": {', '.join(choices)}" if choices else "")
 
 
 def write(file: Path, content: bytes) -> None:

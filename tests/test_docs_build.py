@@ -33,7 +33,7 @@ def test_the_site(build: ModuleType, tmp_path: Path) -> None:
         assert (site / build.place(page)).exists()
     text = (site / "api/minipeft.html").read_text(encoding="utf-8")
     assert set(minipeft.__all__) <= set(re.findall(r'<section id="(\w+)">', text))
-    assert "rank r of the update" in text
+    assert "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora" in text
     assert 'href="minipeft/models/decoder.html#Decoder"' in text
     assert not re.findall(r'(?:src|href)="https?://(?!pdoc\.dev)', re.sub(r"<p>.*?</p>", "", text))
 

@@ -51,7 +51,7 @@ ADAPTERS: dict[str, tuple[Any, bool]] = {  # the config, and whether it is saved
     "prompt": (PromptConfig(3, init="vocab"), False),
 }
 CLIENTS = ("PEFT", "transformers", "llama.cpp", "vLLM")
-HEAD = """# What other clients read of an adapter
+HEAD = """# Which clients read which adapters
 
 `tests/adapters/test_clients.py` writes this table, and fails where a client does anything else. The adapters are
 random, on a tiny random Llama.
@@ -66,8 +66,8 @@ PEFT {peft} and transformers {transformers} (`model.load_adapter`) are run. llam
 run**: what `convert_lora_to_gguf.py` does is repeated from its source with the `gguf` package's table of names, and the
 rules of vLLM 0.33.0 from its `vllm/lora/` (`tests/clients.py`); where a vLLM is on the path, the test compares
 them with vLLM's own `PEFTHelper`. Both clients read LoRA alone. transformers leaves the magnitudes of a DoRA file at
-their init, also those of a file that PEFT wrote; its load report lists them as missing. What a client does not read
-right can be merged: `merge_adapter`, `save_model`.
+their init, also those of a file that PEFT wrote; its load report lists them as missing. For a client that misreads an
+adapter, merge it: `merge_adapter`, `save_model`.
 
 """
 
