@@ -1,0 +1,64 @@
+"""The measurements that docs/performance.md, prefix.md and scores.md state are those of the committed rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PREFIX_ROWS = {  # (method, init, learning rate) -> its name
+    ("prefix", "peft", 0.0002): "N(0, 1), as HF PEFT and the paper",
+    ("prefix", "text", 0.005): "text",
+    ("prefix", "text", 0.001): "text + Li & Liang's reparameterization MLP",
+    ("prefix", "text", 0.03): "text",
+    ("prompt", "text", 0.03): "prompt-tuning, text",
+    ("lora", None, 0.001): "LoRA r16, all linears",
+}
+
+
+def read(file: str) -> Any:
+    return json.loads((ROOT / file).read_text(encoding="utf-8"))
+
+
+def read_page(name: str) -> str:
+    """The page as one line of text."""
+    return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+
+
+def test_a_training_step() -> None:
+    rows = {row["variant"]: row for row in read("benchmarks/results/training-cpu.json")}
+    page = read_page("performance.md")
+    for label, peer, variant in (
+        ("LoRA r16, fp32", "peft lora fp32", "lora fp32"),
+        ("LoRA r16, bf16 base", "peft lora bf16", "lora bf16"),
+        ("full, fp32", "hf full fp32", "full fp32"),
+    ):
+        theirs, ours = rows[peer], rows[f"minipeft {variant}"]
+        ratio = ours["ratio"] if theirs["ratio"] == 1 else theirs["median"] / ours["median"]
+        memory = f"{theirs['memory_bytes'] / 1e9:.1f} -> {ours['memory_bytes'] / 1e9:.1f} GB"
+        assert f"| {label} | {theirs['median']:.1f} s | {ours['median']:.1f} s | {ratio:.2f}x | {memory} |" in page
+
+
+def test_many_adapters_in_one_batch() -> None:
+    ours = [row for row in read("benchmarks/results/bank-cpu.json") if row["variant"] == "minipeft, bank"]
+    one, four, sixteen = (f"{row['ratio']:.2f}" for row in ours)
+    said = f"{one}, {four} and {sixteen} times as fast as PEFT's mixed batch for 1, 4 and 16 adapters"
+    assert said in read_page("performance.md")
+
+
+def test_codebleu_against_the_package() -> None:
+    rows = read("benchmarks/results/metrics-cpu.json")
+    ratios = {row["benchmark"]: row["ratio"] for row in rows if row["variant"] == "strict (and compat)"}
+    conala, functions = ratios["CoNaLa"], ratios["50-line functions"]
+    assert f"{conala:.1f} times as fast on CoNaLa, {functions:.1f} times on functions" in read_page("scores.md")
+
+
+def test_the_prefixes() -> None:
+    groups = [group for group in read("results/prefix-135m/results.json")["groups"] if group["bleu"] is not None]
+    found = {(group["method"], group["init"], group["learning_rate"]): group for group in groups}
+    page = read_page("prefix.md")
+    for key, name in PREFIX_ROWS.items():
+        group = found[key]
+        low, high = (100 * bound for bound in group["bleu_interval"])
+        loss = f"{group['dev_loss_start']:.2f} | {group['dev_loss']:.3f} ± {group['dev_loss_sd']:.3f}"
+        bleu = f"{100 * group['bleu']:.1f} [{low:.1f}, {high:.1f}]"
+        assert f"| {name} | {key[2]:g} | {loss} | {bleu} | {group['stored']:,} |" in page
