@@ -50,8 +50,7 @@ font:16px/1.55 system-ui,sans-serif;overflow-wrap:break-word}nav{font-size:14px}
 pre,code{font:14px/1.45 ui-monospace,Menlo,monospace;background:var(--card)}code{padding:1px 3px;border-radius:4px}
 pre{padding:12px 14px;border-radius:6px;overflow-x:auto}pre code{padding:0}h2{margin-top:36px}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px}
-th,td{padding:5px 10px;border:1px solid var(--line);vertical-align:top;min-width:3em}th{background:var(--card)}
-table code{overflow-wrap:anywhere}"""
+th,td{padding:5px 10px;border:1px solid var(--line);vertical-align:top;min-width:3em}th{background:var(--card)}"""
 
 
 def list_pages(root: Path) -> list[Path]:
