@@ -6,11 +6,15 @@ from safetensors.torch import load_file, save_file
 
 from minipeft.adapters import IA3Config, LoRAConfig, PrefixConfig, PromptConfig, add_adapter
 from minipeft.adapters.microscope import Update, describe_samples, examine
-from minipeft.adapters.peft_format import save_adapter
+from minipeft.adapters.peft_format import load_adapter, save_adapter
 from minipeft.cli import main
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import load_model, save_model
-from tests.small import write_small_model
+from minipeft.runs import estimates, planning
+from minipeft.runs.config import run_config
+from minipeft.runs.finetune import finetune
+from minipeft.training.loop import learning_rate_at
+from tests.small import write_pairs, write_small_model
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,29 @@ def test_the_page_shows_both_and_opens_without_a_network(base, tmp_path, capsys)
     assert "http:" not in text
     assert "https:" not in text
     assert "default-src 'none'" in text
+
+
+def test_the_page_says_how_far_a_run_moved_its_adapter(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimates, "probe_flops", lambda *_: 1e9)
+    monkeypatch.setattr(planning, "count_step_bytes", lambda *_: 0)
+    data = write_pairs(tmp_path / "pairs.jsonl", 8)
+    given = {"model": str(base), "data": str(data), "steps": 3, "length": 64, "held_out": 2, "rank": 2, "seed": 7}
+    config = run_config("lora", **given)
+    finetune(config, tmp_path / "run", say=lambda _: None)
+    fresh, tuned = load_model(base), load_model(base)
+    add_adapter(fresh, config.adapter, seed=7)
+    load_adapter(tuned, tmp_path / "run" / "adapter", trainable=True)
+    pairs = [(p, dict(fresh.named_parameters())[name]) for name, p in tuned.named_parameters() if p.requires_grad]
+    moved = torch.cat([(p - q).detach().abs().flatten() for p, q in pairs])
+    budget = sum(learning_rate_at(step, config.train) for step in range(3))
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(tmp_path / "run" / "adapter"), "--html", "--out", str(page)]) == 0
+    assert moved.max() > 0
+    said = f"run: moved from its init by {moved.mean():.3g} on average, by {moved.max():.3g} at most; "
+    assert f"{said}the learning rates of its 3 steps sum to {budget:.3g}" in page.read_text()
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(["inspect", str(tmp_path / "run" / "adapter"), "--html", "--out", str(page)]) == 0
+    assert "moved from its init" not in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ from test_lora_linear import exact as exact_by_autograd
 from torch import Tensor
 
 import minipeft
+from minipeft.adapters.lora import find_lora_layers
 from minipeft.models import FAMILIES
 from minipeft.models.quantized import quantize_weight
+from minipeft.runs.comparison import CompareConfig, compare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = torch.finfo(torch.float32).eps  # about the difference of two orders of summation
@@ -260,6 +262,40 @@ def test_twenty_training_steps_have_the_losses_of_the_reference(family: str) -> 
     assert losses["reference"][-1] < losses["reference"][0] - 0.1
     for backend in ("hybrid", "fused"):
         assert losses[backend] == pytest.approx(losses["reference"], rel=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["hybrid", "fused"])
+def test_compare_runs_both_backends_and_names_the_module_in_which_one_is_wrong(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`minipeft compare --backend reference --backend-b BACKEND`, right and with a planted fault."""
+    model = FAMILIES["gpt2"].decoder(FAMILIES["gpt2"].config(**GPT2))
+    random, calls = torch.Generator().manual_seed(0), []
+    model.initialize(random)
+    minipeft.save_model(model, tmp_path / "model")
+    minipeft.add_adapter(model, minipeft.LoRAConfig(rank=4, targets="all-linear"))
+    for layer in find_lora_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.3, generator=random)
+    minipeft.save_adapter(model, tmp_path / "adapter")
+    source, module = str(tmp_path / "model"), choice.import_backend(backend)
+    config = CompareConfig(source, source, adapter=str(tmp_path / "adapter"), backend="reference", backend_b=backend,
+                           ids=tuple(range(1, 12)))  # fmt: skip
+    forward, factor = module.forward, [1.0]
+
+    def watched(x: Tensor, parts: list[Part], drop: object) -> tuple[list[Tensor], Tensor]:
+        calls.append(parts[0].weight.shape)
+        found, s = forward(x, parts, drop)
+        return [y * factor[0] if y.shape[1] == 64 else y for y in found], s  # of c_fc alone
+
+    monkeypatch.setattr(module, "forward", watched)
+    found = compare(config)
+    assert found.equal
+    assert len(calls) == 4
+    assert {row.stage for row in found.rows} == {"weight", "forward", "backward"}
+    factor[0] = 1.01
+    parted = compare(config)
+    assert parted.first("weight") is None
+    assert parted.first("forward").name == "transformer.h.0.mlp.c_fc"
 
 
 def train_losses(family: str, backend: str) -> list[float]:
