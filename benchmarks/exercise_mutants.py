@@ -2,10 +2,11 @@
 
     python benchmarks/exercise_mutants.py [--each 40] [--seed 0] [--only lora_forward] [--out results/exercises]
 
-For each exercise the hole must fail, the library's own function pass, and its mutants (mutation.py) fail. Each is
-checked in a process forked off one that has imported torch and Triton, in a folder of its own. A line of JSON each;
-table.json holds them all, and the reasons of the survivors stand beside it, in README.md. The exercises of "Break it"
-have no mutants: their checks run the student's test with and without a bug.
+For each exercise the hole must fail, the library's own function pass, and its mutants (mutation.py) fail, and so must
+wrong answers that once passed (FAULTS). Each is checked in a process forked off one that has imported torch and Triton,
+in a folder of its own. A line of JSON each; table.json holds them all, and the reasons of the survivors stand beside
+it, in README.md. The exercises of "Break it" have no mutants: their checks run the student's test with and without a
+bug.
 """
 
 from __future__ import annotations
@@ -28,6 +29,25 @@ from minipeft.tour.exercises import checking, folder, record
 from minipeft.tour.exercises.definitions import find_definition
 
 SECONDS = 30  # of one answer
+FAULTS: dict[str, tuple[tuple[str, str], ...]] = {  # wrong answers that passed once: what becomes what in the solution
+    "lora_init": (("size, generator=generator)", "size)"),),
+    "text_to_length": (
+        ('if ids and ids[0] == getattr(tokenizer, "bos", None)', 'if ids and getattr(tokenizer, "bos", None)'),
+    ),
+    "accumulation": (("with DRAWING, torch", "with torch"), ("        loss.backward()", "    loss.backward()")),
+    "atomic_write": ((", dir=file.parent)", ")"),),
+    "repetition": (("if length >= LEAST", "length -= length % unit\n        if length >= LEAST"),),
+    "kernel_add": (("tl.load(x + at, mask=inside)", "tl.load(x + at)"),),
+    "kernel_shrink": (
+        ("(r < R)[:, None] & (k < K)[None, :]", "(k < K)[None, :]"),
+        (
+            "range(part * BLOCK_K, K, SPLIT * BLOCK_K)",
+            "range(part * tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K, "
+            "tl.minimum(K, (part + 1) * tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K), BLOCK_K)",
+        ),
+    ),
+    "kernel_lora": (("tl.load(bias + columns, mask=columns < N, other=0.0)", "tl.load(bias + columns)"),),
+}
 LONGEST = 120  # characters of a reason in the table
 
 
@@ -36,7 +56,7 @@ class Found:
     """What the checks said of one answer."""
 
     exercise: str
-    kind: str  # solution, hole or mutant
+    kind: str  # solution, hole, fault or mutant
     line: int
     before: str
     after: str
@@ -83,6 +103,9 @@ def try_exercise(name: str, each: int, seed: int) -> Iterator[Found]:
     text = find_definition(exercise.solution).text
     yield try_answer(task, "solution", folder.make_answer(task, text))
     yield try_answer(task, "hole", folder.make_answer(task))
+    for before, after in FAULTS.get(name, ()):
+        assert text.count(before) == 1, f"{text.count(before)} places of {name} hold {before!r}"
+        yield try_answer(task, "fault", folder.make_answer(task, text.replace(before, after)), 0, before, after)
     if exercise.bug is not None:
         return
     changes = list(list_changes(text))

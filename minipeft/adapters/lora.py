@@ -97,8 +97,8 @@ class LoRALinear(TrainableModule):
 
         "uniform": A ~ U(-1/sqrt(in), 1/sqrt(in)) (He et al. 2015 with a = sqrt(5), as HF PEFT).
         "gaussian": A ~ N(0, 1/r^2).
-        "orthogonal": A = Q_1^T N_1 / 10, B = N_2 Q_2 / 10 with [Q_1 ; Q_2] the odd and even rows of one orthogonal
-        matrix, N ~ N(0, 1), so that B A = N_2 Q_2 Q_1^T N_1 / 100 = 0 (as HF PEFT).
+        "orthogonal": A = Q_1^T N_1 / 10, B = N_2^T Q_2 / 10 with Q_1 the rows 0, 2, ... and Q_2 the rows 1, 3, ... of
+        an orthogonal matrix, N ~ N(0, 1), so that B A = N_2^T Q_2 Q_1^T N_1 / 100 = 0 (as HF PEFT).
         """
         rank, width = self.lora_A.shape
         with torch.no_grad():

@@ -85,7 +85,7 @@ class TrainConfig:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of step 0, 1, ...: a linear warm-up, then the decay. Never 0 before the last step."""
+    """The learning rate of step 0, 1, ...: a linear warm-up, then the decay. Above 0 at every step."""
     assert config.steps is not None  # `train` refuses it
     climb = max(1, round(config.warmup * config.steps))
     if step < climb:

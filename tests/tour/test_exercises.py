@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from minipeft import cli
 from minipeft.errors import InputError
-from minipeft.tour.exercises import bugs, checking, folder, judging, record
+from minipeft.tour.exercises import bugs, checking, folder, judging, kernel_memory, record
 from minipeft.tour.exercises.definitions import cut_body, find_definition
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,12 @@ def test_mutants_are_caught(found):
     assert len({entry["exercise"] for entry in mutants}) == sum(not name.startswith("bug_") for name in record.NAMES)
     missed = [f"{entry['exercise']}: {entry['before']} -> {entry['after']}" for entry in mutants if entry["passed"]]
     assert len(missed) <= 0.05 * len(mutants), missed
+
+
+def test_wrong_answers_that_once_passed_are_refused(found):
+    faults = [entry for entry in found if entry["kind"] == "fault"]
+    assert len(faults) >= 10
+    assert not [f"{entry['exercise']}: {entry['before']} -> {entry['after']}" for entry in faults if entry["passed"]]
 
 
 @pytest.mark.parametrize("name", [name for name in record.NAMES if name.startswith("bug_")])
@@ -117,6 +125,22 @@ def test_a_name_that_is_nowhere_is_refused():
         find_definition("minipeft.documents.nothing")
     with pytest.raises(InputError, match=r"'VIRTUAL' of minipeft\.documents is no function"):
         find_definition("minipeft.documents.VIRTUAL")
+
+
+def test_a_title_that_asks_ends_with_its_question_mark():
+    head = folder.make_answer(record.find_task(record.NAMES.index("repetition") + 1)).partition("\n")[0]
+    assert head.endswith(": Has the answer got stuck?")
+
+
+def test_the_addresses_of_a_kernel_are_those_of_its_tensors():
+    """A view has its own entries only: neither the columns beside it nor what lies beyond its end."""
+    whole = torch.zeros(4, 6, dtype=torch.bfloat16)
+    view = whole[1:3, 2:4]
+    addresses = kernel_memory.list_addresses({"view": view})
+    assert addresses.tolist() == [whole.data_ptr() + 2 * at for at in (8, 9, 14, 15)]
+    pointers = SimpleNamespace(data=addresses + np.uint64(2))
+    assert not kernel_memory.covers(addresses, pointers, SimpleNamespace(data=np.ones(4)))
+    assert kernel_memory.covers(addresses, pointers, SimpleNamespace(data=np.array([1, 0, 1, 0])))
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:

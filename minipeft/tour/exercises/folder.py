@@ -38,7 +38,7 @@ def make_answer(task: Task, text: str | None = None) -> str:
     """The source of the student's file, with the hole; or with this source of the function."""
     definition = find_definition(load_exercise(task.name).solution)
     how = f"Write the body of `{definition.name}`, then: minipeft exercise {task.number} --check (and --hint)"
-    head = f'"""Exercise {task.number}, {task.chapter}: {task.title}.\n\n{task.body}\n\n{how}\n"""'
+    head = f'"""Exercise {task.number}, {name_exercise(task)}\n\n{task.body}\n\n{how}\n"""'
     return make_module(definition, cut_body(definition.text) if text is None else text, head)
 
 
@@ -54,8 +54,13 @@ def make_test(task: Task) -> str:
             lines[node.lineno - 1 : node.end_lineno] = []
     body = "\n".join(lines).strip("\n")
     body = re.sub(r"^(from minipeft\.tour\.exercises\.record import Answer), .*$", r"\1", body, flags=re.M)
-    head = f'"""The checks of exercise {task.number}, {task.chapter}: {task.title}."""'
+    head = f'"""The checks of exercise {task.number}, {name_exercise(task)}"""'
     return f"{head}\n\n" + re.sub(r"\n{4,}", "\n\n\n", body) + "\n"
+
+
+def name_exercise(task: Task) -> str:
+    """Its chapter and its title, as a sentence."""
+    return f"{task.chapter}: {task.title}" + ("" if task.title.endswith("?") else ".")
 
 
 def read_notes(folder: Path) -> dict[str, dict[str, Any]]:

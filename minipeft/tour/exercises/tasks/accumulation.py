@@ -13,11 +13,13 @@ of this micro-batch's part to what is there, and return its part of the loss as 
 
 Dropout draws from torch's global generator. Seed it with `seed` before forward, so that the masks are a function of
 (seed, step, micro-batch) and a resumed training draws the same ones; and give the caller its random state back
-(`torch.random.fork_rng`). `DRAWING` is a lock for threads that train beside one another.
+(`torch.random.fork_rng`). The backward pass may draw too, where activations are computed again. `DRAWING` is a lock:
+hold it meanwhile, because other threads may train with the same generator.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from minipeft.data.packing import Batch
 from minipeft.documents import IGNORED
 from minipeft.tour.exercises.judging import require, require_close
 from minipeft.tour.exercises.record import Answer, Exercise
+from minipeft.training.loop import DRAWING
 
 EXERCISE = Exercise(
     solution="minipeft.training.loop.backward",
@@ -115,3 +118,49 @@ def check_random_state(backward: Answer) -> None:
     torch.manual_seed(7)
     backward(model, first, 9, 3)
     require_close(torch.rand(4), expected, "what the caller draws afterwards", 0)
+
+
+class DrawsInBackward(Small):
+    """A model whose backward pass draws a number, as recomputed dropout does; it notes the number, and whether another
+    thread could take the lock then."""
+
+    def loss(self, ids: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
+        loss = super().loss(ids, labels, documents)
+        loss.register_hook(self.draw)
+        self.locked = [is_locked()]
+        return loss
+
+    def draw(self, gradient: Tensor) -> None:
+        self.drawn = torch.rand(())
+        self.locked.append(is_locked())
+
+
+def is_locked() -> bool:
+    """Whether DRAWING is held: another thread cannot take it."""
+    taken: list[bool] = []
+
+    def take() -> None:
+        taken.append(DRAWING.acquire(blocking=False))
+        if taken[0]:
+            DRAWING.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return not taken[0]
+
+
+def check_backward_draws(backward: Answer) -> None:
+    """What is drawn in the backward pass is a function of the seed as well, and DRAWING is held in both passes."""
+    model, (first, _) = DrawsInBackward(0.5), make_batches()
+    drawn = []
+    for _ in range(2):
+        torch.rand(3)
+        before = torch.random.get_rng_state()
+        backward(model, first, 9, 5)
+        drawn.append(model.drawn)
+        require(torch.equal(before, torch.random.get_rng_state()), "the backward pass moves the caller's random state")
+    require_close(drawn[1], drawn[0], "what the backward pass draws with the same seed", 0)
+    for held, where in zip(model.locked, ("forward", "backward")):
+        require(held, f"DRAWING is not held in {where}")
+    require(not is_locked(), "DRAWING is still held afterwards")

@@ -12,8 +12,8 @@ whole new one. `write_whole(file, fill)` calls `fill(stream)`, which writes byte
 
 If anything fails, also a KeyboardInterrupt within fill, the temporary file is removed and `file` stays as it was. An
 OSError, also one that fill raises, becomes InputError(PROBLEM, file=file), whose problem gives the reason
-(error.strerror) and how many bytes fill had written (stream.tell(), before the stream is closed). Any other exception
-goes on as it is. Source: Pillai et al. 2014, "All file systems are not created equal".
+(error.strerror) and, if fill had written any, how many bytes (stream.tell(), before the stream is closed). Any other
+exception goes on as it is. Source: Pillai et al. 2014, "All file systems are not created equal".
 """
 
 from __future__ import annotations
@@ -135,7 +135,13 @@ def check_order(write_whole: Answer) -> None:
         sync(descriptor)
 
     listening = [True]
-    sys.addaudithook(lambda event, _: events.append("rename") if event == "os.rename" and listening[0] else None)
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and listening[0]:
+            source, target = (Path(os.fsdecode(path)).resolve().parent for path in arguments[:2])
+            events.append("rename" if source == target else "rename from another folder")
+
+    sys.addaudithook(listen)
     with mock.patch.object(os, "fsync", count), folder_with_file() as file:
         write_whole(file, lambda stream: stream.write(b"new content"))
         listening[0] = False
@@ -156,13 +162,13 @@ def check_mode(write_whole: Answer) -> None:
 
 
 def check_no_folder(write_whole: Answer) -> None:
-    """Where not even the folder can be made, the InputError gives the reason, and no number of bytes written."""
+    """Where the folder cannot be made, that too is an InputError with the reason, and without a number of bytes."""
     with folder_with_file() as file:
         try:
             write_whole(file / "below" / "a file", lambda stream: stream.write(b"new"))
         except InputError as error:
             require("irectory" in str(error), f"the error does not give the reason: {error}")
-            require(re.search(r"[1-9] bytes", str(error)) is None, f"nothing was written: {error}")
+            require(re.search(r"[1-9] bytes", str(error)) is None, f"nothing was written, but: {error}")
         else:
             raise AssertionError("wrote below a file")
         require_untouched(file, "afterwards")

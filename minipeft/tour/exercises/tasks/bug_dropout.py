@@ -9,6 +9,7 @@ fails with the bug in it. --check runs it both ways.
     make_model()                               a small Llama with 27 tokens; model.train() is training mode
     add_adapter(model, LoRAConfig(rank=4, dropout=0.1))      `targets=("q_proj", "v_proj")` names the linears
     model.loss(ids, labels, documents)         the sum of the losses of the supervised tokens; int64 [B, T]
+    model.named_parameters()                   the names of the adapter end in lora_A and lora_B
 """
 
 from __future__ import annotations

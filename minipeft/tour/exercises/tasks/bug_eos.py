@@ -8,7 +8,7 @@ Write `probe`, a test without arguments that calls the library: it returns with 
 fails with the bug in it. --check runs it both ways.
 
     make_example("abc")                        a document: the ids of the letters, and EOS
-    LETTERS                                  the tokenizer; its `pad` is its `eos`
+    LETTERS                                    the tokenizer; its `pad` is its `eos`
     pack(examples, LETTERS, length=8)          batches; batches[0] has ids, labels and documents, [B, T] each
 """
 

@@ -8,9 +8,8 @@ Write `probe`, a test without arguments that calls the library: it returns with 
 fails with the bug in it. --check runs it both ways.
 
     make_model(torch.bfloat16)                 a small Llama
-    report = add_adapter(model, LoRAConfig(rank=2))
-                                               then report.modules names the LoRALinears: weight,
-                                               lora_A, lora_B, scale
+    report = add_adapter(model, LoRAConfig(rank=2))          report.modules: the names of the LoRALinears
+    model.get_submodule(name)                  a LoRALinear: weight, lora_A, lora_B (0 at first), scale
     merge_adapter(model)                       then it is a plain linear again
 """
 

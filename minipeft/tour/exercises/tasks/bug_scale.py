@@ -1,7 +1,7 @@
 """One scale to train with, another to merge with.
 
 rasbt/LLMs-from-scratch#821, ml-explore/mlx-examples#982, Lightning-AI/litgpt#1224: the update is scaled by alpha /
-rank in training and by alpha where it is merged, or the other way round. With alpha = rank nobody notices.
+rank in training and by alpha where it is merged, or the other way round.
 
 Write `probe`, a test without arguments that calls the library: it returns with the library as it is, and an assert
 fails with the bug in it. --check runs it both ways.
@@ -10,6 +10,7 @@ fails with the bug in it. --check runs it both ways.
     add_adapter(model, LoRAConfig(rank=4, alpha=8.0))        lora_B is 0 at first, so that it changes nothing
     merge_adapter(model)
     model(ids)                                 logits; ids int64 [B, T]
+    model.named_parameters()                   the names of the adapter end in lora_A and lora_B
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EXERCISE = Exercise(
     hints=(
         "Compare the logits before and after the merge.",
         "Give each lora_B numbers first: an adapter at its init hides every scale.",
-        "alpha / rank must differ from alpha, and from 1: rank 4 and alpha 8.",
+        "With rank 1 alpha / rank is alpha: take rank 4.",
     ),
     bug=Bug("minipeft.adapters.lora.LoRALinear.merged", before="scale * (B", after="self.alpha * (B"),
 )

@@ -26,7 +26,7 @@ from minipeft.tour.exercises.record import Answer, Exercise
 EXERCISE = Exercise(
     solution="minipeft.adapters.combine.truncate",
     hints=(
-        "torch.linalg.qr(B) is [out, k], [k, k]; torch.linalg.qr(A.t()) is [in, k], [k, k].",
+        "torch.linalg.qr(B) is [out, k], [k, k] for k <= out; torch.linalg.qr(A.t()) is [in, k], [k, k] for k <= in.",
         "U, S, Vt = torch.linalg.svd(R_B @ R_A.t(), full_matrices=False): the k singular values of the whole.",
         "A = Vt[:r] @ Q_A.t(), B = Q_B @ (U[:, :r] * S[:r]); then torch.nn.functional.pad for the missing rows of A "
         "and columns of B.",

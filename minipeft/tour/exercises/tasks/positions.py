@@ -6,9 +6,8 @@ token. The position of a column follows from it:
     documents   V V 0 0 0 1 1 . .          V = VIRTUAL, . = PADDING;  P = 2 virtual tokens in this row
     positions   0 1 2 3 4 2 3 0 0
 
-Virtual tokens count 0, 1, ..., P - 1. Each document begins at P, the number of VIRTUAL columns of its row, and counts
-its columns; a run is consecutive columns of one owner, so that documents 0 0 1 1 0 hold three runs, each counted anew.
-Padding stands at 0.
+A run is consecutive columns of one owner, so that documents 0 0 1 1 0 hold three runs. Each run is counted anew: a run
+of virtual tokens 0, 1, 2, ..., a document's from P, the number of VIRTUAL columns of its row. Padding stands at 0.
 
 Return int64 [B, S]. Loops over rows and columns are right; the library does it without.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from minipeft.documents import PADDING, VIRTUAL
-from minipeft.tour.exercises.judging import require_close
+from minipeft.tour.exercises.judging import require_close, require_equal
 from minipeft.tour.exercises.record import Answer, Exercise
 
 EXERCISE = Exercise(
@@ -60,5 +59,6 @@ def check_random_rows(positions_in: Answer) -> None:
         for column, owner in enumerate(row):
             count = count + 1 if column and owner == row[column - 1] else 0
             places.append(0 if owner == PADDING else count + (0 if owner == VIRTUAL else virtual))
+        require_equal(positions_in(torch.tensor([row])).tolist(), [places], f"the positions in documents {row}")
         expected.append(places)
-    require_close(positions_in(documents), torch.tensor(expected), "the positions", 0)
+    require_close(positions_in(documents), torch.tensor(expected), "the positions of all rows together", 0)

@@ -55,6 +55,7 @@ def check_examples(is_repeated: Answer) -> None:
         ("a b c d x x x x", True),
         ("a b c d e x x x x", False),
         ("x x x x y", False),
+        ("1 2 3 4 5 6 7 8 9 c b c b c b c b c", True),  # the cut unit makes it half
     ):
         require(is_repeated(text) is wanted, f"{text!r}: yours says {is_repeated(text)!r}")
 

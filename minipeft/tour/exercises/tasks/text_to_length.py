@@ -2,7 +2,7 @@
 
 A prefix or prompt of P virtual tokens starts as a text that describes the task, and this text must have exactly P
 tokens: a longer one is cut at its end, a shorter one is repeated from its beginning until it is long enough. A BOS that
-the tokenizer puts first stays first, and is not repeated:
+the tokenizer puts first stays first, and is not repeated; a tokenizer may have a BOS and not put it there:
 
     P = 8, the text is [BOS, 5, 6, 7]      ->  [BOS, 5, 6, 7, 5, 6, 7, 5]
     P = 2                                  ->  [BOS, 5]
@@ -32,12 +32,13 @@ EXERCISE = Exercise(
 
 @dataclass(frozen=True)
 class Letters:
-    """A tokenizer: a letter is a token, its number in the alphabet; BOS comes first where there is one."""
+    """A tokenizer: a letter is a token, its number in the alphabet; BOS comes first if there is one and it is added."""
 
     bos: int | None = None
+    adds: bool = True
 
     def encode(self, text: str) -> list[int]:
-        return ([] if self.bos is None else [self.bos]) + [ord(sign) - ord("a") for sign in text]
+        return ([] if self.bos is None or not self.adds else [self.bos]) + [ord(sign) - ord("a") for sign in text]
 
 
 class Plain:
@@ -64,6 +65,8 @@ def check_bos(encode_to_length: Answer) -> None:
     """BOS comes once; a first token that is no BOS is repeated like the others."""
     require_equal(encode_to_length("abc", 8, Letters(99), "prefix"), [99, 0, 1, 2, 0, 1, 2, 0], "BOS and 'abc' in 8")
     require_equal(encode_to_length("aba", 5, Plain(), "prefix"), [0, 1, 0, 0, 1], "'aba' in 5 tokens")
+    unused = Letters(99, adds=False)
+    require_equal(encode_to_length("ab", 4, unused, "prefix"), [0, 1, 0, 1], "'ab' in 4, with a BOS that is not added")
 
 
 def check_empty(encode_to_length: Answer) -> None:
