@@ -39,6 +39,7 @@ from minipeft.files import (
     write_whole,
 )
 from minipeft.hub import fetch
+from minipeft.metrics import execution
 from minipeft.metrics.text import find_language
 from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
@@ -146,7 +147,8 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
             outcomes += ended[name]
         exit_if_signalled(stop)
         if config.execute:
-            outcomes = [replace(one, row=one.row and execute_row(one.row, out)) for one in outcomes]
+            ran: dict[str, execution.Outcome] = {}
+            outcomes = [replace(one, row=one.row and execute_row(one.row, out, ran)) for one in outcomes]
     return outcomes
 
 

@@ -17,8 +17,9 @@ from minipeft import files
 from minipeft.cli import main
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
+from minipeft.metrics.execution import run_programs
 from minipeft.runs.folder import check_folder
-from minipeft.study import runner
+from minipeft.study import executed, runner
 from minipeft.study.cells import Cell
 from minipeft.study.data import load_study_data
 from minipeft.study.presets import StudyConfig
@@ -315,16 +316,18 @@ def test_a_study_of_shell_commands_has_no_column_of_python(inside, tmp_path, mod
         assert "(invalid" not in text
 
 
-def test_the_answers_of_the_demo_are_run(inside, tmp_path, model, pairs, capsys):
-    """The nearest training pair is made right for the first question, in words of its own."""
+def test_the_answers_of_the_demo_are_run(inside, tmp_path, model, pairs, capsys, monkeypatch):
+    """The prompt's answer is made right for the first question, in words of its own, and empty for the second one."""
     out = tmp_path / "s"
     words = ["study", "--model", str(model), "--data", "demo", "--out", str(out), "--threads", "1", "--limit", "2"]
     words += ["--method", "prompt", "--steps", "1"]
     assert main(words) == 0
     file = out / "cells" / "stories260K--prompt--seed0" / "predictions.jsonl"
     rows = [json.loads(row) for row in file.read_text().splitlines()]
-    rows[0]["prediction"] = f"({rows[0]['reference']})"
+    rows[0]["prediction"], rows[1]["prediction"] = f"({rows[0]['reference']})", ""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran_programs = []
+    monkeypatch.setattr(executed, "run_programs", lambda new: ran_programs.extend(new) or run_programs(new))
     status = main([*words, "--execute"])
     if "cannot isolate programs" in capsys.readouterr().err:
         pytest.skip("no user namespaces")
@@ -332,6 +335,8 @@ def test_the_answers_of_the_demo_are_run(inside, tmp_path, model, pairs, capsys)
     cells = {row["cell"]: row for row in json.loads((out / "results.json").read_text())["cells"]}
     assert cells["stories260K--prompt--seed0"]["pass_at_1"] == 0.5
     assert cells["empty-answer"]["pass_at_1"] == 0.0
+    answered = sum(row["pass_at_1"] is not None for row in cells.values())
+    assert len(ran_programs) == len(set(ran_programs)) < 2 * answered  # an answer that two cells gave runs once
     ran = [json.loads(row)["status"] for row in (file.parent / "executed.jsonl").read_text().splitlines()]
     assert ran == ["passed", "failed"]
     page = (out / "report.html").read_text()
