@@ -148,6 +148,13 @@ def test_the_model_says_what_is_trained(folder, tmp_path):
     assert f"{report.total:,} parameters, {report.trainable:,} trained" in fresh._repr_html_()
 
 
+def test_a_bank_names_its_adapters(folder, tmp_path):
+    bank = minipeft.AdapterBank(load_model(folder / "model"))
+    assert repr(bank) == "AdapterBank(empty)"
+    bank.load("first", write_adapter(folder / "model", tmp_path / "adapter"))
+    assert repr(bank) == "AdapterBank(first)"
+
+
 def test_texts_of_the_data_are_escaped(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"intent": "<script>alert(1)</script>", "snippet": "' + "x" * 500 + '"}\n')

@@ -80,6 +80,9 @@ class AdapterBank:
             p.requires_grad_(False)
         model.adapter = self
 
+    def __repr__(self) -> str:
+        return f"AdapterBank({', '.join(self.adapters) or 'empty'})"
+
     def load(self, name: str, folder: str | Path) -> None:
         """Load the LoRA adapter in `folder` under `name`.
 

@@ -9,7 +9,7 @@ from typing import Any
 from minipeft.cli import main
 from minipeft.files import write_json
 from minipeft.runs import planning
-from minipeft.study import cells, runner
+from minipeft.study import cells, report, runner
 from minipeft.study.cells import Cell
 
 
@@ -28,6 +28,7 @@ def patch(put: Callable[[object, str, object], None]) -> list[str]:
         return None if status == 0 else f"exit status {status}"
 
     put(runner, "run_cell", here)
+    put(report, "draw_packed_rows", lambda *_: ("", ""))  # test_packed_rows.py tests it
     put(planning, "PROBE_SECONDS", 0.001)
     put(planning, "count_step_bytes", lambda model, ids: 0)  # of the estimate that a run prints; tests/runs tests it
     return ran

@@ -74,3 +74,9 @@ def test_a_window_that_hides_virtual_tokens_hides_them_here():
     kept, hidden = (compute_masks(row)["rule", "prefix", "window"][5, :2].tolist() for row in rows)
     assert kept == [True, True]
     assert hidden == [False, False]
+
+
+def test_texts_of_the_data_are_escaped():
+    drawn, _ = draw_explorer(PackedRow(["</b><script>alert(1)</script>", '"'], [0, 1]), {})
+    assert "<script>" not in drawn
+    assert "&lt;script&gt;" in drawn

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from minipeft.adapters.peft_format import load_adapter
 from minipeft.data.tokens import load_tokenizer
+from minipeft.generation import GenerateConfig
 from minipeft.models.checkpoint import load_model
 from minipeft.runs import finetune
-from minipeft.study import packed_rows
+from minipeft.study import drafts, packed_rows, report
 from minipeft.study.packed_rows import draw_packed_rows
 from minipeft.study.presets import StudyConfig
 from minipeft.study.report import name_cells, write_report
@@ -33,6 +34,8 @@ def study(model, pairs, tmp_path_factory):
     config = StudyConfig(model=(str(model),), data=str(pairs), method=("lora", "prefix"), limit=1, settings=settings)
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch.setattr)
+        monkeypatch.setattr(drafts, "make_generate_config", lambda config, seed: GenerateConfig(max_new_tokens=2))
+        monkeypatch.setattr(report, "draw_packed_rows", draw_packed_rows)
         monkeypatch.setattr(finetune, "train", record)
         outcomes = conduct(config, out, say=lambda line: None)
         results = assemble(outcomes, config, out, "minipeft study")

@@ -19,6 +19,7 @@ from minipeft.study.report import MOST_SHOWN, choose_shown, write_report
 from minipeft.study.results import assemble
 from minipeft.study.rows import Data, Group, Results, Row, Training
 from minipeft.study.runner import conduct
+from tests.study.inside import patch
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -65,12 +66,14 @@ def test_of_many_cells_the_page_shows_the_first_seed():
     assert choose_shown(made(rows[:-1])) == {row.cell for row in rows[:-1]}
 
 
-@pytest.fixture
-def page(inside, tmp_path, model, pairs) -> str:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, model, pairs) -> str:
     """The page of a study whose tuned model prints hostile text."""
     config = StudyConfig(model=(str(model),), data=str(pairs), method=("prompt",), settings={"steps": 1})
-    out = tmp_path / "s"
-    outcomes = conduct(config, out, say=lambda line: None)
+    out = tmp_path_factory.mktemp("page") / "s"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch.setattr)
+        outcomes = conduct(config, out, say=lambda line: None)
     file = out / "cells" / "stories260K--prompt--seed0" / "predictions.jsonl"
     rows = [json.loads(line) | {"prediction": bad} for line, bad in zip(file.read_text().splitlines(), HOSTILE)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
