@@ -36,10 +36,10 @@ def is_stuck(text: str) -> bool:
     """The definition, by comparing ends of the list; the texts here hold one token between two blanks."""
     tokens = text.split()
     for u in range(1, LONGEST_UNIT + 1):
-        for start in range(len(tokens)):
+        least = max(LEAST_REPEATS * u, -(-len(tokens) // 2))
+        for start in range(len(tokens) - least + 1):
             end = tokens[start:]
-            long_enough = len(end) >= LEAST_REPEATS * u and 2 * len(end) >= len(tokens)
-            if long_enough and all(end[i] == end[i - u] for i in range(u, len(end))):
+            if all(end[i] == end[i - u] for i in range(u, len(end))):
                 return True
     return False
 
