@@ -56,6 +56,8 @@ TOGETHER = {  # what has no meaning by itself is tested where it is used: the re
     "__init__": "tests/test_imports.py",
     "models/quantized": "tests/models/test_quantize.py",
     "data/messages": "tests/data/test_forms.py",
+    "data/preview": "tests/test_notebook.py",
+    "tour/page": "tests/tour/test_book.py",
     "runs/preparation": "tests/runs/test_finetune.py",
     "data/sandbox": "tests/data/test_chat.py",
     "data/rows": "tests/data/test_packing.py",
@@ -185,10 +187,10 @@ def test_every_package_is_declared():
 def test_nothing_is_used_by_tests_alone():
     """Each function, class and method is used in the sources, a benchmark or an example.
 
-    The house library of the demo is data: its functions are read, not called. sentence_bleu is for callers. The checks
-    of an exercise are found by their prefix.
+    The house library of the demo is data: its functions are read, not called. sentence_bleu is for callers, and
+    _render_traceback_ for IPython. The checks of an exercise are found by their prefix.
     """
-    for_callers = {"sentence_bleu"}
+    for_callers = {"sentence_bleu", "_render_traceback_"}
     texts = [file.read_text(encoding="utf-8") for root in ("minipeft", "kernels", "benchmarks", "examples")
              for file in (ROOT / root).rglob("*.py")]  # fmt: skip
     named = Counter(word for text in texts for word in re.findall(r"\w+", text))
