@@ -102,7 +102,7 @@ def describe_level(level: Named, best: Named) -> str:
     behind = group.behind
     assert behind is not None
     told = f"{100 * behind.value:+.1f} [{100 * behind.low:+.1f}, {100 * behind.high:+.1f}]"
-    text = f"{name} is not distinguishable from it ({told})"
+    text = f"{name[0].upper()}{name[1:]} is not distinguishable from it ({told})"
     if sizes[0] >= sizes[1]:
         return f"{text}."
     text += f" and trains {100 * sizes[0] / sizes[1]:.2g} % of its parameters"
