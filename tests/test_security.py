@@ -52,6 +52,7 @@ ALLOWED = {
     ("minipeft/data/sandbox.py", "import jinja2.sandbox"): "the same",
     ("minipeft/demo/corpus.py", "import_module"): "modules that it names itself, for their documentation",
     ("minipeft/tour/book.py", "import_module"): "markdown_it, where it is installed",
+    ("minipeft/tour/notebooks.py", "import_module"): "nbformat, where it is installed",
     ("minipeft/tour/measures/machine.py", "subprocess"): "a module of this package, with Triton's interpreter",
     ("minipeft/tour/exercises/checking.py", "subprocess"): "runs the student's answer, by `exercise --check` alone",
     (

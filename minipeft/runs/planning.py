@@ -207,10 +207,10 @@ def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
     m, k, n = PROBE
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     torch.nn.functional.linear(a, b)
-    start, products = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < PROBE_SECONDS:
+    start, products, seconds = time.perf_counter(), 0, 0.0
+    while seconds < PROBE_SECONDS:  # at least one: a busy machine may spend the time elsewhere
         torch.nn.functional.linear(a, b).sum().item()
-        products += 1
+        products, seconds = products + 1, time.perf_counter() - start
     return 2.0 * m * k * n * products / seconds
 
 
