@@ -65,12 +65,12 @@ def test_the_runs_stand_at_the_chosen_rates_and_only_they_answer():
     assert all(float(variant.partition("@")[2]) == rate for variant, rate in rates.items())
     plus = next(cell for cell in first if cell.variant.startswith("loraplus"))
     assert plus.run.train.lr_multipliers == {"lora_B": 16.0}
-    middle = {"lora": 1e-2, "prefix": 3e-3}
+    middle = {"lora": 3e-3, "prefix": 3e-3}
     losses = {(c.method, c.variant): float(c.run.train.learning_rate != middle[c.method]) for c in first[1:]}
     then = make_cells(config, bases, 100, {"demo": losses})
     runs = [cell for cell in then[1:] if cell.generate is not None]
     lora = [cell for cell in runs if (cell.method, cell.variant) == ("lora", "")]
-    assert {cell.run.train.learning_rate for cell in lora} == {1e-2}
+    assert {cell.run.train.learning_rate for cell in lora} == {3e-3}
     assert [cell.seed for cell in lora] == list(range(5))
     assert {cell.name for cell in runs} <= {cell.name for cell in expected}  # what the progress bar counts
     assert all(cell.run.adapter.reparam == 512 for cell in then if cell.method == "prefix")
