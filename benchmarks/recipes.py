@@ -160,7 +160,7 @@ def restore(path: Path, trained: dict[str, torch.nn.Parameter], optimizer: torch
 
 
 def main() -> None:
-    """Train one library with one recipe, answer the test questions, score, and add a row to OUT/results.json."""
+    """Train one library with one recipe, answer the test questions, score, and write OUT/LIBRARY-RECIPE-SEED.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "test"):
         parser.add_argument(f"--{name}", required=True)

@@ -45,7 +45,7 @@ class PackedRow:
 
     @property
     def switches(self) -> list[str]:
-        """The switches that change something: no packing with one document, no prefix without virtual tokens."""
+        """The switches that have an effect: packing needs several documents, a prefix needs virtual tokens."""
         several = len({owner for owner in self.owners if owner != PADDING}) > 1
         fits = {"packing": several, "prefix": self.virtual_tokens > 0, "window": self.window is not None}
         return [name for name in SWITCHES if fits[name]]
