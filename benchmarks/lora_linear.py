@@ -3,11 +3,13 @@
     python benchmarks/lora_linear.py                                    # a CPU: GPT-2's shapes, 512 rows, 2 minutes
     python benchmarks/lora_linear.py --device cuda --quick --out benchmarks/results/lora-linear-h200.json
     python benchmarks/lora_linear.py --device cuda --tune               # rows for tiles.py and choice.py
+    python benchmarks/lora_linear.py --nf4 --out benchmarks/results/lora-nf4-cpu.json      # on an NF4 weight
 
 PEFT has three columns, because its default is its slowest setting: adapters in the base's dtype; the default (float32
 adapters on a bfloat16 base); and the default under autocast. Each row holds the errors against float64 (float32 on a
 GPU), PEFT's errors, and the norms of the gradients; if an error is above 1.25 times PEFT's, the row is a FAIL without a
-ratio. On a GPU a second column replays a CUDA graph: kernel time without Python overhead.
+ratio. On a GPU a second column replays a CUDA graph: kernel time without Python overhead. With --nf4 the weight is in 4
+bits, PEFT's layer wraps bitsandbytes' Linear4bit, and the frozen linear has the dequantized weight.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from minipeft_kernels import Call, UnavailableBackend, choose_backend, lora_linear
 from torch import Tensor, nn
+
+from minipeft.models.quantized import QuantizedWeight, quantize_weight
 
 GPT2 = [(768, 2304), (768, 3072), (3072, 768)]
 LLAMA = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336)]
@@ -45,6 +49,8 @@ class Problem:
     inputs: list[tuple[Tensor, Tensor]]  # x [M, K] and dY [M, N]
     scale: float
     dropout: float
+    drawn: Tensor | None = None  # with an NF4 weight: the weight before it was quantized, and its codes
+    quantized: QuantizedWeight | None = None
 
 
 def main() -> None:
@@ -59,6 +65,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile'd PEFT too (always on a GPU)")
     parser.add_argument("--quick", action="store_true", help="five shapes with 8192 rows (512 on a CPU)")
     parser.add_argument("--all", action="store_true", help="every shape of the protocol, M 1 to 16384, ranks 8 to 128")
+    parser.add_argument("--nf4", action="store_true", help="a frozen weight in NF4, beside bitsandbytes'")
     parser.add_argument("--tune", action="store_true", help="time every backend and tile instead, and print the tables")
     arguments = parser.parse_args()
     gpu = arguments.device.startswith("cuda")
@@ -75,6 +82,8 @@ def main() -> None:
     for threads, m, (k, n), rank, dtype, dropout in many:
         torch.set_num_threads(threads)
         given = problem(m, k, n, rank, getattr(torch, dtype), dropout, arguments.device)
+        if arguments.nf4:
+            given = quantize(given)
         if arguments.tune:
             tune(given, arguments.device)
             continue
@@ -101,6 +110,13 @@ def problem(m: int, k: int, n: int, r: int, dtype: torch.dtype, dropout: float, 
     )
 
 
+def quantize(given: Problem) -> Problem:
+    """Return the same layer on a weight in NF4; `weight` becomes the dequantized values."""
+    quantized = quantize_weight(given.weight, "nf4")
+    weight = quantized.dequantize().to(given.weight.dtype)
+    return dataclasses.replace(given, weight=weight, drawn=given.weight, quantized=quantized)
+
+
 @dataclass(frozen=True)
 class Variant:
     """An implementation of the layer, and the two matrices that it trains (none for the frozen linear)."""
@@ -121,7 +137,7 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
     found = []
     for kind in ("forward", "forward + backward"):
         calls = {name: repeat_over_inputs(variant, given, kind != "forward") for name, variant in variants.items()}
-        if kind == "forward" and not given.dropout:
+        if kind == "forward" and not given.dropout and given.quantized is None:
             calls["k-concat"] = make_k_concat(given)
             checks["k-concat"] = Check({"y": relative(make_k_concat(given)(), exact(given)["y"])}, {})
         if x.is_cuda:
@@ -136,8 +152,8 @@ def compare(given: Problem, threads: int, arguments: argparse.Namespace) -> list
             seconds=0.02 if x.is_cuda else 0.0,
             threads=threads,
             busy=arguments.busy,
-            packages=("peft", "triton"),
-            note=f"dropout {given.dropout}",
+            packages=("peft", "triton") if given.quantized is None else ("peft", "triton", "bitsandbytes"),
+            note=f"dropout {given.dropout}{', nf4' if given.quantized is not None else ''}",
         )
         found += [judge(row, checks) for row in rows]
     return found
@@ -215,16 +231,14 @@ def find_backends(given: Problem) -> list[str]:
 def make_ours(given: Problem, backend: str) -> Variant:
     """Return the layer on one of this project's backends."""
     A, B = given.lora_A.clone().requires_grad_(), given.lora_B.clone().requires_grad_()
-    call = lambda x: lora_linear(x, given.weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=backend)
+    weight = given.weight if given.quantized is None else given.quantized
+    call = lambda x: lora_linear(x, weight, given.bias, A, B, given.scale, dropout=given.dropout, backend=backend)
     return Variant(call, (A, B))
 
 
 def make_peft_layer(given: Problem, upcast: bool) -> Variant:
     """Return HF PEFT's layer with these weights, built as its users do, through get_peft_model."""
-    n, k = given.weight.shape
-    with torch.device("meta"):
-        model = nn.ModuleDict({"linear": nn.Linear(k, n)})
-    model["linear"].weight, model["linear"].bias = nn.Parameter(given.weight), nn.Parameter(given.bias)
+    model = nn.ModuleDict({"linear": make_linear4bit(given) if given.quantized is not None else make_linear(given)})
     r = len(given.lora_A)
     config = peft.LoraConfig(r=r, lora_alpha=given.scale * r, lora_dropout=given.dropout, target_modules=["linear"])
     peft.get_peft_model(model, config, autocast_adapter_dtype=upcast)
@@ -232,6 +246,25 @@ def make_peft_layer(given: Problem, upcast: bool) -> Variant:
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     A.weight, B.weight = (nn.Parameter(t.clone().to(dtype)) for t in (given.lora_A, given.lora_B))
     return Variant(layer, (A.weight, B.weight))
+
+
+def make_linear(given: Problem) -> nn.Module:
+    """Return torch's linear with this weight and bias."""
+    n, k = given.weight.shape
+    linear = nn.Linear(k, n, device="meta")
+    linear.weight, linear.bias = nn.Parameter(given.weight), nn.Parameter(given.bias)
+    return linear
+
+
+def make_linear4bit(given: Problem) -> nn.Module:
+    """Return bitsandbytes' linear with this weight in NF4 and scales quantized in their turn."""
+    import bitsandbytes
+
+    assert given.drawn is not None
+    (n, k), dtype = given.drawn.shape, given.drawn.dtype
+    linear = bitsandbytes.nn.Linear4bit(k, n, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+    linear.load_state_dict({"weight": given.drawn, "bias": given.bias})
+    return linear.to(given.drawn.device)
 
 
 def repeat_over_inputs(variant: Variant, given: Problem, backward: bool) -> Callable[[], object]:

@@ -100,7 +100,7 @@ def main() -> int:
 def make_name(configuration: Configuration) -> str:
     """Return the short name of a configuration: its key in compiled.json."""
     c, t = configuration, configuration.tile
-    switches = f"{' dropout' if c.dropout else ''}{f' parts {c.parts}' if c.parts > 1 else ''}"
+    switches = f"{' dropout' if c.dropout else ''}{f' parts {c.parts}' if c.parts > 1 else ''}{' nf4' if c.nf4 else ''}"
     return f"{c.kernel} {t.m}x{t.n}x{t.k} r{c.rank} {t.warps} warps {t.stages} stages{switches}"
 
 
@@ -153,6 +153,7 @@ def list_variants(c: Configuration, names: Iterable[str]) -> list[dict[str, obje
         "UPCAST": False,
         "GROUP": tiles.GROUP,
         "PARTS": c.parts,
+        "NF4": c.nf4,
         "B_ROWS_ARE_R": True,
         "BLOCK": c.tile.n,
         "BLOCK_M": c.tile.m,
@@ -178,7 +179,8 @@ def make_source(kernel: Any, name: str, constants: dict[str, object]) -> object:
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else find_type(n, name) for n in names}
+    nf4 = bool(constants.get("NF4"))
+    signature = {n: "constexpr" if n in constants else find_type(n, name, nf4) for n in names}
     aligned = [
         i for i, n in enumerate(names) if signature[n].startswith("*") or (signature[n] == "i32" and n not in KEYS)
     ]
@@ -190,8 +192,12 @@ def make_source(kernel: Any, name: str, constants: dict[str, object]) -> object:
     )
 
 
-def find_type(name: str, kernel: str) -> str:
+def find_type(name: str, kernel: str, nf4: bool = False) -> str:
     """Return an argument's type in Triton's notation."""
+    if re.fullmatch(r"W(_\d)?", name) and nf4:
+        return "*u8"
+    if re.fullmatch(r"absmax(_\d)?|table", name):
+        return "*fp32" if nf4 else "*bf16"  # without NF4 the weight is passed in its place
     if name in ("owner", "scales"):
         return {"owner": "*i64", "scales": "*fp32"}[name]
     if name in POINTERS or re.fullmatch(r"(dy|W)_\d", name):

@@ -9,12 +9,13 @@ backward  dS, dB                                   one pass over each dY
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import launch
 from .dropout import Dropout
 from .hybrid import compute_small_gradients, make_unit_stride
-from .reference import Gradients, Part, add_matmul_weight, compute_scale, split, stack_A
+from .reference import Gradients, NF4Weight, Part, add_matmul_weight, compute_scale, split, stack_A
 
 AT_ONCE = 3  # projections that one product for dX sums over (q, k and v)
 
@@ -24,8 +25,8 @@ def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[lis
     x = make_unit_stride(x)
     s = launch.shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = [
-        launch.seeded_forward(x, p.dense(x.dtype), p.bias, s_i, p.lora_B.to(x.dtype), compute_scale(p, drop))  # [M, N]
-        for p, s_i in zip(parts, split(s, parts))
+        launch.seeded_forward(x, weight, p.bias, s_i, p.lora_B.to(x.dtype), compute_scale(p, drop))  # [M, N]
+        for p, weight, s_i in zip(parts, get_weights(parts, x.dtype), split(s, parts))
     ]
     return ys, s
 
@@ -39,8 +40,14 @@ def backward(
     dS, dA, dB = compute_small_gradients(x, s, dys, parts, drop)
     if not needs_dx:
         return Gradients(None, dA, dB)
-    weights = [p.dense(x.dtype) for p in parts[:AT_ONCE]]
+    weights = get_weights(parts[:AT_ONCE], x.dtype)
     dx = launch.seeded_backward(dys[:AT_ONCE], weights, dS, stack_A(parts, x.dtype), drop)  # [M, K]
     for dy, part in zip(dys[AT_ONCE:], parts[AT_ONCE:]):
         add_matmul_weight(dx, dy, part)  # [M, K]: torch adds a fourth projection
     return Gradients(dx, dA, dB)
+
+
+def get_weights(parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor] | list[NF4Weight]:
+    """Return the frozen weights, plain or all in NF4, whose tiles the kernels dequantize in registers."""
+    packed = [found for p in parts if (found := p.nf4()) is not None]
+    return packed if len(packed) == len(parts) else [p.dense(dtype) for p in parts]

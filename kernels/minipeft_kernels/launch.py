@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import tiles, triton_kernels
 from .dropout import LEVELS, Dropout
+from .reference import NF4Weight
 
 Grid = tuple[int, ...]
 
@@ -65,17 +66,20 @@ def _shrink_into(s: Tensor, x: Tensor, A: Tensor, drop: Dropout | None) -> None:
         reduce(out, s)
 
 
-def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tensor, factor: float) -> Tensor:
+def seeded_forward(
+    x: Tensor, W: Tensor | NF4Weight, bias: Tensor | None, s: Tensor, B: Tensor, factor: float
+) -> Tensor:
     """y = x W^T + bias + factor s B^T, [M, N]: one product, y written once."""
-    (m, k), n, r = x.shape, len(W), B.shape[1]
+    (m, k), (n, r) = x.shape, B.shape
     y = x.new_empty(m, n)  # [M, N]
     architecture, processors = _describe_gpu(x)
-    tile = tiles.pick("seeded_forward", architecture, m, n, k, r, False, processors)
+    nf4 = isinstance(W, NF4Weight)
+    tile = tiles.pick("seeded_forward", architecture, m, n, k, r, False, processors, nf4=nf4)
     launch_kernel(
         triton_kernels.seeded_forward,
         (-(-m // tile.m) * -(-n // tile.n),),
         x,
-        W,
+        *(W if nf4 else (W, W, W)),
         x if bias is None else bias,
         s,
         B,
@@ -88,6 +92,7 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
         s.stride(0),
         factor,
         BIAS=bias is not None,
+        NF4=nf4,
         GROUP=tiles.GROUP,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
@@ -99,23 +104,28 @@ def seeded_forward(x: Tensor, W: Tensor, bias: Tensor | None, s: Tensor, B: Tens
 
 
 def seeded_backward(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], dS: Tensor, A: Tensor, drop: Dropout | None
+    dys: Sequence[Tensor], weights: Sequence[Tensor] | Sequence[NF4Weight], dS: Tensor, A: Tensor, drop: Dropout | None
 ) -> Tensor:
     """dx = drop(dS A) + sum_i dY_i W_i, [M, K], for one to three projections: one product, dx written once."""
     m, (r, k) = len(dS), A.shape
     dx = dS.new_empty(m, k)  # [M, K]
     architecture, processors = _describe_gpu(dx)
-    wide = [w.shape[0] for w in weights]
+    wide = [dy.shape[1] for dy in dys]
     absent = 3 - len(dys)  # missing projections are passed with width 0
     parts = 1 if absent == 2 else 3
-    tile = tiles.pick("seeded_backward", architecture, m, k, sum(wide), r, drop is not None, processors, parts)
+    nf4 = isinstance(weights[0], NF4Weight)
+    tile = tiles.pick("seeded_backward", architecture, m, k, sum(wide), r, drop is not None, processors, parts, nf4)
+    codes, absmax, table = zip(*(w if isinstance(w, NF4Weight) else (w, w, w) for w in weights))
     launch_kernel(
         triton_kernels.seeded_backward,
         (-(-m // tile.m) * -(-k // tile.n),),
         *dys,
         *[dys[0]] * absent,
-        *weights,
-        *[weights[0]] * absent,
+        *codes,
+        *[codes[0]] * absent,
+        *absmax,
+        *[absmax[0]] * absent,
+        table[0],
         dS,
         A,
         dx,
@@ -128,6 +138,7 @@ def seeded_backward(
         *_get_mask_arguments(drop),
         PARTS=parts,
         DROPOUT=drop is not None,
+        NF4=nf4,
         GROUP=tiles.GROUP,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,

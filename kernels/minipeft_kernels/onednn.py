@@ -9,11 +9,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .dropout import Dropout
-from .reference import Gradients, Part
+from .reference import Gradients, Part, is_plain
 
 forward_rows = reference.forward_rows
 
@@ -31,7 +32,9 @@ def backward(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias, by oneDNN; the weight may be a transposed view."""
+    """x weight^T + bias, by oneDNN; the weight may be a transposed view. A quantized weight has its own product."""
+    if not is_plain(weight):
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -51,6 +54,6 @@ def is_usable(dtype: torch.dtype = torch.float32) -> bool:
             y = linear(x, w, b)  # [3, 4]
         except RuntimeError:  # "could not create a primitive descriptor"
             return False
-        if not torch.allclose(y.float(), torch.nn.functional.linear(x, w, b).float(), rtol=error, atol=error):
+        if not torch.allclose(y.float(), F.linear(x, w, b).float(), rtol=error, atol=error):
             return False
     return True

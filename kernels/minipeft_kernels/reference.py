@@ -10,7 +10,7 @@ backends are tested against this file: read it before them. Of size [M, K] or [M
 backward: dB needs s, dA needs x, and the mask is a hash. The s of all projections stand side by side, [M, R].
 
 The frozen weight is used only in `matmul_weight_t` (x W^T + b), `matmul_weight` and `add_matmul_weight` (dY W), and in
-`Part.dense`: a weight in another format changes these.
+`Part.dense` and `Part.nf4`: a weight in another format changes these.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,14 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MASK_BLOCK = 1 << 18  # entries of x masked at a time on a CPU: the hashes of one block fit the L2 cache
 
 
+class NF4Weight(NamedTuple):
+    """A frozen weight [N, K] in 4 bits, as the Triton products read it: w = table[code] * absmax of its block of 64."""
+
+    codes: Tensor  # uint8 [N K / 2], the code of an even column in the high half
+    absmax: Tensor  # float32 [ceil(N K / 64)]
+    table: Tensor  # float32 [16]
+
+
 class Part(NamedTuple):
     """One projection of a shared x: the frozen linear and the two trained low-rank matrices."""
 
@@ -38,8 +46,18 @@ class Part(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the frozen weight as a plain tensor of this dtype. [N, K]"""
-        plain = type(self.weight) in (Tensor, torch.nn.Parameter)
-        return (self.weight if plain else self.weight.dequantize()).to(dtype)
+        return (self.weight if is_plain(self.weight) else self.weight.dequantize()).to(dtype)
+
+    def nf4(self) -> NF4Weight | None:
+        """Return the codes and scales of a weight in NF4, or None: a weight that has them says so by a method `nf4`."""
+        read = getattr(self.weight, "nf4", None)
+        found = None if read is None else read()
+        return None if found is None else NF4Weight(*found)
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a weight is a tensor of values; one in another format brings its own products, by torch's dispatch."""
+    return type(weight) in (Tensor, torch.nn.Parameter)
 
 
 class Gradients(NamedTuple):

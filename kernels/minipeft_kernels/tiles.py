@@ -33,6 +33,7 @@ class Configuration:
     rank: int  # BLOCK_R
     dropout: bool = False
     parts: int = 1
+    nf4: bool = False  # the frozen weight is dequantized in registers
 
 
 # The first tile of a list is for large shapes; a later one is used where the first would leave most of the GPU idle.
@@ -55,6 +56,10 @@ TILES = {
     "gradient_B": (Tile(64, 256, 0, 8, 2), Tile(64, 128, 0, 4, 2)),
     "gradient_A": (Tile(64, 0, 128, 4, 3), Tile(32, 0, 64, 4, 4)),
     "expand_add": (Tile(128, 128, 0, 8, 1),),
+}
+NF4_TILES = {  # of products with an NF4 weight, whose float32 values take registers: with a depth of 64 some spill
+    "seeded_forward": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4)),
+    "seeded_backward": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 3)),
 }
 WHOLE_RANK = ("shrink", "gradient_B", "gradient_A")  # kernels whose tile holds the whole padded rank
 MASKED = ("shrink", "seeded_backward", "gradient_A", "expand_add")  # kernels that compute the dropout mask
@@ -88,13 +93,22 @@ def pad_rank(r: int) -> int:
 
 
 def pick(
-    kernel: str, architecture: int, m: int, n: int, k: int, r: int, dropout: bool, processors: int, parts: int = 1
+    kernel: str,
+    architecture: int,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dropout: bool,
+    processors: int,
+    parts: int = 1,
+    nf4: bool = False,
 ) -> Tile:
     """Return the tile for an [m, n] output (k the summed dimension): measured, else the first that fills the GPU."""
-    tuned = TUNED.get((architecture, kernel, n, k, pad_rank(r), dropout)) if TUNED else None
+    tuned = TUNED.get((architecture, kernel, n, k, pad_rank(r), dropout)) if TUNED and not nf4 else None
     if tuned is not None:
         return tuned
-    tiles = list_tiles(kernel, architecture, r, dropout, parts)
+    tiles = list_tiles(kernel, architecture, r, dropout, parts, nf4)
     for tile in tiles:
         programs = -(-m // tile.m) * (-(-n // tile.n) if tile.n else 1)
         if programs >= processors:
@@ -102,13 +116,18 @@ def pick(
     return tiles[-1]
 
 
-def list_tiles(kernel: str, architecture: int, r: int, dropout: bool = False, parts: int = 1) -> list[Tile]:
+def list_tiles(
+    kernel: str, architecture: int, r: int, dropout: bool = False, parts: int = 1, nf4: bool = False
+) -> list[Tile]:
     """Return a kernel's tiles that fit the architecture's shared memory and registers."""
     limit = SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
     checked = 80 if 80 <= architecture < 90 else architecture  # sm_86 and sm_89 have sm_80's registers and instructions
     rank = pad_rank(r) if kernel in WHOLE_RANK else STEP
     masked = dropout and kernel in MASKED
-    tiles = [REPLACEMENTS.get((kernel, checked, t, rank, masked, parts), t) for t in TILES[kernel]]
+    if nf4:
+        tiles: list[Tile | None] = list(NF4_TILES[kernel])
+    else:
+        tiles = [REPLACEMENTS.get((kernel, checked, t, rank, masked, parts), t) for t in TILES[kernel]]
     return [t for t in tiles if t is not None and (t.m + t.n) * t.k * 2 * t.stages <= limit]
 
 
@@ -119,6 +138,9 @@ def list_configurations(architecture: int) -> list[Configuration]:
         for rank, dropout, parts in _list_switches(kernel):
             tiles = list_tiles(kernel, architecture, rank, dropout, parts)
             found += [Configuration(kernel, tile, rank, dropout, parts) for tile in tiles]
+            if kernel in NF4_TILES:
+                tiles = list_tiles(kernel, architecture, rank, dropout, parts, nf4=True)
+                found += [Configuration(kernel, tile, rank, dropout, parts, nf4=True) for tile in tiles]
     for kernel, by_rank in (("rows_shrink", ROWS_SHRINK), ("rows_expand", ROWS_EXPAND)):
         found += [Configuration(kernel, tile, rank) for rank, tile in by_rank.items()]
     return found

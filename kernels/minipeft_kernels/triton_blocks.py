@@ -84,21 +84,46 @@ def locate_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
+def load_nf4(codes, absmax, table, rows, column, N, K, like, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
+    """W[rows, column : column + WIDTH] of an NF4 weight [N, K], in the dtype of `like`: table[code] * absmax. [n, k]
+
+    A byte holds the codes of two neighbours, the first in its high half; K and column are even. A block has 64 codes.
+    """
+    pairs = column // 2 + tl.arange(0, WIDTH // 2)  # [k/2]
+    at = rows.to(tl.int64)[:, None] * (K // 2) + pairs[None, :]  # [n, k/2] in codes
+    inside = (rows < N)[:, None] & (pairs < K // 2)[None, :]  # [n, k/2]
+    byte = tl.load(codes + at, mask=inside, other=0).to(tl.int32)  # [n, k/2]
+    scale = tl.load(absmax + at // 32, mask=inside, other=0.0).to(tl.float32)  # [n, k/2]
+    first = tl.load(table + (byte >> 4)).to(tl.float32) * scale  # [n, k/2]
+    second = tl.load(table + (byte & 15)).to(tl.float32) * scale  # [n, k/2]
+    return round_to(tl.interleave(first, second), like, UPCAST)  # [n, k]
+
+
+@triton.jit
 def add_product(
     total,
     a,
     w,
+    absmax,
+    table,
     rows,
-    columns,
+    column,
     M,
     N,
     K,
     stride_a,
     W_ROWS_ARE_K: tl.constexpr,
+    NF4: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """total + a w, summed along K. a [M, K]; w is [N, K], read transposed (forward), or [K, N] (backward)."""
+    """total + a w, summed along K. a [M, K]; w is [N, K], read transposed (forward), or [K, N] (backward).
+
+    With NF4, w holds the codes, and a tile of the weight is dequantized in registers; absmax and table are not read
+    otherwise.
+    """
+    columns = column + tl.arange(0, BLOCK_N)  # [n]
     k = tl.arange(0, BLOCK_K)  # [k]
     a_at = a + rows.to(tl.int64)[:, None] * stride_a + k[None, :]  # [m, k]
     if W_ROWS_ARE_K:
@@ -110,7 +135,12 @@ def add_product(
     for start in range(0, K, BLOCK_K):
         inside = start + k < K  # [k]
         tile = tl.load(a_at, mask=(rows < M)[:, None] & inside[None, :], other=0.0)  # [m, k]
-        weight = tl.load(w_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)  # [k, n]
+        if NF4 and W_ROWS_ARE_K:
+            weight = load_nf4(w, absmax, table, start + k, column, K, N, a, BLOCK_N, UPCAST)  # [k, n]
+        elif NF4:
+            weight = tl.trans(load_nf4(w, absmax, table, columns, start, N, K, a, BLOCK_K, UPCAST))  # [k, n]
+        else:
+            weight = tl.load(w_at, mask=inside[:, None] & (columns < N)[None, :], other=0.0)  # [k, n]
         total = multiply_add(tile, weight, total, UPCAST)  # [m, n]
         a_at += BLOCK_K
         w_at += step

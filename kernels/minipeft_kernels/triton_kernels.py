@@ -71,6 +71,8 @@ def shrink(
 def seeded_forward(
     x,
     W,
+    absmax,
+    table,
     bias,
     s,
     B,
@@ -83,6 +85,7 @@ def seeded_forward(
     stride_s,
     factor,
     BIAS: tl.constexpr,
+    NF4: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,7 +101,9 @@ def seeded_forward(
     )  # [m, n]
     if BIAS:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]  # [m, n]
-    total = add_product(total, x, W, rows, columns, M, N, K, stride_x, False, BLOCK_K, UPCAST)  # [m, n]
+    total = add_product(
+        total, x, W, absmax, table, rows, column, M, N, K, stride_x, False, NF4, BLOCK_N, BLOCK_K, UPCAST
+    )  # [m, n]
     y_at = y + rows.to(tl.int64)[:, None] * N + columns[None, :]  # [m, n]
     tl.store(y_at, round_to(total, y, UPCAST), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -111,6 +116,10 @@ def seeded_backward(
     W_0,
     W_1,
     W_2,
+    absmax_0,
+    absmax_1,
+    absmax_2,
+    table,
     dS,
     A,
     dx,
@@ -126,6 +135,7 @@ def seeded_backward(
     limit,
     PARTS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NF4: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -141,11 +151,17 @@ def seeded_backward(
     )  # [m, k]
     if DROPOUT:
         total = tl.where(make_keep_mask(rows, column, low, high, limit, BLOCK_N), total, 0.0)  # [m, k]
-    total = add_product(total, dy_0, W_0, rows, columns, M, K, N_0, N_0, True, BLOCK_K, UPCAST)  # [m, k]
+    total = add_product(
+        total, dy_0, W_0, absmax_0, table, rows, column, M, K, N_0, N_0, True, NF4, BLOCK_N, BLOCK_K, UPCAST
+    )  # [m, k]
     if PARTS > 1:
-        total = add_product(total, dy_1, W_1, rows, columns, M, K, N_1, N_1, True, BLOCK_K, UPCAST)  # [m, k]
+        total = add_product(
+            total, dy_1, W_1, absmax_1, table, rows, column, M, K, N_1, N_1, True, NF4, BLOCK_N, BLOCK_K, UPCAST
+        )  # [m, k]
     if PARTS > 2:
-        total = add_product(total, dy_2, W_2, rows, columns, M, K, N_2, N_2, True, BLOCK_K, UPCAST)  # [m, k]
+        total = add_product(
+            total, dy_2, W_2, absmax_2, table, rows, column, M, K, N_2, N_2, True, NF4, BLOCK_N, BLOCK_K, UPCAST
+        )  # [m, k]
     dx_at = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]  # [m, k]
     tl.store(dx_at, round_to(total, dx, UPCAST), mask=(rows < M)[:, None] & (columns < K)[None, :])
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.decoder import Decoder
-from minipeft.models.quantize import FORMATS, NF4, Int8, check_format
+from minipeft.models.quantize import FORMATS, NF4, NF4_CODE, Int8, check_format
 
-CACHE, DEVICE = 1 << 18, 1 << 24  # values dequantized at a time: on a CPU 1 MB in float32, which a cache holds
+CACHE, DEVICE = 1 << 20, 1 << 24  # values dequantized at a time: on a CPU 4 MB in float32, of which a cache holds most
 
 
 class QuantizedWeight(Tensor):
@@ -56,6 +56,16 @@ class QuantizedWeight(Tensor):
         rows = rows or max(1, (CACHE if self.device.type == "cpu" else DEVICE) // width)
         for start in range(0, height, rows):
             yield start, min(start + rows, height)
+
+    def nf4(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Codes, the absmax of each block and the 16 values of an NF4 weight, for the Triton products; else None.
+
+        A pair of codes must not lie in two rows, so that None is also the answer for an odd width.
+        """
+        if not isinstance(self.parts, NF4) or self.shape[1] % 2:
+            return None
+        absmax = self.parts.absmax(slice(0, len(self.parts.scales)))  # [blocks]
+        return self.parts.codes, absmax, torch.tensor(NF4_CODE, device=self.device)
 
     def t(self) -> Transposed:  # type: ignore[override]
         return Transposed(self)

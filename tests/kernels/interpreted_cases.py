@@ -30,7 +30,7 @@ from torch import Tensor
 import minipeft
 from minipeft.adapters.lora import find_lora_layers
 from minipeft.models import FAMILIES
-from minipeft.models.quantized import quantize_weight
+from minipeft.models.quantized import QuantizedWeight, quantize_weight
 from minipeft.runs.comparison import CompareConfig, compare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -128,18 +128,48 @@ def test_projections_that_share_x(backend: str, count: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["hybrid", "fused"])
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantized_weight_gives_what_its_values_give(backend: str, format: str) -> None:
-    """Two projections of one x; the fused backend takes the dequantized weight, the hybrid one never makes it whole."""
-    x = draw(33, 70, seed=3, dtype=torch.float32)
-    plain = [part(70, n, 8, seed=n, dtype=torch.float32) for n in (65, 40)]
-    packed = [p._replace(weight=quantize_weight(p.weight, format)) for p in plain]
-    values = [p._replace(weight=q.weight.dequantize()) for p, q in zip(plain, packed)]
-    for ours, wanted in zip(run(backend, x, packed, 0.1), run(backend, x, values, 0.1), strict=True):
-        assert error(ours, wanted) <= 20 * EPSILON
-    with torch.no_grad():
-        y, wanted = (lora_linear(x[:5], *p[0], backend="decode") for p in (packed, values))
-    assert error(y, wanted) <= 20 * EPSILON
+@pytest.mark.parametrize(("format", "k", "count"), [("nf4", 70, 2), ("nf4", 128, 4), ("nf4", 65, 1), ("int8", 70, 2)])
+def test_a_quantized_weight_gives_what_its_values_give(backend: str, format: str, k: int, count: int) -> None:
+    """Up to four projections of one x; with 70 columns a block of 64 lies in two rows, with 65 a byte does."""
+    for dtype, limit in [(torch.float32, 20 * EPSILON), (torch.bfloat16, 4e-3)]:  # 4e-3: another order of summation
+        x = draw(33, k, seed=3, dtype=dtype)
+        plain = [part(k, n, 8, seed=n, dtype=dtype) for n in (65, 40, 33, 24)[:count]]
+        packed = [p._replace(weight=quantize_weight(p.weight, format)) for p in plain]
+        values = [p._replace(weight=q.weight.dequantize().to(dtype)) for p, q in zip(plain, packed)]
+        for ours, wanted in zip(run(backend, x, packed, 0.1), run(backend, x, values, 0.1), strict=True):
+            assert error(ours, wanted.double()) <= limit
+        with torch.no_grad():
+            y, wanted = (lora_linear(x[:5], *p[0], backend="decode") for p in (packed, values))
+        assert error(y, wanted.double()) <= limit
+
+
+def test_the_fused_backend_never_dequantizes_a_whole_nf4_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product reads codes and scales: an eighth of float32's bytes for W, and no call of `dequantize`."""
+    monkeypatch.setattr(QuantizedWeight, "dequantize", None)
+    k = n = 128
+    x = draw(32, k, seed=0, dtype=torch.float32)
+    p = part(k, n, 8, 1, torch.float32)._replace(weight=quantize_weight(draw(n, k, seed=9, dtype=torch.float32), "nf4"))
+    plain = p._replace(weight=draw(n, k, seed=9, dtype=torch.float32))
+    for count in (1, 3):
+        names, read = count_launches(monkeypatch, lambda: run("fused", x, [p] * count, 0.1))  # noqa: B023
+        assert (names.count("seeded_forward"), names.count("seeded_backward")) == (count, 1)
+        whole = count_launches(monkeypatch, lambda: run("fused", x, [plain] * count, 0.1))[1]  # noqa: B023
+        saved = n * k * (4 - 0.5 - 4 / 64)  # bytes of one product
+        assert whole - read == pytest.approx((count + 1) * saved, rel=0.01)  # `count` products forward, one backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_dequantizes_to_the_bit(dtype: torch.dtype) -> None:
+    """An identity times W^T, and times W, is the dequantized weight."""
+    n, k = 70, 96
+    weight = quantize_weight(draw(n, k, seed=1, dtype=dtype), "nf4")
+    codes = Part(weight, None, torch.zeros(1, k), torch.zeros(n, 1), 1.0).nf4()
+    assert codes is not None
+    none = torch.zeros(k, 0, dtype=dtype), torch.zeros(n, 0, dtype=dtype)
+    y = launch.seeded_forward(torch.eye(k, dtype=dtype), codes, None, *none, 1.0)  # W^T
+    assert torch.equal(y.t(), weight.dequantize().to(dtype))
+    dx = launch.seeded_backward([torch.eye(n, dtype=dtype)], [codes], torch.zeros(n, 0, dtype=dtype), none[0].t(), None)
+    assert torch.equal(dx, weight.dequantize().to(dtype))
 
 
 def test_two_runs_agree_to_the_bit() -> None:

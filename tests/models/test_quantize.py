@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from minipeft_kernels import lora_linear
 from safetensors import safe_open
 
 import minipeft
@@ -119,6 +120,19 @@ def test_products_are_those_of_the_values(format, shape, monkeypatch):
         found.append((y, a.grad, b.grad, F.linear(dy, W.t()), x[0].clone().addmm_(dy[0], W)))
     for ours, wanted in zip(*found, strict=True):
         assert (ours - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_onednn_backend_takes_a_quantized_weight(format):
+    """Its products are the weight's own, so that every bit is that of the reference backend."""
+    x, A, B = draw((6, 64)), draw((4, 64)), draw((32, 4))
+    weight = quantize_weight(draw((32, 64)), format)
+    found = []
+    for backend in ("onednn", "reference"):
+        leaf = x.clone().requires_grad_()
+        y = lora_linear(leaf, weight, None, A, B, 2.0, dropout=0.1, seed=3, backend=backend)
+        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    assert all(map(torch.equal, *found))
 
 
 def test_no_dense_copy_stays(monkeypatch):
