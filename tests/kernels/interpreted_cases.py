@@ -155,7 +155,7 @@ def test_the_fused_backend_never_dequantizes_a_whole_nf4_weight(monkeypatch: pyt
         assert (names.count("seeded_forward"), names.count("seeded_backward")) == (count, 1)
         whole = count_launches(monkeypatch, lambda: run("fused", x, [plain] * count, 0.1))[1]  # noqa: B023
         saved = n * k * (4 - 0.5 - 4 / 64)  # bytes of one product
-        assert whole - read == pytest.approx((count + 1) * saved, rel=0.01)  # `count` products forward, one backward
+        assert whole - read == pytest.approx((count + 1) * saved, rel=0.02)  # `count` products forward, one backward
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
