@@ -216,14 +216,14 @@ class TestAgainstTransformers:
 
     @torch.no_grad()
     def test_bfloat16(self, family, seed, pair):
-        """No further from float32 than transformers' own bfloat16."""
+        """No further from float32 than transformers' own bfloat16; over 4 rows the ratio of one model is 0.84 to 1.32."""
         ours, theirs = pair
-        ids = rows(seed, batch=4)
+        ids = rows(seed, batch=32)
         half = copy.deepcopy(theirs).bfloat16()
         theirs = copy.deepcopy(half).float()  # float32 with the rounded weights
         exact = theirs(ids).logits
         error = lambda logits: float((logits.float() - exact).square().mean().sqrt())
-        assert error(copy.deepcopy(ours).bfloat16()(ids)) <= 1.25 * error(half(ids).logits) + 1e-6
+        assert error(copy.deepcopy(ours).bfloat16()(ids)) <= 1.2 * error(half(ids).logits) + 1e-6
 
 
 def without(*names):
