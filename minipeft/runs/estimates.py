@@ -27,6 +27,7 @@ from minipeft.runs.planning import (
     format_seconds,
     plan,
     probe_flops,
+    probe_threads,
 )
 from minipeft.training.loop import TrainConfig
 
@@ -123,6 +124,17 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     shape["quantize"] = config.model.quantize
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
     return f"{work}: about {format_seconds(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
+
+
+def describe_slow_threads(held: float = 1.5) -> str | None:
+    """Say that one CPU thread is faster than those that torch uses, as it is where another process keeps a core busy:
+    threads spin while they wait for the one that has no core. None where they take less than `held` times as long."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return None
+    ratio = probe_threads(1) / probe_threads(threads)
+    slow = f"{threads} threads take {ratio:.1f} times as long as one for small products: other processes use the cores"
+    return f"{slow}; --threads 1 is faster" if ratio > held else None
 
 
 def describe_slow_dtype(model: Decoder, held: float = 2.0) -> str | None:

@@ -42,6 +42,7 @@ from minipeft.runs.estimates import (
     choose_evaluation_interval,
     choose_row_length,
     describe_slow_dtype,
+    describe_slow_threads,
     estimate,
 )
 from minipeft.runs.folder import RESULT, RUN, TIMING, check_alike, check_folder, withdraw_run, writing
@@ -146,8 +147,10 @@ def do_run(run: Run, config: RunConfig, prepared: Prepared, say: Say, processes:
     state, clock = restore(run, model, config.model.device, processes)
     for note in run.notes:
         say(f"note: {note}")
-    if slow := describe_slow_dtype(model):
-        say(f"note: {slow}")
+    on_cpu = config.model.device == "cpu" and processes.size == 1
+    for slow in (describe_slow_dtype(model), describe_slow_threads() if on_cpu else None):
+        if slow:
+            say(f"note: {slow}")
     for line in describe_sharing(settings.accumulate, processes):
         say(line)
     work = Work(config, settings, model, batches, held_out, state, clock, processes)

@@ -31,6 +31,7 @@ from minipeft.models.quantized import QuantizedWeight, quantize_model
 
 PROBE = (256, 1024, 1024)  # a product of the size of those in training
 PROBE_SECONDS = 0.15
+SMALL_PROBE = (128, 256, 256)  # a product of a small model: threads wait for each other after each
 MOST_LAYERS = 512  # more than any known model has
 EFFICIENCY = 0.6  # speed of training steps / speed of the probe: 135M Llama, LoRA, one core, fp32 and bf16
 
@@ -212,6 +213,23 @@ def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
         torch.nn.functional.linear(a, b).sum().item()
         products, seconds = products + 1, time.perf_counter() - start
     return 2.0 * m * k * n * products / seconds
+
+
+def probe_threads(number: int) -> float:
+    """Measure how many small products a second so many CPU threads make, in about PROBE_SECONDS."""
+    m, k, n = SMALL_PROBE
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        a, b = torch.randn(m, k), torch.randn(n, k)
+        torch.nn.functional.linear(a, b)
+        start, products, seconds = time.perf_counter(), 0, 0.0
+        while seconds < PROBE_SECONDS:
+            torch.nn.functional.linear(a, b)
+            products, seconds = products + 1, time.perf_counter() - start
+    finally:
+        torch.set_num_threads(before)
+    return products / seconds
 
 
 def format_seconds(seconds: float, fine: bool = False) -> str:

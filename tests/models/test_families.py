@@ -216,7 +216,7 @@ class TestAgainstTransformers:
 
     @torch.no_grad()
     def test_bfloat16(self, family, seed, pair):
-        """No further from float32 than transformers' own bfloat16; over 4 rows the ratio of one model is 0.84 to 1.32."""
+        """No further from float32 than transformers' own bfloat16; over 4 rows one ratio is 0.84 to 1.32."""
         ours, theirs = pair
         ids = rows(seed, batch=32)
         half = copy.deepcopy(theirs).bfloat16()

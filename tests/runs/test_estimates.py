@@ -9,7 +9,8 @@ import torch
 import minipeft
 from minipeft.runs import checkpoints
 from minipeft.runs.config import run_config
-from minipeft.runs.estimates import check_disk, describe_slow_dtype
+from minipeft.runs.estimates import check_disk, describe_slow_dtype, describe_slow_threads
+from minipeft.runs.planning import probe_threads
 from tests.small import write_small_model
 
 METHODS = {
@@ -61,3 +62,23 @@ def test_a_dtype_that_the_processor_emulates_is_named(
     found = describe_slow_dtype(model)
     assert found is None if said is None else said in str(found)
     assert describe_slow_dtype(minipeft.load_model(tmp_path, dtype=torch.float32)) is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"), [((100.0, 150.0), None), ((100.0, 40.0), "2 threads take 2.5 times as long as one")]
+)
+def test_threads_that_are_slower_than_one_are_named(rates, said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a busy process the default of all cores is many times slower than one thread."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("minipeft.runs.estimates.probe_threads", lambda number: rates[number - 1])
+    found = describe_slow_threads()
+    assert found is None if said is None else said in str(found)
+    assert said is None or str(found).endswith("--threads 1 is faster")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert describe_slow_threads() is None
+
+
+def test_the_probe_of_threads_leaves_their_number_as_it_was() -> None:
+    before = torch.get_num_threads()
+    assert probe_threads(before + 1) > 0
+    assert torch.get_num_threads() == before
