@@ -55,6 +55,13 @@ def conala() -> list[str]:
     return lines
 
 
+def recipes() -> list[str]:
+    """A row a library and recipe."""
+    found = json.loads((ROOT / "results" / "conala-135m" / "recipes.json").read_text(encoding="utf-8"))["rows"]
+    counts = [[count(one["scores"], score) for score in ("exact_match", "valid_python")] for one in found]
+    return [row(one["name"], one["scores"], *some) for one, some in zip(found, counts)]
+
+
 def searched() -> list[str]:
     """A row a method: its held-out loss at each learning rate, the best in bold."""
     found = read("rates-demo")["searches"]
@@ -80,7 +87,7 @@ def differing() -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("make", [taught, hard, conala, searched, differing])
+@pytest.mark.parametrize("make", [taught, hard, conala, recipes, searched, differing])
 def test_each_row_is_in_the_results(make):
     assert make()
     for line in make():
@@ -117,3 +124,10 @@ def test_the_study_has_the_rates_that_the_search_chose():
     best = {one["name"]: one["best"] for one in read("rates-demo")["searches"]}
     assert {name: best[LABELS.get(name, name)] for name in DEMO_SETTINGS} == rates_of
     assert {name: given["learning_rate"] for name, given in DEMO_SETTINGS.items()} == rates_of
+
+
+def test_both_libraries_reach_one_loss_with_one_recipe():
+    found = json.loads((ROOT / "results" / "conala-135m" / "recipes.json").read_text(encoding="utf-8"))["rows"]
+    ours, theirs = (one["training"]["dev_loss"] for one in found if one["recipe"] == "ours")
+    assert abs(ours - theirs) < 0.005
+    assert f"the losses on held-out pairs are {ours:.3f} and {theirs:.3f} nats" in TEXT
