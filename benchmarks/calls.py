@@ -2,8 +2,8 @@
 
     python benchmarks/calls.py
     python benchmarks/calls.py --out benchmarks/results/lora-calls-cpu.json
-    python benchmarks/calls.py --shapes 16x64 64x64 256x64 16x256 256x256 16x768 256x768 --counts one \\
-        --passes "forward + backward" --out benchmarks/results/lora-small-cpu.json
+    python benchmarks/calls.py --shapes 16x64 256x64 64x256 16x768 256x768 --counts one \\
+        --passes "forward + backward" --rounds 15 --out benchmarks/results/lora-small-cpu.json
 
 A shape is tokens x width: 32x64 is x [32, 64] and W [64, 64]; r is 8, float32. "one" is a single linear. "three" are
 linears that share x, as q, k and v do: plain torch and PEFT call each in turn, minipeft computes them in one call
