@@ -1,10 +1,13 @@
-"""The overhead of a call: LoRALinear at 64 x 64, where products cost little, against plain torch operators and HF PEFT.
+"""The overhead of a call: a small LoRALinear, where products cost little, against plain torch operators and HF PEFT.
 
     python benchmarks/calls.py
     python benchmarks/calls.py --out benchmarks/results/lora-calls-cpu.json
+    python benchmarks/calls.py --shapes 16x64 256x64 64x256 16x768 256x768 --counts one \\
+        --passes "forward + backward" --rounds 15 --out benchmarks/results/lora-small-cpu.json
 
-x is [32, 64], W [64, 64], r 8, float32. "one" is a single linear. "three" are linears that share x, as q, k and v do:
-plain torch and PEFT call each in turn, minipeft computes them in one call (`together`). Plain torch is the baseline:
+A shape is tokens x width: 32x64 is x [32, 64] and W [64, 64]; r is 8, float32. "one" is a single linear. "three" are
+linears that share x, as q, k and v do: plain torch and PEFT call each in turn, minipeft computes them in one call
+(`together`). Plain torch is the baseline:
 
     y = F.linear(x, W, b) + s * F.linear(F.linear(drop(x), A), B)
 
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.lora import LoRAConfig, LoRALinear
 
-M, WIDTH, RANK = 32, 64, 8
+RANK = 8
 COUNTS = {"one": 1, "three": 3}
 PASSES = ("forward, no gradient", "forward", "forward + backward")
 Call = Callable[[Tensor], Sequence[Tensor]]
@@ -35,32 +38,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser, rounds=21)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--shapes", nargs="+", default=["32x64"], help="tokens x width (default: %(default)s)")
+    parser.add_argument("--counts", nargs="+", choices=COUNTS, default=list(COUNTS))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     arguments = parser.parse_args()
     rows: list[measure.Row] = []
-    for threads, dropout, count in itertools.product(arguments.threads, arguments.dropout, COUNTS):
+    many = itertools.product(arguments.threads, arguments.shapes, arguments.dropout, arguments.counts)
+    for threads, shape, dropout, count in many:
         torch.set_num_threads(threads)
-        found = compare(count, dropout, threads, arguments)
+        m, width = map(int, shape.split("x"))
+        given = problem(m, width, width, RANK, torch.float32, dropout, arguments.device)
+        found = compare(given, count, threads, arguments)
         measure.show_rows(found)
         rows += found
         if arguments.out:
             measure.write_rows(arguments.out, rows)
 
 
-def compare(count: str, dropout: float, threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
+def compare(given: Problem, count: str, threads: int, arguments: argparse.Namespace) -> list[measure.Row]:
     """Time each pass of every variant in interleaved rounds; each row holds its error and its ratio to plain torch."""
-    given = problem(M, WIDTH, WIDTH, RANK, torch.float32, dropout, arguments.device)
     layers, truth = [given] * COUNTS[count], exact(given)["y"]
     x, dy = given.inputs[0]
     plain = [dataclasses.replace(given, dropout=0.0)] * COUNTS[count]
     errors = {name: relative(call(x)[-1].detach(), truth) for name, call in make_variants(plain).items()}
     assert max(errors.values()) < 1e-6, errors  # float32 rounding: nothing else is timed
     found = []
-    for passes in PASSES:
+    for passes in arguments.passes:
         calls = {name: repeat(call, passes, x, dy) for name, call in make_variants(layers).items()}
         rows = measure.measure(
             calls,
             name=f"{count}, {passes}",
-            shape=f"{M}x{WIDTH}x{WIDTH} r{RANK}",
+            shape=f"{len(x)}x{x.shape[1]}x{x.shape[1]} r{RANK}",
             dtype="float32",
             device=arguments.device,
             rounds=arguments.rounds,
@@ -68,7 +76,7 @@ def compare(count: str, dropout: float, threads: int, arguments: argparse.Namesp
             threads=threads,
             busy=arguments.busy,
             packages=("peft",),
-            note=f"dropout {dropout}",
+            note=f"dropout {given.dropout}",
         )
         for row in rows:
             row.extra.update(times_base=1 / row.ratios["plain torch"], error=errors[row.variant])
@@ -89,7 +97,7 @@ def make_variants(layers: list[Problem]) -> dict[str, Call]:
 
 def make_layer(given: Problem) -> LoRALinear:
     """Return minipeft's layer with these weights."""
-    linear = nn.Linear(WIDTH, WIDTH, device="meta")
+    linear = nn.Linear(*given.weight.shape[::-1], device="meta")
     linear.weight, linear.bias = (nn.Parameter(t, requires_grad=False) for t in (given.weight, given.bias))
     layer = LoRALinear(linear, RANK, given.scale * RANK, LoRAConfig(RANK, given.scale * RANK, given.dropout))
     layer.lora_A.data, layer.lora_B.data = given.lora_A.clone(), given.lora_B.clone()

@@ -5,7 +5,7 @@ hash of the entry's position, forward, backward, recomputation under activation 
 same mask. One 32-bit hash decides two adjacent columns, 16 bits each.
 
 The two multipliers are those of Chris Wellons' `lowbias32` (https://github.com/skeeto/hash-prospector, public domain).
-All arithmetic is on 32-bit integers that wrap.
+All arithmetic is on 32-bit integers that wrap: signed in torch, unsigned in NumPy.
 """
 
 import functools
@@ -15,26 +15,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Array = Any  # an int32 array of NumPy or torch: the hash uses operators that both have
+Array = Any  # an int32 tensor, or a uint32 array of NumPy: the hash uses operators that both have
 
 
 class Constants(NamedTuple):
-    """The numbers of the hash, as int32."""
+    """The numbers of the hash, as 0-d arrays: a Python int is converted on every call, a cost that shows for small
+    masks."""
 
-    golden: Array = -1640531535  # 0x9E3779B1: 2^32 / golden ratio, odd
-    mix_1: Array = 0x7FEB352D
-    mix_2: Array = -2073254261  # 0x846CA68B
-    shift_16: Array = 16
-    shift_15: Array = 15
-    low_16: Array = (1 << 16) - 1
-    low_17: Array = (1 << 17) - 1
+    golden: Array  # 2^32 / golden ratio, odd
+    mix_1: Array
+    mix_2: Array
+    shift_16: Array
+    shift_15: Array
+    low_16: Array = None  # what a shift of signed numbers is masked with; None: the shift is logical
+    low_17: Array = None
 
 
-# As 0-d arrays: a Python int is converted on every call, a cost that shows for small masks.
-NUMPY = Constants(*(np.array(number, dtype=np.int32) for number in Constants()))
-TORCH = Constants(*(torch.tensor(number, dtype=torch.int32, device="cpu") for number in Constants()))
+NUMBERS = (0x9E3779B1, 0x7FEB352D, 0x846CA68B, 16, 15)
+NUMPY = Constants(*(np.array(number, dtype=np.uint32) for number in NUMBERS))
+TORCH = Constants(
+    *(
+        torch.tensor(number, dtype=torch.int64, device="cpu").int()
+        for number in (*NUMBERS, (1 << 16) - 1, (1 << 17) - 1)
+    )
+)
+WORD = (1 << 32) - 1
 LEVELS = 65536  # a decision has 16 bits
-SMALL_MASK = 1 << 15  # up to this many entries a CPU's mask is computed by NumPy, whose operators have less overhead
+SMALL_MASK = 1 << 15  # entries up to which NumPy computes a CPU's mask, or several together, which are then kept
 
 
 class Dropout(NamedTuple):
@@ -48,6 +55,9 @@ class Dropout(NamedTuple):
     def keep(self) -> float:
         """Return the exact keep probability: that of the quantised threshold, not 1 - dropout."""
         return 1.0 - self.drops / LEVELS
+
+
+GUESSED: dict[tuple[Dropout, int, int, torch.dtype], Tensor] = {}  # small masks of the seeds to come
 
 
 def make_dropout(dropout: float, seed: int | None) -> Dropout | None:
@@ -65,8 +75,13 @@ def make_dropout(dropout: float, seed: int | None) -> Dropout | None:
         raise ValueError(f"dropout={dropout!r} cannot be honoured: give 0, or a probability in [1/65536, 65535/65536]")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    return _key(seed, drops)
+
+
+def _key(seed: int, drops: int) -> Dropout:
+    """Return the mask of a seed."""
     key = _splitmix64(seed)
-    return Dropout(_signed(key & 0xFFFFFFFF), _signed(key >> 32), drops)
+    return Dropout(_signed(key & WORD), _signed(key >> 32), drops)
 
 
 def make_keep_mask(
@@ -82,51 +97,84 @@ def make_keep_mask(
     The low and the high 16 bits of h are two signed integers, uniform on [-32768, 32767]: column 2c takes the low half
     of hash c, column 2c + 1 the high half, which is how a little-endian machine views an int32 as two int16.
     """
-    if 0 < rows * columns <= SMALL_MASK and torch.device(device).type == "cpu":
-        level = torch.from_numpy(_make_small_levels(drop, rows, columns, first))[:, :columns]  # [M, K]
-    else:
-        row = torch.arange(first, first + rows, dtype=torch.int32, device=device)  # [M]
-        pair = torch.arange((columns + 1) // 2, dtype=torch.int32, device=device)  # [K/2]
-        level = _hash(drop, row, pair, TORCH).view(torch.int16)[:, :columns]  # [M, K]
+    row = torch.arange(first, first + rows, dtype=torch.int32, device=device)  # [M]
+    pair = torch.arange((columns + 1) // 2, dtype=torch.int32, device=device)  # [K/2]
+    level = _hash(drop.low, drop.high, row * TORCH.golden, pair * TORCH.golden, TORCH)  # [M, K/2]
+    level = level.view(torch.int16)[:, :columns]  # [M, K]
     # With `out` in the dtype of x, torch compares and converts in one pass: 36 us, against 292 us through a bool tensor
     # (341 x 768, float32, Zen 5, one thread).
     return torch.ge(level, drop.drops - LEVELS // 2, out=torch.empty(level.shape, dtype=dtype, device=device))  # [M, K]
 
 
 @functools.lru_cache(maxsize=128)
-def _make_small_levels(drop: Dropout, rows: int, columns: int, first: int) -> Array:
-    """Return the 16 bits that decide each entry. Cached (at most 8 MB), because backward needs the mask of forward."""
-    row, pair = np.arange(first, first + rows, dtype=np.int32), np.arange((columns + 1) // 2, dtype=np.int32)
-    return _hash(drop, row, pair, NUMPY).view(np.int16)  # [M, K], K even
+def make_small_mask(drop: Dropout, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """make_keep_mask of a CPU's x with at most SMALL_MASK entries. Do not write to it: backward gets it again. [M, K]
+
+    For a few entries NumPy's operators take nearly as long as for many. So one call also computes the masks of the
+    seeds that torch's generator gives next, up to SMALL_MASK entries in all. If other numbers are drawn first, they
+    are not used. At most 128 masks are kept, 16 MB in float32.
+    """
+    found = GUESSED.pop((drop, rows, columns, dtype), None)
+    if found is not None:
+        return found
+    drops = [drop, *(_key(seed, drop.drops) for seed in _foresee_seeds(SMALL_MASK // (rows * columns) - 1))]
+    masks = _make_masks(drops, rows, columns).to(dtype).unbind()  # [M, K] each
+    GUESSED.clear()
+    GUESSED.update(((guess, rows, columns, dtype), mask) for guess, mask in zip(drops[1:], masks[1:]))
+    return masks[0]
 
 
-def _hash(drop: Dropout, row: Array, pair: Array, c: Constants) -> Array:
-    """Return the 32-bit hash of each row [M] and each pair of columns [K/2]. -> [M, K/2]"""
-    row *= c.golden
-    row += drop.low
-    key = _mix(row, c)  # [M]
-    key_2 = _mix(key ^ drop.high, c)  # [M]
-    pair *= c.golden
-    return _mix(pair + key[:, None], c, key_2[:, None])  # [M, K/2]
+def _foresee_seeds(number: int) -> list[int]:
+    """Return the next seeds that make_dropout would draw from torch's CPU generator, which stays as it is."""
+    if number == 0:
+        return []
+    generator = torch.Generator()
+    generator.set_state(torch.default_generator.get_state())
+    return torch.randint(2**62, (number,), generator=generator).tolist()
+
+
+def _make_masks(drops: list[Dropout], rows: int, columns: int) -> Tensor:
+    """Return several masks of one shape, which differ in their keys alone. [n, M, K], float32"""
+    low, high = (np.array(keys, dtype=np.int64).astype(np.uint32)[:, None] for keys in list(zip(*drops))[:2])  # [n, 1]
+    level = _hash(low, high, _count(rows), _count((columns + 1) // 2), NUMPY).view(np.int16)  # [n, M, K], K even
+    kept = level[:, :, :columns] >= drops[0].drops - LEVELS // 2  # [n, M, K]
+    return torch.from_numpy(kept.astype(np.float32))
+
+
+@functools.lru_cache(maxsize=128)
+def _count(number: int) -> Array:
+    """Return golden * (0, 1, ...), which small masks share. [number]"""
+    return np.arange(number, dtype=np.uint32) * NUMPY.golden
+
+
+def _hash(low: Array | int, high: Array | int, row: Array, pair: Array, c: Constants) -> Array:
+    """Return the 32-bit hash of each row and pair of columns, given golden * row [M] and golden * pair [K/2].
+
+    low and high are those of one mask, or [n, 1] of several. -> [M, K/2] or [n, M, K/2]
+    """
+    key = _mix(row + low, c)  # [M]
+    key_2 = _mix(key ^ high, c)  # [M]
+    return _mix(pair + key[..., None], c, key_2[..., None])  # [M, K/2]
 
 
 def _mix(h: Array, c: Constants, key: Array | None = None) -> Array:
     """Mix 32 bits in place, each input bit affecting each output bit; a second key is added between the rounds."""
-    h = _fold(h, c.shift_16, c.low_16)
+    h ^= _shift(h, c.shift_16, c.low_16)
     h *= c.mix_1
     if key is not None:
         h += key
-    h = _fold(h, c.shift_15, c.low_17)
+    h ^= _shift(h, c.shift_15, c.low_17)
     h *= c.mix_2
-    return _fold(h, c.shift_16, c.low_16)
-
-
-def _fold(h: Array, shift: Array, low: Array) -> Array:
-    """h ^= h >> shift, in place; masking with `low` makes the signed shift a logical one."""
-    shifted = h >> shift
-    shifted &= low
-    h ^= shifted
+    h ^= _shift(h, c.shift_16, c.low_16)
     return h
+
+
+def _shift(h: Array, shift: Array, low: Array | None) -> Array:
+    """h >> shift as a logical shift; masking with `low` makes a signed one logical."""
+    shifted = h >> shift
+    if low is not None:
+        shifted &= low
+    return shifted
 
 
 def _splitmix64(seed: int) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Dropout, make_keep_mask
+from .dropout import SMALL_MASK, Dropout, make_keep_mask, make_small_mask
 from .rows import RowGroups, add_grouped, get_owner, group_rows
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -94,7 +94,7 @@ def forward(
     ys = []
     for part, s_i in zip(parts, split(s, parts)):
         y = matmul_weight_t(x, part, linear)  # [M, N]
-        y.addmm_(s_i, part.lora_B.to(x.dtype).t(), alpha=compute_scale(part, drop))  # [M, N]
+        y.addmm_(s_i, cast(part.lora_B, x.dtype).t(), alpha=compute_scale(part, drop))  # [M, N]
         ys.append(y)
     return ys, s
 
@@ -109,31 +109,41 @@ def backward(
     linear: Linear = F.linear,
 ) -> Gradients:
     """Return dx (None unless needs_dx), and each projection's dA and dB in float32 (float64 for float64)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dS = torch.empty_like(s)  # [M, R]
-    for p, dy, dS_i in zip(parts, dys, split(dS, parts)):
-        dS_i.addmm_(dy, p.lora_B.to(x.dtype), beta=0, alpha=compute_scale(p, drop))  # [M, r]
-    dB = [
-        (dy.t() @ s_i).to(wide).mul_(compute_scale(p, drop)) for p, dy, s_i in zip(parts, dys, split(s, parts))
-    ]  # [N, r]
+    dB = []
+    for p, dy, s_i, dS_i in zip(parts, dys, split(s, parts), split(dS, parts)):
+        dS_i.addmm_(dy, cast(p.lora_B, x.dtype), beta=0, alpha=compute_scale(p, drop))  # [M, r]
+        dB.append(cast(dy.t() @ s_i, wide).mul_(compute_scale(p, drop)))  # [N, r]
     dx = None
     if needs_dx:
         dx = matmul_weight(dys[0], parts[0], linear)  # [M, K]
         for part, dy in zip(parts[1:], dys[1:]):
             add_matmul_weight(dx, dy, part)  # [M, K]
     A = stack_A(parts, x.dtype)  # [R, K]
-    if drop is None:
-        dA = (dS.t() @ x).to(wide)  # [R, K]
+    if drop is not None:
+        dA = _backward_dropped(x, dS, A, drop, dx, wide)  # [R, K]
+    else:
+        dA = cast(dS.t() @ x, wide)  # [R, K]
         if dx is not None:
             dx.addmm_(dS, A)  # [M, K]
-    else:
-        dA = torch.zeros(A.shape, dtype=wide, device=x.device)  # [R, K]
-        for block in _split_rows(x):
-            mask = _make_mask(drop, x, block)  # [m, K]: for both products
-            dA += dS[block].t() @ (x[block] * mask)  # [R, K]
-            if dx is not None:
-                dx[block].addcmul_(dS[block] @ A, mask)  # [m, K]
-    return Gradients(dx, list(dA.split([p.lora_A.shape[0] for p in parts])), dB)
+    return Gradients(dx, list(split(dA, parts, dim=0)), dB)
+
+
+def _backward_dropped(x: Tensor, dS: Tensor, A: Tensor, drop: Dropout, dx: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Return dA = dS^T drop(x) [R, K], and add drop(dS A) to dx [M, K] in place; x [M, K], dS [M, R]."""
+    if _is_small(x):
+        mask = make_small_mask(drop, *x.shape, x.dtype)  # [M, K]
+        if dx is not None:
+            dx.addcmul_(dS @ A, mask)  # [M, K]
+        return cast(dS.t() @ (x * mask), wide)  # [R, K]
+    dA = torch.zeros(A.shape, dtype=wide, device=x.device)  # [R, K]
+    for block in _split_rows(x):
+        mask = _make_mask(drop, x, block)  # [m, K]: for both products
+        dA += dS[block].t() @ (x[block] * mask)  # [R, K]
+        if dx is not None:
+            dx[block].addcmul_(dS[block] @ A, mask)  # [m, K]
+    return dA
 
 
 def trace(x: Tensor, parts: Sequence[Part], dropout: float, seed: int | None) -> list[Tensor]:
@@ -176,9 +186,15 @@ def forward_rows(
     return y.baddbmm_(s, B[mine].to(x.dtype).mT)  # [B, T, N]
 
 
-def split(s: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
-    """Split concatenated columns into views of each projection, [M, r_i]."""
-    return (s,) if len(parts) == 1 else s.split([p.lora_A.shape[0] for p in parts], dim=1)  # [M, r] each
+def split(t: Tensor, parts: Sequence[Part], dim: int = 1) -> tuple[Tensor, ...]:
+    """Split what is concatenated along the ranks into views of each projection: s into [M, r_i], dim 0: A into
+    [r_i, K]."""
+    return (t,) if len(parts) == 1 else t.split([p.lora_A.shape[0] for p in parts], dim=dim)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype); the comparison costs less than a call of torch that returns t."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def compute_scale(part: Part, drop: Dropout | None) -> float:
@@ -188,7 +204,7 @@ def compute_scale(part: Part, drop: Dropout | None) -> float:
 
 def stack_A(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """Concatenate all A in the dtype of the product, so that x is read once for all projections."""
-    stack = [p.lora_A.to(dtype) for p in parts]  # [r, K] each
+    stack = [cast(p.lora_A, dtype) for p in parts]  # [r, K] each
     return stack[0] if len(stack) == 1 else torch.cat(stack)  # [R, K]
 
 
@@ -196,8 +212,15 @@ def shrink(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:
     """s = drop(x) A^T; with dropout, in blocks of rows."""
     if drop is None:
         return F.linear(x, A)  # [M, R]
+    if _is_small(x):
+        return F.linear(x * make_small_mask(drop, *x.shape, x.dtype), A)  # [M, R]
     parts = [F.linear(_make_mask(drop, x, block).mul_(x[block]), A) for block in _split_rows(x)]  # [m, R] each
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # [M, R]
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether the mask is one of those that are computed once for forward and backward."""
+    return 0 < x.numel() <= SMALL_MASK and x.is_cpu
 
 
 def _make_mask(drop: Dropout, x: Tensor, block: slice) -> Tensor:

@@ -25,6 +25,7 @@ from minipeft_kernels import (
     make_lora_linear,
     make_lora_linears,
 )
+from minipeft_kernels.dropout import GUESSED, make_small_mask
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -380,9 +381,32 @@ def test_mask_is_the_published_hash(seed: int) -> None:
     drop = make_dropout(0.3, seed)
     assert torch.equal(make_keep_mask(drop, 7, 11), plain_mask(seed, 7, 11, drop.drops))
     assert torch.equal(make_keep_mask(drop, 3, 11, first=4), make_keep_mask(drop, 7, 11)[4:])
-    assert torch.equal(
-        make_keep_mask(drop, 3001, 11)[:7], make_keep_mask(drop, 7, 11)
-    )  # torch's operators, and NumPy's
+    small = make_small_mask(drop, 7, 11, torch.float32)  # NumPy's operators; above, torch's
+    assert torch.equal(small, plain_mask(seed, 7, 11, drop.drops).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_masks_that_are_computed_ahead_are_those_of_the_next_seeds(dtype: torch.dtype) -> None:
+    """40 draws, some of another shape or after a number that someone else drew: each mask is that of its seed alone,
+    and the guesses draw nothing from torch's generator."""
+    torch.manual_seed(3)
+    shapes = [(6, 2000) if i % 7 == 3 else (60, 101) for i in range(40)]
+    got, drops, found = [], [], 0
+    for i, shape in enumerate(shapes):
+        torch.rand(int(i % 10 == 9))
+        drops.append(make_dropout(0.3, None))
+        found += (drops[-1], *shape, dtype) in GUESSED
+        got.append(make_small_mask(drops[-1], *shape, dtype))
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    seeds = []
+    for i in range(40):
+        torch.rand(int(i % 10 == 9))
+        seeds.append(int(torch.randint(2**62, ())))
+    assert torch.equal(after, torch.get_rng_state())
+    assert found > 15
+    for mask, seed, shape in zip(got, seeds, shapes):
+        assert torch.equal(mask, make_keep_mask(make_dropout(0.3, seed), *shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
