@@ -33,7 +33,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from minipeft.adapters import get_method
     from minipeft.data.packing import PackConfig
     from minipeft.runs.config import ModelConfig, make_method_config, share_settings
     from minipeft.runs.estimates import plan_row
@@ -49,10 +48,8 @@ def main(options: argparse.Namespace) -> int:
     rows = []
     for source in config.models:
         for name in config.method:
-            # --dtype is that of the frozen base; full tuning trains the weights, in float32
-            own = {**shared, "dtype": None} if get_method(name)[0].trains_base else shared
             adapter = make_method_config(name, each[name])
             again = getattr(options, AGAIN.replace("-", "_"), False)
-            rows.append(plan_row(ModelConfig(source, **own), adapter, packing, again))
+            rows.append(plan_row(ModelConfig(source, **shared), adapter, packing, again))
     show(json.dumps(rows, indent=2) if options.json else as_table(rows))
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minipeft.adapters import find_method
 from minipeft.data.packing import Batch, Batches, PackConfig
 from minipeft.errors import InputError
 from minipeft.files import read_object
@@ -67,6 +68,8 @@ def plan_step(model: ModelConfig, adapter: Any, packing: PackConfig, activation_
         InputError: as `plan_row`.
     """
     base, dtype = read_base(model)
+    if find_method(adapter).trains_base and model.dtype is None:
+        dtype = torch.float32
     return plan(
         base,
         adapter,

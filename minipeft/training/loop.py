@@ -13,6 +13,9 @@ AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and
     w = w - learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
 `lr_multipliers` multiplies the learning rate of parameters by name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
+
+Gradients and moments are float32. A bfloat16 weight (full tuning with --dtype bf16) is updated in float32 and rounded
+stochastically (rounding.py), from a generator that is seeded with (seed, step, name).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -35,13 +39,16 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, c
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
+from minipeft.training.gradients import wide_gradients
 from minipeft.training.processes import Processes, check_accumulation, check_processes, own_shard, sum_in_order
+from minipeft.training.rounding import round_stochastically
 
 DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
 DRAWING = threading.RLock()  # dropout draws from torch's global generator, which all threads share
 STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
 ENTERING = threading.Lock()  # of STEPPING
+PART = 2**20  # numbers of a bfloat16 tensor that are updated at a time
 
 
 class Batches(Protocol):
@@ -117,8 +124,8 @@ class TrainState:
     def __init__(self, model: nn.Module):
         check_kind(model, nn.Module, "model")
         self.step = 0
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in trained(model).items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+        zeros = lambda: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in trained(model).items()}
+        self.exp_avg, self.exp_avg_sq = zeros(), zeros()
 
     def __repr__(self) -> str:
         return f"TrainState(step {self.step:,}, {len(self.exp_avg)} trained tensors)"
@@ -146,11 +153,11 @@ def train(
     models in two threads alternate at each micro-batch, so that each draws the same dropout as alone.
 
     Raises:
-        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32,
-            gradients are off, `state` belongs to another model, or there are more processes than micro-batches; in a
-            step: a batch does not fit the model, a tensor of the model was cast, moved, frozen or replaced since the
-            last step, a loss, gradient, weight or moment is not finite, a trained tensor gets no gradient, or another
-            thread is in a step of this model.
+        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is neither float32 nor
+            bfloat16 (if sharded: not float32), gradients are off, `state` belongs to another model, or there are more
+            processes than micro-batches; in a step: a batch does not fit the model, a tensor of the model was cast,
+            moved, frozen or replaced since the last step, a loss, gradient, weight or moment is not finite, a trained
+            tensor gets no gradient, or another thread is in a step of this model.
     """
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
@@ -160,19 +167,21 @@ def train(
     check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
-    parameters = trained(model)
+    parameters, processes = trained(model), check_processes(processes)
     if not parameters:
         raise InputError("nothing is trainable", where="train", hint="add_adapter(model, ...) first")
     for name, p in parameters.items():
-        if p.dtype != torch.float32:
-            hint = "Load the model with dtype=torch.float32: updates of a bfloat16 weight round away"
-            raise InputError(f"is {p.dtype}, but trained tensors must be float32", where=name, hint=hint)
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            problem = f"is {p.dtype}, but trained tensors must be float32 or bfloat16"
+            raise InputError(problem, where=name, hint="Load the model with dtype=torch.float32")
+        if p.dtype == torch.bfloat16 and processes.shards:
+            problem = "is bfloat16, but weights that are sharded and trained must be float32"
+            raise InputError(problem, where=name, hint="Load the model with dtype=torch.float32")
     state = TrainState(model) if state is None else state
     check_kind(state, TrainState, "state")
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    processes = check_processes(processes)
     check_accumulation(config.accumulate, processes)
     first, groups = state.step, group_by_multiplier(parameters, config)
     steps = take_steps(model, parameters, groups, batches, config, state, processes)
@@ -350,13 +359,14 @@ def take_step(
     def add_gradient(i: int) -> float:
         return backward(model, micro[i], targets, derive_seed(config.seed, state.step, i))
 
-    loss = processes.sum_gradients(parameters, len(micro), add_gradient)
-    norms = compute_gradient_norms(parameters, loss, state.step, silent, processes)
-    norm = norms.norm().item()
     learning_rate = learning_rate_at(state.step, config)
-    clip = min(1.0, config.clip / (norm + 1e-6))
-    for multiplier, names in groups.items():
-        update({name: parameters[name] for name in names}, state, config, learning_rate * multiplier, clip)
+    with wide_gradients(parameters.values()):
+        loss = processes.sum_gradients(parameters, len(micro), add_gradient)
+        norms = compute_gradient_norms(parameters, loss, state.step, silent, processes)
+        norm = norms.norm().item()
+        clip = min(1.0, config.clip / (norm + 1e-6))
+        for multiplier, names in groups.items():
+            update_all({name: parameters[name] for name in names}, state, config, learning_rate * multiplier, clip)
     state.step += 1
     check_finite(parameters, state, processes)
     tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
@@ -406,7 +416,7 @@ def compute_gradient_norms(
 def compute_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """The norm of each tensor, or of this process's shard of it. [number of tensors]"""
     shards = [own_shard(t) for t in tensors]
-    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order))
+    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order, torch.float32))
 
 
 def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes: Processes | None = None) -> None:
@@ -454,6 +464,32 @@ def update(
             eps=config.eps,
             maximize=False,
         )
+
+
+def update_all(
+    parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, learning_rate: float, clip: float
+) -> None:
+    """`update` of float32 parameters together, and of each bfloat16 one by itself."""
+    wide = {name: p for name, p in parameters.items() if p.dtype == torch.float32}
+    if wide:
+        update(wide, state, config, learning_rate, clip)
+    for name in parameters.keys() - wide.keys():
+        update_rounded(name, parameters[name], state, config, learning_rate, clip)
+
+
+def update_rounded(
+    name: str, p: nn.Parameter, state: TrainState, config: TrainConfig, learning_rate: float, clip: float
+) -> None:
+    """`update` of a bfloat16 parameter: in float32, PART numbers at a time, and rounded stochastically."""
+    assert p.grad is not None
+    generator = torch.Generator(p.device).manual_seed(derive_seed(config.seed, state.step, name))
+    part, rows = copy(state), max(1, PART * len(p) // max(1, p.numel()))
+    tensors = (p.detach(), p.grad, state.exp_avg[name], state.exp_avg_sq[name])
+    for weight, grad, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors)):
+        wide = nn.Parameter(weight.float())
+        wide.grad, part.exp_avg, part.exp_avg_sq = grad, {name: exp_avg}, {name: exp_avg_sq}
+        update({name: wide}, part, config, learning_rate, clip)
+        round_stochastically(wide.detach(), weight, generator)
 
 
 @torch.no_grad()

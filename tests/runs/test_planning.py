@@ -174,10 +174,18 @@ def test_the_command_plans_what_it_is_told(capsys):
     assert lines[0].split()[:8] == ["demo", "lora", "2", "x", "64", "bfloat16", "262,144", "5.7"]
 
 
-def test_the_dtype_is_of_the_frozen_base(capsys):
-    """Full tuning trains the weights, so its row says float32."""
-    assert main(["plan", "demo", "--method", "full", "lora", "--dtype", "bf16", "--length", "16", "--json"]) == 0
-    assert [row["dtype"] for row in json.loads(capsys.readouterr().out)] == ["float32", "bfloat16"]
+def test_the_dtype_is_of_the_base(capsys):
+    """Of the file, for full tuning float32; or the given one. Gradients and moments of bfloat16 weights are float32."""
+    line = ["plan", "demo", "--method", "full", "lora", "--length", "16", "--json"]
+    found = []
+    for given in ([], ["--dtype", "bf16"]):
+        assert main([*line, *given]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [[row["dtype"] for row in rows] for rows in found] == [["float32", "bfloat16"], ["bfloat16", "bfloat16"]]
+    (wide, _), (narrow, _) = found
+    assert narrow["weights"] == wide["weights"] / 2
+    assert narrow["moments"] == wide["moments"] == 8 * wide["trainable"]
+    assert narrow["step"] >= 4 * narrow["trainable"]
 
 
 def test_layers_beyond_reason_are_refused_before_they_are_built(tmp_path, capsys):
