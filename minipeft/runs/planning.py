@@ -28,7 +28,7 @@ from minipeft.adapters import AdapterReport, add_adapter, find_method
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.quantized import QuantizedWeight, quantize_model
-from minipeft.training.gradients import wide_gradients
+from minipeft.training.gradients import released, wide_gradients
 from minipeft.training.loop import trained
 
 PROBE = (256, 1024, 1024)  # a product of the size of those in training
@@ -74,13 +74,16 @@ def plan(
     length: int | None = None,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    optimizer_in_backward: bool = False,
+    passes: int = 1,
     quantize: str | None = None,
 ) -> Plan:
     """Predict the cost of training `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
-    `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base,
-    `quantize` the format of its linears. Each row counts as one document, attention as a fused kernel, and
-    the LoRA linear as the reference backend: on a GPU the fused backend takes less.
+    `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base, `quantize` the
+    format of its linears. `passes`: how often a step runs forward and backward (TrainConfig). Each row counts as one
+    document, attention as a fused kernel, and the LoRA linear as the reference backend: on a GPU the fused backend
+    takes less.
 
     Raises:
         InputError: the adapter does not fit the model, the rows do not fit its context, or the model has more layers
@@ -96,9 +99,11 @@ def plan(
     weights = count_bytes([*model.parameters(), *model.buffers()])
     moments = 8 * report.trainable  # float32
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")  # [B, T]
-    step = count_step_bytes(model, ids)
+    parameters = trained(model) if optimizer_in_backward else {}
+    with released(parameters, lambda name, p: None):
+        step = count_step_bytes(model, ids)
     full = find_method(adapter).trains_base
-    flops = count_train_flops(
+    flops = passes * count_train_flops(
         config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing
     )
     packed = sum(p.parts.codes.numel() if isinstance(p, QuantizedWeight) else p.numel() for p in model.parameters())

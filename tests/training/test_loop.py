@@ -247,7 +247,7 @@ def test_arguments_are_checked_at_the_call() -> None:
         ("steps", True),
         ("accumulate", 0),
         ("learning_rate", 0.0),
-        ("clip", 0.0),
+        ("clip", -0.1),
         ("learning_rate", math.nan),
         ("eps", math.inf),
         ("warmup", 1.0),

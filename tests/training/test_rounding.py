@@ -79,7 +79,7 @@ def walk(dtype: torch.dtype, steps: int = 40) -> dict[str, Tensor]:
         with wide_gradients(model.values()):
             for name, p in model.items():
                 p.grad = slope[name] + torch.randn(p.shape, generator=draw)
-            loop.update_all(dict(model), state, TrainConfig(), 2e-4, 1.0)
+            loop.update_all(dict(model), state, TrainConfig(), dict.fromkeys(start, 2e-4), 0.0)
         state.step += 1
     return {name: p.detach().float() - before[name] for name, p in model.items()}
 
