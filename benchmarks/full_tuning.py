@@ -160,7 +160,7 @@ def draw_curves(options: argparse.Namespace) -> None:
     """Train the three variants at each learning rate, write their losses, and draw the held-out ones."""
     found = {}
     for rate in options.rates:
-        chosen = {"model": "demo", "data": "demo", "dtype": "fp32", "length": 128, "held_out": 60}
+        chosen = {"model": "demo", "data": "demo", "dtype": "fp32", "length": 64, "held_out": 30}
         config = run_config("full", steps=options.steps, learning_rate=rate, **chosen)
         prepared = prepare(config.model, config.data)
         for variant in (FLOAT, ROUNDED, PURE):
