@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import measure
 import torch
 from torch import nn
 
-from minipeft.data.packing import Batch
+from minipeft.data.packing import Batch, Batches
 from minipeft.documents import derive_seed
 from minipeft.models import Decoder
 from minipeft.runs.config import run_config
@@ -35,7 +36,7 @@ from minipeft.training.gradients import wide_gradients
 from minipeft.training.loop import TrainConfig, TrainState, evaluate, learning_rate_at, train, trained
 from minipeft.training.processes import Alone
 
-VARIANTS = {  # dtype and settings
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # dtype and settings
     "fp32": ("float32", {}),
     "fp32, optimizer in backward, clipped": ("float32", {"optimizer_in_backward": True}),
     "fp32, optimizer in backward": ("float32", {"optimizer_in_backward": True, "clip": 0}),
@@ -77,13 +78,13 @@ def serve_steps(variant: str, source: str, length: int, rounds: int) -> None:
 def measure_memory(options: argparse.Namespace) -> None:
     """Measure all variants and write the rows."""
     found = {}
-    for variant in VARIANTS:
+    for variant in options.variants:
         command = [sys.executable, __file__, "--model", options.model, "--length", str(options.length)]
         command += ["--rounds", str(options.rounds), "--child", variant]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1])
         print(variant, found[variant], flush=True)
-    first = found["fp32"]
+    first = found[options.variants[0]]
     rows = [
         measure.make_row(
             variant,
@@ -93,7 +94,7 @@ def measure_memory(options: argparse.Namespace) -> None:
             shape=f"1x{options.length}",
             dtype=VARIANTS[variant][0],
             memory_bytes=one["peak"],
-            note=f"peak {first['peak'] / one['peak']:.2f} times smaller than fp32's; processor seconds",
+            note=f"peak {first['peak'] / one['peak']:.2f} times smaller than the first's; processor seconds",
             extra={"planned_bytes": one["planned"], "memory_ratio": first["peak"] / one["peak"]},
         )
         for variant, one in found.items()
@@ -102,7 +103,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     measure.write_rows(options.out, rows)
 
 
-def take_steps(model: Decoder, batches: list[Batch], config: TrainConfig, variant: str) -> Iterator[float]:
+def take_steps(model: Decoder, batches: Batches, config: TrainConfig, variant: str) -> Iterator[float]:
     """Train a float32 model whose weights are those that a variant stores; yields each step's loss."""
     if variant == FLOAT:
         yield from (step.loss for step in train(model, batches, config))
@@ -160,14 +161,15 @@ def draw_curves(options: argparse.Namespace) -> None:
     """Train the three variants at each learning rate, write their losses, and draw the held-out ones."""
     found = {}
     for rate in options.rates:
-        chosen = {"model": "demo", "data": "demo", "dtype": "fp32", "length": 64, "held_out": 30}
+        chosen: dict[str, Any] = {"model": "demo", "data": "demo", "dtype": "fp32", "length": 64, "held_out": 30}
         config = run_config("full", steps=options.steps, learning_rate=rate, **chosen)
         prepared = prepare(config.model, config.data)
         for variant in (FLOAT, ROUNDED, PURE):
             model, _ = load_adapted(config, prepared.tokenizer, Alone())
             batches, held_out = pack_data(config, model, prepared, print)
             settings = replace(set_steps(config, len(batches)), weight_decay=0.0)
-            losses, held = [], [(0, evaluate(model, held_out))]
+            losses: list[float] = []
+            held = [(0, evaluate(model, held_out))]
             for number, loss in enumerate(take_steps(model, batches, settings, variant), 1):
                 losses.append(loss)
                 if number % EVERY == 0:
@@ -180,7 +182,7 @@ def draw_curves(options: argparse.Namespace) -> None:
     draw(list(found.values()), options.curves.with_suffix(".svg"))
 
 
-def draw(curves: list[dict], file: Path) -> None:
+def draw(curves: list[dict[str, Any]], file: Path) -> None:
     """Draw a panel for each learning rate."""
     import matplotlib
 
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "full-tuning-cpu.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--curves", type=Path, metavar="FILE", help="train the demo model, and write and draw losses")
