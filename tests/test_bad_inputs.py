@@ -204,7 +204,6 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "L10 no device": (["--device", "abacus"], "device: 'abacus' cannot be used: "),
     "L10 meta": (["--device", "meta"], "device: 'meta' cannot be used"),
     "L10 dtype": (["--dtype", "fp8"], "dtype: 'fp8' is not known (fp32, bf16)"),
-    "L10 full in bf16": (["--dtype", "bf16", "--method", "full"], "dtype: full tuning trains the weights"),
     "L11 seed": (["--seed", "-1"], "seed: -1 must be an integer in [0, 2^63)"),
     "L11 seed vast": (["--seed", str(2**63)], f"seed: {2**63} must be an integer in [0, 2^63)"),
     "L13 method": (["--method", "lorra"], "method: 'lorra' is not known (full, lora, dora, rslora, pissa, ia3, "),

@@ -38,6 +38,18 @@ def test_a_training_step() -> None:
         assert f"| {label} | {theirs['median']:.1f} s | {ours['median']:.1f} s | {ratio:.2f}x | {memory} |" in page
 
 
+def test_what_bfloat16_weights_lose() -> None:
+    page = read_page("performance.md")
+    losses = {}
+    for curve in read("results/full-bf16/curves.json")["curves"]:
+        held = {step: loss for step, loss in curve["held_out"]}
+        losses[curve["variant"]] = held[100]
+        assert f"| {curve['variant']} | {held[0]:.3f} | {held[50]:.3f} | {held[100]:.3f} |" in page
+    wide, rounded, pure = losses.values()
+    assert abs(rounded - wide) < 0.01
+    assert pure - wide > 1
+
+
 def test_many_adapters_in_one_batch() -> None:
     ours = [row for row in read("benchmarks/results/bank-cpu.json") if row["variant"] == "minipeft, bank"]
     one, four, sixteen = (f"{row['ratio']:.2f}" for row in ours)

@@ -1,8 +1,9 @@
 """Checkpoints of a run, written atomically; a run resumes from the newest one that verifies.
 
     DIR/log.jsonl                 one object per step
-    DIR/checkpoints/step-000100/  state.safetensors   parameter/NAME for each trained tensor; exp_avg and exp_avg_sq,
-                                                      AdamW's moments of all of them in the order of their names, flat
+    DIR/checkpoints/step-000100/  state.safetensors   parameter/NAME for each trained tensor, in its dtype; exp_avg and
+                                                      exp_avg_sq, AdamW's moments of all of them, float32, in the
+                                                      order of their names, flat
                                   manifest.json       step, size and crc32 of the state, of the log up to this step, and
                                                       of itself: written last
 
@@ -31,7 +32,7 @@ from minipeft.errors import InputError
 from minipeft.files import check_plain, open_plain, read_object, remove, sync_folder
 from minipeft.models import Decoder
 from minipeft.runs.folder import LOG, claim_folder, writing
-from minipeft.tensor_files import check_header, make_tensor_writer, read_header
+from minipeft.tensor_files import DTYPES, check_header, make_tensor_writer, read_header
 from minipeft.training.loop import TrainState, check_finite, trained
 
 KEPT = 2
@@ -120,7 +121,7 @@ class Run:
         tensors: dict[str, Tensor | Sequence[Tensor]] = {f"parameter/{name}": parameters[name] for name in order}
         tensors["exp_avg"] = [state.exp_avg[name] for name in order]
         tensors["exp_avg_sq"] = [state.exp_avg_sq[name] for name in order]
-        with writing(final, 12 * sum(p.numel() for p in parameters.values())):
+        with writing(final, sum(p.nbytes + 8 * p.numel() for p in parameters.values())):
             self.commit(tensors, state.step, final)
 
     def commit(self, tensors: Mapping[str, Tensor | Sequence[Tensor]], step: int, final: Path) -> None:
@@ -224,7 +225,12 @@ def load_tensors(file: Path, model: Decoder, state: TrainState) -> None:
     wanted = {f"parameter/{name}": tuple(p.shape) for name, p in parameters.items()}
     wanted |= {"exp_avg": (total,), "exp_avg_sq": (total,)}
     hint = "It holds the state of another model"
-    check_header(read_header(file), wanted, file, dtypes=("F32",), hint=hint)
+    header = read_header(file)
+    check_header(header, wanted, file, dtypes=tuple(DTYPES.values()), hint=hint)
+    dtypes = {f"parameter/{name}": DTYPES[p.dtype] for name, p in parameters.items()}
+    for name, info in header.items():
+        if info.dtype != (want := dtypes.get(name, "F32")):  # the moments are float32
+            raise InputError(f"dtype {info.dtype}, want {want}", file=info.file, where=f"tensor {info.name!r}")
     with safe_open(file, framework="pt") as opened, torch.no_grad():
         for name, p in parameters.items():
             p.copy_(opened.get_tensor(f"parameter/{name}"))

@@ -36,7 +36,9 @@ class ModelConfig:
     source: str = option(help="folder or hub id of a checkpoint, or demo", flag="model")
     revision: str | None = option(None, "commit, tag or branch on the hub")
     dtype: str | None = option(
-        None, "dtype of the base, fp32 or bf16; default its own, for full tuning fp32", choices=DTYPES
+        None,
+        "dtype of the base, fp32 or bf16; default its own, for full tuning fp32 (bf16: with stochastic rounding)",
+        choices=DTYPES,
     )
     device: str = option("cpu", "cpu, cuda, ...")
     quantize: str | None = option(None, "quantize the linears of the base to 4 or 8 bits", choices=FORMATS)
@@ -87,8 +89,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.model.dtype == "bf16" and self.method.trains_base:
-            raise InputError("full tuning trains the weights themselves, in fp32", where="dtype")
         if self.model.quantize is not None and self.method.trains_base:
             raise InputError(
                 "full tuning trains the weights themselves, and quantized weights cannot be trained", where="quantize"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minipeft.adapters import find_method
 from minipeft.data.packing import Batch, Batches, PackConfig
 from minipeft.errors import InputError
 from minipeft.files import read_object
@@ -41,41 +42,50 @@ def check_disk(config: RunConfig, out: Path) -> None:
     check_space(out, report.trainable, more=4 * report.trainable)
 
 
-def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> dict[str, Any]:
+def plan_row(model: ModelConfig, adapter: Any, packing: PackConfig, train: TrainConfig) -> dict[str, Any]:
     """Make a row of `minipeft plan` from config.json alone: memory in bytes, and seconds per step on this machine.
 
     Raises:
         InputError: the model's config.json cannot be read; the adapter or the rows do not fit it.
     """
     check_device(model.device)
-    found = plan_step(model, adapter, packing, activation_checkpointing)
+    found = plan_step(model, adapter, packing, train)
     dtype = getattr(torch, found.dtype)
     return {
         "model": model.source,
         **asdict(found),
         "percent": found.percent,
         "peak": found.peak,
-        "activation_checkpointing": activation_checkpointing,
+        "activation_checkpointing": train.activation_checkpointing,
+        "optimizer_in_backward": train.optimizer_in_backward,
         "seconds": found.flops / (EFFICIENCY * probe_flops(dtype, torch.device(model.device))),
     }
 
 
-def plan_step(model: ModelConfig, adapter: Any, packing: PackConfig, activation_checkpointing: bool) -> Plan:
+def plan_step(model: ModelConfig, adapter: Any, packing: PackConfig, train: TrainConfig) -> Plan:
     """Plan a step from the model's config.json; `packing.length` is that of the text alone.
 
     Raises:
         InputError: as `plan_row`.
     """
     base, dtype = read_base(model)
+    if find_method(adapter).trains_base and model.dtype is None:
+        dtype = torch.float32
     return plan(
         base,
         adapter,
         rows=packing.batch,
         length=packing.length,
         dtype=dtype,
-        activation_checkpointing=activation_checkpointing,
         quantize=model.quantize,
+        **describe_passes(train),
     )
+
+
+def describe_passes(train: TrainConfig) -> dict[str, Any]:
+    """The arguments of `plan` that come from the training settings."""
+    names = ("activation_checkpointing", "optimizer_in_backward", "passes")
+    return {name: getattr(train, name) for name in names}
 
 
 def read_base(model: ModelConfig) -> tuple[Any, torch.dtype]:
@@ -113,15 +123,15 @@ def estimate(config: RunConfig, train: TrainConfig, model: Decoder, batches: Bat
     packed, tokens = batches.report, batches.report.tokens_out / len(batches) * train.accumulate * train.steps
     weight, document = model.embedding.weight, packed.tokens_out // packed.documents
     full, again = config.method.trains_base, train.activation_checkpointing
-    flops = count_train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
+    flops = train.passes * count_train_flops(model.config, tokens, document, full=full, activation_checkpointing=again)
     evaluations = 1 + train.steps // choose_evaluation_interval(config, batches) if held_out else 0
     evaluated = packed.tokens_out / packed.documents * config.data.held_out  # tokens
     flops += evaluations * count_forward_flops(model.config, evaluated, document)
     seconds = flops / (EFFICIENCY * probe_flops(weight.dtype, weight.device))
     work = f"{train.steps} steps at a learning rate of {train.learning_rate:g}, {tokens:,.0f} tokens"
     length = min(choose_row_length(config.packing, model), model.config.context - model.virtual_tokens)
-    shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "activation_checkpointing": again}
-    shape["quantize"] = config.model.quantize
+    shape: dict[str, Any] = {"rows": config.packing.batch, "length": length, "quantize": config.model.quantize}
+    shape |= describe_passes(train)
     peak = plan(model.config, config.adapter, dtype=weight.dtype, **shape).peak
     return f"{work}: about {format_seconds(seconds)} here, and {peak / 1e9:.2g} GB beside the process"
 

@@ -28,6 +28,8 @@ from minipeft.adapters import AdapterReport, add_adapter, find_method
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
 from minipeft.models.quantized import QuantizedWeight, quantize_model
+from minipeft.training.gradients import released, wide_gradients
+from minipeft.training.loop import trained
 
 PROBE = (256, 1024, 1024)  # a product of the size of those in training
 PROBE_SECONDS = 0.15
@@ -72,13 +74,16 @@ def plan(
     length: int | None = None,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
+    optimizer_in_backward: bool = False,
+    passes: int = 1,
     quantize: str | None = None,
 ) -> Plan:
     """Predict the cost of training `adapter` on a model of this config.json, in steps of `rows` x `length` tokens.
 
-    `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base (full tuning:
-    float32), `quantize` the format of its linears. Each row counts as one document, attention as a fused kernel, and
-    the LoRA linear as the reference backend: on a GPU the fused backend takes less.
+    `length` None is 1024, or the context that the virtual tokens leave. `dtype` is that of the base, `quantize` the
+    format of its linears. `passes`: how often a step runs forward and backward (TrainConfig). Each row counts as one
+    document, attention as a fused kernel, and the LoRA linear as the reference backend: on a GPU the fused backend
+    takes less.
 
     Raises:
         InputError: the adapter does not fit the model, the rows do not fit its context, or the model has more layers
@@ -92,11 +97,13 @@ def plan(
     model.train()
     model.activation_checkpointing = activation_checkpointing
     weights = count_bytes([*model.parameters(), *model.buffers()])
-    moments = 2 * count_bytes([p for p in model.parameters() if p.requires_grad])
+    moments = 8 * report.trainable  # float32
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")  # [B, T]
-    step = count_step_bytes(model, ids)
+    parameters = trained(model) if optimizer_in_backward else {}
+    with released(parameters, lambda name, p: None):
+        step = count_step_bytes(model, ids)
     full = find_method(adapter).trains_base
-    flops = count_train_flops(
+    flops = passes * count_train_flops(
         config, rows * length, length, full=full, activation_checkpointing=activation_checkpointing
     )
     packed = sum(p.parts.codes.numel() if isinstance(p, QuantizedWeight) else p.numel() for p in model.parameters())
@@ -114,7 +121,7 @@ def adapt_on_meta(
     Raises:
         InputError: the adapter does not fit the model, or the model has more layers than any known one.
     """
-    model = build_on_meta(config).to(torch.float32 if find_method(adapter).trains_base else dtype)
+    model = build_on_meta(config).to(dtype)
     if quantize is not None:
         quantize_model(model, quantize)
     report = add_adapter(model, adapter)
@@ -123,7 +130,7 @@ def adapt_on_meta(
 
 def count_step_bytes(model: Decoder, ids: Tensor) -> int:
     """Count the peak bytes beside the weights while a step's gradients are computed. ids [B, T]"""
-    with Memory(model) as memory:
+    with wide_gradients(trained(model).values()), Memory(model) as memory:
         model.loss(ids, ids).backward()
     model.zero_grad(set_to_none=True)
     return memory.most

@@ -77,7 +77,7 @@ def load_tokens(model: ModelConfig) -> Tokenizer:
 
 
 def load_base(config: RunConfig) -> Decoder:
-    """Load the model to train; full tuning loads float32 weights."""
+    """Load the model to train; full tuning loads float32 weights, unless --dtype says otherwise."""
     given = config.model
     return load_given(given, torch.float32 if config.method.trains_base and not given.dtype else None)
 
@@ -103,8 +103,10 @@ def check_sharding(config: RunConfig, processes: Processes) -> None:
     """Check that the base can be sharded, before it is loaded.
 
     Raises:
-        InputError: it is quantized.
+        InputError: it is quantized, or trained in bfloat16.
     """
+    if processes.shards and config.method.trains_base and config.model.dtype == "bf16":
+        raise InputError("weights that are sharded and trained must be fp32", where="shard", hint="Give --dtype fp32")
     if processes.shards and config.model.quantize is not None:
         problem = f"the codes and scales of a base in {config.model.quantize} cannot be sharded"
         raise InputError(problem, where="shard", hint="Give --shard or --quantize: both save memory")

@@ -95,7 +95,7 @@ def measure_trained(run: RunConfig, name: tuple[str, str, str, int]) -> CellPlan
     base, _ = read_base(run.model)
     virtual = run.adapter.length if hasattr(run.adapter, "reparam") else 0  # a prefix or prompt
     packing = replace(run.packing, length=min(run.packing.length or 1024, base.context) - virtual)
-    found = plan_step(run.model, run.adapter, packing, run.train.activation_checkpointing)
+    found = plan_step(run.model, run.adapter, packing, run.train)
     stored = found.trainable
     if getattr(run.adapter, "reparam", None) is not None:
         stored = adapt_on_meta(base, replace(run.adapter, reparam=None), torch.float32)[1].trainable

@@ -177,7 +177,7 @@ def estimate_work(cell: Cell, base: Base | None, questions: int) -> tuple[float,
         return 0.0, 0.0
     packing, settings = cell.run.packing, cell.run.train
     tokens = (cell.steps or 0) * settings.accumulate * packing.batch * (packing.length or min(1024, base.context))
-    passes = 2 + cell.run.method.trains_base + settings.activation_checkpointing
+    passes = settings.passes * (2 + cell.run.method.trains_base + settings.activation_checkpointing)
     training = 0.0 if cell.method == ZERO_SHOT else float(tokens * passes * base.parameters)
     new = QUESTION + cell.generate.max_new_tokens if cell.generate else 0
     return training, DECODING * questions * new * base.parameters

@@ -13,14 +13,22 @@ AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and
     w = w - learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
 `lr_multipliers` multiplies the learning rate of parameters by name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
+
+With `optimizer_in_backward` each parameter is updated as soon as backward has its gradient, which is then freed (Lv et
+al. 2023, LOMO). Clipping needs the norm of all gradients first: a first backward measures and frees them, a second one
+with the same bits updates. Without clipping (`clip` 0) one backward does.
+
+Gradients and moments are float32. A bfloat16 weight (full tuning with --dtype bf16) is updated in float32 and rounded
+stochastically (rounding.py), from a generator that is seeded with (seed, step, name).
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -35,13 +43,16 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, c
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
+from minipeft.training.gradients import released, wide_gradients
 from minipeft.training.processes import Processes, check_accumulation, check_processes, own_shard, sum_in_order
+from minipeft.training.rounding import round_stochastically
 
 DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
 DRAWING = threading.RLock()  # dropout draws from torch's global generator, which all threads share
 STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
 ENTERING = threading.Lock()  # of STEPPING
+PART = 2**20  # numbers of a bfloat16 tensor that are updated at a time
 
 
 class Batches(Protocol):
@@ -63,7 +74,7 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's beta1: decay rate of the first moment", least=0, below=1)
     beta2: float = option(0.99, "AdamW's beta2: decay rate of the second moment", least=0, below=1)
     eps: float = option(1e-8, "epsilon of AdamW", above=0)
-    clip: float = option(1.0, "gradient clipping: largest norm of the gradient", above=0)
+    clip: float = option(1.0, "gradient clipping: largest norm of the gradient; 0 turns it off", least=0)
     lr_multipliers: Mapping[str, float] = option(
         factory=dict,
         help="learning-rate multiplier of the parameters whose name ends in NAME; lora_B=16 is LoRA+",
@@ -76,12 +87,25 @@ class TrainConfig:
         "save only each block's input and recompute the block in backward: less memory, more time",
         aliases=("checkpointing",),
     )
+    optimizer_in_backward: bool = option(
+        False,
+        "update each tensor in backward and free its gradient at once: less memory; with gradient clipping every step "
+        "runs forward and backward twice",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.optimizer_in_backward and self.accumulate > 1:
+            problem = f"the gradients of {self.accumulate} micro-batches must be summed before the update"
+            raise InputError(problem, where="optimizer_in_backward", hint="Give --accumulate 1 and a larger --batch")
         if self.learning_rate < LOWEST_RATE:
             problem = f"{self.learning_rate:g} trains nothing: it must be >= {LOWEST_RATE:g}"
             raise InputError(problem, where="learning_rate")
+
+    @property
+    def passes(self) -> int:
+        """How often a step runs forward and backward."""
+        return 2 if self.optimizer_in_backward and self.clip else 1
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -117,8 +141,9 @@ class TrainState:
     def __init__(self, model: nn.Module):
         check_kind(model, nn.Module, "model")
         self.step = 0
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in trained(model).items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+        self.within_step = False  # an update of weights and moments has begun and not ended
+        zeros = lambda: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in trained(model).items()}
+        self.exp_avg, self.exp_avg_sq = zeros(), zeros()
 
     def __repr__(self) -> str:
         return f"TrainState(step {self.step:,}, {len(self.exp_avg)} trained tensors)"
@@ -146,11 +171,11 @@ def train(
     models in two threads alternate at each micro-batch, so that each draws the same dropout as alone.
 
     Raises:
-        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is not float32,
-            gradients are off, `state` belongs to another model, or there are more processes than micro-batches; in a
-            step: a batch does not fit the model, a tensor of the model was cast, moved, frozen or replaced since the
-            last step, a loss, gradient, weight or moment is not finite, a trained tensor gets no gradient, or another
-            thread is in a step of this model.
+        InputError: at the call: `config.steps` is None, nothing is trainable, a trained tensor is neither float32 nor
+            bfloat16 (if sharded: not float32), gradients are off, `state` belongs to another model or was interrupted
+            while it changed, or the processes do not suit the settings; in a step: a batch does not fit the model, a
+            tensor of the model was cast, moved, frozen or replaced since the last step, a loss, gradient, weight or
+            moment is not finite, a trained tensor gets no gradient, or another thread is in a step of this model.
     """
     for name, given, kind in (("model", model, Decoder), ("config", config, TrainConfig)):
         check_kind(given, kind, name)
@@ -160,19 +185,26 @@ def train(
     check_gradients_on(model, "train")
     if config.steps is None:
         raise InputError("must be set to train: it is None", where="steps", hint="TrainConfig(steps=...)")
-    parameters = trained(model)
+    parameters, processes = trained(model), check_processes(processes)
     if not parameters:
         raise InputError("nothing is trainable", where="train", hint="add_adapter(model, ...) first")
     for name, p in parameters.items():
-        if p.dtype != torch.float32:
-            hint = "Load the model with dtype=torch.float32: updates of a bfloat16 weight round away"
-            raise InputError(f"is {p.dtype}, but trained tensors must be float32", where=name, hint=hint)
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            problem = f"is {p.dtype}, but trained tensors must be float32 or bfloat16"
+            raise InputError(problem, where=name, hint="Load the model with dtype=torch.float32")
+        if p.dtype == torch.bfloat16 and processes.shards:
+            problem = "is bfloat16, but weights that are sharded and trained must be float32"
+            raise InputError(problem, where=name, hint="Load the model with dtype=torch.float32")
     state = TrainState(model) if state is None else state
     check_kind(state, TrainState, "state")
     shapes = {name: p.shape for name, p in parameters.items()}
     if {name: m.shape for name, m in state.exp_avg.items()} != shapes:
         raise InputError("holds the moments of other tensors than this model trains", where="state")
-    processes = check_processes(processes)
+    if state.within_step:
+        problem = f"step {state.step + 1} was interrupted while it changed weights and moments"
+        raise InputError(problem, where="state", hint="Go on from a checkpoint")
+    if config.optimizer_in_backward and (processes.size > 1 or processes.shards):
+        raise InputError("takes one process, which holds whole weights", where="optimizer_in_backward")
     check_accumulation(config.accumulate, processes)
     first, groups = state.step, group_by_multiplier(parameters, config)
     steps = take_steps(model, parameters, groups, batches, config, state, processes)
@@ -350,17 +382,21 @@ def take_step(
     def add_gradient(i: int) -> float:
         return backward(model, micro[i], targets, derive_seed(config.seed, state.step, i))
 
-    loss = processes.sum_gradients(parameters, len(micro), add_gradient)
-    norms = compute_gradient_norms(parameters, loss, state.step, silent, processes)
-    norm = norms.norm().item()
-    learning_rate = learning_rate_at(state.step, config)
-    clip = min(1.0, config.clip / (norm + 1e-6))
-    for multiplier, names in groups.items():
-        update({name: parameters[name] for name in names}, state, config, learning_rate * multiplier, clip)
+    rate = learning_rate_at(state.step, config)
+    rates = {name: rate * multiplier for multiplier, names in groups.items() for name in names}
+    with wide_gradients(parameters.values()):
+        if config.optimizer_in_backward:
+            loss, norm = update_in_backward(parameters, rates, config, state, silent, lambda: add_gradient(0))
+        else:
+            loss = processes.sum_gradients(parameters, len(micro), add_gradient)
+            norm = check_norms(compute_gradient_norms(parameters, loss, state, processes), state, silent)
+            state.within_step = True
+            update_all(parameters, state, config, rates, norm)
+            state.within_step = False
     state.step += 1
     check_finite(parameters, state, processes)
     tokens = sum(int((batch.documents >= 0).sum()) for batch in micro)
-    return Step(state.step, loss, learning_rate, norm, tokens, targets)
+    return Step(state.step, loss, rate, norm, tokens, targets)
 
 
 def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
@@ -379,34 +415,101 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     return loss.item()
 
 
-def compute_gradient_norms(
-    parameters: dict[str, nn.Parameter], loss: float, step: int, silent: dict[str, int], processes: Processes
-) -> Tensor:
-    """Compute the norm of each gradient, [number of tensors], and check that every tensor is trained.
+def update_in_backward(
+    parameters: dict[str, nn.Parameter],
+    rates: Mapping[str, float],
+    config: TrainConfig,
+    state: TrainState,
+    silent: dict[str, int],
+    backward: Callable[[], float],
+) -> tuple[float, float]:
+    """Update each parameter as soon as `backward` has its gradient; returns the loss and the norm of the gradient."""
+    norms: dict[str, Tensor] = {}
+
+    def measure(name: str, p: nn.Parameter) -> None:
+        norms[name] = compute_norms([p.grad] if p.grad is not None else [])[0]
+
+    def apply(name: str, p: nn.Parameter) -> None:
+        if not config.clip:  # not measured before; what is not finite is refused before it changes this parameter
+            measure(name, p)
+            check_norm(name, norms[name].item(), state)
+        update_all({name: p}, state, config, rates, norm)
+
+    norm = 0.0
+    if config.clip:
+        with released(parameters, measure):
+            loss = backward()
+        norm = check_norms(sort_norms(norms, parameters, loss, state), state, silent)
+    state.within_step = True
+    with released(parameters, apply):
+        loss = backward()
+    if not config.clip:
+        norm = check_norms(sort_norms(norms, parameters, loss, state), state, silent)
+    state.within_step = False
+    return loss, norm
+
+
+def sort_norms(
+    norms: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], loss: float, state: TrainState
+) -> dict[str, Tensor]:
+    """The norms of the gradients in the order of the parameters.
 
     Raises:
-        InputError: the loss or a gradient is not finite; a tensor has no gradient, or a zero one in three steps.
+        InputError: the loss is not finite, or a parameter has no gradient.
     """
-    where = f"step {step + 1}"
+    where = f"step {state.step + 1}"
     if not math.isfinite(loss):
         raise InputError(f"the loss is {loss}", where=where, hint="Lower the learning rate or look at the data")
-    for name, p in parameters.items():
-        if p.grad is None:
+    for name in parameters:
+        if name not in norms:
             raise InputError(f"no gradient reached {name!r}: it takes no part in the loss", where=where)
-    norms = processes.combine_norms(compute_norms([p.grad for p in parameters.values() if p.grad is not None]))
-    for name, norm in zip(parameters, norms.tolist()):
-        if not math.isfinite(norm):
-            raise InputError(f"the gradient of {name!r} is not finite", where=where, hint="Lower the learning rate")
+    return {name: norms[name] for name in parameters}
+
+
+def compute_gradient_norms(
+    parameters: Mapping[str, nn.Parameter], loss: float, state: TrainState, processes: Processes
+) -> dict[str, Tensor]:
+    """Compute the norm of each gradient.
+
+    Raises:
+        InputError: as `sort_norms`.
+    """
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    sort_norms(gradients, parameters, loss, state)
+    return dict(zip(gradients, processes.combine_norms(compute_norms(list(gradients.values())))))
+
+
+def check_norms(norms: Mapping[str, Tensor], state: TrainState, silent: dict[str, int]) -> float:
+    """Check the norm of each gradient; returns the norm of all.
+
+    Raises:
+        InputError: a gradient is not finite, or was zero in three steps.
+    """
+    stacked = torch.stack(list(norms.values()))  # [number of tensors]
+    for name, norm in zip(norms, stacked.tolist()):
+        check_norm(name, norm, state)
         silent[name] = silent[name] + 1 if norm == 0 else 0
         if silent[name] >= 3:  # LoRA's A has none at the first step: B is zero
-            raise InputError(f"the gradient of {name!r} was zero in three steps: it is not being trained", where=where)
-    return norms
+            problem = f"the gradient of {name!r} was zero in three steps: it is not being trained"
+            raise InputError(problem, where=f"step {state.step + 1}")
+    return stacked.norm().item()
+
+
+def check_norm(name: str, norm: float, state: TrainState) -> None:
+    """Check that a gradient is finite, by its norm.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not math.isfinite(norm):
+        problem = f"the gradient of {name!r} is not finite"
+        raise InputError(problem, where=f"step {state.step + 1}", hint="Lower the learning rate")
 
 
 def compute_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """The norm of each tensor, or of this process's shard of it. [number of tensors]"""
     shards = [own_shard(t) for t in tensors]
-    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order))
+    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order, torch.float32))
 
 
 def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes: Processes | None = None) -> None:
@@ -454,6 +557,41 @@ def update(
             eps=config.eps,
             maximize=False,
         )
+
+
+def update_all(
+    parameters: Mapping[str, nn.Parameter],
+    state: TrainState,
+    config: TrainConfig,
+    rates: Mapping[str, float],
+    norm: float,
+) -> None:
+    """Update parameters, each at its learning rate, on their gradients clipped by the norm of all: float32 ones of one
+    rate together, each bfloat16 one by itself."""
+    clip = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+    together: dict[float, dict[str, nn.Parameter]] = {}
+    for name, p in parameters.items():
+        if p.dtype == torch.float32:
+            together.setdefault(rates[name], {})[name] = p
+        else:
+            update_rounded(name, p, state, config, rates[name], clip)
+    for rate, group in together.items():
+        update(group, state, config, rate, clip)
+
+
+def update_rounded(
+    name: str, p: nn.Parameter, state: TrainState, config: TrainConfig, learning_rate: float, clip: float
+) -> None:
+    """`update` of a bfloat16 parameter: in float32, PART numbers at a time, and rounded stochastically."""
+    assert p.grad is not None
+    generator = torch.Generator(p.device).manual_seed(derive_seed(config.seed, state.step, name))
+    part, rows = copy(state), max(1, PART * len(p) // max(1, p.numel()))
+    tensors = (p.detach(), p.grad, state.exp_avg[name], state.exp_avg_sq[name])
+    for weight, grad, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors)):
+        wide = nn.Parameter(weight.float())
+        wide.grad, part.exp_avg, part.exp_avg_sq = grad, {name: exp_avg}, {name: exp_avg_sq}
+        update({name: wide}, part, config, learning_rate, clip)
+        round_stochastically(wide.detach(), weight, generator)
 
 
 @torch.no_grad()

@@ -65,13 +65,16 @@ def test_updates_below_bfloat16(exhibit, twins, batch):
     """meta-pytorch/torchtune#2254, pytorch/ao#1124, huggingface/transformers#21312: in full bfloat16 training, updates
     smaller than the weights' last bit are rounded away."""
     both = twins(dtype=torch.bfloat16)
-    with exhibit.refused("but trained tensors must be float32. Load the model with dtype=torch.float32"):
-        add_adapter(both.ours, FullConfig())
-        train(both.ours, [batch], TrainConfig(steps=1, learning_rate=1e-5))
+    add_adapter(both.ours, FullConfig())
+    norms = [p for name, p in both.ours.named_parameters() if "norm" in name]
+    first = torch.stack(norms)
+    list(train(both.ours, [batch] * 3, TrainConfig(steps=3, learning_rate=1e-4, warmup=0.0, decay="constant")))
+    assert norms[0].dtype == torch.bfloat16
+    assert (torch.stack(norms) != first).any()
     with exhibit.theirs("transformers") as peer:
         model = both.reload().train()
         before = model.model.norm.weight.detach().clone()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
         for _ in range(3):
             model(batch.ids, labels=batch.ids).loss.backward()
             optimizer.step()

@@ -64,6 +64,27 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         again.restore(tuned(rank=2, layers=2), back)
 
 
+def test_bfloat16_weights_are_saved_as_such(tmp_path: Path) -> None:
+    """Beside float32 moments: ten bytes a number. A float32 run's checkpoint is not rounded into them."""
+    model, run = tuned(layers=2, full=True).to(torch.bfloat16), opened(tmp_path)
+    state = TrainState(model)
+    state.step = 1
+    run.save(model, state)
+    numbers = sum(p.numel() for p in trained(model).values())
+    held = sum(file.stat().st_size for file in run.list_committed()[0].iterdir())
+    assert 10 * numbers < held <= 1.01 * 10 * numbers + 64 * 1024
+    run.close()
+    other = tuned(layers=2, full=True)
+    again = opened(tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"tensor 'parameter/.*': dtype BF16, want F32"):
+        again.restore(other, TrainState(other))
+    back = tuned(layers=2, full=True).to(torch.bfloat16)
+    with torch.no_grad():
+        back.get_parameter("model.norm.weight").zero_()
+    again.restore(back, TrainState(back))
+    assert all(torch.equal(p, trained(model)[name]) for name, p in trained(back).items())
+
+
 def test_the_newest_two_stay_by_number(tmp_path: Path) -> None:
     model, run = tuned(layers=1), opened(tmp_path)
     state = TrainState(model)

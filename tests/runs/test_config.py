@@ -64,7 +64,6 @@ def test_change_keeps_the_rest() -> None:
         ("prefix", {"virtual_tokens": 0}, "virtual_tokens: 0 must be an integer >= 1"),
         ("lora", {"learning_rate": True}, "learning_rate: True must be finite and > 0"),
         ("lora", {"seed": 1.5}, "seed: 1.5 must be an integer in [0, 2^63)"),
-        ("full", {"dtype": "bf16"}, "dtype: full tuning trains the weights themselves, in fp32"),
         ("lora", {"dtype": "int3"}, "dtype: 'int3' is not known (fp32, bf16)"),
     ],
 )

@@ -22,6 +22,8 @@ from minipeft.runs.planning import (
     plan,
     probe_flops,
 )
+from minipeft.training.gradients import released
+from minipeft.training.loop import trained
 
 DECODERS = {
     "gpt2": GPT2(GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=3, n_head=4)),
@@ -94,6 +96,7 @@ WIDER = {
 }  # fmt: skip
 ADAPTERS = {
     "full": FullConfig(),
+    "full, in backward": FullConfig(),
     "lora": LoRAConfig(),
     "lora, dropout": LoRAConfig(dropout=0.1),
     "prefix": PrefixConfig(init="peft"),
@@ -102,7 +105,7 @@ ADAPTERS = {
 ROWS, LENGTH = 3, 384
 
 
-def profiled(config, adapter, dtype, activation_checkpointing):
+def profiled(config, adapter, dtype, activation_checkpointing, in_backward=False):
     """The peak bytes of torch's allocator in a real step, above the level before it."""
     model = {"gpt2": GPT2, "llama": Llama}[config.model_type](config).to(dtype)
     model.initialize(torch.Generator().manual_seed(0))
@@ -110,7 +113,8 @@ def profiled(config, adapter, dtype, activation_checkpointing):
     model.train()
     model.activation_checkpointing = activation_checkpointing
     ids = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with released(trained(model) if in_backward else {}, lambda *_: None), profiling as profiler:
         cross_entropy(model.hidden(ids), model.lm_head.weight, ids).backward()
     now = most = 0
     for event in profiler.profiler.kineto_results.events():
@@ -125,11 +129,12 @@ def profiled(config, adapter, dtype, activation_checkpointing):
 @pytest.mark.parametrize("family", WIDER)
 def test_the_planned_step_takes_the_memory_of_a_real_one(family, name, activation_checkpointing):
     config, adapter = WIDER[family], ADAPTERS[name]
-    dtype = torch.float32 if name == "full" else torch.bfloat16
+    dtype, in_backward = torch.float32 if "full" in name else torch.bfloat16, "in backward" in name
     planned = plan(
-        config, adapter, rows=ROWS, length=LENGTH, dtype=dtype, activation_checkpointing=activation_checkpointing
-    )
-    ratio = planned.step / profiled(config, adapter, dtype, activation_checkpointing)
+        config, adapter, rows=ROWS, length=LENGTH, dtype=dtype, activation_checkpointing=activation_checkpointing,
+        optimizer_in_backward=in_backward,
+    )  # fmt: skip
+    ratio = planned.step / profiled(config, adapter, dtype, activation_checkpointing, in_backward)
     assert 0.85 < ratio < 1.15
 
 
@@ -174,10 +179,31 @@ def test_the_command_plans_what_it_is_told(capsys):
     assert lines[0].split()[:8] == ["demo", "lora", "2", "x", "64", "bfloat16", "262,144", "5.7"]
 
 
-def test_the_dtype_is_of_the_frozen_base(capsys):
-    """Full tuning trains the weights, so its row says float32."""
-    assert main(["plan", "demo", "--method", "full", "lora", "--dtype", "bf16", "--length", "16", "--json"]) == 0
-    assert [row["dtype"] for row in json.loads(capsys.readouterr().out)] == ["float32", "bfloat16"]
+def test_the_dtype_is_of_the_base(capsys):
+    """Of the file, for full tuning float32; or the given one. Gradients and moments of bfloat16 weights are float32."""
+    line = ["plan", "demo", "--method", "full", "lora", "--length", "16", "--json"]
+    found = []
+    for given in ([], ["--dtype", "bf16"]):
+        assert main([*line, *given]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [[row["dtype"] for row in rows] for rows in found] == [["float32", "bfloat16"], ["bfloat16", "bfloat16"]]
+    (wide, _), (narrow, _) = found
+    assert narrow["weights"] == wide["weights"] / 2
+    assert narrow["moments"] == wide["moments"] == 8 * wide["trainable"]
+    assert narrow["step"] >= 4 * narrow["trainable"]
+
+
+def test_the_optimizer_in_backward_is_planned(capsys):
+    """Without the gradients of the blocks; with clipping twice the FLOPs."""
+    line = ["plan", "demo", "--method", "full", "--length", "16", "--json"]
+    rows = []
+    for more in ([], ["--optimizer-in-backward"], ["--optimizer-in-backward", "--clip", "0"]):
+        assert main([*line, *more]) == 0
+        rows += json.loads(capsys.readouterr().out)
+    plain, clipped, free = rows
+    blocks = 12 * 256 * 256  # weights of a block's linears
+    assert clipped["step"] == free["step"] < plain["step"] - 4 * 3 * blocks
+    assert clipped["flops"] == 2 * plain["flops"] == 2 * free["flops"]
 
 
 def test_layers_beyond_reason_are_refused_before_they_are_built(tmp_path, capsys):

@@ -232,8 +232,8 @@ def test_arguments_are_checked_at_the_call() -> None:
     assert "nothing is trainable" in refused(lambda: train(copy.deepcopy(model).requires_grad_(False), Rows(), CONFIG))
     other = TrainState(tuned("prompt"))
     assert "the moments of other tensors" in refused(lambda: train(model, Rows(), CONFIG, other))
-    half = tuned("full").to(torch.bfloat16)
-    assert "is torch.bfloat16, but trained tensors must be float32" in refused(lambda: train(half, Rows(), CONFIG))
+    half = tuned("full").to(torch.float16)
+    assert "is torch.float16, but trained tensors must be float32" in refused(lambda: train(half, Rows(), CONFIG))
     assert isinstance(train(model, Rows(), CONFIG), Iterator)
     said = refused(lambda: train(model, Rows(), TrainConfig()))
     assert said == "steps: must be set to train: it is None. TrainConfig(steps=...)"
@@ -247,7 +247,7 @@ def test_arguments_are_checked_at_the_call() -> None:
         ("steps", True),
         ("accumulate", 0),
         ("learning_rate", 0.0),
-        ("clip", 0.0),
+        ("clip", -0.1),
         ("learning_rate", math.nan),
         ("eps", math.inf),
         ("warmup", 1.0),

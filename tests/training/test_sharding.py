@@ -129,6 +129,10 @@ def test_no_rank_holds_a_copy_of_the_base(place: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"quantize": "nf4"}, "shard: the codes and scales of a base in nf4 cannot be sharded. Give --shard or"),
+        (
+            {"method": "full", "dtype": "bf16"},
+            "shard: weights that are sharded and trained must be fp32. Give --dtype fp32",
+        ),
         ({"accumulate": 5}, "accumulate: 5 is no multiple of 2 processes, which run sharded weights together. Give"),
     ],
 )

@@ -68,7 +68,8 @@ def measure_memory(bench: Bench) -> Mapping[str, Value]:
         "prompt": PromptConfig(length=20),
     }
     for name, adapter in settings.items():
-        plans[name] = p = plan(config, adapter, rows=1, length=ROW, dtype=torch.bfloat16)
+        dtype = torch.float32 if name == "full" else torch.bfloat16
+        plans[name] = p = plan(config, adapter, rows=1, length=ROW, dtype=dtype)
         rows.append(
             (name, p.trainable, p.percent, *(f"{size / 1e9:.2f}" for size in (p.weights, p.moments, p.step, p.peak)))
         )
