@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST_TEXT = 3_000  # characters of an error
+MOST_ITEMS = 1 << 27  # of a list that is given: a longer one, such as range(10**12), would fill the memory
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes; Linux's limits
 SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104  # of float32, normal and finite
 
@@ -246,9 +247,14 @@ def check_items(given: Any, kind: type[T], where: str, noun: str | None = None) 
         hint = "Put it in a list" if kind is not object and isinstance(given, kind) else None
         raise InputError(f"{format_value(given)} must be a list of {noun}s", where=where, hint=hint)
     try:
-        entries = list(given)
+        too_many = len(given) > MOST_ITEMS
+        entries = [] if too_many else list(given)
     except TypeError as error:  # a tensor or array of no dimension
         raise InputError(f"{format_value(given)} must be a list of {noun}s", where=where) from error
+    except OverflowError:  # len(range(10**30))
+        too_many, entries = True, []
+    if too_many:
+        raise InputError(f"holds over {MOST_ITEMS:,} {noun}s", where=where)
     for number, entry in enumerate(entries):
         if not isinstance(entry, kind):
             check_kind(entry, kind, f"{where}[{number}]")

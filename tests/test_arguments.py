@@ -169,6 +169,9 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "decode: beyond": (lambda p: p.tokenizer.decode([-1]), "ids: -1 must be in [0, 2^32)"),
     "decode: text": (lambda p: p.tokenizer.decode(["a"]), "ids[0]: 'a' must be an int"),  # type: ignore[list-item]
     "decode: one number": (lambda p: p.tokenizer.decode(5), "ids: 5 must be a list"),  # type: ignore[arg-type]
+    "decode: vast": (lambda p: p.tokenizer.decode(range(10**12)), "ids: holds over 134,217,728 integers"),
+    "decode: beyond vast": (lambda p: p.tokenizer.decode(range(10**30)), "ids: holds over 134,217,728 integers"),
+    "with_eos: a surrogate": (lambda p: p.tokenizer.with_eos("\ud800"), "eos token: holds a lone surrogate"),
     "with_eos: a number": (lambda p: p.tokenizer.with_eos(5), "eos token: 5 must be text"),  # type: ignore[arg-type]
     "Pair: a number": (lambda p: minipeft.Pair(5, "x"), "intent: 5 must be text"),  # type: ignore[arg-type]
     "Pair: None": (lambda p: minipeft.Pair("x", None), "snippet: None must be text"),  # type: ignore[arg-type]
@@ -267,6 +270,8 @@ CALLS: dict[str, tuple[Callable[[Place], object], str]] = {
     "codebleu: None": (lambda p: minipeft.codebleu(None, []), "predictions: None must be a list of texts"),  # type: ignore[arg-type]
     "codebleu: mode": (lambda p: minipeft.codebleu(["a"], ["a"], mode=[]), "mode: no mode is called []; there are"),  # type: ignore[arg-type]
     "codebleu: weights": (lambda p: minipeft.codebleu(["a"], ["a"], weights=["a"] * 4), "weights: 'a' must be"),  # type: ignore[list-item]
+    "codebleu: weights a matrix": (lambda p: minipeft.codebleu(["a"], ["a"], weights=torch.ones(4, 4)), "weights: "),  # type: ignore[arg-type]
+    "chrf: vast": (lambda p: chrf(["a"], range(10**12)), "references: holds over 134,217,728"),  # type: ignore[arg-type]
     "codebleu: weights None": (lambda p: minipeft.codebleu(["a"], ["a"], weights=None), "weights: None must be a list"),  # type: ignore[arg-type]
     "codebleu: weights NaN": (lambda p: minipeft.codebleu(["a"], ["a"], weights=[math.nan] * 4), "weights: expected four numbers, none below 0, that sum to 1"),
     "chrf: None": (lambda p: chrf(["a"], [None]), "references[0]: None must be a list of texts"),  # type: ignore[list-item]

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard, TypeVar
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from minipeft.errors import InputError, check_kind, has_type
+from minipeft.errors import InputError, check_text, has_type
 from minipeft.files import name_type, read_object, read_text
 
 WHOLE = "tokenizer.json"
@@ -148,7 +148,7 @@ def find_special_id(
 
 def make_special(backend: tokenizers.Tokenizer, token: str, file: Path, where: str) -> int:
     """Make a token of the vocabulary special (skipped when decoding); returns its id."""
-    check_kind(token, str, where)
+    check_text(token, None, where)
     number = backend.token_to_id(token)
     if number is None:
         raise InputError(f"{token!r} is not in the vocabulary", file=file, where=where)

@@ -112,9 +112,9 @@ def codebleu(
 
 
 def _check_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    check_items(weights, object, "weights", "number")
-    for weight in weights:
-        if weight == weight:  # NaN is refused below
+    entries: list[object] = check_items(weights, object, "weights", "number")
+    for weight in entries:
+        if not isinstance(weight, float) or not math.isnan(weight):  # NaN is refused below
             check_value(weight, float, {}, "weights")
     if len(weights) != 4 or not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1):
         raise InputError(
