@@ -131,3 +131,7 @@ def test_both_libraries_reach_one_loss_with_one_recipe():
     ours, theirs = (one["training"]["dev_loss"] for one in found if one["recipe"] == "ours")
     assert abs(ours - theirs) < 0.005
     assert f"the losses on held-out pairs are {ours:.3f} and {theirs:.3f} nats" in TEXT
+    (a, peer, b), earlier = (100 * one["scores"]["bleu"] for one in found), 27.5
+    gaps = [one - other for one in (a, peer) for other in (b, earlier)]
+    assert f"the recipe makes {min(gaps):.1f} to {max(gaps):.1f} BLEU" in TEXT
+    assert max(abs(a - peer), abs(b - earlier)) < 1
