@@ -167,7 +167,10 @@ def test_each_public_name_is_there():
 
 
 PROGRAM = f"""
-import json, sys, threading, time, torch
+import json, sys, threading, time
+start = time.process_time()
+import torch
+torchs = time.process_time() - start
 sys.dont_write_bytecode = True
 state = lambda: (torch.get_num_threads(), str(torch.get_default_dtype()), threading.active_count(),
                  torch.random.get_rng_state().tolist())
@@ -177,7 +180,7 @@ start = time.process_time()
 import minipeft
 seconds = time.process_time() - start
 loaded = [name for name in {LAZY} if name in sys.modules]
-print(json.dumps(dict(seconds=seconds, loaded=loaded, written=written, unchanged=before == state())))
+print(json.dumps(dict(seconds=seconds, torchs=torchs, loaded=loaded, written=written, unchanged=before == state())))
 """
 
 
@@ -197,11 +200,12 @@ def test_import_leaves_what_is_heavy_alone(first):
 
 
 def test_import_takes_torchs_own_time_plus_300_milliseconds(first):
-    """Processor time, which other processes do not affect; at most five tries."""
-    taken = [first["seconds"]]
-    while len(taken) < 5 and min(taken) > 0.3:
-        taken.append(fresh()["seconds"])
-    assert min(taken) <= 0.3, taken
+    """Processor time; at most five tries. Where torch takes over 1.5 s, the machine is slow: a fifth of that instead."""
+    taken = [first]
+    over = lambda: min(one["seconds"] - max(0.3, one["torchs"] / 5) for one in taken)
+    while len(taken) < 5 and over() > 0:
+        taken.append(fresh())
+    assert over() <= 0, [(one["seconds"], one["torchs"]) for one in taken]
 
 
 def test_import_defines_and_does_nothing_else(first):

@@ -11,11 +11,13 @@ The library's pieces are there (minipeft_kernels/triton_blocks.py):
     locate_tile(M, N, BLOCK_M, BLOCK_N, GROUP)        the first row and column of this program's tile
     multiply_low_rank(s, B, rows, columns, M, N, R, stride_s, False, BLOCK_M, BLOCK_N, BLOCK_R, UPCAST)
                                                       s B^T of the tile [m, n] in float32; rows [m] and columns [n]
-    add_product(total, x, W, rows, columns, M, N, K, stride_x, False, BLOCK_K, UPCAST)       total + x W^T
+    add_product(total, x, W, absmax, table, rows, column, M, N, K, stride_x, False, NF4, BLOCK_N, BLOCK_K, UPCAST)
+                                                      total + x W^T
     round_to(total, y, UPCAST)                        the tile in the dtype of y
 
 y is contiguous: entry (m, n) is at y + m * N + n; convert rows to int64 before you multiply by N. Rows beyond M and
-columns beyond N must not be written. bias is read only if BIAS, and may be 16 bits wide.
+columns beyond N must not be written. bias is read only if BIAS, and may be 16 bits wide. absmax, table and NF4 are for a
+weight in 4 bits: pass them on.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ def run(kernel: Any, M: int, N: int, K: int, R: int, bias: bool, dtype: torch.dt
     b, y = draw(N), torch.full((M, N), 7.0).to(dtype)
     tiles = -(-M // 16) * -(-N // 16)
     blocks = {"GROUP": 2, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_R": 16}
-    arguments = (x, W, b if bias else x, s, B, y, M, N, K, R, x.stride(0), s.stride(0), 0.75)
+    arguments = (x, W, W, W, b if bias else x, s, B, y, M, N, K, R, x.stride(0), s.stride(0), 0.75)
     with confined({"x": x, "W": W, "s": s, "B": B, **({"bias": b} if bias else {})}, {"y": y}):
-        kernel[(tiles,)](*arguments, BIAS=bias, UPCAST=True, **blocks)
+        kernel[(tiles,)](*arguments, BIAS=bias, NF4=False, UPCAST=True, **blocks)
     exact = 0.75 * s.double() @ B.double().t() + x.double() @ W.double().t() + (b.double() if bias else 0)
     what = f"y for M={M}, N={N}, K={K}, R={R}, bias={bias}, {dtype}"
     require_close(y, exact, what, 1e-5 if dtype == torch.float32 else 5e-3)
