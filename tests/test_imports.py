@@ -200,7 +200,7 @@ def test_import_leaves_what_is_heavy_alone(first):
 
 
 def test_import_takes_torchs_own_time_plus_300_milliseconds(first):
-    """Processor time; at most five tries. Where torch takes over 1.5 s, the machine is slow: a fifth of that instead."""
+    """Processor time; at most five tries. Where torch takes over 1.5 s the machine is slow: a fifth of that instead."""
     taken = [first]
     over = lambda: min(one["seconds"] - max(0.3, one["torchs"] / 5) for one in taken)
     while len(taken) < 5 and over() > 0:

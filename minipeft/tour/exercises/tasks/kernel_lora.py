@@ -16,8 +16,8 @@ The library's pieces are there (minipeft_kernels/triton_blocks.py):
     round_to(total, y, UPCAST)                        the tile in the dtype of y
 
 y is contiguous: entry (m, n) is at y + m * N + n; convert rows to int64 before you multiply by N. Rows beyond M and
-columns beyond N must not be written. bias is read only if BIAS, and may be 16 bits wide. absmax, table and NF4 are for a
-weight in 4 bits: pass them on.
+columns beyond N must not be written. bias is read only if BIAS, and may be 16 bits wide. absmax, table and NF4 are for
+a weight in 4 bits: pass them on.
 """
 
 from __future__ import annotations
