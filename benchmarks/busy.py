@@ -24,7 +24,7 @@ VARIANTS = {  # threads, environment
     f"{CORES} threads, passive waiting": (CORES, {"OMP_WAIT_POLICY": "PASSIVE"}),
     "1 thread": (1, {}),
 }
-TRAIN = ("train", "--model", "demo", "--data", "demo", "--method", "lora", "--length", "256")
+TRAIN = ("train", "--model", "demo", "--data", "demo", "--method", "lora", "--length", "256", "--dtype", "fp32")
 
 
 def train(threads: int, environment: dict[str, str], steps: int) -> tuple[float, bool]:
@@ -33,7 +33,7 @@ def train(threads: int, environment: dict[str, str], steps: int) -> tuple[float,
         out = ("--out", folder, "--steps", str(steps), "--threads", str(threads))
         command = [sys.executable, "-m", "minipeft", *TRAIN, *out]
         done = subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, text=True)
-        result = json.loads((Path(folder) / "result.json").read_text())
+        result = json.loads((Path(folder) / "timing.json").read_text())
     return result["tokens_per_second"], "--threads 1 is faster" in done.stdout + done.stderr
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     """Measure each variant alone and beside a busy process, in turn, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     load = os.getloadavg()[0]
