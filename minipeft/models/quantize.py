@@ -32,6 +32,7 @@ NF4_CODE = (  # as published, in float32
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 SMALLEST = 1e-38  # in place of a largest value of 0
+CPU = torch.device("cpu")
 
 
 class NF4(NamedTuple):
@@ -46,10 +47,10 @@ class NF4(NamedTuple):
     def quantize(cls, weight: Tensor) -> NF4:
         """The nearest codes of a weight [N, K]."""
         values = weight.float().flatten()  # [N K]
-        codes, absmax = nearest(values, torch.tensor(NF4_CODE, device=values.device), BLOCK)  # [N K], [blocks]
+        codes, absmax = nearest(values, make_nf4_code(values.device), BLOCK)  # [N K], [blocks]
         codes = F.pad(codes, (0, codes.numel() % 2), value=NF4_CODE.index(0.0))
         mean = absmax.mean()
-        scales, largest = nearest(absmax - mean, make_dynamic_code().to(values.device), GROUP)  # [blocks], [groups]
+        scales, largest = nearest(absmax - mean, make_dynamic_code(values.device), GROUP)  # [blocks], [groups]
         return cls(codes[::2] << 4 | codes[1::2], scales, largest, mean)
 
     def values(self, start: int, stop: int, width: int) -> Tensor:
@@ -68,7 +69,7 @@ class NF4(NamedTuple):
         """The scales of these blocks, in float32. [blocks]"""
         largest = self.largest[blocks.start // GROUP : -(-blocks.stop // GROUP)].repeat_interleave(GROUP)
         shift = blocks.start % GROUP
-        scales = look_up(make_dynamic_code().to(self.scales.device), self.scales[blocks])  # [blocks]
+        scales = look_up(make_dynamic_code(self.scales.device), self.scales[blocks])  # [blocks]
         return scales * largest[shift : shift + len(scales)] + self.mean
 
 
@@ -110,20 +111,26 @@ def look_up(table: Tensor, codes: Tensor) -> Tensor:
 
 
 @cache
-def make_dynamic_code() -> Tensor:
+def make_nf4_code(device: torch.device) -> Tensor:
+    """The 16 values of a code. [16]"""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@cache
+def make_dynamic_code(device: torch.device = CPU) -> Tensor:
     """The 256 values of a scale's second level: seven decades, each with twice as many steps as the one below it."""
     parts = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)  # [2^decade]
         parts += [middles, -middles]
-    return torch.cat(parts).sort().values  # [256]
+    return torch.cat(parts).sort().values.to(device)  # [256]
 
 
 @cache
 def make_pair_table(device: torch.device) -> Tensor:
     """The two float32 values of each byte, side by side in one int64, so that a single lookup yields both. [256]"""
-    code = torch.tensor(NF4_CODE)
+    code = make_nf4_code(CPU)
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # [256, 2]: high half, low half
     return pairs.view(torch.int64).flatten().to(device)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.decoder import Decoder
-from minipeft.models.quantize import FORMATS, NF4, NF4_CODE, Int8, check_format
+from minipeft.models.quantize import FORMATS, NF4, Int8, check_format, make_nf4_code
 
 CACHE, DEVICE = 1 << 20, 1 << 24  # values dequantized at a time: on a CPU 4 MB in float32, of which a cache holds most
 
@@ -65,7 +65,7 @@ class QuantizedWeight(Tensor):
         if not isinstance(self.parts, NF4) or self.shape[1] % 2:
             return None
         absmax = self.parts.absmax(slice(0, len(self.parts.scales)))  # [blocks]
-        return self.parts.codes, absmax, torch.tensor(NF4_CODE, device=self.device)
+        return self.parts.codes, absmax, make_nf4_code(self.device)
 
     def t(self) -> Transposed:  # type: ignore[override]
         return Transposed(self)

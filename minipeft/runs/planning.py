@@ -213,29 +213,28 @@ def count_train_flops(
 def probe_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Measure this machine's FLOP/s for a matrix product in this dtype, in about PROBE_SECONDS."""
     m, k, n = PROBE
+    return 2.0 * m * k * n * count_products(PROBE, dtype, device)
+
+
+def probe_threads(number: int) -> float:
+    """Measure how many small products so many CPU threads make in a second, in about PROBE_SECONDS."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return count_products(SMALL_PROBE, torch.float32, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def count_products(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+    """Measure how many products [m, k] [k, n] this machine makes in a second."""
+    m, k, n = shape
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
     torch.nn.functional.linear(a, b)
     start, products, seconds = time.perf_counter(), 0, 0.0
     while seconds < PROBE_SECONDS:  # at least one: a busy machine may spend the time elsewhere
-        torch.nn.functional.linear(a, b).sum().item()
+        torch.nn.functional.linear(a, b).sum().item()  # wait for a GPU
         products, seconds = products + 1, time.perf_counter() - start
-    return 2.0 * m * k * n * products / seconds
-
-
-def probe_threads(number: int) -> float:
-    """Measure how many small products a second so many CPU threads make, in about PROBE_SECONDS."""
-    m, k, n = SMALL_PROBE
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        a, b = torch.randn(m, k), torch.randn(n, k)
-        torch.nn.functional.linear(a, b)
-        start, products, seconds = time.perf_counter(), 0, 0.0
-        while seconds < PROBE_SECONDS:
-            torch.nn.functional.linear(a, b)
-            products, seconds = products + 1, time.perf_counter() - start
-    finally:
-        torch.set_num_threads(before)
     return products / seconds
 
 

@@ -71,8 +71,8 @@ PRESETS = {
     "rates": Preset(("demo",), "demo", TAUGHT, rates_experiment.METHODS, 40, 5, rates_experiment.list_trials,
                     ("learning_rate", "lr_multiplier"), searches=True),
 }  # fmt: skip
-# The demo model is a thirtieth of the smallest that the recipes were made for, and needs larger learning rates. These
-# are the ones that `minipeft study --preset rates` chose on held-out pairs (results/rates-demo).
+# The demo model has a thirtieth of the parameters of the smallest model that the recipes were made for, so it needs
+# larger learning rates. `minipeft study --preset rates` chose these on held-out pairs (results/rates-demo).
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-3},
     "lora": {"learning_rate": 3e-3},

@@ -37,7 +37,7 @@ def wide_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def released(parameters: Mapping[str, nn.Parameter], use: Callable[[str, nn.Parameter], None]) -> Iterator[None]:
-    """Context manager: as soon as backward has a parameter's gradient, call use(name, p), and free the gradient."""
+    """Context manager: when backward has computed a parameter's gradient, call use(name, p) and free the gradient."""
 
     def make_hook(name: str) -> Callable[[Tensor], None]:
         def run(p: Tensor) -> None:

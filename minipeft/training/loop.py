@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -427,7 +427,8 @@ def update_in_backward(
     norms: dict[str, Tensor] = {}
 
     def measure(name: str, p: nn.Parameter) -> None:
-        norms[name] = compute_norms([p.grad] if p.grad is not None else [])[0]
+        assert p.grad is not None
+        norms[name] = compute_norms([p.grad])[0]
 
     def apply(name: str, p: nn.Parameter) -> None:
         if not config.clip:  # not measured before; what is not finite is refused before it changes this parameter
@@ -435,24 +436,26 @@ def update_in_backward(
             check_norm(name, norms[name].item(), state)
         update_all({name: p}, state, config, rates, norm)
 
+    def check(loss: float) -> float:
+        check_reached(norms, parameters, loss, state)
+        return check_norms({name: norms[name] for name in parameters}, state, silent)
+
     norm = 0.0
     if config.clip:
         with released(parameters, measure):
             loss = backward()
-        norm = check_norms(sort_norms(norms, parameters, loss, state), state, silent)
+        norm = check(loss)
     state.within_step = True
     with released(parameters, apply):
         loss = backward()
     if not config.clip:
-        norm = check_norms(sort_norms(norms, parameters, loss, state), state, silent)
+        norm = check(loss)
     state.within_step = False
     return loss, norm
 
 
-def sort_norms(
-    norms: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], loss: float, state: TrainState
-) -> dict[str, Tensor]:
-    """The norms of the gradients in the order of the parameters.
+def check_reached(reached: Container[str], parameters: Iterable[str], loss: float, state: TrainState) -> None:
+    """Check that the loss is finite and that a gradient reached every parameter.
 
     Raises:
         InputError: the loss is not finite, or a parameter has no gradient.
@@ -461,9 +464,8 @@ def sort_norms(
     if not math.isfinite(loss):
         raise InputError(f"the loss is {loss}", where=where, hint="Lower the learning rate or look at the data")
     for name in parameters:
-        if name not in norms:
+        if name not in reached:
             raise InputError(f"no gradient reached {name!r}: it takes no part in the loss", where=where)
-    return {name: norms[name] for name in parameters}
 
 
 def compute_gradient_norms(
@@ -472,15 +474,15 @@ def compute_gradient_norms(
     """Compute the norm of each gradient.
 
     Raises:
-        InputError: as `sort_norms`.
+        InputError: as `check_reached`.
     """
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    sort_norms(gradients, parameters, loss, state)
+    check_reached(gradients, parameters, loss, state)
     return dict(zip(gradients, processes.combine_norms(compute_norms(list(gradients.values())))))
 
 
 def check_norms(norms: Mapping[str, Tensor], state: TrainState, silent: dict[str, int]) -> float:
-    """Check the norm of each gradient; returns the norm of all.
+    """Check that each gradient is finite and is not always zero, by its norm; returns the global norm.
 
     Raises:
         InputError: a gradient is not finite, or was zero in three steps.
