@@ -1,7 +1,7 @@
 """Text generation: one pass over the prompts (prefill), then one token at a time with the cache (decode).
 
-    prompts of different lengths in one batch, padded on the left:      . . 0 0 0 | 0 0 ...
-    (`.` = PADDING, 0 = the row's document, | = where answers begin)    0 0 0 0 0 | 0 0 ...
+    prompts, sorted by length -> batches -> rows of a batch (decoding.py) -> ids, until an end token, a stop text or
+    the limit -> text
 
 The next token is the likeliest or one of the nucleus (sampling.py). Each prompt has its own random stream, so that its
 answer does not depend on its batch. A model with a bank of adapters may use another adapter in each row.
@@ -10,14 +10,13 @@ answer does not depend on its batch. A model with a bank of adapters may use ano
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from minipeft.data.tokens import Tokenizer
-from minipeft.documents import PADDING
+from minipeft.decoding import ROWS, probe_places, start_rows
 from minipeft.errors import (
     InputError,
     check_characters,
@@ -30,7 +29,7 @@ from minipeft.errors import (
 )
 from minipeft.models import Decoder
 from minipeft.models.packed import PackedModel
-from minipeft.sampling import choose, draw_uniforms
+from minipeft.sampling import draw_uniforms
 
 # Decoding steps of a call from which its weights are packed. Packing takes as long as it saves in 71 steps of one row,
 # 25 of eight (SmolLM2-135M, one thread, docs/performance.md), and answers end before max_new_tokens.
@@ -51,6 +50,9 @@ class GenerateConfig:
     stop: tuple[str, ...] = option((), "stop text that ends an answer; may be given more than once")
     batch: int = option(25, "prompts at a time", least=1)
     pack: bool = option(True, "on a CPU, decode with packed copies of the weights: 2 more bytes a weight")
+    batch_invariant: bool = option(
+        False, "compute each answer with the same bits whatever prompts are beside it, eight at a time; slower"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -113,12 +115,16 @@ def answer(
     check_methods(tokenizer, ("encode_all", "decode", "eos"), "Tokenizer", "tokenizer")
     rows = encode_prompts(tokenizer, prompts)
     names = check_adapters(model, adapters, len(rows))
+    if names is not None and config.batch_invariant:
+        problem = "does not hold for a bank: how many rows have an adapter decides the size of its products"
+        raise InputError(problem, where="batch_invariant", hint="Load one adapter")
     for number, row in enumerate(rows):
         check_room(model, row, config, f"prompt {number + 1}")
     for chosen in () if only is None else check_items(only, object, "only", "number"):
         check_value(chosen, int, {"least": 0, "below": len(rows)}, "only")
     order = sorted(range(len(rows)) if only is None else only, key=lambda i: len(rows[i]))
-    batches = (order[start : start + config.batch] for start in range(0, len(order), config.batch))
+    batch = ROWS if config.batch_invariant else config.batch
+    batches = (order[start : start + batch] for start in range(0, len(order), batch))
     ends = find_end_tokens(model, tokenizer).union(ends)
     return (a for batch in answer_batches(model, tokenizer, batches, rows, names, config, ends) for a in batch)
 
@@ -151,16 +157,16 @@ def stream(
     check_room(model, prompt, config, "prompt")
     stops = find_end_tokens(model, tokenizer).union(ends)
     device, shown, made = model.embedding.weight.device, "", list[int]()
-    cache = model.new_cache(1, len(prompt) + config.max_new_tokens)
     draws = draw_uniforms(config.seed, 0, config.max_new_tokens).to(device)  # [max_new_tokens]
-    ids = torch.tensor([prompt])  # [1, T]
     packed = pack_for(model, config) if packed is None else packed
     model.eval()
+    with torch.no_grad(), packed.used():
+        rows = start_rows(model, [prompt], 0, config.max_new_tokens, config.batch_invariant)
     for step in range(config.max_new_tokens):
         with torch.no_grad(), packed.used():
-            hidden = model.hidden(ids.to(device), cache=cache)  # [1, T, C], then [1, 1, C]
-            logits = model.logits(hidden[:, -1]).float()  # [1, V]
-            ids = choose(logits, draws[None, step], config.temperature, config.top_p)[:, None]  # [1, 1]
+            if made:
+                rows.advance(torch.tensor(made[-1:], device=device))
+            ids = rows.choose(draws[None, step], config.temperature, config.top_p)  # [1]
         token = int(ids)
         if token in stops:
             break
@@ -231,20 +237,31 @@ def answer_batches(
 ) -> Iterator[list[Answer]]:
     """Answer the prompts of each batch together; the weights are packed once, before the first."""
     packed = pack_for(model, config, len(rows))  # not by those left: a resumed call has the bits of a whole one
+    if config.batch_invariant and rows:
+        with evaluating(model), packed.used():
+            probe_places(model, min(rows, key=len))
     for numbers in batches:
-        was_training = model.training
-        model.eval()
-        try:
-            with nullcontext() if names is None else model.adapter.use([names[n] for n in numbers]), packed.used():
-                made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config, ends)
-        finally:
-            model.train(was_training)
+        used = nullcontext() if names is None else model.adapter.use([names[n] for n in numbers])
+        with evaluating(model), used, packed.used():
+            made, ended = decode(model, tokenizer, numbers, [rows[n] for n in numbers], config, ends)
         yield [make_answer(tokenizer, n, rows[n], made[i], ended[i], config.stop) for i, n in enumerate(numbers)]
 
 
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Context manager: the model is in eval mode, and then in its old mode again."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def pack_for(model: Decoder, config: GenerateConfig, prompts: int = 1) -> PackedModel:
-    """Pack the weights for decoding, if the config wants it and so many answers may be long enough for it to pay."""
-    steps = config.max_new_tokens * -(-prompts // config.batch)
+    """Pack the weights for decoding, if the config wants it and so many answers may be long enough for it to pay; the
+    packed product has other bits, so with `batch_invariant` their number does not decide."""
+    steps = config.max_new_tokens * (1 if config.batch_invariant else -(-prompts // config.batch))
     return PackedModel(model, empty=not config.pack or steps < PACKED_FROM)
 
 
@@ -259,17 +276,15 @@ def decode(
 ) -> tuple[list[list[int]], list[str]]:
     """Prefill the rows, then decode until all have ended; returns the new ids, and why each row ended."""
     device = model.embedding.weight.device
-    ids, documents = pad_left(rows, tokenizer.eos if tokenizer.eos is not None else 0)
-    cache = model.new_cache(len(rows), ids.shape[1] + config.max_new_tokens)
     drawn = [draw_uniforms(config.seed, number, config.max_new_tokens) for number in numbers]
     draws = torch.stack(drawn).to(device)  # [B, max_new_tokens]
     made: list[list[int]] = [[] for _ in rows]
     ended = ["limit"] * len(rows)
-    live = list(range(len(rows)))  # the batch row of each cache row
-    hidden = model.hidden(ids.to(device), documents.to(device), cache)  # [B, T, C]
+    live = list(range(len(rows)))  # the batch row of each row that is decoded
+    filling = tokenizer.eos if tokenizer.eos is not None else 0
+    decoded = start_rows(model, rows, filling, config.max_new_tokens, config.batch_invariant)
     for step in range(config.max_new_tokens):
-        logits = model.logits(hidden[:, -1]).float()  # [B, V]
-        chosen = choose(logits, draws[live, step], config.temperature, config.top_p)  # [B]
+        chosen = decoded.choose(draws[live, step], config.temperature, config.top_p)  # [B]
         for place, token in enumerate(chosen.tolist()):
             row = live[place]
             if ended[row] != "limit":
@@ -284,11 +299,9 @@ def decode(
         if not going or step + 1 == config.max_new_tokens:
             break
         if 2 * len(going) <= len(live):  # drop ended rows once they are half the batch: shrinking the cache copies it
-            cache.keep_rows(going)
-            if hasattr(model.adapter, "keep"):  # a bank keeps the same rows
-                model.adapter.keep(going)
+            decoded.keep(going)
             chosen, live = chosen[going], [live[place] for place in going]
-        hidden = model.hidden(chosen[:, None], cache=cache)  # [B, 1, C]
+        decoded.advance(chosen)
     return made, ended
 
 
@@ -297,14 +310,6 @@ def find_end_tokens(model: Decoder, tokenizer: Tokenizer) -> set[int]:
     given = model.config.eos_token_id
     listed = given if isinstance(given, tuple) else (given,)
     return {token for token in (tokenizer.eos, *listed) if token is not None}
-
-
-def pad_left(rows: list[list[int]], filling: int) -> tuple[Tensor, Tensor]:
-    """Pad rows on the left; returns ids and documents, two of [B, T]. No token sees the padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[filling] * (width - len(row)) + row for row in rows])
-    documents = torch.tensor([[PADDING] * (width - len(row)) + [0] * len(row) for row in rows])
-    return ids, documents
 
 
 def decode_new(tokenizer: Tokenizer, prompt: list[int], made: list[int]) -> str:

@@ -7,8 +7,9 @@ import torch
 import transformers
 
 import minipeft
+from minipeft.decoding import pad_left
 from minipeft.errors import InputError
-from minipeft.generation import GenerateConfig, answer, generate, pad_left, stream
+from minipeft.generation import GenerateConfig, answer, generate, stream
 from minipeft.models import FAMILIES, GPT2, GPT2Config, Llama, LlamaConfig, Mistral, MistralConfig
 from minipeft.models.checkpoint import load_model, make_config_json, save_model
 from minipeft.models.config import parse_config

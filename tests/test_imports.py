@@ -28,10 +28,11 @@ KNOWS = {  # package: what of minipeft it may import
     "adapters": {"adapters", "models", "documents", "errors", "files", "tensor_files", "hub"},
     "training": {"training", "models", "data", "documents", "errors", "files", "hub"},
     "sampling": {"documents"},
-    "generation": {"models", "data", "sampling", "documents", "errors", "files"},
+    "decoding": {"models", "sampling", "documents", "errors"},
+    "generation": {"decoding", "models", "data", "sampling", "documents", "errors", "files"},
     "demo": {"demo", "errors", "files"},
 }
-KNOWS["runs"] = {"runs", "generation", "sampling", "training"} | KNOWS["adapters"] | KNOWS["training"]
+KNOWS["runs"] = {"runs", "generation", "decoding", "sampling", "training"} | KNOWS["adapters"] | KNOWS["training"]
 KNOWS["study"] = {"study", "metrics"} | KNOWS["runs"]
 KNOWS["tour"] = {"tour", "study"} | KNOWS["study"]
 KNOWS["cli"] = {"cli", "tour"} | KNOWS["study"]  # so nobody but itself imports cli, and only cli and tour the study

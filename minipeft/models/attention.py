@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minipeft.models.layout import Layout, Runs
+from minipeft.models.layout import Layout, Runs, Spans
 
 
 def attend(
@@ -42,6 +42,8 @@ def attend(
     view = layout.views[window]
     if view.runs is not None:
         return attend_by_run(q, k, v, layout, view.runs, dropout, scale, cap)
+    if view.spans is not None:
+        return attend_by_row(q, k, v, view.spans, scale, cap)
     y = product(q, k, v, view.mask, view.mask is None, dropout, scale, cap)  # [B, H, T, D]
     return y.transpose(1, 2).flatten(2)  # [B, T, H * D]
 
@@ -130,6 +132,20 @@ def attend_by_run(
             y = product(q_run, heads_first(k_run), heads_first(v_run), mask, mask is None, dropout, scale, cap)
             parts.append(y[0].transpose(0, 1).flatten(1))  # [n, H * D]
     return torch.cat(parts).view(q.shape[0], q.shape[2], -1)  # [B, T, H * D]
+
+
+def attend_by_row(q: Tensor, k: Tensor, v: Tensor, rows: Spans, scale: float | None, cap: float | None) -> Tensor:
+    """Attention of one query a row, each over its own columns: the product of a row alone, whatever the others are.
+
+    q [B, H, 1, D], k and v [B, K, S, D] -> [B, 1, H * D]
+    """
+    parts = []
+    for row, spans in enumerate(rows):
+        ks, vs = (
+            torch.cat([t[row, :, first:end] for first, end in spans], dim=1)[None] for t in (k, v)
+        )  # [1, K, n, D]
+        parts.append(product(q[row : row + 1], ks, vs, None, False, 0.0, scale, cap))  # [1, H, 1, D]
+    return torch.cat(parts).transpose(1, 2).flatten(2)
 
 
 def heads_first(run: Tensor) -> Tensor:

@@ -52,3 +52,44 @@ class Cache:
         """Keep these rows, in this order, and drop the others."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.documents = self.documents[rows]
+
+
+class RaggedCache(Cache):
+    """A cache of rows without padding: row b's columns are 0 ... lengths[b] - 1, and its next token has the next one.
+
+    `fill` takes a row's prompt from a cache of its own; after it, each call appends one token to every row.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(layers, rows, heads, length, width, dtype, device)
+        self.rows = torch.arange(rows, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+        self.columns = self.lengths  # [B], the column of this call's token in each row
+
+    def fill(self, row: int, prompt: Cache) -> None:
+        """Copy the columns of a prompt that was computed alone, in a cache of one row."""
+        n = prompt.length
+        self.keys[:, row, :, :n], self.values[:, row, :, :n] = prompt.keys[:, 0, :, :n], prompt.values[:, 0, :, :n]
+        self.lengths[row] = n
+        self.length = max(self.length, n)
+
+    def advance(self) -> list[int]:
+        """Make room for a token of each row; returns the rows' lengths with it.
+
+        Raises:
+            InputError: a row is full.
+        """
+        if self.length == self.keys.shape[3]:
+            raise InputError(f"a row of {self.length} columns is full", where="cache", hint="Make it longer")
+        self.columns = self.lengths.to(self.rows.device)
+        self.lengths, self.length = self.lengths + 1, self.length + 1
+        return self.lengths.tolist()
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this call's keys and values [B, K, 1, D]; returns the whole rows [B, K, S, D], of which
+        `lengths` columns are in use."""
+        self.keys[layer, self.rows, :, self.columns] = k[:, :, 0]
+        self.values[layer, self.rows, :, self.columns] = v[:, :, 0]
+        return self.keys[layer], self.values[layer]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minipeft.documents import positions_in
 from minipeft.errors import InputError, check_memory, check_value
 from minipeft.models.attention import run_block
-from minipeft.models.cache import Cache
+from minipeft.models.cache import Cache, RaggedCache
 from minipeft.models.family import Family
 from minipeft.models.layout import Layout, Rotary, check_rows, lay_out
 from minipeft.models.loss import adapted_cross_entropy, cross_entropy, finish
@@ -105,8 +105,8 @@ class Decoder(nn.Module):
         """Initialize the weights."""
         raise NotImplementedError
 
-    def new_cache(self, rows: int, length: int) -> Cache:
-        """A decode cache for `rows` rows of `length` tokens, with room for the virtual tokens.
+    def new_cache(self, rows: int, length: int, *, ragged: bool = False) -> Cache:
+        """A decode cache for `rows` rows of `length` tokens, with room for the virtual tokens; `ragged`: a RaggedCache.
 
         Raises:
             InputError: it would not fit in this machine's memory.
@@ -118,7 +118,8 @@ class Decoder(nn.Module):
         if weight.device.type == "cpu":
             size = 2 * c.layers * rows * c.kv_heads * columns * c.head_width * weight.element_size()
             check_memory(size, f"a cache of {rows} x {columns}")
-        return Cache(c.layers, rows, c.kv_heads, columns, c.head_width, weight.dtype, weight.device)
+        kind = RaggedCache if ragged else Cache
+        return kind(c.layers, rows, c.kv_heads, columns, c.head_width, weight.dtype, weight.device)
 
     def check(self, layout: Layout) -> None:
         """Refuse rows that this family does not support."""

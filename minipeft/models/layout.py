@@ -14,18 +14,22 @@ from torch import Tensor
 
 from minipeft.documents import IGNORED, PADDING, VIRTUAL, positions_in, visible
 from minipeft.errors import InputError, format_value
-from minipeft.models.cache import Cache
+from minipeft.models.cache import Cache, RaggedCache
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position's angles
 Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length and mask
+Spans = list[
+    list[tuple[int, int]]
+]  # of each row, the key columns that its one query sees: first, and one past the last
 
 
 @dataclass(frozen=True)
 class View:
-    """Which keys a query attends to within one window: a mask, runs, or plain causal attention."""
+    """Which keys a query attends to within one window: a mask, runs, spans, or plain causal attention."""
 
     mask: Tensor | None = None  # [B, 1, T, S], make_additive_mask
     runs: Runs | None = None
+    spans: Spans | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def lay_out(
     Raises:
         InputError: documents and ids differ in shape, or the cache has no room.
     """
+    if isinstance(cache, RaggedCache):
+        return lay_out_ragged(cache, virtual_tokens, windows, windowed)
     first = cache is None or cache.length == 0
     queries = ids.shape[1] + (virtual_tokens if prompted and first else 0)
     plain = documents is None and cache is None and not virtual_tokens
@@ -87,6 +93,24 @@ def lay_out(
         elif window not in views:
             views[window] = View(make_additive_mask(visible(documents, positions, queries, window, windowed), dtype))
     return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
+
+
+def lay_out_ragged(cache: RaggedCache, virtual_tokens: int, windows: Sequence[int | None], windowed: bool) -> Layout:
+    """The layout of one more token in each row of a ragged cache: row b's query is its last column, n - 1.
+
+    It sees columns n - window ... n - 1, and the virtual tokens 0 ... P - 1 even where these are further back.
+    """
+    lengths = cache.advance()
+
+    def find_spans(n: int, window: int | None) -> list[tuple[int, int]]:
+        first = 0 if window is None else max(0, n - window)
+        if windowed or first <= virtual_tokens:
+            return [(first if windowed else 0, n)]
+        return [(0, virtual_tokens), (first, n)] if virtual_tokens else [(first, n)]
+
+    views = {window: View(spans=[find_spans(n, window) for n in lengths]) for window in windows}
+    positions = cache.columns[:, None]  # [B, 1]
+    return Layout(positions, cache.length, views, virtual_tokens, False, False)
 
 
 def check_rows(vocab_size: int, ids: object, labels: object = None, documents: object = None) -> None:

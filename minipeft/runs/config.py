@@ -93,6 +93,9 @@ class RunConfig:
             raise InputError(
                 "full tuning trains the weights themselves, and quantized weights cannot be trained", where="quantize"
             )
+        if self.train.batch_invariant and not self.packing.isolate:
+            problem = "has no meaning with --no-isolate, where each document sees those before it in its row"
+            raise InputError(problem, where="batch_invariant")
 
     @property
     def method(self) -> Method:

@@ -275,7 +275,7 @@ def train_and_save(run: Run, work: Work, signals: list[int]) -> dict[str, Any]:
 
     with show_steps(settings, state, processes) as bar:
         if state.step == 0 and work.held_out:
-            loss = evaluate(model, work.held_out, processes)
+            loss = evaluate(model, work.held_out, processes, settings.batch_invariant)
             processes.lead(lambda: run.log({"step": 0, "dev_loss": loss}))
         mark = time.perf_counter()
         for step in log_error(steps, run, state, processes):
@@ -283,7 +283,7 @@ def train_and_save(run: Run, work: Work, signals: list[int]) -> dict[str, Any]:
             entry = make_log_entry(step)
             final = step.number == settings.steps
             if work.held_out and (step.number % every == 0 or final):
-                entry["dev_loss"] = evaluate(model, work.held_out, processes)
+                entry["dev_loss"] = evaluate(model, work.held_out, processes, settings.batch_invariant)
             processes.lead(lambda entry=entry: run.log(entry))  # type: ignore[misc]
             last = {**last, **entry}
             bar.set_postfix(loss=f"{step.loss:.3f}", dev=f"{last.get('dev_loss', float('nan')):.3f}", refresh=False)

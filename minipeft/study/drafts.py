@@ -141,5 +141,6 @@ def settle(draft: Draft, config: StudyConfig, base: Base | None, held_out: int) 
 
 
 def make_generate_config(config: StudyConfig, seed: int) -> GenerateConfig:
-    """Make the generation settings of a cell."""
-    return GenerateConfig(max_new_tokens=PRESETS[config.preset].new_tokens, seed=seed)
+    """Make the generation settings of a cell; --batch-invariant is for its answers too."""
+    invariant = bool(config.settings.get("batch_invariant", False))
+    return GenerateConfig(max_new_tokens=PRESETS[config.preset].new_tokens, seed=seed, batch_invariant=invariant)

@@ -5,7 +5,8 @@
 
 At each yield the trainable tensors and TrainState (the step count, AdamW's two moments by parameter name) are the whole
 state. Everything else is a function of the arguments: the learning rate of the step, `batches[i]` of i, the dropout
-masks of (seed, step, micro-batch). Training that stops at any yield and is resumed therefore ends with the same bits.
+masks of (seed, step, micro-batch, or with `batch_invariant` document). Training that stops at any yield and is resumed
+therefore ends with the same bits.
 
 AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and t = step + 1:
 
@@ -44,6 +45,7 @@ from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
 from minipeft.training.gradients import released, wide_gradients
+from minipeft.training.invariant import split_documents
 from minipeft.training.processes import Processes, check_accumulation, check_processes, own_shard, sum_in_order
 from minipeft.training.rounding import round_stochastically
 
@@ -92,12 +94,20 @@ class TrainConfig:
         "update each tensor in backward and free its gradient at once: less memory; with gradient clipping every step "
         "runs forward and backward twice",
     )
+    batch_invariant: bool = option(
+        False,
+        "compute each document alone: its loss and gradient have the same bits in any batch, row length and place; "
+        "slower",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.optimizer_in_backward and self.accumulate > 1:
             problem = f"the gradients of {self.accumulate} micro-batches must be summed before the update"
             raise InputError(problem, where="optimizer_in_backward", hint="Give --accumulate 1 and a larger --batch")
+        if self.optimizer_in_backward and self.batch_invariant:
+            problem = "the gradients of the documents must be summed before the update"
+            raise InputError(problem, where="optimizer_in_backward", hint="Leave out --batch-invariant")
         if self.learning_rate < LOWEST_RATE:
             problem = f"{self.learning_rate:g} trains nothing: it must be >= {LOWEST_RATE:g}"
             raise InputError(problem, where="learning_rate")
@@ -205,6 +215,9 @@ def train(
         raise InputError(problem, where="state", hint="Go on from a checkpoint")
     if config.optimizer_in_backward and (processes.size > 1 or processes.shards):
         raise InputError("takes one process, which holds whole weights", where="optimizer_in_backward")
+    if config.batch_invariant and (processes.shards or not processes.exact):
+        hint = "Give --reduce exact, without --shard"
+        raise InputError("takes gradients that are summed in order", where="batch_invariant", hint=hint)
     check_accumulation(config.accumulate, processes)
     first, groups = state.step, group_by_multiplier(parameters, config)
     steps = take_steps(model, parameters, groups, batches, config, state, processes)
@@ -375,12 +388,18 @@ def take_step(
     torch.clear_autocast_cache()  # a caller's torch.autocast would reuse its copies of step 0's weights
     first = state.step * config.accumulate
     micro = [take_batch(model, batches, first + i, where) for i in range(config.accumulate)]
-    targets = sum(count_targets(batch.labels) for batch in micro)
+    parts = [(batch, derive_seed(config.seed, state.step, i)) for i, batch in enumerate(micro)]
+    if config.batch_invariant:
+        documents = split_documents(micro, where)
+        parts = [(one.batch, derive_seed(config.seed, state.step, *one.name)) for one in documents]
+    targets = sum(count_targets(batch.labels) for batch, _ in parts)
     if not targets:
         raise InputError("no token of this step's batches is supervised", where=where)
+    divisor = 1 if config.batch_invariant else targets
 
     def add_gradient(i: int) -> float:
-        return backward(model, micro[i], targets, derive_seed(config.seed, state.step, i))
+        batch, seed = parts[i]
+        return backward(model, batch, divisor, seed)
 
     rate = learning_rate_at(state.step, config)
     rates = {name: rate * multiplier for multiplier, names in groups.items() for name in names}
@@ -388,7 +407,9 @@ def take_step(
         if config.optimizer_in_backward:
             loss, norm = update_in_backward(parameters, rates, config, state, silent, lambda: add_gradient(0))
         else:
-            loss = processes.sum_gradients(parameters, len(micro), add_gradient)
+            loss = processes.sum_gradients(parameters, len(parts), add_gradient)
+            if config.batch_invariant:
+                loss = divide_gradients(parameters, loss, targets)
             norm = check_norms(compute_gradient_norms(parameters, loss, state, processes), state, silent)
             state.within_step = True
             update_all(parameters, state, config, rates, norm)
@@ -399,10 +420,20 @@ def take_step(
     return Step(state.step, loss, rate, norm, tokens, targets)
 
 
+def divide_gradients(parameters: Mapping[str, nn.Parameter], loss: float, targets: int) -> float:
+    """Divide the sum over a step's documents by the number of supervised tokens; returns the mean loss.
+
+    Not before the sum: a document's part would depend on how many tokens the others have.
+    """
+    with torch.no_grad():
+        torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], float(targets))
+    return loss / targets
+
+
 def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     """Add one micro-batch's part of the step's gradient; returns its part of the loss.
 
-    Losses are summed over supervised tokens and divided once by the step's count: k micro-batches equal one batch of
+    Losses are summed over supervised tokens and divided by `targets`, the step's count: k micro-batches equal one of
     k. Dropout is seeded with `seed`, also in backward, where recomputation draws again; the caller's random state is
     restored.
     """
@@ -597,10 +628,13 @@ def update_rounded(
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Sequence[Batch], processes: Processes | None = None) -> float:
+def evaluate(
+    model: Decoder, batches: Sequence[Batch], processes: Processes | None = None, batch_invariant: bool = False
+) -> float:
     """Compute the mean loss over `batches` in nats per supervised token, in eval mode; the model's mode is restored.
 
-    `processes`: those that share the batches, and all get the loss.
+    `processes`: those that share the batches, and all get the loss. `batch_invariant`: each document alone, as in
+    training (invariant.py).
 
     Raises:
         InputError: a batch does not fit the model, no token is supervised, or the loss is not finite.
@@ -611,6 +645,8 @@ def evaluate(model: Decoder, batches: Sequence[Batch], processes: Processes | No
     was_training, device = model.training, model.embedding.weight.device
     for batch in batches:
         check_batch(model, batch, "evaluate")
+    if batch_invariant:
+        batches = [document.batch for document in split_documents(batches, "evaluate")]
     targets = sum(count_targets(batch.labels) for batch in batches)
 
     def compute(i: int) -> float:

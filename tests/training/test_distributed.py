@@ -26,10 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "prompt, llama": {"method": "prompt", "virtual_tokens": 3, "model": "llama"},
     "full": {"method": "full"},
     "full, bf16": {"method": "full", "dtype": "bf16", "steps": 2},
+    "lora, document by document": {"batch_invariant": True},
 }
 
 
-@pytest.mark.parametrize(("name", "size"), [*zip(CASES, (4, 4, 4, 2, 4, 2, 2)), ("lora", 2)])
+@pytest.mark.parametrize(("name", "size"), [*zip(CASES, (4, 4, 4, 2, 4, 2, 2, 2)), ("lora", 2)])
 def test_exact_sums_have_the_bits_of_one_process(name: str, size: int, place: Path, tmp_path: Path) -> None:
     """Adapter, log, checkpoint and result, with dropout, packing, accumulation, evaluation and unequal lengths."""
     changes = dict(CASES[name])

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from minipeft.data.templates import format_prompt
-from minipeft.generation import GenerateConfig, pad_left
+from minipeft.decoding import pad_left
+from minipeft.generation import GenerateConfig
 from minipeft.sampling import choose
 from minipeft.study.charts import Bar, draw_bars
 from minipeft.tour.bench import Bench

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from minipeft.decoding import pad_left
 from minipeft.documents import positions_in
-from minipeft.generation import pad_left
 from minipeft.tour.exercises.bugs import require_caught
 from minipeft.tour.exercises.record import Answer, Bug, Exercise
 

@@ -20,7 +20,7 @@ from minipeft.tour.exercises.judging import require_close, require_dtype
 from minipeft.tour.exercises.record import Answer, Exercise
 
 EXERCISE = Exercise(
-    solution="minipeft.generation.pad_left",
+    solution="minipeft.decoding.pad_left",
     hints=("T is the longest of the rows' lengths.", "[filling] * (T - len(row)) + row is a row of ids."),
 )
 
