@@ -45,7 +45,7 @@ def conala() -> list[str]:
     found = {entry["name"]: entry["scores"] for entry in read("conala-135m")["rows"]}
     cost = {entry["name"]: entry["training"] for entry in read("conala-135m")["rows"] if "training" in entry}
     lines = []
-    for name in ("zero-shot", "full", "lora"):
+    for name in ("zero-shot", "prompt", "full", "prefix", "lora"):
         counts = [count(found[name], score) for score in ("exact_match", "valid_python")]
         codebleu = f"{found[name]['codebleu']:.3f} / {found[name]['codebleu_compat']:.3f}"
         lines.append(row(name, found[name], *counts, codebleu))
@@ -53,6 +53,13 @@ def conala() -> list[str]:
             speed, peak = cost[name]["tokens_per_second"], cost[name]["peak_memory_bytes"]
             lines[-1] += f" {speed:.0f} | {peak / 1e9:.1f} GB |"
     return lines
+
+
+def epochs() -> list[str]:
+    """A row a method: its held-out loss before training and after each epoch."""
+    found = {entry["name"]: entry for entry in read("conala-135m")["rows"]}
+    losses = {name: [f"{loss:.3f}" for loss in found[name]["dev_loss_by_epoch"]] for name in LABELS}
+    return [f"| {LABELS[name]} | " + " | ".join(one) + " |" for name, one in losses.items()]
 
 
 def recipes() -> list[str]:
@@ -87,7 +94,7 @@ def differing() -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("make", [taught, hard, conala, recipes, searched, differing])
+@pytest.mark.parametrize("make", [taught, hard, conala, epochs, recipes, searched, differing])
 def test_each_row_is_in_the_results(make):
     assert make()
     for line in make():
@@ -105,6 +112,17 @@ def test_the_claims():
     assert all(scores["pass_at_1"] == 0 for scores in hard_ones.values())
     for name in ("lora", "full"):
         assert hard_ones[name]["bleu_interval"][0] > hard_ones["nearest training pair"]["bleu_interval"][1]
+
+
+def test_the_prefix_ends_close_to_lora_at_135m():
+    found = {entry["name"]: entry for entry in read("conala-135m")["rows"]}
+    best = {name: min(found[name]["dev_loss_by_epoch"]) for name in LABELS}
+    gap = best["prefix"] - best["lora"]
+    assert f"Each at its best epoch, the prefix is {gap:.3f} nats above LoRA" in TEXT
+    sizes = [found[name]["training"]["trainable"] for name in ("prefix", "lora")]
+    assert "with {:,} numbers against {:,}".format(*sizes) in TEXT
+    last = {name: found[name]["dev_loss_by_epoch"][-2:] for name in LABELS}
+    assert last["lora"][1] - last["lora"][0] > last["prefix"][1] - last["prefix"][0] > 0
 
 
 def test_the_differences_between_neighbours_are_those_of_the_ranking():
