@@ -28,7 +28,8 @@ def describe(folder: str | Path) -> dict[str, object]:
     if (folder / "config.json").exists():
         return describe_model(folder)
     if not folder.is_dir():
-        raise InputError("no such folder", file=folder)
+        problem = "is a file; the folder that holds it is wanted" if folder.exists() else "no such folder"
+        raise InputError(problem, file=folder)
     inner = [name for name in ("adapter", "model") if (folder / name).is_dir()]
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     hint = f"Look into {folder / inner[0]}" if inner else None

@@ -31,6 +31,7 @@ OWN = (
     "adapter",
     "model",
 )  # the files and folders of a run
+KEPT_WHOLE = "Existing checkpoints stay whole: solve this, then continue with --resume"
 PROBE_BYTES = 2**16  # written and removed before the run, to test that the folder and disk accept the run's first files
 
 
@@ -57,7 +58,8 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file; the run needs a folder", file=folder)
-    with writing(folder, PROBE_BYTES):
+    held = any(folder.glob("checkpoints/*"))
+    with writing(folder, PROBE_BYTES, KEPT_WHOLE if held else None):
         make_folder(folder)
         probe = folder / f".probe-{os.getpid()}"
         probe.unlink(missing_ok=True)  # left by a dead process with the same id
@@ -180,11 +182,10 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
 
 
 @contextmanager
-def writing(file: Path, size: int | None = None) -> Iterator[None]:
+def writing(file: Path, size: int | None = None, hint: str | None = KEPT_WHOLE) -> Iterator[None]:
     """Context manager: turn a failed write into an InputError with the path, the reason and the remedy."""
     try:
         yield
     except OSError as error:
         what = "" if size is None else f" {size:,} bytes"
-        hint = "Existing checkpoints stay whole: solve this, then continue with --resume"
         raise InputError(f"cannot write{what}: {error.strerror}", file=error.filename or file, hint=hint) from error

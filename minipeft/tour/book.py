@@ -57,7 +57,7 @@ def build_tour(config: TourConfig, say: Callable[[str], None] = print) -> list[P
     render = load_markdown()
     if books:
         require_nbformat()
-    for wanted in (folder, books) if books else (folder,):
+    for wanted in (books, folder) if books else (folder,):
         check_folder(wanted)  # before a minute of work
     start, bench, measured = time.monotonic(), Bench(config.quick), []
     for stop in read_stops():

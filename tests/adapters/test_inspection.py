@@ -59,6 +59,10 @@ def test_a_foreign_adapter_is_told_and_named(decoder, tmp_path):
 def test_other_folders(decoder, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         describe(tmp_path / "nowhere")
+    (tmp_path / "note").write_text("")
+    with pytest.raises(InputError, match="note: is a file; the folder that holds it is wanted"):
+        describe(tmp_path / "note")
+    (tmp_path / "note").unlink()
     (tmp_path / "adapter").mkdir()
     with pytest.raises(InputError, match=r"holds neither adapter_config.json nor config.json \(it holds: adapter\)"):
         describe(tmp_path)

@@ -93,6 +93,14 @@ def test_without_nbformat_the_command_names_the_extra(monkeypatch, tmp_path, cap
     assert not (tmp_path / "tour").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "note").write_text("")
+    assert main(["tour", "--out", str(tmp_path / "tour"), "--notebooks", str(tmp_path / "note/books")]) == 2
+    place = tmp_path / "note/books"
+    assert capsys.readouterr().err == f"error: {place}: cannot write 65,536 bytes: Not a directory\n"
+    assert not (tmp_path / "tour").exists()
+
+
 def write(folder: Path, text: str):
     file = folder / "01-tokens.md"
     file.write_text("# Tokens\n" + text)
