@@ -31,7 +31,7 @@ from minipeft.models import Decoder
 from minipeft.runs.config import run_config
 from minipeft.runs.planning import plan
 from minipeft.runs.preparation import load_adapted, pack_data, prepare, set_steps
-from minipeft.training import loop
+from minipeft.training import adamw, loop
 from minipeft.training.gradients import wide_gradients
 from minipeft.training.loop import TrainConfig, TrainState, evaluate, learning_rate_at, train, trained
 from minipeft.training.processes import Alone
@@ -135,7 +135,7 @@ def make_rounded(
         with wide_gradients(by_path.values()):
             for name, p in stored.items():
                 p.grad = gradients[name]
-            loop.update_all(by_path, state, config, rates, norm)
+            adamw.update_all(by_path, state, config, rates, norm)
         state.step += 1
 
     return step

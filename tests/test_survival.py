@@ -477,10 +477,10 @@ def test_a_second_interrupt_stops_at_once(place: Path, wanted: dict[str, bytes])
 @pytest.mark.parametrize("where", ["weight", "exp_avg", "exp_avg_sq", "gradient", "loss"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_saved(where: str, value: float, place: Path, wanted: dict[str, bytes]) -> None:
-    from minipeft.training import loop
+    from minipeft.training import adamw, loop
 
     name = "transformer.h.0.attn.c_attn.lora_B"
-    plain_update, plain_backward = loop.update, loop.backward
+    plain_update, plain_backward = adamw.update, loop.backward
 
     def update(parameters: Any, state: Any, *rest: Any) -> None:
         plain_update(parameters, state, *rest)
@@ -500,7 +500,7 @@ def test_what_is_not_finite_is_never_saved(where: str, value: float, place: Path
         if where in ("gradient", "loss"):
             patch.setattr(loop, "backward", backward)
         else:
-            patch.setattr(loop, "update", update)
+            patch.setattr(adamw, "update", update)
         with pytest.raises(InputError) as error:
             run(place, out)
     said = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["error"]

@@ -8,19 +8,13 @@ state. Everything else is a function of the arguments: the learning rate of the 
 masks of (seed, step, micro-batch, or with `batch_invariant` document). Training that stops at any yield and is resumed
 therefore ends with the same bits.
 
-AdamW (Loshchilov & Hutter 2019), with g the gradient clipped to norm `clip` and t = step + 1:
-
-    m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
-    w = w - learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
-
 `lr_multipliers` multiplies the learning rate of parameters by name: {"lora_B": 16.0} is LoRA+ (Hayou et al. 2024).
 
 With `optimizer_in_backward` each parameter is updated as soon as backward has its gradient, which is then freed (Lv et
 al. 2023, LOMO). Clipping needs the norm of all gradients first: a first backward measures and frees them, a second one
 with the same bits updates. Without clipping (`clip` 0) one backward does.
 
-Gradients and moments are float32. A bfloat16 weight (full tuning with --dtype bf16) is updated in float32 and rounded
-stochastically (rounding.py), from a generator that is seeded with (seed, step, name).
+Gradients and moments are float32, also those of bfloat16 weights (adamw.py).
 """
 
 from __future__ import annotations
@@ -29,14 +23,12 @@ import math
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from minipeft.data.packing import Batch
 from minipeft.documents import derive_seed
@@ -44,17 +36,16 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, c
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
+from minipeft.training.adamw import update_all
 from minipeft.training.gradients import released, wide_gradients
 from minipeft.training.invariant import split_documents
 from minipeft.training.processes import Processes, check_accumulation, check_processes, own_shard, sum_in_order
-from minipeft.training.rounding import round_stochastically
 
 DECAYS = ("linear", "cosine", "constant")
 LOWEST_RATE = 1e-12  # a lower learning rate changes no float32 weight of relevant size
 DRAWING = threading.RLock()  # dropout draws from torch's global generator, which all threads share
 STEPPING: WeakSet[nn.Module] = WeakSet()  # models in the middle of a step
 ENTERING = threading.Lock()  # of STEPPING
-PART = 2**20  # numbers of a bfloat16 tensor that are updated at a time
 
 
 class Batches(Protocol):
@@ -563,68 +554,6 @@ def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes:
                 name = next(name for name, norm in zip(tensors, largest.tolist()) if not math.isfinite(norm))
                 hint = "Lower the learning rate, and go on from the last checkpoint"
                 raise InputError(f"{kind}{name!r} holds NaN or Inf", where=f"step {state.step}", hint=hint)
-
-
-def update(
-    parameters: dict[str, nn.Parameter], state: TrainState, config: TrainConfig, learning_rate: float, clip: float
-) -> None:
-    """One AdamW step (equations at the head of this file) on the gradients times `clip`."""
-    with torch.no_grad():
-        weights = [own_shard(p) for p in parameters.values()]
-        gradients = [own_shard(p.grad) for p in parameters.values() if p.grad is not None]
-        if clip < 1:
-            torch._foreach_mul_(gradients, clip)
-        adamw(
-            weights,
-            gradients,
-            [own_shard(state.exp_avg[n]) for n in parameters],
-            [own_shard(state.exp_avg_sq[n]) for n in parameters],
-            [],
-            [torch.tensor(float(state.step), device=p.device) for p in weights],
-            fused=True,
-            amsgrad=False,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            lr=learning_rate,
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            maximize=False,
-        )
-
-
-def update_all(
-    parameters: Mapping[str, nn.Parameter],
-    state: TrainState,
-    config: TrainConfig,
-    rates: Mapping[str, float],
-    norm: float,
-) -> None:
-    """Update parameters, each at its learning rate, on their gradients clipped by the norm of all: float32 ones of one
-    rate together, each bfloat16 one by itself."""
-    clip = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
-    together: dict[float, dict[str, nn.Parameter]] = {}
-    for name, p in parameters.items():
-        if p.dtype == torch.float32:
-            together.setdefault(rates[name], {})[name] = p
-        else:
-            update_rounded(name, p, state, config, rates[name], clip)
-    for rate, group in together.items():
-        update(group, state, config, rate, clip)
-
-
-def update_rounded(
-    name: str, p: nn.Parameter, state: TrainState, config: TrainConfig, learning_rate: float, clip: float
-) -> None:
-    """`update` of a bfloat16 parameter: in float32, PART numbers at a time, and rounded stochastically."""
-    assert p.grad is not None
-    generator = torch.Generator(p.device).manual_seed(derive_seed(config.seed, state.step, name))
-    part, rows = copy(state), max(1, PART * len(p) // max(1, p.numel()))
-    tensors = (p.detach(), p.grad, state.exp_avg[name], state.exp_avg_sq[name])
-    for weight, grad, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors)):
-        wide = nn.Parameter(weight.float())
-        wide.grad, part.exp_avg, part.exp_avg_sq = grad, {name: exp_avg}, {name: exp_avg_sq}
-        update({name: wide}, part, config, learning_rate, clip)
-        round_stochastically(wide.detach(), weight, generator)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The loop: exact resume, gradient accumulation, AdamW's equation, and its errors."""
+"""The loop: exact resume, gradient accumulation, schedules, and its errors."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from minipeft.adapters import FullConfig, LoRAConfig, PrefixConfig, PromptConfig
 from minipeft.data.packing import Batch
 from minipeft.errors import InputError
 from minipeft.models import FAMILIES, Decoder
-from minipeft.training import loop
+from minipeft.training import adamw, loop
 from minipeft.training.loop import TrainConfig, TrainState, evaluate, learning_rate_at, train, trained
 from tests.small import GPT2, LLAMA
 
@@ -182,24 +182,6 @@ def test_an_evaluation_does_not_end_dropout() -> None:
     assert modes == [True] * 6
 
 
-def test_the_update_is_adamws() -> None:
-    """As torch.optim.AdamW does it, with clipping and the schedule."""
-    config = TrainConfig(steps=5, learning_rate=1e-2, weight_decay=0.1, clip=0.05)
-    ours, theirs = tuned("full"), tuned("full")
-    list(train(ours, Rows(), config))
-    optimizer = torch.optim.AdamW(theirs.parameters(), betas=(config.beta1, config.beta2), weight_decay=0.1)
-    for step in range(5):
-        theirs.train()
-        theirs.zero_grad()
-        batch = Rows()[step]
-        loop.backward(theirs, batch, loop.count_targets(batch.labels), loop.derive_seed(0, step, 0))
-        nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, config)
-        optimizer.step()
-    for name, p in trained(ours).items():
-        assert torch.allclose(p, trained(theirs)[name], rtol=0, atol=1e-5), name  # 5 steps of at most 1e-2
-
-
 def test_under_autocast_each_step_sees_the_new_weights() -> None:
     """torch.autocast keeps its bfloat16 copies of the weights to the end of its block, which may hold all steps."""
     losses = []
@@ -291,7 +273,7 @@ def test_a_tensor_whose_gradient_stays_zero_is_named() -> None:
 @pytest.mark.parametrize("where", ["", "exp_avg", "exp_avg_sq"])
 def test_what_is_not_finite_ends_the_run_in_its_step(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned()
-    state, plain, name = TrainState(model), loop.update, "transformer.h.0.attn.c_attn.lora_B"
+    state, plain, name = TrainState(model), adamw.update, "transformer.h.0.attn.c_attn.lora_B"
 
     def poisoned(parameters: Any, state: Any, *rest: Any) -> None:
         plain(parameters, state, *rest)
@@ -299,7 +281,7 @@ def test_what_is_not_finite_ends_the_run_in_its_step(where: str, monkeypatch: py
             with torch.no_grad():
                 (getattr(state, where) if where else parameters)[name].view(-1)[1] = math.inf
 
-    monkeypatch.setattr(loop, "update", poisoned)
+    monkeypatch.setattr(adamw, "update", poisoned)
     said = refused(lambda: list(train(model, Rows(), CONFIG, state)))
     assert said.startswith(f"step 3: {where + ' of ' if where else ''}{name!r} holds NaN or Inf")
 

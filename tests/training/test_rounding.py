@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.training import loop
+from minipeft.training import adamw, loop
 from minipeft.training.gradients import wide_gradients
 from minipeft.training.loop import TrainConfig, TrainState, train, trained
 from minipeft.training.processes import Alone
@@ -79,7 +79,7 @@ def walk(dtype: torch.dtype, steps: int = 40) -> dict[str, Tensor]:
         with wide_gradients(model.values()):
             for name, p in model.items():
                 p.grad = slope[name] + torch.randn(p.shape, generator=draw)
-            loop.update_all(dict(model), state, TrainConfig(), dict.fromkeys(start, 2e-4), 0.0)
+            adamw.update_all(dict(model), state, TrainConfig(), dict.fromkeys(start, 2e-4), 0.0)
         state.step += 1
     return {name: p.detach().float() - before[name] for name, p in model.items()}
 
@@ -91,7 +91,7 @@ def test_a_bfloat16_weight_moves_as_far_as_a_float32_one(monkeypatch: pytest.Mon
         noise = (found[name] - moved).flatten()
         assert noise.mean().abs() < 5 * noise.std() / math.sqrt(len(noise)), name
         assert (found[name] * moved).sum() / moved.square().sum() == pytest.approx(1, abs=0.03), name
-    monkeypatch.setattr(loop, "round_stochastically", lambda wide, rounded, _: rounded.copy_(wide))
+    monkeypatch.setattr(adamw, "round_stochastically", lambda wide, rounded, _: rounded.copy_(wide))
     assert not walk(torch.bfloat16)["norm"].any()
 
 
@@ -115,10 +115,10 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits() -> None:
 
 def test_parts_are_updated_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of some rows of a tensor; without rounding, so that the draws do not matter."""
-    monkeypatch.setattr(loop, "round_stochastically", lambda wide, rounded, _: rounded.copy_(wide))
+    monkeypatch.setattr(adamw, "round_stochastically", lambda wide, rounded, _: rounded.copy_(wide))
     models = [tuned("full", "llama").to(torch.bfloat16) for _ in range(2)]
     for model, part in zip(models, (2**20, 100)):
-        monkeypatch.setattr(loop, "PART", part)
+        monkeypatch.setattr(adamw, "PART", part)
         list(train(model, Rows(), CONFIG))
     assert equal(*map(copies, models))
 
@@ -126,13 +126,13 @@ def test_parts_are_updated_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
 def test_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of micro-batches is float32's sum of their bfloat16 gradients; and the model keeps none."""
     model, seen = tuned("full", "llama").to(torch.bfloat16), {}
-    plain = loop.update_rounded
+    plain = adamw.update_rounded
 
     def keep(name: str, p: Any, *rest: Any) -> None:
         seen[name] = p.grad.clone()
         plain(name, p, *rest)
 
-    monkeypatch.setattr(loop, "update_rounded", keep)
+    monkeypatch.setattr(adamw, "update_rounded", keep)
     other = copy.deepcopy(model)
     next(train(model, Rows(), dataclasses.replace(CONFIG, accumulate=3, clip=1e9)))
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained(other).items()}

@@ -25,7 +25,7 @@ from minipeft.tour.exercises.record import Answer, Exercise
 from minipeft.training.loop import TrainConfig, TrainState
 
 EXERCISE = Exercise(
-    solution="minipeft.training.loop.update",
+    solution="minipeft.training.adamw.update",
     hints=(
         "Within torch.no_grad(), for each name: g = clip * p.grad, then m and v in place (mul_, add_).",
         "t = state.step + 1. The correction divides m by 1 - b1^t and v by 1 - b2^t; m and v themselves are kept "
