@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, ProcessConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)
     most = {"max_new_tokens": f"{NEW_TOKENS}, at most a quarter of the context"}
-    add_fields(parser.add_argument_group("generation"), GenerateConfig, skip=("batch",), defaults=most)
+    add_fields(parser.add_argument_group("generation"), GenerateConfig, skip=("batch", "batch-invariant"), defaults=most)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.process import ProcessConfig
 
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()
-    generation = read_typed(GenerateConfig, options, skip=("batch",))
+    generation = read_typed(GenerateConfig, options, skip=("batch", "batch-invariant"))
     config = AnswersConfig(
         ModelConfig(**read_typed(ModelConfig, options)),
         GenerateConfig(**generation),

@@ -18,7 +18,7 @@ COMMANDS = [
     "decode --busy --batches 4 --shape 32x48 --rounds 2 --out {0}/lora-decode.json",
     "calls --busy --rounds 1 --dropout 0.1 --out {0}/lora-calls.json",
     "steps --busy --cases layer --length 8 --rounds 1 --steps 2 --out {0}/lora-steps.json",
-    "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype bfloat16 --activation-checkpointing"
+    "steps --busy --cases gpt2 --layers 1 --length 8 --rounds 1 --steps 1 --dtype float32 --activation-checkpointing"
     " --dropout 0 --out {0}/lora-steps-2.json",
 ]
 REFUSED = "steps --cases 7b"  # the last command: a 7B is not begun on a CPU
@@ -49,9 +49,10 @@ def test_each_benchmark_writes_rows_with_errors_beside_ratios(tmp_path: Path) ->
         assert row["ratio"] > 0
         assert {"errors", "error", "loss_after_20_steps"} & row["extra"].keys()
         assert {"load", "noise", "ceiling_tflops", "ceiling_gb_per_s"} <= row["surroundings"].keys()
-    for table in ("lora-linear", "lora-blocks", "lora-steps-2"):
+    casts = {"peft, default", "peft, autocast"}  # of bfloat16 alone
+    for table, more in (("lora-linear", casts), ("lora-blocks", casts), ("lora-steps-2", set())):
         columns = {row["variant"] for row in rows[table]}
-        assert {"frozen", "peft, same dtype", "peft, default", "peft, autocast", "reference"} <= columns
+        assert {"frozen", "peft, same dtype", "reference"} | more <= columns
     assert {row["surroundings"]["threads"] for row in rows["lora-linear"]} == {1, 2}
     assert {row["note"] for row in rows["lora-steps"]} == {"dropout 0.0", "dropout 0.1"}
     assert "times_frozen" in rows["lora-blocks"][0]["extra"]
