@@ -1,5 +1,6 @@
 """Batch-invariant decoding: the logits of a prompt by sha256 in any batch, the ids of plain decoding, and refusals."""
 
+import copy
 import hashlib
 
 import pytest
@@ -136,6 +137,18 @@ def test_rows_that_end_are_left_out() -> None:
             going = [0, 1, 2] if step < 2 else [0, 2]
             assert part.choose(draws[going], 0.0, 1.0).tolist() == tokens[going].tolist()
             whole.advance(tokens), part.advance(tokens[going])
+
+
+def test_a_ragged_cache_keeps_rows() -> None:
+    """The logits of the rows that stay are those of the whole cache, up to rounding."""
+    model = tuned("llama", "prefix").eval()
+    with torch.no_grad():
+        rows = InvariantRows(model, Letters().encode_all(["abc", "hello", "xyzxyz"]), 4)
+        tokens = torch.tensor([5, 6, 7, *[5] * 5])[:, None]
+        other = copy.deepcopy(rows.cache)
+        want = model(tokens, cache=rows.cache)[[2, 0]]
+        other.keep_rows([2, 0])
+        torch.testing.assert_close(model(tokens[[2, 0]], cache=other), want)
 
 
 def test_a_full_row_and_a_bank_are_refused() -> None:

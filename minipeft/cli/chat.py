@@ -26,7 +26,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, ProcessConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)
     most = {"max_new_tokens": f"{NEW_TOKENS}, at most a quarter of the context"}
-    add_fields(parser.add_argument_group("generation"), GenerateConfig, skip=("batch", "batch-invariant"), defaults=most)
+    add_fields(
+        parser.add_argument_group("generation"), GenerateConfig, skip=("batch", "batch-invariant"), defaults=most
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -93,3 +93,7 @@ class RaggedCache(Cache):
         self.keys[layer, self.rows, :, self.columns] = k[:, :, 0]
         self.values[layer, self.rows, :, self.columns] = v[:, :, 0]
         return self.keys[layer], self.values[layer]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]

@@ -18,9 +18,7 @@ from minipeft.models.cache import Cache, RaggedCache
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each position's angles
 Runs = list[list[tuple[int, Tensor | None]]]  # of each row, each run's length and mask
-Spans = list[
-    list[tuple[int, int]]
-]  # of each row, the key columns that its one query sees: first, and one past the last
+Spans = list[list[tuple[int, int]]]  # of each row, the key columns that its one query sees, as [first, end)
 
 
 @dataclass(frozen=True)
