@@ -13,6 +13,8 @@ HELP = "talk with a model; /reset forgets what was said, /quit ends"
 EXAMPLE = "minipeft chat --model Qwen/Qwen2.5-0.5B-Instruct --adapter runs/chat/adapter"
 SKIP = ("raw", "template", "data", "split", "limit", "out")  # a conversation sets them itself
 
+BATCHED = ("batch", "batch-invariant")  # settings of several prompts at a time
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     from minipeft.generation import GenerateConfig
@@ -26,9 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, ProcessConfig)
     add_fields(parser.add_argument_group("model"), ModelConfig)
     most = {"max_new_tokens": f"{NEW_TOKENS}, at most a quarter of the context"}
-    add_fields(
-        parser.add_argument_group("generation"), GenerateConfig, skip=("batch", "batch-invariant"), defaults=most
-    )
+    add_fields(parser.add_argument_group("generation"), GenerateConfig, skip=BATCHED, defaults=most)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     from minipeft.runs.process import ProcessConfig
 
     ProcessConfig(**read_typed(ProcessConfig, options)).apply()
-    generation = read_typed(GenerateConfig, options, skip=("batch", "batch-invariant"))
+    generation = read_typed(GenerateConfig, options, skip=BATCHED)
     config = AnswersConfig(
         ModelConfig(**read_typed(ModelConfig, options)),
         GenerateConfig(**generation),
