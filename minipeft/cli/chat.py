@@ -12,7 +12,6 @@ from minipeft.errors import InputError, escape
 HELP = "talk with a model; /reset forgets what was said, /quit ends"
 EXAMPLE = "minipeft chat --model Qwen/Qwen2.5-0.5B-Instruct --adapter runs/chat/adapter"
 SKIP = ("raw", "template", "data", "split", "limit", "out")  # a conversation sets them itself
-
 BATCHED = ("batch", "batch-invariant")  # settings of several prompts at a time
 
 
