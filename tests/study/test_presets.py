@@ -85,3 +85,10 @@ def test_shorter_rows_are_more_rows():
     train, _ = load_study_data("demo")
     whole, short = (read_base("demo", train, 0, length).rows for length in (None, 128))
     assert short > 4 * whole - 10
+
+
+def test_batch_invariance_is_for_training_and_answers():
+    for chosen in ({}, {"batch_invariant": True}):
+        zero, tuned = make_cells(StudyConfig(method=("lora",), settings=chosen), {"demo": Base("demo")}, 100)
+        assert zero.generate.batch_invariant is tuned.generate.batch_invariant is bool(chosen)
+        assert tuned.run.train.batch_invariant is bool(chosen)
