@@ -6,7 +6,8 @@ Each variant lives in a process of its own, so that its memory is its own; the p
 `memory_bytes` is what the linears of the blocks hold. The loss is that of the untuned model on one packed row, in
 nats per supervised token.
 
-    --errors FILE     instead: the error of each format by layer, |W - Q(W)| / |W|, as JSON and as a picture
+    --variants fp32 "nf4 fp32"      these alone: a processor that emulates bfloat16 takes minutes for a step in it
+    --errors FILE                   instead: the error of each format by layer, |W - Q(W)| / |W|, as JSON and as a picture
 """
 
 import argparse
@@ -72,10 +73,11 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
     """Rows of all variants, measured side by side; the first call of each is not counted."""
     command = [sys.executable, __file__, "--model", options.model, "--data", options.data, "--child"]
     children = {
-        v: subprocess.Popen([*command, v], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for v in VARIANTS
+        v: subprocess.Popen([*command, v], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for v in options.variants
     }
     about = {v: json.loads(answer(process)) for v, process in children.items()}
-    times: dict[tuple[str, str], list[float]] = {(job, v): [] for job in ("step", "decode") for v in VARIANTS}
+    times: dict[tuple[str, str], list[float]] = {(job, v): [] for job in ("step", "decode") for v in options.variants}
     shuffler = random.Random(0)
     for number in range(options.rounds + 1):
         for job, v in shuffler.sample(list(times), len(times)):
@@ -90,13 +92,13 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
         measure.make_row(
             v,
             t,
-            times[job, "bf16"],
+            times[job, options.variants[0]],
             benchmark="LoRA step" if job == "step" else f"{DECODED} tokens decoded at batch 1",
             shape=f"1x{LENGTH}" if job == "step" else "1x1",
             dtype=VARIANTS[v][0],
             memory_bytes=about[v]["held"],
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/quantized.py",
-            note="ratio: bf16's time over this one's, processor seconds; memory_bytes: of the blocks' linears",
+            note=f"ratio: {options.variants[0]}'s time over this one's, processor seconds; memory_bytes: of the blocks' linears",
             extra={"bits a weight": 8 * about[v]["held"] / about[v]["weights"], "untuned loss": about[v]["loss"]},
         )
         for (job, v), t in times.items()
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="ratios are to the first")
     parser.add_argument("--errors", type=Path, metavar="FILE")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "quantized-cpu.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
