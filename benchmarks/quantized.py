@@ -6,8 +6,8 @@ Each variant lives in a process of its own, so that its memory is its own; the p
 `memory_bytes` is what the linears of the blocks hold. The loss is that of the untuned model on one packed row, in
 nats per supervised token.
 
-    --variants fp32 "nf4 fp32"      these alone: a processor that emulates bfloat16 takes minutes for a step in it
-    --errors FILE                   instead: the error of each format by layer, |W - Q(W)| / |W|, as JSON and as a picture
+    --variants fp32 "nf4 fp32"   these alone: a processor that emulates bfloat16 takes minutes for a step in it
+    --errors FILE                instead: the error of each format by layer, |W - Q(W)| / |W|, as JSON and as a picture
 """
 
 import argparse
@@ -88,17 +88,18 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
                 times[job, v].append(seconds)
     for process in children.values():
         process.communicate()
+    first = options.variants[0]
     return [
         measure.make_row(
             v,
             t,
-            times[job, options.variants[0]],
+            times[job, first],
             benchmark="LoRA step" if job == "step" else f"{DECODED} tokens decoded at batch 1",
             shape=f"1x{LENGTH}" if job == "step" else "1x1",
             dtype=VARIANTS[v][0],
             memory_bytes=about[v]["held"],
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/quantized.py",
-            note=f"ratio: {options.variants[0]}'s time over this one's, processor seconds; memory_bytes: of the blocks' linears",
+            note=f"ratio: {first}'s time over this one's, processor seconds; memory_bytes: of the blocks' linears",
             extra={"bits a weight": 8 * about[v]["held"] / about[v]["weights"], "untuned loss": about[v]["loss"]},
         )
         for (job, v), t in times.items()

@@ -74,3 +74,12 @@ def test_the_prefixes() -> None:
         loss = f"{group['dev_loss_start']:.2f} | {group['dev_loss']:.3f} ± {group['dev_loss_sd']:.3f}"
         bleu = f"{100 * group['bleu']:.1f} [{low:.1f}, {high:.1f}]"
         assert f"| {name} | {key[2]:g} | {loss} | {bleu} | {group['stored']:,} |" in page
+
+
+def test_the_table_of_quantized_bases_is_in_the_rows():
+    page = (ROOT / "docs/quantization.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks/results/quantized-cpu.json").read_text(encoding="utf-8"))
+    for variant, name in (("fp32", "float32"), ("int8 fp32", "int8"), ("nf4 fp32", "NF4")):
+        step, decoded = (row for row in rows if row["variant"] == variant)
+        bits, loss = f"{step['extra']['bits a weight']:.2f}".replace("32.00", "32"), step["extra"]["untuned loss"]
+        assert f"| {name} | {bits} | {step['median']:.1f} s | {decoded['median']:.1f} s | {loss:.3f} |" in page
