@@ -15,6 +15,7 @@ import torch
 
 import minipeft
 from minipeft.data.packing import Batch
+from minipeft.decoding import ROWS
 from minipeft.generation import decode
 from minipeft.models.packed import PackedModel
 from minipeft.training.loop import TrainConfig, train
@@ -53,7 +54,7 @@ def make_decoding(source: str, prompts: int, packed: bool) -> dict[str, Callable
 
     def run(invariant: bool) -> list[list[int]]:
         config = minipeft.GenerateConfig(max_new_tokens=NEW, temperature=0, batch_invariant=invariant)
-        size, made = 8 if invariant else 25, []
+        size, made = ROWS if invariant else 25, []
         with held.used():
             for first in range(0, prompts, size):
                 part = rows[first : first + size]

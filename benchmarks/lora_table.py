@@ -52,7 +52,7 @@ def table(rows: list[Any]) -> str:
     loads, noise = [a["load"] for a in around], max(a["noise"] for a in around)
     best = "{ceiling_tflops:.3g} TFLOP/s in a product, {ceiling_gb_per_s:.3g} GB/s in a copy".format(**around[0])
     said_of = {
-        "process_time": "of the processor, with one thread",
+        "process_time": "of processor time, on one thread",
         "perf_counter": "by the wall's clock, with several threads",
         "cuda events": "between events",
     }

@@ -36,7 +36,7 @@ class Rows(Protocol):
     """The rows of a batch: prefilled when they are made, then one token at a time."""
 
     def choose(self, draws: Tensor, temperature: float, top_p: float) -> Tensor:
-        """The next token of each row, by its uniform draw. [B] -> [B]"""
+        """Choose the next token of each row with its uniform random number. [B] -> [B]"""
 
     def advance(self, tokens: Tensor) -> None:
         """Append a token to each row. [B]"""
@@ -51,7 +51,7 @@ def start_rows(model: Decoder, rows: Sequence[list[int]], filling: int, new_toke
 
 
 class PaddedRows:
-    """Rows that are padded on the left with the id `filling`."""
+    """Rows padded on the left with the id `filling`."""
 
     def __init__(self, model: Decoder, rows: Sequence[list[int]], filling: int, new_tokens: int):
         device = model.embedding.weight.device
@@ -73,7 +73,7 @@ class PaddedRows:
 
 
 class InvariantRows:
-    """At most ROWS rows, each with the bits that it has alone."""
+    """Up to ROWS rows; the logits of each have the same bits as alone."""
 
     def __init__(self, model: Decoder, rows: Sequence[list[int]], new_tokens: int):
         assert 0 < len(rows) <= ROWS
@@ -107,19 +107,19 @@ class InvariantRows:
 
 
 def check_places(logits: Tensor, copies: list[int]) -> None:
-    """Check that the copies of row 0 got its bits.
+    """Check that the logits of row 0's copies have its bits. [ROWS, V]
 
     Raises:
         InputError: a product gives a row other bits in another place.
     """
     if copies and not torch.equal(logits[copies], logits[:1].expand(len(copies), -1)):
         problem = "products on this machine give a row other bits in another place of a batch"
-        raise InputError(problem, where="batch_invariant", hint="Give --batch 1 instead: each prompt alone")
+        raise InputError(problem, where="batch_invariant", hint="Give --batch 1 --no-pack instead: each prompt alone")
 
 
 @torch.no_grad()
 def probe_places(model: Decoder, prompt: list[int], steps: int = 2) -> None:
-    """Check the places of a batch with a prompt of which all rows are copies.
+    """Decode a few tokens of one prompt in all places of a batch, and check that they have the same bits.
 
     Raises:
         InputError: as `check_places`.

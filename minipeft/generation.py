@@ -249,7 +249,7 @@ def answer_batches(
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Context manager: the model is in eval mode, and then in its old mode again."""
+    """Context manager: put the model in eval mode, and restore its mode at the end."""
     was_training = model.training
     model.eval()
     try:

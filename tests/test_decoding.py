@@ -106,7 +106,7 @@ def test_other_bits_in_another_place_are_refused() -> None:
     with pytest.raises(InputError) as error:
         check_places(logits, [5, 6, 7])
     said = "batch_invariant: products on this machine give a row other bits in another place of a batch"
-    assert str(error.value) == f"{said}. Give --batch 1 instead: each prompt alone"
+    assert str(error.value) == f"{said}. Give --batch 1 --no-pack instead: each prompt alone"
 
     class Drifting(torch.nn.Linear):
         """A product whose last bits depend on the row's place."""
@@ -157,6 +157,10 @@ def test_a_full_row_and_a_bank_are_refused() -> None:
     with torch.no_grad():
         rows = InvariantRows(model, [[3, 4]], 1)
         rows.advance(torch.tensor([5]))
+        with pytest.raises(
+            InputError, match=r"ids: shape \[8, 2\], but a ragged cache takes one token of each of its 8"
+        ):
+            model(torch.ones(8, 2, dtype=torch.long), cache=rows.cache)
         with pytest.raises(InputError, match="cache: a row of 3 columns is full"):
             rows.advance(torch.tensor([5]))
     minipeft.AdapterBank(model)

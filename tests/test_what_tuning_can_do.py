@@ -120,7 +120,7 @@ def test_the_prefix_ends_close_to_lora_at_135m():
     gap = best["prefix"] - best["lora"]
     assert f"Each at its best epoch, the prefix is {gap:.3f} nats above LoRA" in TEXT
     sizes = [found[name]["training"]["trainable"] for name in ("prefix", "lora")]
-    assert "with {:,} numbers against {:,}".format(*sizes) in TEXT
+    assert "with {:,} parameters against {:,}".format(*sizes) in TEXT
     last = {name: found[name]["dev_loss_by_epoch"][-2:] for name in LABELS}
     assert last["lora"][1] - last["lora"][0] > last["prefix"][1] - last["prefix"][0] > 0
 

@@ -64,9 +64,7 @@ class RaggedCache(Cache):
         self, layers: int, rows: int, heads: int, length: int, width: int, dtype: torch.dtype, device: torch.device
     ):
         super().__init__(layers, rows, heads, length, width, dtype, device)
-        self.rows = torch.arange(rows, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.columns = self.lengths  # [B], the column of this call's token in each row
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # [B]
 
     def fill(self, row: int, prompt: Cache) -> None:
         """Copy the columns of a prompt that was computed alone, in a cache of one row."""
@@ -83,17 +81,18 @@ class RaggedCache(Cache):
         """
         if self.length == self.keys.shape[3]:
             raise InputError(f"a row of {self.length} columns is full", where="cache", hint="Make it longer")
-        self.columns = self.lengths.to(self.rows.device)
         self.lengths, self.length = self.lengths + 1, self.length + 1
-        return self.lengths.tolist()
+        lengths: list[int] = self.lengths.tolist()
+        return lengths
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write this call's keys and values [B, K, 1, D]; returns the whole rows [B, K, S, D], of which
         `lengths` columns are in use."""
-        self.keys[layer, self.rows, :, self.columns] = k[:, :, 0]
-        self.values[layer, self.rows, :, self.columns] = v[:, :, 0]
+        rows, columns = torch.arange(len(self.lengths), device=k.device), self.lengths - 1  # [B], [B]
+        self.keys[layer, rows, :, columns] = k[:, :, 0]
+        self.values[layer, rows, :, columns] = v[:, :, 0]
         return self.keys[layer], self.values[layer]
 
     def keep_rows(self, rows: list[int]) -> None:
         super().keep_rows(rows)
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self.lengths = self.lengths[rows]

@@ -64,7 +64,7 @@ def lay_out(
         InputError: documents and ids differ in shape, or the cache has no room.
     """
     if isinstance(cache, RaggedCache):
-        return lay_out_ragged(cache, virtual_tokens, windows, windowed)
+        return lay_out_ragged(cache, ids, virtual_tokens, windows, windowed)
     first = cache is None or cache.length == 0
     queries = ids.shape[1] + (virtual_tokens if prompted and first else 0)
     plain = documents is None and cache is None and not virtual_tokens
@@ -93,11 +93,20 @@ def lay_out(
     return Layout(positions[:, -queries:], documents.shape[1], views, virtual_tokens, prompted, first)
 
 
-def lay_out_ragged(cache: RaggedCache, virtual_tokens: int, windows: Sequence[int | None], windowed: bool) -> Layout:
+def lay_out_ragged(
+    cache: RaggedCache, ids: Tensor, virtual_tokens: int, windows: Sequence[int | None], windowed: bool
+) -> Layout:
     """The layout of one more token in each row of a ragged cache: row b's query is its last column, n - 1.
 
     It sees columns n - window ... n - 1, and the virtual tokens 0 ... P - 1 even where these are further back.
+
+    Raises:
+        InputError: ids are not one token a row, or a row is full.
     """
+    rows = len(cache.lengths)
+    if ids.shape != (rows, 1):
+        problem = f"shape {list(ids.shape)}, but a ragged cache takes one token of each of its {rows} rows"
+        raise InputError(problem, where="ids")
     lengths = cache.advance()
 
     def find_spans(n: int, window: int | None) -> list[tuple[int, int]]:
@@ -107,7 +116,7 @@ def lay_out_ragged(cache: RaggedCache, virtual_tokens: int, windows: Sequence[in
         return [(0, virtual_tokens), (first, n)] if virtual_tokens else [(first, n)]
 
     views = {window: View(spans=[find_spans(n, window) for n in lengths]) for window in windows}
-    positions = cache.columns[:, None]  # [B, 1]
+    positions = cache.lengths[:, None] - 1  # [B, 1]
     return Layout(positions, cache.length, views, virtual_tokens, False, False)
 
 

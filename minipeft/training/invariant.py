@@ -1,13 +1,13 @@
 """Batch-invariant training: the documents of a step, each in a batch of its own.
 
-A gradient sums over all rows of a batch, and a product of M rows may round other than one of M': a document's part of
-a step depends on its neighbours, on padding and on the length of a row. With `batch_invariant` each document is a
-batch [1, n], whose loss and gradient are the same bits wherever it was packed. A step adds them up in an order that
-their content determines, and divides once, so that one set of documents gives one gradient:
+A gradient sums over all rows of a batch, and a product of M rows may round differently from one of M': the bits of a
+document's part in a step depend on its neighbours, on padding and on the length of a row. With `batch_invariant` each
+document is a batch [1, n], whose loss and gradient have the same bits wherever it was packed. A step sums them in an
+order that their content determines, and divides once, so that a set of documents has one gradient:
 
     gradient = (g(d_1) + g(d_2) + ... + g(d_k)) / supervised tokens        d_1 ... d_k ordered by sha256
 
-The dropout of a document is seeded with that hash too. The cost is that of small products.
+The hash also seeds a document's dropout. Small products make training slower (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def split_documents(batches: Sequence[Batch], where: str) -> list[Document]:
 
 
 def cut_rows(batch: Batch, where: str) -> list[Batch]:
-    """Cut each row into its documents, padding left out. [B, T] -> [1, n] each"""
+    """Cut each row into its documents, and leave out padding. [B, T] -> [1, n] each
+
+    Raises:
+        InputError: as `split_documents`.
+    """
     cut = []
     for ids, labels, documents in zip(batch.ids, batch.labels, batch.documents):  # [T] each
         owners, lengths = torch.unique_consecutive(documents.cpu(), return_counts=True)

@@ -424,9 +424,9 @@ def divide_gradients(parameters: Mapping[str, nn.Parameter], loss: float, target
 def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     """Add one micro-batch's part of the step's gradient; returns its part of the loss.
 
-    Losses are summed over supervised tokens and divided by `targets`, the step's count: k micro-batches equal one of
-    k. Dropout is seeded with `seed`, also in backward, where recomputation draws again; the caller's random state is
-    restored.
+    Losses are summed over supervised tokens and divided by `targets`, the step's count, so that k micro-batches equal
+    one of k; batch-invariant training passes 1 and divides later. Dropout is seeded with `seed`, also in backward,
+    where recomputation draws again; the caller's random state is restored.
     """
     device = model.embedding.weight.device
     ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
