@@ -34,7 +34,10 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {  # wrong answers that passed 
     "text_to_length": (
         ('if ids and ids[0] == getattr(tokenizer, "bos", None)', 'if ids and getattr(tokenizer, "bos", None)'),
     ),
-    "accumulation": (("with DRAWING, torch", "with torch"), ("        loss.backward()", "    loss.backward()")),
+    "accumulation": (
+        ("with DRAWING, fast_products(), torch", "with torch"),
+        ("        loss.backward()", "    loss.backward()"),
+    ),
     "atomic_write": ((", dir=file.parent)", ")"),),
     "repetition": (("if length >= LEAST", "length -= length % unit\n        if length >= LEAST"),),
     "kernel_add": (("tl.load(x + at, mask=inside)", "tl.load(x + at)"),),

@@ -218,7 +218,7 @@ def find_backends(given: Problem) -> list[str]:
     (x, dy), *_ = given.inputs
     call = Call(x.device, x.dtype, *x.shape, dy.shape[1], len(given.lora_A), given.dropout > 0, True)
     found = []
-    for backend in ("reference", "onednn", "hybrid", "fused"):
+    for backend in ("reference", "hybrid", "fused"):
         try:
             found.append(choose_backend(backend, call))
         except UnavailableBackend as reason:

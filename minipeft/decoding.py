@@ -27,6 +27,7 @@ from minipeft.documents import PADDING
 from minipeft.errors import InputError
 from minipeft.models import Decoder
 from minipeft.models.cache import RaggedCache
+from minipeft.models.products import fast_products
 from minipeft.sampling import choose
 
 ROWS = 8  # of each product in batch-invariant decoding
@@ -47,7 +48,8 @@ class Rows(Protocol):
 
 def start_rows(model: Decoder, rows: Sequence[list[int]], filling: int, new_tokens: int, invariant: bool) -> Rows:
     """Prefill the rows of a batch, with room for their new tokens."""
-    return InvariantRows(model, rows, new_tokens) if invariant else PaddedRows(model, rows, filling, new_tokens)
+    with fast_products():
+        return InvariantRows(model, rows, new_tokens) if invariant else PaddedRows(model, rows, filling, new_tokens)
 
 
 class PaddedRows:

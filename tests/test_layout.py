@@ -27,7 +27,7 @@ from tests.toys.toy_family import Toy, ToyConfig
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR, TRITON = "tests/kernels/test_lora_linear.py", "tests/kernels/test_triton_backends.py"
 ELSEWHERE = {  # kernel files whose tests stand in a file of another name: the parts of a kernel are tested through it
-    **dict.fromkeys(("choice", "dropout", "onednn", "reference", "rows"), LINEAR),
+    **dict.fromkeys(("choice", "dropout", "reference", "rows"), LINEAR),
     **dict.fromkeys(("compile_check", "decode", "fused", "hybrid", "launch", "tiles"), TRITON),
     **dict.fromkeys(("triton_blocks", "triton_decode", "triton_kernels", "vector_add"), TRITON),
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "onednn", "hybrid", "fused", "decode")
+BACKENDS = ("reference", "hybrid", "fused", "decode")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DECODE_TOKENS = 64  # up to this the base product is bound by reading W, and launches determine the time
 TENSOR_CORE_TOKENS = 128  # below this a tile of the Triton product is mostly padding
@@ -73,8 +73,6 @@ def check_name(backend: str) -> None:
 
 def explain_unavailable(backend: str, call: Call) -> str | None:
     """Return why a backend other than the reference cannot compute a call, or None if it can."""
-    if backend == "onednn":
-        return _explain_onednn_unavailable(call)
     if backend == "decode" and (call.needs_grad or call.dropout):
         return "it keeps nothing for backward and has no dropout; call it under torch.no_grad()"
     if call.grouped and backend != "decode":
@@ -90,15 +88,6 @@ def explain_unavailable(backend: str, call: Call) -> str | None:
     if _get_architecture(call.device) < 80:
         return f"the GPU is sm_{_get_architecture(call.device)}, and the kernels are checked from sm_80 on"
     return None
-
-
-def _explain_onednn_unavailable(call: Call) -> str | None:
-    """Return why oneDNN cannot compute a call, or None if it can."""
-    if call.device.type != "cpu" or call.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {call.dtype} on {call.device}; it is for float32 and bfloat16 on a CPU"
-    if import_backend("onednn").is_usable(call.dtype):
-        return None
-    return f"oneDNN multiplies no {call.dtype} on this processor, or this build of torch lacks its linear"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ The frozen weight is used only in `matmul_weight_t` (x W^T + b), `matmul_weight`
 `Part.dense` and `Part.nf4`: a weight in another format changes these.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 from .dropout import SMALL_MASK, Dropout, make_keep_mask, make_small_mask
 from .rows import RowGroups, add_grouped, get_owner, group_rows
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 MASK_BLOCK = 1 << 18  # entries of x masked at a time on a CPU: the hashes of one block fit the L2 cache
 
 
@@ -68,14 +67,14 @@ class Gradients(NamedTuple):
     dB: list[Tensor]  # [N, r] each
 
 
-def matmul_weight_t(x: Tensor, part: Part, linear: Linear = F.linear) -> Tensor:
+def matmul_weight_t(x: Tensor, part: Part) -> Tensor:
     """x W^T + b. x [M, K]"""
-    return linear(x, part.weight, part.bias)  # [M, N]
+    return F.linear(x, part.weight, part.bias)  # [M, N]
 
 
-def matmul_weight(dy: Tensor, part: Part, linear: Linear = F.linear) -> Tensor:
+def matmul_weight(dy: Tensor, part: Part) -> Tensor:
     """dY W. dy [M, N]"""
-    return linear(dy, part.weight.t(), None)  # [M, K]
+    return F.linear(dy, part.weight.t())  # [M, K]
 
 
 def add_matmul_weight(dx: Tensor, dy: Tensor, part: Part) -> Tensor:
@@ -83,9 +82,7 @@ def add_matmul_weight(dx: Tensor, dy: Tensor, part: Part) -> Tensor:
     return dx.addmm_(dy, part.weight)  # [M, K]
 
 
-def forward(
-    x: Tensor, parts: Sequence[Part], drop: Dropout | None, linear: Linear = F.linear
-) -> tuple[list[Tensor], Tensor]:
+def forward(x: Tensor, parts: Sequence[Part], drop: Dropout | None) -> tuple[list[Tensor], Tensor]:
     """Return each projection's y [M, N_i], and s [M, R], which backward needs. x is [M, K].
 
     The scale is the `alpha` of addmm_, applied to its float32 sum: no extra pass and no rounding.
@@ -93,20 +90,14 @@ def forward(
     s = shrink(x, stack_A(parts, x.dtype), drop)  # [M, R]
     ys = []
     for part, s_i in zip(parts, split(s, parts)):
-        y = matmul_weight_t(x, part, linear)  # [M, N]
+        y = matmul_weight_t(x, part)  # [M, N]
         y.addmm_(s_i, cast(part.lora_B, x.dtype).t(), alpha=compute_scale(part, drop))  # [M, N]
         ys.append(y)
     return ys, s
 
 
 def backward(
-    x: Tensor,
-    s: Tensor,
-    dys: Sequence[Tensor],
-    parts: Sequence[Part],
-    drop: Dropout | None,
-    needs_dx: bool,
-    linear: Linear = F.linear,
+    x: Tensor, s: Tensor, dys: Sequence[Tensor], parts: Sequence[Part], drop: Dropout | None, needs_dx: bool
 ) -> Gradients:
     """Return dx (None unless needs_dx), and each projection's dA and dB in float32 (float64 for float64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -117,7 +108,7 @@ def backward(
         dB.append(cast(dy.t() @ s_i, wide).mul_(compute_scale(p, drop)))  # [N, r]
     dx = None
     if needs_dx:
-        dx = matmul_weight(dys[0], parts[0], linear)  # [M, K]
+        dx = matmul_weight(dys[0], parts[0])  # [M, K]
         for part, dy in zip(parts[1:], dys[1:]):
             add_matmul_weight(dx, dy, part)  # [M, K]
     A = stack_A(parts, x.dtype)  # [R, K]

@@ -44,6 +44,7 @@ from minipeft.adapters.vera import VeRAConfig, add_vera, merge_vera, remove_vera
 from minipeft.adapters.verdict import Comparison, MergeReport, Prompter
 from minipeft.errors import InputError, check_kind, check_value, format_value
 from minipeft.models import Decoder
+from minipeft.models.products import name_products
 from minipeft.models.quantized import (
     QuantizedWeight,
     dequantize_model,
@@ -135,6 +136,7 @@ class AdapterReport:
     backend: str | None = None  # the kernel, if the method has several
     notes: tuple[str, ...] = ()  # remarks on the adapter and its file
     quantized: str | None = None  # the format of the base's linears: nf4, int8
+    products: str = "torch"  # what multiplies float32 matrices in training, evaluation and prefill: torch or onednn
 
     @property
     def percent(self) -> float:
@@ -154,6 +156,8 @@ class AdapterReport:
             rows.append(("virtual", f"{self.virtual_tokens} tokens of each row's context"))
         if self.backend is not None:
             rows.append(("backend", self.backend))
+        if self.products == "onednn":
+            rows.append(("products", "float32 by oneDNN in AVX-512; as exact as float64 shows (--no-onednn: torch's)"))
         rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
@@ -242,6 +246,7 @@ def report_on(model: Decoder, modules: list[str], backend: str | None = None) ->
         modules=modules,
         backend=backend,
         quantized=find_quantization(model),
+        products=name_products(str(model.embedding.weight.device)),
         notes=tuple(describe_untied(model)),
     )
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.models.layout import Layout, Runs, Spans
+from minipeft.models.products import multiply_with_mkl
+
+FEW_COLUMNS = 256  # up to which torch's fused attention is faster with MKL than with oneDNN: 1.6 against 3.9 ms for 128
 
 
 def attend(
@@ -68,9 +71,13 @@ def product(
     if grouped and mask is not None and lacks_masked_groups(q):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
         grouped = False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+
+    def attend_fused() -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+    return multiply_with_mkl(attend_fused) if k.shape[2] <= FEW_COLUMNS else attend_fused()
 
 
 def capped_product(

@@ -34,6 +34,7 @@ from minipeft.errors import InputError, check_path
 from minipeft.files import hash_file, read_object, write_json
 from minipeft.models import Decoder
 from minipeft.models.checkpoint import check_device, fingerprint, save_model
+from minipeft.models.products import name_products
 from minipeft.runs.card import CARD, make_training_card, write_card
 from minipeft.runs.checkpoints import KEPT, Run, open_run
 from minipeft.runs.config import RunConfig
@@ -392,6 +393,7 @@ def identify(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "products": name_products(config.model.device),
     }
     processes = check_processes(processes)
     if not processes.exact or (processes.shards and config.method.trains_base):

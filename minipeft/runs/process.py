@@ -21,6 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minipeft.errors import InputError, check_fields, option
+from minipeft.models.products import use_onednn
 
 MOST_THREADS = 1024  # with more, torch aborts the process
 
@@ -30,12 +31,16 @@ class ProcessConfig:
     """CPU settings of a command; they change only the last digits of results."""
 
     threads: int | None = option(None, "CPU threads; default all cores", least=1, most=MOST_THREADS)
+    onednn: bool = option(
+        True, "multiply float32 matrices with oneDNN where the processor has AVX-512 and its products are float32's"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def apply(self) -> None:
-        """Set torch's number of threads in this process."""
+        """Set torch's number of threads, and what multiplies float32 matrices, in this process."""
+        use_onednn(self.onednn)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 

@@ -1,6 +1,6 @@
 """One cell of a study, in its own process: train, answer, score; each part is resumable.
 
-    python -P -m minipeft.study.cells STUDY cells/NAME [THREADS]
+    python -P -m minipeft.study.cells STUDY cells/NAME '{"threads": 1, "onednn": true}'
 
     cells/NAME/cell.json          the Cell
                run/               its training run (runs/folder.py); none for the untrained model
@@ -14,6 +14,7 @@ folder off sys.path: a file named tqdm.py or statistics.py that lies there is ne
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -23,8 +24,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minipeft.adapters.peft_format import WEIGHTS
 from minipeft.data.examples import split_by_question
@@ -37,7 +36,7 @@ from minipeft.runs.answers import AnswersConfig, answer_data, load_tuned, read_a
 from minipeft.runs.config import RunConfig
 from minipeft.runs.finetune import finetune
 from minipeft.runs.preparation import pack_held_out
-from minipeft.runs.process import Stopped, peak_memory
+from minipeft.runs.process import ProcessConfig, Stopped, peak_memory
 from minipeft.study.data import QUESTIONS, encode_rows
 from minipeft.study.rows import Row, Training
 from minipeft.tensor_files import read_header
@@ -197,10 +196,9 @@ def score_file(file: Path) -> Scores:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one cell; returns the exit status that the command line would have."""
-    study, folder, *threads = arguments
+    study, folder, process = arguments
     os.chdir(study)
-    if threads:
-        torch.set_num_threads(int(threads[0]))
+    ProcessConfig(**json.loads(process)).apply()
     try:
         perform(Path(folder))
     except InputError as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minipeft.adapters import get_method, list_method_names
@@ -138,6 +138,11 @@ class StudyConfig:
         """The threads of each cell; None: as many as torch takes."""
         shared = max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
         return self.process.threads or shared
+
+    @property
+    def cell_process(self) -> ProcessConfig:
+        """The process settings of each cell."""
+        return replace(self.process, threads=self.threads)
 
     @property
     def device(self) -> str:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from minipeft.metrics import execution
 from minipeft.metrics.text import find_language
 from minipeft.models.checkpoint import check_device, read_config
 from minipeft.runs.planning import build_on_meta
-from minipeft.runs.process import stopping
+from minipeft.runs.process import ProcessConfig, stopping
 from minipeft.study.baselines import BASELINES, PYTHON_ONLY
 from minipeft.study.cells import ANSWERS, CELL, FIRST_LINE, LOG, RESULT, ZERO_SHOT, Cell, score_file
 from minipeft.study.data import as_pairs, encode_rows, find_split, load_study_data, write_data
@@ -131,7 +131,7 @@ def conduct(config: StudyConfig, out: Path, say: Callable[[str], None] = print) 
                     return [Outcome(cell, None, "not finished by its share", waiting=True)]
                 error = prepared.errors.get(cell.model)
                 if error is None and not done:
-                    error = unfit.get(cell.key) or run_cell(cell, out, config.threads, bar, stop)
+                    error = unfit.get(cell.key) or run_cell(cell, out, config.cell_process, bar, stop)
                 if cell.name in bar.parts:
                     bar.finish(cell)
                 return read_outcomes(cell, out, error, say)
@@ -354,7 +354,7 @@ def read_outcomes(cell: Cell, out: Path, error: str | None, say: Callable[[str],
     return [Outcome(cell, row), Outcome(cut, answer_first_line(out, cut, row))]
 
 
-def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[int]) -> str | None:
+def run_cell(cell: Cell, out: Path, settings: ProcessConfig, bar: Bar, stop: list[int]) -> str | None:
     """Run a cell in its own process; returns its error, or None.
 
     Raises:
@@ -365,7 +365,7 @@ def run_cell(cell: Cell, out: Path, threads: int | None, bar: Bar, stop: list[in
     (folder / RESULT).unlink(missing_ok=True)
     bar.begin(cell)
     command = [sys.executable, "-P", "-m", "minipeft.study.cells", str(out), f"cells/{cell.name}"]
-    command += [] if threads is None else [str(threads)]
+    command += [json.dumps(asdict(settings))]
     with open(folder / LOG, "a", encoding="utf-8", opener=open_plain) as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TQDM_DISABLE": "1"})
         try:

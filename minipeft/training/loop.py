@@ -36,6 +36,7 @@ from minipeft.errors import InputError, check_fields, check_items, check_kind, c
 from minipeft.models import Decoder
 from minipeft.models.layout import check_rows
 from minipeft.models.loss import count_targets
+from minipeft.models.products import fast_products
 from minipeft.training.adamw import update_all
 from minipeft.training.gradients import released, wide_gradients
 from minipeft.training.invariant import split_documents
@@ -430,7 +431,7 @@ def backward(model: Decoder, batch: Batch, targets: int, seed: int) -> float:
     """
     device = model.embedding.weight.device
     ids, labels, documents = (t.to(device) for t in (batch.ids, batch.labels, batch.documents))
-    with DRAWING, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with DRAWING, fast_products(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         loss = model.loss(ids, labels, documents) / targets
         loss.backward()
@@ -580,7 +581,8 @@ def evaluate(
 
     def compute(i: int) -> float:
         ids, labels, documents = (t.to(device) for t in (batches[i].ids, batches[i].labels, batches[i].documents))
-        return model.loss(ids, labels, documents).item()
+        with fast_products():
+            return model.loss(ids, labels, documents).item()
 
     model.eval()
     try:

@@ -17,12 +17,12 @@ def patch(put: Callable[[object, str, object], None]) -> list[str]:
     """Let `put(module, name, value)` replace how a cell is started; the list gets the names of the cells that ran."""
     ran: list[str] = []
 
-    def here(cell: Cell, out: Path, threads: int | None, bar: Any, stop: list[int]) -> str | None:
+    def here(cell: Cell, out: Path, settings: object, bar: Any, stop: list[int]) -> str | None:
         ran.append(cell.name)
         write_json(out / "cells" / cell.name / "cell.json", cell.as_json())
         before = os.getcwd()
         try:
-            status = cells.main([str(out), f"cells/{cell.name}"])
+            status = cells.main([str(out), f"cells/{cell.name}", "{}"])
         finally:
             os.chdir(before)
         return None if status == 0 else f"exit status {status}"

@@ -19,6 +19,7 @@ from minipeft.errors import InputError
 from minipeft.files import lock_folder
 from minipeft.metrics.execution import run_programs
 from minipeft.runs.folder import check_folder
+from minipeft.runs.process import ProcessConfig
 from minipeft.study import executed, runner
 from minipeft.study.cells import Cell
 from minipeft.study.data import load_study_data
@@ -257,7 +258,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path, model, pairs, 
     monkeypatch.chdir(tmp_path)
     cell = Cell("m", "prompt")
     with Bar([cell], {}, out, 1, ()) as bar:
-        error = runner.run_cell(cell, out, 1, bar, [])
+        error = runner.run_cell(cell, out, ProcessConfig(), bar, [])
     assert "training run" in error  # of this cell there is none
     assert not list(tmp_path.rglob("*.ran"))
 
