@@ -49,7 +49,9 @@ class GenerateConfig:
     seed: int = option(0, "seed of sampling", least=0, below=2**63)
     stop: tuple[str, ...] = option((), "stop text that ends an answer; may be given more than once")
     batch: int = option(25, "prompts at a time", least=1)
-    pack: bool = option(True, "on a CPU, decode with packed copies of the weights: 2 more bytes a weight")
+    pack: bool = option(
+        True, "on a CPU, decode with packed copies of the weights: 2 bytes a weight, 4 of one that is quantized in fp32"
+    )
     batch_invariant: bool = option(
         False, "compute each answer with the same bits whatever prompts are beside it, eight at a time; slower"
     )
@@ -259,10 +261,10 @@ def evaluating(model: Decoder) -> Iterator[None]:
 
 
 def pack_for(model: Decoder, config: GenerateConfig, prompts: int = 1) -> PackedModel:
-    """Pack the weights for decoding, if the config wants it and so many answers may be long enough for it to pay; the
-    packed product has other bits, so with `batch_invariant` their number does not decide."""
+    """Pack the weights for decoding, if the config wants it; in float16 where so many answers may be long enough for it
+    to pay. That product has other bits, so with `batch_invariant` their number does not decide."""
     steps = config.max_new_tokens * (1 if config.batch_invariant else -(-prompts // config.batch))
-    return PackedModel(model, empty=not config.pack or steps < PACKED_FROM)
+    return PackedModel(model, empty=not config.pack, half=steps >= PACKED_FROM)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Weights packed once for decoding: products of few rows read half the bytes, and give float32's results.
+"""Weights packed once for decoding: products of few rows read fewer bytes, and give float32's results.
 
 At batch 1 a product x W^T reads each weight once: its time is that of reading W. FBGEMM (Khudia et al. 2021, which
 torch ships for x86) keeps a copy of W in float16, in the order in which its kernel reads it, and multiplies and adds
@@ -6,8 +6,9 @@ in float32. Nothing is rounded if every weight is a float16, up to one power of 
 
     y = x (2^k W)^T 2^-k        k: the largest |2^k w| lies in [2^14, 2^15)
 
-Weights that were stored in bfloat16 or float16 are (a bfloat16 down to 2^-32 of the largest). A tensor that is not is
-left as it is. The copies take two bytes a weight.
+Weights that were stored in bfloat16 or float16 are (a bfloat16 down to 2^-32 of the largest), and so are the values of
+a quantized weight in bfloat16. A plain tensor that is not is left as it is. A quantized weight would be dequantized for
+each token: where float16 does not hold its values, its copy is these values themselves, in its dtype.
 """
 
 from __future__ import annotations
@@ -28,18 +29,29 @@ ROWS = 64  # rows of x up to which the packed product is used: decoding, not the
 
 
 class PackedWeight(Tensor):
-    """A weight [N, K] beside its packed copy; only F.linear sees the copy, every other operator the weight."""
+    """A weight [N, K] beside a copy for decoding; only F.linear sees the copy, every other operator the weight."""
 
     plain: Tensor
     version: int  # of `plain`, when it was packed
-    copy: Any  # torch's object for 2^k W in float16
+    copy: Any  # torch's object for 2^k W in float16, or W's values as a tensor
     factor: float  # 2^-k
 
     @staticmethod
-    def __new__(cls, plain: Tensor, copy: Any, factor: float) -> PackedWeight:
-        made = Tensor._make_subclass(cls, plain.detach())
+    def __new__(cls, plain: Tensor, copy: Any, factor: float = 1.0) -> PackedWeight:
+        made = Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device)
         made.plain, made.version, made.copy, made.factor = plain, plain._version, copy, factor
         return made
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the copy."""
+        return self.copy.nbytes if isinstance(self.copy, Tensor) else 2 * self.plain.numel()
+
+    def dequantize(self) -> Tensor:  # a quantized weight's own methods are Python's, which torch does not dispatch
+        return self.plain.dequantize()
+
+    def split(self, rows: int, dim: int = 0) -> Any:  # type: ignore[override]
+        return self.plain.split(rows, dim)
 
     @classmethod
     def __torch_function__(
@@ -47,14 +59,19 @@ class PackedWeight(Tensor):
     ) -> Any:
         if func is F.linear:
             return multiply(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*(a.plain if isinstance(a, PackedWeight) else a for a in args), **(kwargs or {}))
 
 
 def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias: the packed product for few rows without gradients, else the plain one. [..., K] -> [..., N]"""
+    """x W^T + bias: the copy's product for few rows without gradients, else the plain one. [..., K] -> [..., N]"""
     if x.numel() > ROWS * x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight.plain, bias)
+    if isinstance(weight.copy, Tensor):
+        return F.linear(x, weight.copy, bias)
     wide = x if x.dtype == torch.float32 else x.float()
     y: Tensor = torch.ops.quantized.linear_dynamic_fp16(wide, weight.copy)  # [..., N]
     if weight.factor != 1.0:
@@ -65,14 +82,17 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Ten
 
 
 class PackedModel:
-    """The packed copies of a model's weights, which products read within `with packed.used():`."""
+    """The packed copies of a model's weights, which products read within `with packed.used():`.
 
-    def __init__(self, model: Decoder, empty: bool = False):
+    `half`: copies in float16 where they are exact; without it only quantized weights have copies, of their values.
+    """
+
+    def __init__(self, model: Decoder, empty: bool = False, half: bool = True):
         found = [] if empty or not can_pack(model) else find_modules(model)
-        made = [(module, pack_weight(module.weight)) for module in found]  # type: ignore[arg-type]
+        made = [(module, pack_weight(find_weight(module), half)) for module in found]
         self.held = [(module, copy) for module, copy in made if copy is not None]
         self.weights = len(find_modules(model))
-        self.bytes = sum(2 * copy.numel() for _, copy in self.held)
+        self.bytes = sum(copy.bytes for _, copy in self.held)
 
     def __str__(self) -> str:
         return f"{len(self.held)} of {self.weights} weights packed for decoding ({self.bytes / 1e6:,.0f} MB)"
@@ -101,23 +121,38 @@ def can_pack(model: Decoder) -> bool:
     if model.embedding.weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    held = sum(p.nbytes for p in model.parameters() if not isinstance(p, QuantizedWeight))
-    return held + 2 * sum(module.weight.numel() for module in find_modules(model)) < 0.75 * memory  # type: ignore[operator, misc]
+    held = sum(p.nbytes_held() if isinstance(p, QuantizedWeight) else p.nbytes for p in model.parameters())
+    weights = [find_weight(module) for module in find_modules(model)]
+    copies = sum(w.numel() * (w.itemsize if isinstance(w, QuantizedWeight) else 2) for w in weights)
+    return held + copies < 0.75 * memory
+
+
+def find_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear, plain, quantized or packed."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def find_modules(model: Decoder) -> list[nn.Module]:
-    """The modules with a plain weight [N, K] to multiply with: the linears, adapted or not, and the head."""
-    kinds = (QuantizedWeight, PackedWeight)
+    """The modules with a weight [N, K] to multiply with: the linears, adapted or not, and the head."""
     linears = (m for m in model.modules() if isinstance(m, nn.Linear) or getattr(m, "adopts_linear", False))
-    return [m for m in linears if not isinstance(m._parameters["weight"], kinds)]
+    return [m for m in linears if not isinstance(find_weight(m), PackedWeight)]
 
 
-def pack_weight(weight: Tensor) -> PackedWeight | None:
-    """Pack a weight; None if float16 does not hold it exactly, whatever the power of two."""
-    wide = weight.detach().float()
-    exponent = int(torch.frexp(wide.abs().amax()).exponent)
-    for factor in (1.0, 2.0 ** min(max(exponent - 15, -126), 126)):
-        scaled = wide if factor == 1.0 else wide / factor
-        if all(torch.equal(part.half().float(), part) for part in (scaled[:1], scaled)):  # one row tells most
-            return PackedWeight(weight, torch.ops.quantized.linear_prepack_fp16(scaled, None), factor)
-    return None
+def pack_weight(weight: Tensor, half: bool = True) -> PackedWeight | None:
+    """Pack a weight; None if it is plain and float16 does not hold it exactly, whatever the power of two.
+
+    `half` False: without the copy in float16.
+    """
+    quantized = isinstance(weight, QuantizedWeight)
+    if not (half or quantized):
+        return None
+    wide = weight.dequantize() if quantized else weight.detach().float()
+    if half:
+        exponent = int(torch.frexp(wide.abs().amax()).exponent)
+        for factor in (1.0, 2.0 ** min(max(exponent - 15, -126), 126)):
+            scaled = wide if factor == 1.0 else wide / factor
+            if all(torch.equal(part.half().float(), part) for part in (scaled[:1], scaled)):  # one row tells most
+                return PackedWeight(weight, torch.ops.quantized.linear_prepack_fp16(scaled, None), factor)
+    return PackedWeight(weight, wide.to(weight.dtype)) if quantized else None

@@ -10,6 +10,7 @@ from minipeft.generation import GenerateConfig, generate
 from minipeft.models import FAMILIES, packed
 from minipeft.models.config import parse_config
 from minipeft.models.packed import ROWS, PackedModel, PackedWeight, pack_weight
+from minipeft.models.quantized import QuantizedWeight, quantize_model
 from tests.test_generation import MAKERS, PROMPTS, SIZES, Letters
 
 METHODS = {
@@ -153,3 +154,41 @@ def test_configs_of_other_sizes_pack_too():
     assert model.lm_head.weight is model.embedding.weight
     with held.used():
         assert type(model.embedding.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "dora", "prefix"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantized_weight_is_dequantized_once_a_call(format, dtype, method, monkeypatch):
+    """In bfloat16 its values are packed in float16; in float32, and in a short call, they are copied as they are."""
+    model = make("llama", "none", dtype)
+    quantize_model(model, format)
+    if METHODS[method] is not None:
+        minipeft.add_adapter(model, METHODS[method])
+    held = PackedModel(model)
+    assert len(held.held) == held.weights
+    half = {path: not isinstance(copy.copy, torch.Tensor) for path, copy in held.held}
+    quantized = [module for module, _ in held.held if isinstance(module.weight, QuantizedWeight)]
+    assert len(quantized) == held.weights - 1  # all but the head
+    assert all(half[module] == (dtype == torch.bfloat16) for module in quantized)
+    assert held.bytes == sum(w.numel() * (2 if half[m] else 4) for m in half for w in [m.weight])
+    draw = torch.Generator().manual_seed(1)
+    for copies in (held, PackedModel(model, half=False)):
+        for module, copy in copies.held:
+            x = torch.randn(3, copy.shape[1], generator=draw).to(dtype)
+            exact = x.double() @ module.weight.dequantize().double().T
+            with torch.no_grad():
+                error = (F.linear(x, copy).double() - exact).abs().max()
+            assert error < (2e-6 if dtype == torch.float32 else 5e-3) * exact.abs().max()
+    dequantized = []
+    dense = QuantizedWeight.dense
+    monkeypatch.setattr(QuantizedWeight, "dense", lambda self, *rows: (dequantized.append(1), dense(self, *rows))[1])
+    counts, answers = [], []
+    for config in (LONG, GenerateConfig(max_new_tokens=19, temperature=0), GenerateConfig(20, 0, pack=False)):
+        dequantized.clear()
+        answers.append([text[:19] for text in generate(model, Letters(), PROMPTS, config)])
+        counts.append(len(dequantized))
+    if method != "dora":  # its norm reads the whole weight in each pass
+        assert counts[0] == counts[1] <= 3 * len(quantized) < counts[2]
+    if dtype == torch.float32:
+        assert answers[0] == answers[1] == answers[2]
