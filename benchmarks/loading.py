@@ -72,10 +72,10 @@ def main() -> None:
         compare(options)
 
 
-def write_random(case: str, tokenizer: str, folder: str) -> None:
-    """Write a model folder of random weights."""
-    model = decoder(CASES[case], draw_weights(CASES[case], torch.bfloat16, "cpu"))
-    minipeft.save_model(model, folder, minipeft.load_tokenizer(tokenizer))
+def write_random(case: str, tokenizer: str | None, folder: str) -> None:
+    """Write a model folder of random weights: bfloat16 with a tokenizer, else float32."""
+    model = decoder(CASES[case], draw_weights(CASES[case], torch.bfloat16 if tokenizer else torch.float32, "cpu"))
+    minipeft.save_model(model, folder, None if tokenizer is None else minipeft.load_tokenizer(tokenizer))
 
 
 def compare(options: argparse.Namespace) -> None:

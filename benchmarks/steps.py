@@ -45,12 +45,16 @@ QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, 
          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
          "max_position_embeddings": 40960, "tie_word_embeddings": True,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
+LLAMA_1B = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+            "max_position_embeddings": 8192}  # fmt: skip
 CASES: dict[str, Config] = {  # name -> config.json; a single layer has a small vocabulary, whose head takes little time
     "layer": ONE | SMOL,
     "layer, GPU": ONE | MISTRAL,
     "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": 50257},
     "7b": WHOLE | LLAMA,
     "qwen3-0.6b": QWEN3,
+    "llama-1b": LLAMA_1B,
 }
 CPU = (("layer", 1, 256), ("gpt2", 1, 256), ("qwen3-0.6b", 1, 128))  # case, rows, tokens of a row
 NAMED = ("qwen3-0.6b",)  # cases that are measured only if they are named

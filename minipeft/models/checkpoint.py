@@ -88,7 +88,11 @@ def load_model(
     check_layers(found, config, folder / "config.json", weights)
     model: Decoder = family.build_empty(config)
     check_tensors(found, model, weights)
-    files = [{name: legacy[info.name] for name, info in found.items()}] if legacy else read_files(found)
+    files = (
+        [{name: legacy[info.name] for name, info in found.items()}]
+        if legacy
+        else read_files(found, quantize is not None)
+    )
     model.source = str(source)
     return fill(model, files, found, dtype or find_stored_dtype(found), device, quantize)
 
@@ -223,16 +227,22 @@ def is_transposed(name: str, model: Decoder) -> bool:
     return bool(model.family.transposed) and name.endswith(model.family.transposed)
 
 
-def read_files(found: Found) -> Iterator[dict[str, Tensor]]:
-    """Read the tensors file by file; they are memory-mapped, and copied only when they are changed."""
+def read_files(found: Found, apart: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Read the tensors file by file; they are memory-mapped, and copied only when they are changed.
+
+    `apart`: one at a time, each in a mapping of its own, whose pages are freed with it; a file's one mapping keeps all
+    pages that were read as long as any of its tensors lives.
+    """
     from safetensors import SafetensorError, safe_open
 
     for file in sorted({info.file for info in found.values()}):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                yield {name: opened.get_tensor(info.name) for name, info in found.items() if info.file == file}
-        except SafetensorError as error:  # a fault that read_header does not find
-            raise InputError(f"not safetensors: {error}", file=file) from error
+        names = [name for name, info in found.items() if info.file == file]
+        for some in [[name] for name in names] if apart else [names]:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    yield {name: opened.get_tensor(found[name].name) for name in some}
+            except SafetensorError as error:  # a fault that read_header does not find
+                raise InputError(f"not safetensors: {error}", file=file) from error
 
 
 def fetch_legacy(folder: Path, source: str | Path, revision: str | None, allowed: bool) -> dict[str, Tensor]:
@@ -299,6 +309,7 @@ def fill(
             if dtype == torch.float16 != read.dtype and not is_finite(tensor):
                 raise InputError("holds values beyond float16's 65504", file=file, where=where)
             ready[name] = quantize_weight(tensor, quantize) if quantize is not None and name in packed else tensor
+            del tensor, read  # before the next one is read
     if model.config.tie_word_embeddings:
         table = ready[f"{model.family.embedding}.weight"]
         head = ready.pop("lm_head.weight", None)

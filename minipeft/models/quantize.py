@@ -31,6 +31,7 @@ NF4_CODE = (  # as published, in float32
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+AT_ONCE = 1 << 20  # values that are quantized at a time, a multiple of a block: what is allocated beside codes is small
 SMALLEST = 1e-38  # in place of a largest value of 0
 CPU = torch.device("cpu")
 
@@ -46,12 +47,12 @@ class NF4(NamedTuple):
     @classmethod
     def quantize(cls, weight: Tensor) -> NF4:
         """The nearest codes of a weight [N, K]."""
-        values = weight.float().flatten()  # [N K]
-        codes, absmax = nearest(values, make_nf4_code(values.device), BLOCK)  # [N K], [blocks]
-        codes = F.pad(codes, (0, codes.numel() % 2), value=NF4_CODE.index(0.0))
+        codes, absmax = nearest(weight.flatten(), make_nf4_code(weight.device), BLOCK)  # [N K], [blocks]
+        if codes.numel() % 2:
+            codes = F.pad(codes, (0, 1), value=NF4_CODE.index(0.0))
         mean = absmax.mean()
-        scales, largest = nearest(absmax - mean, make_dynamic_code(values.device), GROUP)  # [blocks], [groups]
-        return cls(codes[::2] << 4 | codes[1::2], scales, largest, mean)
+        scales, largest = nearest(absmax - mean, make_dynamic_code(weight.device), GROUP)  # [blocks], [groups]
+        return cls(codes[::2].bitwise_left_shift_(4) | codes[1::2], scales, largest, mean)
 
     def values(self, start: int, stop: int, width: int) -> Tensor:
         """The weight's rows `start` to `stop`, in float32. [n, K]"""
@@ -82,10 +83,14 @@ class Int8(NamedTuple):
     @classmethod
     def quantize(cls, weight: Tensor) -> Int8:
         """Round each row to 255 steps of its largest value. [N, K]"""
-        values = weight.float()
-        absmax = values.abs().amax(dim=1)  # [N]
-        steps = 127.0 / absmax.clamp(min=SMALLEST)  # [N]
-        return cls((values * steps[:, None]).round().to(torch.int8), absmax)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [N, K]
+        absmax = torch.empty(len(weight), device=weight.device)  # [N]
+        rows = max(1, AT_ONCE // weight.shape[1])
+        for part, code, largest in zip(weight.split(rows), codes.split(rows), absmax.split(rows)):
+            values = part.float()
+            torch.amax(values.abs(), dim=1, out=largest)
+            code.copy_(values.mul(127.0 / largest.clamp(min=SMALLEST)[:, None]).round_())
+        return cls(codes, absmax)
 
     def values(self, start: int, stop: int, width: int) -> Tensor:
         """The weight's rows `start` to `stop`, in float32. [n, K]"""
@@ -97,12 +102,15 @@ FORMATS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
 
 def nearest(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The nearest code to each value over its block's largest, and the largest. [n] -> uint8 [n], [ceil(n / block)]"""
-    count = values.numel()
-    blocks = F.pad(values, (0, -count % block)).view(-1, block)  # [blocks, block]
-    absmax = blocks.abs().amax(dim=1)  # [blocks]
-    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).clamp(-1, 1)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    absmax = torch.empty(-(-len(values) // block), device=values.device)
     middles = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).flatten()[:count].clone(), absmax
+    for part, found, largest in zip(values.split(AT_ONCE), codes.split(AT_ONCE), absmax.split(AT_ONCE // block)):
+        blocks = F.pad(part.float(), (0, -len(part) % block)).view(-1, block)  # [blocks, block]
+        torch.amax(blocks.abs(), dim=1, out=largest)
+        scaled = (blocks * (1.0 / largest.clamp(min=SMALLEST))[:, None]).clamp_(-1, 1)
+        found.copy_(torch.bucketize(scaled, middles, out_int32=True).flatten()[: len(part)])
+    return codes, absmax
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
