@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from minipeft_kernels import lora_linear
 from safetensors import safe_open
 
 import minipeft
@@ -120,19 +119,6 @@ def test_products_are_those_of_the_values(format, shape, monkeypatch):
         found.append((y, a.grad, b.grad, F.linear(dy, W.t()), x[0].clone().addmm_(dy[0], W)))
     for ours, wanted in zip(*found, strict=True):
         assert (ours - wanted).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_the_onednn_backend_takes_a_quantized_weight(format):
-    """Its products are the weight's own, so that every bit is that of the reference backend."""
-    x, A, B = draw((6, 64)), draw((4, 64)), draw((32, 4))
-    weight = quantize_weight(draw((32, 64)), format)
-    found = []
-    for backend in ("onednn", "reference"):
-        leaf = x.clone().requires_grad_()
-        y = lora_linear(leaf, weight, None, A, B, 2.0, dropout=0.1, seed=3, backend=backend)
-        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
-    assert all(map(torch.equal, *found))
 
 
 def test_no_dense_copy_stays(monkeypatch):
@@ -291,9 +277,15 @@ def test_removing_leaves_the_quantized_base(model):
         assert p.requires_grad != isinstance(p, QuantizedWeight)
 
 
-def test_peft_on_bitsandbytes_reads_the_adapter_and_answers_the_same(model, tmp_path):
-    """Trained on our 4-bit base, loaded by PEFT on transformers' 4-bit base of the same files."""
-    save_model(model, tmp_path / "base")
+def test_peft_on_bitsandbytes_reads_the_adapter_and_answers_the_same(tmp_path):
+    """Trained on our 4-bit base, loaded by PEFT on transformers' 4-bit base of the same files.
+
+    Rows of whole blocks: with AVX-512 bitsandbytes 0.50.2 dequantizes a width of 96 to other values (largest error
+    2.0 for N(0, 1) instead of 0.45).
+    """
+    model = FAMILIES["llama"].decoder(FAMILIES["llama"].config(**BASE | {"intermediate_size": 128}))
+    model.initialize(torch.Generator().manual_seed(0))
+    save_model(model.eval(), tmp_path / "base")
     ours = load_model(tmp_path / "base", quantize="nf4")
     minipeft.add_adapter(ours, minipeft.LoRAConfig(rank=4, targets="all-linear"))
     with torch.no_grad():
@@ -318,6 +310,9 @@ def test_peft_on_bitsandbytes_reads_the_adapter_and_answers_the_same(model, tmp_
         tmp_path / "base", quantization_config=config, dtype=torch.float32, device_map="cpu"
     )
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    for module in theirs.modules():  # its product for AVX-512 rounds x to bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         wanted, found = theirs(ids).logits, ours.eval()(ids)
