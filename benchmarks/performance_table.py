@@ -34,13 +34,17 @@ def make_table(rows: Any) -> str:
 
 
 def make_rows(rows: list[dict[str, Any]]) -> str:
-    """A line a row: what, shape, dtype, variant, time, how many times as fast as the first variant of its group."""
+    """A line a row: what, shape, dtype, variant, time, how many times as fast as the group's first variant, and the
+    note where it differs from the line above."""
     lines = ["| | shape | dtype | variant | time | times as fast | |", "|---|---|---|---|---:|---:|---|"]
     before: tuple[str, str, str] | None = None
+    said = ""
     for row in rows:
         group = (row["benchmark"], row["shape"], row["dtype"])
         begins, before = group != before or row["ratio"] == 1.0, group  # the first variant of a measurement has 1
-        what, note = (group, row["note"]) if begins else (("", "", ""), "")
+        what = group if begins else ("", "", "")
+        note = row["note"] if begins or row["note"] != said else ""
+        said = row["note"]
         ratio = "" if begins or row["variant"] in OTHER_WORK else f"{row['ratio']:.2f}"
         lines.append(f"| {' | '.join([*what, row['variant'], format_time(row['median']), ratio, note])} |")
     return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])

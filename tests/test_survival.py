@@ -30,6 +30,7 @@ from minipeft import cli
 from minipeft.cli import train as make_train_command
 from minipeft.errors import InputError
 from minipeft.files import lock_folder
+from minipeft.models import products
 from minipeft.runs import checkpoints as runs
 from minipeft.runs import finetune as tuning
 from minipeft.runs.config import RunConfig, find_methods, run_config
@@ -234,9 +235,8 @@ def test_power_cuts_without_sync_are_seen(place: Path, wanted: dict[str, bytes])
     assert sum(map(bool, faults)) >= 3, faults
 
 
-@pytest.fixture(scope="module")
-def stopped(place: Path) -> Path:
-    """A run folder as it is after step 5 of 6, with two checkpoints."""
+def stop_after_saving(place: Path, out: Path) -> None:
+    """Make a run folder as it is after step 5 of 6, with two checkpoints."""
     plain = runs.Run.save
 
     class Enough(Exception):
@@ -251,7 +251,13 @@ def stopped(place: Path) -> Path:
 
         patch.setattr(runs.Run, "save", save)
         with pytest.raises(Enough):
-            run(place, place / "stopped")
+            run(place, out)
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Path) -> Path:
+    """A stopped run, which no test changes."""
+    stop_after_saving(place, place / "stopped")
     assert sorted(p.name for p in (place / "stopped/checkpoints").iterdir()) == ["step-000004", "step-000005"]
     return place / "stopped"
 
@@ -550,6 +556,25 @@ def test_other_arguments_are_refused_with_both_values(place: Path, stopped: Path
     finally:
         torch.set_num_threads(1)
     assert files_of(stopped) == before
+
+
+@pytest.mark.parametrize("begun", ["onednn", "torch"])
+def test_what_multiplies_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str) -> None:
+    """A run that began with oneDNN's products resumes with them, or is refused; and the other way round."""
+    monkeypatch.setattr(products, "is_exact", lambda: True)
+    monkeypatch.setattr(products.Switch, "wanted", begun == "onednn")
+    out = tmp_path / "run"
+    stop_after_saving(place, out)
+    assert json.loads((out / "run.json").read_text())["products"] == begun
+    products.use_onednn(begun == "torch")
+    other = "torch" if begun == "onednn" else "onednn"
+    with pytest.raises(InputError, match=f"products: '{begun}' -> '{other}'"):
+        run(place, out)
+    products.use_onednn(begun == "onednn")
+    run(place, out)
+    whole = tmp_path / "whole"
+    run(place, whole)
+    assert files_of(out) == files_of(whole)
 
 
 def test_how_often_it_saves_may_change(place: Path, stopped: Path, wanted: dict[str, bytes]) -> None:
