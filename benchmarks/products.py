@@ -4,8 +4,8 @@
 
 The shapes [M, K, N] are those of linears of SmolLM2-135M and GPT-2 124M. The note gives GFLOP/s and the largest
 error over the largest value of the float64 product. The switch is the one that minipeft turns on within a training step
-(minipeft/models/products.py); bfloat16 is there for comparison. Attention is torch's fused product, causal, forward and
-backward, with SmolLM2's heads.
+(minipeft/models/products.py); bfloat16 is there for comparison. Attention is causal, forward and backward, with
+SmolLM2's heads: torch's fused product, the same with oneDNN, and ours, which chooses by the number of columns.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minipeft.models import attention
 from minipeft.models.products import fast_products, is_exact
 
 SHAPES = ((1024, 576, 1536), (1024, 576, 192), (512, 768, 3072), (128, 576, 1536), (17, 576, 1536), (1, 576, 1536))
@@ -96,8 +97,12 @@ def compare_attention(columns: int, options: argparse.Namespace) -> list[measure
         with fast_products():
             return attend()
 
+    def ours() -> list[Tensor]:
+        with fast_products():
+            return list(torch.autograd.grad(attention.product(q, k, v, None, True, 0.0, None), leaves, dy))
+
     return measure.measure(
-        {"torch": attend, "oneDNN": switched},
+        {"torch": attend, "oneDNN": switched, "minipeft": ours},
         name="attention, forward + backward",
         shape=f"{columns} columns, 9 heads",
         dtype="float32",

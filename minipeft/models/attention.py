@@ -11,18 +11,22 @@ The letters of all shape comments in minipeft:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minipeft.models.layout import Layout, Runs, Spans
-from minipeft.models.products import multiply_with_mkl
+from minipeft.models.products import is_switched, multiply_with_mkl
 
-FEW_COLUMNS = 256  # up to which torch's fused attention is faster with MKL than with oneDNN: 1.6 against 3.9 ms for 128
+# Within fast_products (docs/performance.md) the fused product is faster with MKL up to FEW_COLUMNS, and a causal one
+# over as many columns as BLOCKED says is fastest in blocks of BLOCK queries.
+FEW_COLUMNS, BLOCKED, BLOCK = 256, range(97, 769), 64
 
 
 def attend(
@@ -71,6 +75,10 @@ def product(
     if grouped and mask is not None and lacks_masked_groups(q):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))  # [B, H, S, D]
         grouped = False
+    plain = causal and not dropout and q.dtype == torch.float32 and q.device.type == "cpu"
+    if plain and q.shape[2] in BLOCKED and is_switched():
+        y = BlockCausalProduct.apply(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
+        return y
 
     def attend_fused() -> Tensor:
         return F.scaled_dot_product_attention(
@@ -93,6 +101,64 @@ def capped_product(
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)  # [B, H, T, S]
     return F.dropout(weights, dropout) @ v if dropout else weights @ v  # [B, H, T, D]
+
+
+class BlockCausalProduct(torch.autograd.Function):
+    """Causal attention of BLOCK queries at a time, whose products see the columns up to the block's last alone.
+
+        P = softmax(scale q k^T)     y = P v        dv += P^T dy     dS = P * (dy v^T - sum(dy * y))
+                                                    dq = scale dS k    dk += scale dS^T q
+
+    q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D]. The H / K heads of a group are rows of one product. Kept for
+    backward are q, k, v and y (Dao et al. 2022, algorithm 4).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        qs, ks, vs = group_heads(q, k), k.flatten(0, 1), v.flatten(0, 1)  # [B K, G, T, D], [B K, T, D] twice
+        y = torch.empty_like(qs)
+        for block in cut_blocks(q.shape[2]):
+            p = causal_weights(qs, ks, scale, block)  # [B K, G n, end]
+            y[:, :, block] = (p @ vs[:, : block.stop]).view_as(y[:, :, block])
+        y = y.view(q.shape)
+        ctx.save_for_backward(q, k, v, y)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y = ctx.saved_tensors
+        qs, ks, vs, dys = group_heads(q, k), k.flatten(0, 1), v.flatten(0, 1), group_heads(dy, k)
+        sums = group_heads((dy * y).sum(-1, keepdim=True), k)  # [B K, G, T, 1]
+        dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+        for block in cut_blocks(q.shape[2]):
+            p, seen = causal_weights(qs, ks, ctx.scale, block), slice(block.stop)
+            d = dys[:, :, block].flatten(1, 2)  # [B K, G n, D]
+            dv[:, seen].baddbmm_(p.mT, d)
+            ds = (d @ vs[:, seen].mT).sub_(sums[:, :, block].flatten(1, 2)).mul_(p)  # [B K, G n, end]
+            dq[:, :, block] = (ds @ ks[:, seen]).view_as(dq[:, :, block])
+            dk[:, seen].baddbmm_(ds.mT, qs[:, :, block].flatten(1, 2), alpha=ctx.scale)
+        return dq.mul_(ctx.scale).view(q.shape), dk.view(k.shape), dv.view(v.shape), None
+
+
+def group_heads(q: Tensor, k: Tensor) -> Tensor:
+    """The query heads beside their key head. [B, H, T, D] -> [B K, H / K, T, D]"""
+    return q.reshape(q.shape[0] * k.shape[1], -1, *q.shape[2:])
+
+
+def cut_blocks(tokens: int) -> list[slice]:
+    """Blocks of BLOCK tokens."""
+    return [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+
+
+def causal_weights(qs: Tensor, ks: Tensor, scale: float, block: slice) -> Tensor:
+    """softmax(scale q k^T) of a block of queries over the columns up to its last. [B K, G, T, D] -> [B K, G n, end]"""
+    scores = (qs[:, :, block].flatten(1, 2) * scale) @ ks[:, : block.stop].mT  # [B K, G n, end]
+    n = block.stop - block.start
+    ahead = torch.full((n, n), -math.inf).triu_(1)
+    scores.view(*qs.shape[:2], n, block.stop)[..., block] += ahead
+    return torch.softmax(scores, dim=-1)
 
 
 class ProductOnMeta(torch.autograd.Function):

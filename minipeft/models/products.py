@@ -75,6 +75,11 @@ def fast_products() -> Iterator[None]:
             Switch.on = outer
 
 
+def is_switched() -> bool:
+    """Whether a thread is within `fast_products`, and torch.compile does not trace."""
+    return Switch.on and not torch.compiler.is_compiling()
+
+
 @contextmanager
 def set_precision(precision: str) -> Iterator[None]:
     """Context manager: "bf16" turns oneDNN's float32 products on, "ieee" turns them off."""
@@ -88,7 +93,7 @@ def set_precision(precision: str) -> Iterator[None]:
 
 def multiply_with_mkl(compute: Callable[[], Tensor]) -> Tensor:
     """The result of one operator that within `fast_products` computes, forward and backward, with the switch off."""
-    if not Switch.on or torch.compiler.is_compiling():
+    if not is_switched():
         return compute()
     with set_precision("ieee"):
         y = compute()

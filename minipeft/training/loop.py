@@ -531,10 +531,27 @@ def check_norm(name: str, norm: float, state: TrainState) -> None:
         raise InputError(problem, where=f"step {state.step + 1}", hint="Lower the learning rate")
 
 
-def compute_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+def compute_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each tensor, or of this process's shard of it. [number of tensors]"""
+    return torch.stack(torch._foreach_norm(own_shards(tensors), 2.0, torch.float32))
+
+
+def compute_largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of each tensor, or of this process's shard of it; NaN if it holds NaN.
+
+    [number of tensors]
+    """
+    shards = own_shards(tensors)
+    if shards[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(shards, math.inf, torch.float32))
+    lows, highs = zip(*map(torch.aminmax, shards))  # torch's infinity norm takes sixteen times as long on a CPU
+    return torch.maximum(-torch.stack(lows), torch.stack(highs)).float()
+
+
+def own_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This process's shard of each tensor; a zero in place of an empty one."""
     shards = [own_shard(t) for t in tensors]
-    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in shards], order, torch.float32))
+    return [t if t.numel() else t.new_zeros(1) for t in shards]
 
 
 def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes: Processes | None = None) -> None:
@@ -550,7 +567,7 @@ def check_finite(parameters: Mapping[str, Tensor], state: TrainState, processes:
     )
     with torch.no_grad():
         for kind, tensors in kinds:
-            largest = check_processes(processes).combine_norms(compute_norms(list(tensors.values()), float("inf")))
+            largest = check_processes(processes).combine_norms(compute_largest(list(tensors.values())))
             if not torch.isfinite(largest).all():
                 name = next(name for name, norm in zip(tensors, largest.tolist()) if not math.isfinite(norm))
                 hint = "Lower the learning rate, and go on from the last checkpoint"

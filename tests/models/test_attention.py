@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minipeft.documents import PADDING, VIRTUAL, positions_in, visible
 from minipeft.errors import InputError
-from minipeft.models import attention
+from minipeft.models import attention, products
 from minipeft.models import layout as layouts
 from minipeft.models.layout import Layout, View, lay_out
 
@@ -315,3 +316,49 @@ def test_linears_of_one_input_are_done_together_where_the_first_knows_how():
     torch.testing.assert_close(attention.project(x, fused, plain), (fused(x) + 1, plain(x) + 1))
     torch.testing.assert_close(attention.project(x, plain, fused), (plain(x), fused(x)))
     torch.testing.assert_close(attention.project(x, plain), (plain(x),))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("heads", "groups", "tokens"), [(6, 2, 97), (4, 4, 130), (3, 1, 768)])
+def test_the_product_in_blocks_is_causal_attention(monkeypatch, heads, groups, tokens, scale):
+    """Within fast_products, against float64: y and the three gradients; outside, and for other sizes, torch's."""
+    monkeypatch.setattr(products, "is_exact", lambda: True)
+    used = []
+    apply = attention.BlockCausalProduct.apply
+    monkeypatch.setattr(attention.BlockCausalProduct, "apply", lambda *given: (used.append(1), apply(*given))[1])
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, n, tokens, 16, generator=draw) for n in (heads, groups, groups, heads)]
+
+    def compute(q, k, v, dy):
+        q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+        y = attention.product(q, k, v, None, True, 0.0, scale)
+        return (y, *torch.autograd.grad(y, (q, k, v), dy))
+
+    exact = compute(*(t.double() for t in given))
+    plain = compute(*given)
+    assert not used
+    with products.fast_products():
+        found, again = compute(*given), compute(*given)
+        assert len(used) == 2
+        attention.product(given[0], given[1], given[2], None, True, 0.1, scale)  # dropout
+        attention.product(*(t[:, :, :96] for t in given[:3]), None, True, 0.0, scale)
+        attention.product(*(t.bfloat16() for t in given[:3]), None, True, 0.0, scale)
+        assert len(used) == 2
+    for a, b, c, want in zip(found, again, plain, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (a - want).abs().max() <= 3e-6 * want.abs().max()
+        assert (a - want).norm() <= 2 * (c - want).norm() + 1e-7
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 9])
+def test_the_gradients_of_the_product_in_blocks(monkeypatch, tokens):
+    """Finite differences in float64, of whole and part blocks; the same when recomputed in backward."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, tokens, 3), (1, 2, tokens, 3), (1, 2, tokens, 3))
+    given = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    compute = lambda *t: attention.BlockCausalProduct.apply(*t, 0.4)
+    assert torch.autograd.gradcheck(compute, given)
+    again = checkpoint(compute, *given, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.sum(), given), torch.autograd.grad(compute(*given).sum(), given)):
+        assert torch.equal(a, b)
