@@ -7,9 +7,9 @@ Each variant lives in a process of its own, so that its memory is its own; the p
 nats per supervised token. Decoding is measured with packed copies of the weights, as `generate` makes them by default,
 and without (--no-pack).
 
-    --variants fp32 "nf4 fp32"   these alone: a processor that emulates bfloat16 takes minutes for a step in it
-    --memory --random llama-1b   instead: what loading a model of this shape adds to the process, and its peak
-    --errors FILE                instead: the error of each format by layer, |W - Q(W)| / |W|, as JSON and as a picture
+    --variants fp32 "nf4 in fp32"   these alone: a processor that emulates bfloat16 takes minutes for a step in it
+    --memory --random llama-1b      instead: what loading a model of this shape adds to the process, and its peak
+    --errors FILE                   instead: the error of each format by layer, |W - Q(W)| / |W|, and a picture of it
 """
 
 import argparse
@@ -30,10 +30,10 @@ from steps import CASES
 VARIANTS = {  # what the base is held in, and the dtype that its values are computed in
     "bf16": ("bf16", None),
     "fp32": ("fp32", None),
-    "nf4": ("bf16", "nf4"),
-    "int8": ("bf16", "int8"),
-    "nf4 fp32": ("fp32", "nf4"),
-    "int8 fp32": ("fp32", "int8"),
+    "int8 in bf16": ("bf16", "int8"),
+    "nf4 in bf16": ("bf16", "nf4"),
+    "int8 in fp32": ("fp32", "int8"),
+    "nf4 in fp32": ("fp32", "nf4"),
 }
 LENGTH, DECODED = 1024, 16  # tokens of a step's row; tokens decoded at batch 1
 STEP, PACKED, UNPACKED = "LoRA step", f"{DECODED} tokens decoded", f"{DECODED} tokens decoded, --no-pack"
@@ -120,10 +120,10 @@ def compare(options: argparse.Namespace) -> list[measure.Row]:
             times[job, first],
             benchmark=job,
             shape=f"1x{LENGTH}" if job == STEP else "1x1",
-            dtype=VARIANTS[v][0],
+            dtype="by variant",
             memory_bytes=about[v]["held"],
             command=f"OMP_NUM_THREADS={torch.get_num_threads()} {measure.format_command()}",
-            note=f"ratio: {first}'s time over this one's, processor seconds; memory_bytes: of the blocks' linears",
+            note=f"{8 * about[v]['held'] / about[v]['weights']:.2f} bits a weight, untuned loss {about[v]['loss']:.3f}",
             extra={"bits a weight": 8 * about[v]["held"] / about[v]["weights"], "untuned loss": about[v]["loss"]},
         )
         for (job, v), t in times.items()
