@@ -47,10 +47,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight) if wants_w else None  # [V, C]
         db = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias)  # [V]
         total = torch.zeros((), dtype=torch.float32, device=h.device)
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        rows = max(1, min(h.shape[0], CHUNK_LOGITS // weight.shape[0]))
+        chunk = h.new_empty(rows, weight.shape[0])  # one for all chunks
         for start in range(0, h.shape[0], rows):
             part, target = h[start : start + rows], targets[start : start + rows]
-            logits = finish(F.linear(part, weight, bias).float(), divisor, cap)  # [n, V]
+            logits = torch.mm(part, weight.t(), out=chunk[: len(part)])  # [n, V]
+            logits = finish((logits if bias is None else logits.add_(bias)).float(), divisor, cap)
             slope = 1 / divisor if cap is None else (1 - (logits / cap).square()) / divisor  # d finish / d logits
             logits.sub_(logits.amax(dim=1, keepdim=True))  # exp cannot overflow; the following lines work in place too
             chosen = logits.gather(1, target[:, None])  # [n, 1]
@@ -66,7 +68,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if dh is not None:
                 dh[start : start + rows] = d @ weight.to(part.dtype)
             if dw is not None:
-                dw += d.T @ part
+                dw.addmm_(d.T, part)
             if db is not None:
                 db += d.sum(dim=0)
             del logits, slope, d  # before the next chunk is allocated
@@ -75,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw, db = (None if d is None else d * scale.to(d.dtype) for d in ctx.saved_tensors)
+        dh, dw, db = (None if d is None else d.mul_(scale.to(d.dtype)) for d in ctx.saved_tensors)  # no second dW
         return dh, dw, None, db, None, None
 
 

@@ -6,9 +6,9 @@ oneDNN, which torch ships too, takes AVX-512: 2.3 times as fast on a Zen 5, forw
 
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
-With AVX-512 alone oneDNN still multiplies and adds in float32. With AMX it multiplies in bfloat16: `is_exact` compares
-products of numbers that no bfloat16 holds with float64's, and such a processor keeps MKL. The answer depends on the
-processor and torch alone, never on a measured time, so that a run has the same bits each time.
+With AVX-512 alone oneDNN still multiplies and adds in float32. With AMX it may multiply in bfloat16: `is_exact`
+compares products of numbers that no bfloat16 holds with float64's, and a processor that rounds them keeps MKL. The
+answer depends on the processor and torch alone, never on a measured time, so that a run has the same bits each time.
 
 Training steps, evaluation and prefill enter `fast_products`. Decoding does not: for a few rows oneDNN is slower. The
 switch belongs to the process: one thread at a time is within `fast_products`, but a product that another thread
