@@ -2,7 +2,8 @@
 
     python benchmarks/performance_table.py --into docs/performance.md
 
-A table stands between `<!-- rows NAME -->` and `<!-- end -->`, where NAME.json is a file of benchmarks/results.
+A table stands between `<!-- rows NAME -->`, or `<!-- columns NAME -->`, and `<!-- end -->`, where NAME.json is a file
+of benchmarks/results. Each variant has a line of its own, or a column.
 """
 
 import argparse
@@ -50,6 +51,23 @@ def make_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])
 
 
+def make_columns(rows: list[dict[str, Any]]) -> str:
+    """A line a measurement: what, shape, and each variant's time with its note."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        note = f" ({row['note']})" if row["note"] else ""
+        groups.setdefault((row["benchmark"], row["shape"]), {})[row["variant"]] = format_time(row["median"]) + note
+    lines = [f"| | shape | {' | '.join(variants)} |", "|---|---|" + "---:|" * len(variants)]
+    lines += [f"| {' | '.join([*group, *(cells.get(v, '') for v in variants)])} |" for group, cells in groups.items()]
+    return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])
+
+
+def fill(page: str) -> str:
+    """The page with its tables."""
+    return fill_markers(fill_markers(page, "rows", make_table), "columns", make_columns)
+
+
 def make_breakdown(found: dict[str, Any]) -> str:
     """Seconds of a step by kind of operator, a column a side."""
     sides = found["seconds"]
@@ -79,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, required=True, help="page with the markers")
     page = parser.parse_args().into
-    page.write_text(fill_markers(page.read_text(), "rows", make_table))
+    page.write_text(fill(page.read_text()))
 
 
 if __name__ == "__main__":

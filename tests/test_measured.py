@@ -37,7 +37,7 @@ def test_the_tables_of_a_page_are_those_of_the_rows(name: str) -> None:
     assert spec.loader is not None
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    assert table.fill_markers(page, "rows", table.make_table) == page
+    assert table.fill(page) == page
 
 
 def test_a_training_step() -> None:
