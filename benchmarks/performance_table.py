@@ -36,7 +36,7 @@ def make_table(rows: Any) -> str:
 
 def make_rows(rows: list[dict[str, Any]]) -> str:
     """A line a row: what, shape, dtype, variant, time, how many times as fast as the group's first variant, and the
-    note where it differs from the line above."""
+    note where it differs from that one's."""
     lines = ["| | shape | dtype | variant | time | times as fast | |", "|---|---|---|---|---:|---:|---|"]
     before: tuple[str, str, str] | None = None
     said = ""
@@ -45,7 +45,7 @@ def make_rows(rows: list[dict[str, Any]]) -> str:
         begins, before = group != before or row["ratio"] == 1.0, group  # the first variant of a measurement has 1
         what = group if begins else ("", "", "")
         note = row["note"] if begins or row["note"] != said else ""
-        said = row["note"]
+        said = row["note"] if begins else said
         ratio = "" if begins or row["variant"] in OTHER_WORK else f"{row['ratio']:.2f}"
         lines.append(f"| {' | '.join([*what, row['variant'], format_time(row['median']), ratio, note])} |")
     return "\n".join([*lines, "", describe(rows[0], rows[0].get("surroundings", {}), rows[0]["rounds"])])

@@ -195,7 +195,10 @@ def compare(group: str, options: argparse.Namespace) -> list[measure.Row]:
             command=f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} "
             + measure.format_command(),
             note=f"{memory[v] / 1e9:.2f} GB",
-            ratios={other: statistics.median(a / b for a, b in zip(times[other], t)) for other in variants},
+            ratios={
+                other.format(peer=PEERS[method]): statistics.median(a / b for a, b in zip(times[other], t))
+                for other in variants
+            },
             extra={"tokens_per_second": statistics.median(rates[v]), "losses": losses[v]},
         )
         for v, t in times.items()

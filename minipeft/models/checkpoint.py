@@ -12,8 +12,10 @@ map; a family's record lists the exceptions (transposed weights, an omitted pref
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -310,6 +312,8 @@ def fill(
                 raise InputError("holds values beyond float16's 65504", file=file, where=where)
             ready[name] = quantize_weight(tensor, quantize) if quantize is not None and name in packed else tensor
             del tensor, read  # before the next one is read
+            if quantize is not None:
+                return_freed_memory()
     if model.config.tie_word_embeddings:
         table = ready[f"{model.family.embedding}.weight"]
         head = ready.pop("lm_head.weight", None)
@@ -322,6 +326,13 @@ def fill(
         model.get_parameter(path).requires_grad_(False)
     model.tie()
     return model.eval()
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system. glibc keeps the holes between tensors that stay: up to 600 MB of a 1B model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def is_finite(tensor: Tensor) -> bool:
