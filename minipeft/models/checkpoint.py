@@ -329,7 +329,7 @@ def fill(
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system. glibc keeps the holes between tensors that stay: up to 600 MB of a 1B model."""
+    """Return freed memory to the system: glibc keeps the holes between tensors that stay, 600 MB of a 1B model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
