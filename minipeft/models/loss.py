@@ -77,7 +77,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw, db = (None if d is None else d.mul_(scale.to(d.dtype)) for d in ctx.saved_tensors)  # no second dW
+        dh, dw, db = ctx.saved_tensors
+        dh, db = (None if d is None else d * scale.to(d.dtype) for d in (dh, db))
+        if dw is not None:
+            dw.mul_(scale.to(dw.dtype))  # without a copy [V, C]; torch refuses a second backward
         return dh, dw, None, db, None, None
 
 

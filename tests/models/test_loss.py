@@ -137,3 +137,16 @@ def test_finish_is_the_plain_equation() -> None:
     assert torch.equal(module.finish(logits), logits)
     assert torch.equal(module.finish(logits, 2.0), logits / 2)
     torch.testing.assert_close(module.finish(logits, 2.0, 1.5), 1.5 * (logits / 2 / 1.5).tanh())
+
+
+def test_a_second_backward_is_right_or_an_error() -> None:
+    """With a frozen head it gives the same gradient; a trained head's is scaled in place, and torch refuses."""
+    hidden, weight, labels = given()
+    loss = cross_entropy(hidden, weight.detach(), labels) / 7
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    trained = weight.detach().requires_grad_()
+    loss = cross_entropy(hidden, trained, labels) / 7
+    torch.autograd.grad(loss, trained, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, trained)
