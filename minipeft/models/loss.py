@@ -44,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_h, wants_w = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if wants_h else None  # [N, C]
-        dw = torch.zeros_like(weight) if wants_w else None  # [V, C]
+        dw: Tensor | None = None  # [V, C]
         db = None if bias is None or not ctx.needs_input_grad[3] else torch.zeros_like(bias)  # [V]
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         rows = max(1, min(h.shape[0], CHUNK_LOGITS // weight.shape[0]))
@@ -58,7 +58,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chosen = logits.gather(1, target[:, None])  # [n, 1]
             mass = logits.exp_().sum(dim=1, keepdim=True)  # [n, 1]
             total += (mass.log() - chosen).sum()
-            if dh is None and dw is None and db is None:
+            if not wants_w and dh is None and db is None:
                 continue
             d = logits.div_(mass)  # softmax  [n, V]
             d.scatter_add_(1, target[:, None], torch.full_like(mass, -1.0))
@@ -67,11 +67,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             d = d.to(part.dtype)
             if dh is not None:
                 dh[start : start + rows] = d @ weight.to(part.dtype)
-            if dw is not None:
-                dw.addmm_(d.T, part)
+            if wants_w:
+                dw = d.T @ part if dw is None else dw.addmm_(d.T, part)
             if db is not None:
                 db += d.sum(dim=0)
             del logits, slope, d  # before the next chunk is allocated
+        if wants_w and dw is None:  # no token is supervised
+            dw = torch.zeros_like(weight)
         ctx.save_for_backward(dh, dw, db)
         return total
 
