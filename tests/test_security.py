@@ -44,7 +44,7 @@ ALLOWED = {
     ("minipeft/adapters/patterns.py", "subprocess"): "tries a regular expression in a process that can be killed",
     ("minipeft/study/runner.py", "subprocess"): "a cell of a study in a process of its own: this package's module",
     ("minipeft/metrics/execution.py", "subprocess"): "the sandbox of programs, where --execute asks for it alone",
-    ("minipeft/models/checkpoint.py", "import ctypes"): "malloc_trim of the process's own C library, without arguments",
+    ("minipeft/models/checkpoint.py", "import ctypes"): "malloc_trim of the process's own C library",
     ("minipeft/metrics/sandbox.py", "import ctypes"): "unshare, mount and prctl, which os lacks before Python 3.12",
     ("minipeft/__init__.py", "import_module"): "public names of this package, imported at first use",
     ("minipeft/data/chat.py", "import jinja2"): "names of its errors, to catch them",
