@@ -157,7 +157,7 @@ class AdapterReport:
         if self.backend is not None:
             rows.append(("backend", self.backend))
         if self.products == "onednn":
-            rows.append(("products", "float32 by oneDNN in AVX-512; as exact as float64 shows (--no-onednn: torch's)"))
+            rows.append(("products", "float32 by oneDNN, with AVX-512 (--no-onednn turns it off)"))
         rows += [("note", note) for note in self.notes]
         return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
