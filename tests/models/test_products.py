@@ -179,3 +179,10 @@ def test_losses_with_and_without_differ_by_rounding_alone(wanted, tmp_path):
         add_adapter(model, LoRAConfig(rank=2))
         found.append([step.loss for step in train(model, [batch] * 4, TrainConfig(steps=4, learning_rate=1e-2))])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_report_says_what_multiplies(forced, tmp_path, wanted):
+    products.use_onednn(wanted)
+    report = str(add_adapter(load_model(write_small_model(tmp_path, "llama")), LoRAConfig(rank=2)))
+    assert ("products   float32 by oneDNN" in report) == wanted
