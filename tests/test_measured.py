@@ -117,3 +117,16 @@ def test_what_a_quantized_base_costs():
         share = (held["added"] - (plain["added"] - plain["held"])) / plain["held"]
         assert f"{name} {held['added'] / 1e6:,.0f} MB" in page
         assert f"({share:.2f} of the linears' bfloat16)" in page
+
+
+def test_what_a_quantized_base_costs_in_quality():
+    """LoRA on three bases, three seeds each: BLEU, held-out loss, and the differences to the bfloat16 base."""
+    found, page = read("results/qlora/quality.json"), (ROOT / "docs/quantization.md").read_text(encoding="utf-8")
+    for base, name in (("plain", "bfloat16"), ("int8", "int8"), ("nf4", "NF4")):
+        row = found[base]
+        assert len(row["bleu"]) == len(row["dev_loss"]) == 3
+        scores = f"| {name} | {100 * sum(row['bleu']) / 3:.1f} | {sum(row['dev_loss']) / 3:.4f} |"
+        bleu, (mean, low, high) = row["bleu_difference"], row["dev_loss_difference"]
+        difference = f" {100 * bleu['value']:+.1f} [{100 * bleu['low']:.1f}, {100 * bleu['high']:.1f}] |"
+        difference += f" {mean:+.4f} [{low:.4f}, {high:.4f}] |"
+        assert scores + (" | |" if base == "plain" else difference) in page
