@@ -65,7 +65,10 @@ def product(
     scale: float | None,
     cap: float | None = None,
 ) -> Tensor:
-    """torch's fused attention product (with a cap: by hand). q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]"""
+    """torch's fused attention product; with a cap by hand, and in blocks where that is faster.
+
+    q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]; `causal` means S = T.
+    """
     if q.is_meta:  # planning.py counts what a fused kernel saves; torch would run the unfused product here
         y: Tensor = ProductOnMeta.apply(q, k, v)
         return y
