@@ -31,8 +31,8 @@ from minipeft.models import Decoder
 from minipeft.models.packed import PackedModel
 from minipeft.sampling import draw_uniforms
 
-# Decoding steps of a call from which its weights are packed. Packing takes as long as it saves in 71 steps of one row,
-# 25 of eight (SmolLM2-135M, one thread, docs/performance.md), and answers end before max_new_tokens.
+# Decoding steps of a call from which its weights are packed in float16. Packing takes as long as it saves in 38 steps
+# of one row, 19 of eight (SmolLM2-135M, one thread, docs/performance.md), and answers end before max_new_tokens.
 PACKED_FROM = 128
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that logits can be divided by in float32
 

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from minipeft.models.layout import Layout, Runs, Spans
 from minipeft.models.products import is_switched, multiply_with_mkl
 
-# Within fast_products (docs/performance.md) the fused product is faster with MKL up to FEW_COLUMNS, and a causal one
-# over as many columns as BLOCKED says is fastest in blocks of BLOCK queries.
+# Within fast_products: up to FEW_COLUMNS key columns torch's fused product is faster with MKL than with oneDNN, and
+# causal attention over a number of columns in BLOCKED is fastest in blocks of BLOCK queries (docs/performance.md).
 FEW_COLUMNS, BLOCKED, BLOCK = 256, range(97, 769), 64
 
 

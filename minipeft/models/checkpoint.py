@@ -93,7 +93,7 @@ def load_model(
     files = (
         [{name: legacy[info.name] for name, info in found.items()}]
         if legacy
-        else read_files(found, quantize is not None)
+        else read_files(found, apart=quantize is not None)
     )
     model.source = str(source)
     return fill(model, files, found, dtype or find_stored_dtype(found), device, quantize)

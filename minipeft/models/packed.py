@@ -128,7 +128,7 @@ def can_pack(model: Decoder) -> bool:
 
 
 def find_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear, plain, quantized or packed."""
+    """Return the weight of a linear, which may be quantized or packed."""
     weight = module._parameters["weight"]
     assert weight is not None
     return weight

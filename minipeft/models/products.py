@@ -1,7 +1,7 @@
 """The product x W^T with a base weight, and oneDNN's float32 products on a CPU with AVX-512.
 
 torch multiplies float32 matrices on a CPU with MKL, which takes AVX2 on AMD's processors even where they have AVX-512.
-oneDNN, which torch ships too, takes AVX-512: 2.3 times as fast on a Zen 5, forward and in both gradients
+oneDNN, which torch ships too, takes AVX-512: 2.2 times as fast on a Zen 5, forward and in both gradients
 (docs/performance.md). Its public switch is named after what it permits, not after what it does:
 
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -76,7 +76,7 @@ def fast_products() -> Iterator[None]:
 
 
 def is_switched() -> bool:
-    """Whether a thread is within `fast_products`, and torch.compile does not trace."""
+    """Whether a thread is within `fast_products`; False while torch.compile traces."""
     return Switch.on and not torch.compiler.is_compiling()
 
 
@@ -92,7 +92,7 @@ def set_precision(precision: str) -> Iterator[None]:
 
 
 def multiply_with_mkl(compute: Callable[[], Tensor]) -> Tensor:
-    """The result of one operator that within `fast_products` computes, forward and backward, with the switch off."""
+    """Call one operator, and have it compute its gradients, with MKL's products even within `fast_products`."""
     if not is_switched():
         return compute()
     with set_precision("ieee"):
