@@ -323,6 +323,7 @@ def test_linears_of_one_input_are_done_together_where_the_first_knows_how():
 def test_the_product_in_blocks_is_causal_attention(monkeypatch, heads, groups, tokens, scale):
     """Within fast_products, against float64: y and the three gradients; outside, and for other sizes, torch's."""
     monkeypatch.setattr(products, "is_exact", lambda: True)
+    monkeypatch.setattr(products.Switch, "wanted", True)
     used = []
     apply = attention.BlockCausalProduct.apply
     monkeypatch.setattr(attention.BlockCausalProduct, "apply", lambda *given: (used.append(1), apply(*given))[1])

@@ -181,8 +181,8 @@ def test_losses_with_and_without_differ_by_rounding_alone(wanted, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_report_says_what_multiplies(forced, tmp_path, wanted):
-    products.use_onednn(wanted)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_the_report_says_what_multiplies(forced, tmp_path, onednn):
+    products.use_onednn(onednn)
     report = str(add_adapter(load_model(write_small_model(tmp_path, "llama")), LoRAConfig(rank=2)))
-    assert ("products   float32 by oneDNN" in report) == wanted
+    assert ("products   float32 by oneDNN" in report) == onednn
